@@ -1,0 +1,220 @@
+"""The command line: parse, call one function, print its result.
+
+python cli.py quickstart
+python cli.py cache-explanations --data DATA.zarr --teacher TEACHER_DIR --out CACHE.zarr
+python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
+
+DATA = click.option("--data", required=True, type=click.Path(path_type=Path), help="A dataset in our layout.")
+OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write; must not exist.")
+SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
+DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
+
+
+def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every training takes besides its data."""
+    options = [
+        click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model."),
+        click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
+        click.option("--steps", type=click.IntRange(1), help="Length in optimiser steps."),
+        click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Length in passes over the data."),
+        click.option("--lr", default=4e-3, show_default=True, type=click.FloatRange(0, min_open=True)),
+        BATCH_SIZE,
+        SEED,
+        DEVICE,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+class Commands(click.Group):
+    """Turns the errors that a user can cause into one paragraph and an exit code, and nothing else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            raise click.Abort from None
+        except OSError as error:
+            if isinstance(error, FileExistsError) and error.errno is None:
+                raise click.ClickException(str(error)) from None
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}") from None
+        except Exception as error:
+            if isinstance(error, _user_errors()):
+                raise click.ClickException(str(error)) from None
+            raise
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from data import DatasetError
+    from pipeline import ModelError, RelevanceError
+    from teacher_cache import CacheError
+    from trainer import TrainingError
+
+    return DatasetError, CacheError, ModelError, RelevanceError, TrainingError
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="explanation-distillation")
+def main() -> None:
+    """Explanation distillation: train a student that is immune to the bias of its training data.
+
+    A teacher that cannot see the shortcut explains its decisions once; a student learns from the heatmaps alone.
+    """
+
+
+@main.group(name="make-data")
+def make_data() -> None:
+    """Build a biased dataset."""
+
+
+@make_data.command(name="coloured-mnist")
+@OUT
+@SEED
+@click.option("--limit", type=click.IntRange(1), help="At most so many samples of each split.")
+def coloured_mnist(out: Path, seed: int, limit: int | None) -> None:
+    """MNIST digits whose colour tells the class in train, validation and iid, and misleads in ood and shift."""
+    from data import make_coloured_mnist
+
+    sizes = make_coloured_mnist(out, seed, limit)
+    click.echo(f"{out}: " + ", ".join(f"{split} {samples}" for split, samples in sizes.items()))
+
+
+@main.command(name="train-teacher")
+@DATA
+@OUT
+@click.option(
+    "--debias",
+    default="grayscale",
+    show_default=True,
+    type=click.Choice(["grayscale", "mask", "none"]),
+    help="What the network does not see; none is the ERM baseline.",
+)
+@training_options
+def train_teacher_command(**options: Any) -> None:
+    """Train a teacher behind a debiasing front, with labels, on the train split alone.
+
+    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn only.
+    """
+    from trainer import train_teacher
+
+    result = train_teacher(**options)
+    click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s")
+
+
+@main.command(name="cache-explanations")
+@DATA
+@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="A folder of train-teacher.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The store to write, or to continue writing."
+)
+@click.option("--split", default="train", show_default=True, help="The split to explain.")
+@click.option("--draws", default=4, show_default=True, type=click.IntRange(1), help="Heatmaps for each sample.")
+@click.option(
+    "--epsilon-range",
+    default=(0.01, 1.0),
+    show_default=True,
+    type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
+    help="ε is log-uniform between the two.",
+)
+@click.option("--explainer", default="lrp", show_default=True, type=click.Choice(["lrp"]))
+@BATCH_SIZE
+@SEED
+@DEVICE
+def cache_explanations_command(**options: Any) -> None:
+    """Stage one: run the teacher over a split once and write its heatmaps to a store.
+
+    Interrupted, the same command continues where it stopped.
+    """
+    from pipeline import cache_explanations
+
+    done = cache_explanations(**options)
+    found = done.shards - done.computed_shards
+    click.echo(
+        f"{done.path}: {done.samples} samples in {done.shards} shards"
+        + (f", {found} of them found there" if found else "")
+    )
+
+
+@main.command(name="train-student")
+@DATA
+@click.option("--cache", required=True, type=click.Path(path_type=Path), help="A store of the train split.")
+@click.option(
+    "--validation-cache",
+    type=click.Path(path_type=Path),
+    help="A store of the validation split, to choose the weights by; without it the last are kept.",
+)
+@OUT
+@training_options
+def train_student_command(**options: Any) -> None:
+    """Stage two: train a student to make its own heatmaps match the stored ones.
+
+    3,000 steps unless --steps or --epochs is given; --bias-free is as in the teacher.
+    """
+    from trainer import train_student
+
+    result = train_student(**options)
+    click.echo(
+        f"{options['out']}: heatmap loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s"
+        + (
+            "; no --validation-cache, so the last weights are kept"
+            if result["validation_loss"] is None
+            else f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
+        )
+    )
+
+
+@main.command(name="evaluate")
+@DATA
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="A teacher's or student's folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@DEVICE
+def evaluate_command(data: Path, model: Path, as_json: bool, device: str) -> None:
+    """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals."""
+    from trainer import evaluate
+
+    result = evaluate(data, model, device=device)
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for name, split in result["splits"].items():
+        low, high = split["interval"]
+        line = f"{name:<12}{split['accuracy']:7.2f} %  [{low:.2f}, {high:.2f}]  {split['samples']} samples"
+        if worst := split["worst_group"]:
+            line += f"; worst group {worst['group']} {worst['accuracy']:.2f} % of {worst['samples']}"
+        click.echo(line)
+    if result["gap"] is not None:
+        click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+
+
+@main.command(name="quickstart")
+@click.option("--out", default="quickstart", show_default=True, type=click.Path(path_type=Path))
+@SEED
+def quickstart_command(out: Path, seed: int) -> None:
+    """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""
+    from trainer.quickstart import Sizes, quickstart, table
+
+    results = quickstart(out, Sizes(seed=seed), click.echo)
+    click.echo()
+    click.echo(table(results))
+    click.echo(f"\nresults: {out / 'results.json'}, heatmaps: {out / 'report' / 'heatmaps.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Biased datasets: build, store and open them. Knows nothing of models."""
+
+from data.coloured_mnist import make_coloured_mnist
+from data.layout import Dataset, DatasetError, DatasetWriter, Split, open_dataset
+
+__all__ = ["Dataset", "DatasetError", "DatasetWriter", "Split", "make_coloured_mnist", "open_dataset"]

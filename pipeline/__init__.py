@@ -1,0 +1,28 @@
+"""How an explanation is made: the relevance engine, teachers, and stage one, which writes heatmaps to a store."""
+
+from pipeline.classifier import Classifier, ModelConfig, load_classifier
+from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
+from pipeline.models import ModelError, architectures, build_network
+from pipeline.relevance import Trace, explain
+from pipeline.rules import RelevanceError, rule_for, stop_relevance
+from pipeline.stage_one import CacheSummary, cache_explanations
+
+__all__ = [
+    "BiasFreeReport",
+    "CacheSummary",
+    "Classifier",
+    "ModelConfig",
+    "ModelError",
+    "RelevanceError",
+    "ScaleNorm",
+    "Trace",
+    "architectures",
+    "bias_free",
+    "build_network",
+    "cache_explanations",
+    "explain",
+    "homogeneity_error",
+    "load_classifier",
+    "rule_for",
+    "stop_relevance",
+]

@@ -1,0 +1,107 @@
+"""Positively homogeneous networks: no additive term anywhere, so that a heatmap accounts for its whole logit.
+
+What a bias or the shift of a batch norm adds to a logit no heatmap ``x · G`` can show, and a student that
+learns from heatmaps is free to get it wrong. Without such terms ``f(c·x) = c·f(x)`` for c > 0, relevance is
+conserved, and the outputs are inherited with the explanation.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.rules import scale_norm
+
+
+class ScaleNorm(nn.Module):
+    """Scale-only norm over the batch: ``x · γ / sqrt(E[x²] + eps)``, with running second moments for evaluation.
+
+    Takes (N, C, ...) and returns the same shape. What is left of a batch norm without its mean and shift.
+    """
+
+    running_second_moment: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.register_buffer("running_second_moment", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale_norm(
+            x, self.weight, self.running_second_moment, self.training, self.momentum, self.eps
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
+
+
+@dataclass(frozen=True)
+class BiasFreeReport:
+    """What `bias_free` did: names of the modules it ``changed`` and, with the reason, those it ``could_not``."""
+
+    changed: tuple[str, ...]
+    could_not: tuple[str, ...]
+
+
+def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
+    """A copy of any ReLU network in its positively homogeneous form, and a report of what was done.
+
+    Convolutions and linear layers lose their bias, batch norms become `ScaleNorm` (keeping γ). The rest is
+    left, and named in ``could_not`` where it is known to break homogeneity or holds parameters of its own;
+    activations written as functions inside a ``forward`` cannot be seen here: `homogeneity_error` can.
+    """
+    model = copy.deepcopy(model)
+    changed, could_not = [], []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _Batch_NORMS):
+            replacement = ScaleNorm(module.num_features, module.eps, module.momentum or 0.1)
+            if module.weight is not None:
+                replacement.weight.data.copy_(module.weight.data)
+            if not name:
+                model = replacement
+            else:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, replacement)
+            changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
+        elif isinstance(module, _WITH_BIAS):
+            if module.bias is not None:
+                module.register_parameter("bias", None)
+                changed.append(f"{name}: bias removed from {type(module).__name__}")
+        elif isinstance(module, _NOT_HOMOGENEOUS) or list(module.parameters(recurse=False)):
+            could_not.append(f"{name} ({type(module).__name__})")
+    return model, BiasFreeReport(tuple(changed), tuple(could_not))
+
+
+_Batch_NORMS = nn.modules.batchnorm._BatchNorm
+_WITH_BIAS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+_NOT_HOMOGENEOUS = (
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.SiLU,
+    nn.GELU,
+    nn.ELU,
+    nn.SELU,
+    nn.Mish,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softmax,
+    nn.Softplus,
+    nn.LocalResponseNorm,
+    nn.MultiheadAttention,
+)
+
+
+@torch.no_grad()
+def homogeneity_error(model: nn.Module, images: Tensor) -> float:
+    """max |f(2·x) − 2·f(x)| / max |2·f(x)| in evaluation mode: 0 up to rounding for a homogeneous network."""
+    training = model.training
+    model.eval()
+    twice, doubled = model(2 * images), 2 * model(images)
+    model.train(training)
+    return float((twice - doubled).abs().max() / doubled.abs().max().clamp_min(torch.finfo(images.dtype).tiny))

@@ -1,0 +1,226 @@
+"""The relevance engine: heatmaps of any PyTorch model by LRP-Flex, differentiable once more.
+
+One forward pass in which a `TorchFunctionMode` puts the rules' nodes (`rules.py`) into the autograd graph,
+then one backward pass for each heatmap. The model is neither changed nor wrapped. Not here: what an
+operation does to relevance.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from pipeline.rules import RULES, PassState, RelevanceError, StopRelevance, stop_relevance, tensors
+
+Model = Callable[[Tensor], Tensor]
+
+
+def explain(
+    model: Model,
+    images: Tensor,
+    target_class: Tensor,
+    epsilon: float | Tensor,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """LRP-Flex heatmaps ``x · G`` of one class per image (Bassi et al., arXiv 2407.09788).
+
+    G is the gradient of the logit ``y[target_class]`` at the image with every ReLU of output ``a`` passing
+    on ``a / (a + ε)`` of it in place of the step function; ε = 0 is Gradient×Input. Batch norm is the
+    affine map ``γ / σ``. The model, any callable made of torch operations, is run as it is (train or eval
+    mode included) and left as it is.
+
+    Args:
+        model: maps images to logits (N, K).
+        images: (N, C, H, W), or any other floating (N, ...).
+        target_class: (N,) integers in [0, K).
+        epsilon: a number ≥ 0, or one for each image, (N,).
+        create_graph: make the heatmaps differentiable with respect to the parameters (and to ``images``
+            where they require a gradient). Ordinary gradients of the logits are unaffected.
+
+    Returns:
+        logits (N, K) and heatmaps, shaped and typed as ``images``: one signed value for each input channel.
+
+    Raises:
+        RelevanceError: an operation of the model has no rule; names the operation and the module.
+        ValueError: shapes, classes or ε that cannot be right.
+    """
+    trace = Trace(model, images)
+    heatmaps = trace.heatmaps(target_class, epsilon, create_graph=create_graph)
+    return (trace.logits if create_graph else trace.logits.detach()), heatmaps
+
+
+class Trace:
+    """One forward pass of a model over images, from which any number of heatmaps are propagated back.
+
+    ``logits`` is (N, K), attached to the graph. The draws of a sample share one trace.
+    """
+
+    def __init__(self, model: Model, images: Tensor):
+        if not images.is_floating_point() or images.dim() < 2:
+            raise ValueError(
+                f"images must be floating-point with shape (N, ...), got {images.dtype} "
+                f"{tuple(images.shape)}; divide uint8 images by 255 first"
+            )
+        self.state = PassState()
+        self._model = model
+        with torch.inference_mode(False), torch.enable_grad():
+            self.images = images if images.requires_grad else images.detach().requires_grad_()
+            with _Interceptor(self):
+                self.logits = model(self.images)
+        self._check_logits()
+
+    def heatmaps(
+        self,
+        target_class: Tensor,
+        epsilon: float | Tensor,
+        *,
+        create_graph: bool = False,
+        keep_graph: bool = False,
+    ) -> Tensor:
+        """The heatmaps of one class and ε per image; see `explain`. ``keep_graph`` allows further calls."""
+        samples, classes = self.logits.shape
+        target_class = _checked_classes(target_class, samples, classes).to(self.logits.device)
+        epsilon = _checked_epsilon(epsilon, samples).to(self.logits)
+        one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
+        self.state.epsilon = epsilon
+        try:
+            (gradient,) = torch.autograd.grad(
+                self.logits,
+                self.images,
+                one_hot,
+                create_graph=create_graph,
+                retain_graph=create_graph or keep_graph,
+                materialize_grads=True,
+            )
+        finally:
+            self.state.epsilon = None
+        return self.images * gradient if create_graph else (self.images * gradient).detach()
+
+    # --- following relevance through the forward pass ---
+    # The autograd nodes that rules made carry this pass's state in their metadata. What depends on the image
+    # through any other node (a custom autograd function, scripted code) was not seen and is refused.
+
+    def carries(self, tensor: Tensor) -> bool:
+        """Whether relevance reaches this tensor: it is the image, or rules made it from the image."""
+        if tensor is self.images:
+            return True
+        if tensor.grad_fn is None or self.state in tensor.grad_fn.metadata:
+            return tensor.grad_fn is not None
+        if hidden := self._hidden_dependency(tensor.grad_fn):
+            raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
+        return False
+
+    def mark(self, output: Any) -> None:
+        """Note that relevance reaches every tensor in ``output``."""
+        for tensor in tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.metadata[self.state] = True
+
+    def _hidden_dependency(self, node: Any) -> str | None:
+        """The name of a node between an unmarked node and the image, if the image is among its ancestors.
+
+        Relevance is cut on purpose at `stop_relevance`, so the search does not pass it. It ends at
+        parameters, which is after a few nodes for a norm's statistics or a normalised weight.
+        """
+        stack, seen = [node], set()
+        while stack:
+            node = stack.pop()
+            if node in seen or getattr(type(node), "_forward_cls", None) is StopRelevance:
+                continue
+            seen.add(node)
+            for parent, _ in node.next_functions:
+                if parent is None:
+                    continue
+                if self.state in parent.metadata or getattr(parent, "variable", None) is self.images:
+                    return node.name()
+                stack.append(parent)
+        return None
+
+    def unknown(self, operation: Callable[..., Any] | str, why: str = "") -> RelevanceError:
+        """The error for an operation without a rule."""
+        name = operation if isinstance(operation, str) else resolve_name(operation) or repr(operation)
+        return RelevanceError(
+            f"no relevance rule for {name}{' ' * bool(why)}{why}, in {_module_on_the_stack()}: the heatmap "
+            "would be wrong. Use an architecture made of convolutions, linear layers, ReLUs, batch norms, "
+            "pooling, sums and concatenations, or enter a rule of your own with pipeline.rule_for"
+        )
+
+    def _check_logits(self) -> None:
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(self.images):
+            got = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise ValueError(f"the model must return logits of shape ({len(self.images)}, K), got {got}")
+        if not self.carries(self.logits):
+            raise RelevanceError(
+                "the logits do not depend on the image by any operation that autograd recorded: "
+                "does the model run under torch.no_grad, or detach its input?"
+            )
+
+
+class _Interceptor(TorchFunctionMode):
+    """Puts the rule in place of every torch function that touches what depends on the image."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        trace = self.trace
+        if not any([trace.carries(tensor) for tensor in tensors([args, kwargs])]):
+            return func(*args, **kwargs)
+        rule = RULES.get(func)
+        if rule is None:
+            output = func(*args, **kwargs)
+            if any(tensor.requires_grad for tensor in tensors(output)):
+                raise trace.unknown(func)
+            return output  # a shape, a comparison, a detached copy: no relevance passes
+        output = rule(trace, func, *args, **kwargs)
+        if rule is not RULES[stop_relevance]:
+            trace.mark(output)
+        return output
+
+
+def _module_on_the_stack() -> str:
+    """Name and type of the innermost module that is running, named as in the outermost one."""
+    modules, frame = [], sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            modules.append(owner)
+        frame = frame.f_back
+    if not modules:
+        return "a function outside any module"
+    names = {id(module): name for name, module in modules[-1].named_modules()}
+    name = names.get(id(modules[0]), "")
+    return f"module '{name}' ({type(modules[0]).__name__})" if name else f"the model ({type(modules[0]).__name__})"
+
+
+def _checked_classes(target_class: Tensor, samples: int, classes: int) -> Tensor:
+    target_class = torch.as_tensor(target_class)
+    if target_class.shape != (samples,) or target_class.is_floating_point():
+        raise ValueError(
+            f"target_class must hold one integer for each of the {samples} images, "
+            f"got {target_class.dtype} {tuple(target_class.shape)}"
+        )
+    outside = target_class[(target_class < 0) | (target_class >= classes)]
+    if len(outside):
+        raise ValueError(f"target_class {outside[0].item()} is outside the model's {classes} classes")
+    return target_class.long()
+
+
+def _checked_epsilon(epsilon: float | Tensor, samples: int) -> Tensor:
+    values = epsilon if isinstance(epsilon, Tensor) else torch.as_tensor(epsilon, dtype=torch.float64)
+    if values.dim() == 0:
+        values = values.expand(samples)
+    if values.shape != (samples,):
+        raise ValueError(f"epsilon must be a number or have shape ({samples},), got {tuple(values.shape)}")
+    if not (values >= 0).all():
+        raise ValueError(f"epsilon must be 0 or more, got {values.min().item()}")
+    return values

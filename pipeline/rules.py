@@ -1,0 +1,469 @@
+"""What every operation does to relevance: one table from torch functions to rules, beside the formulas.
+
+A rule is called in place of the function during the forward pass and puts into the autograd graph a node
+with two behaviours: its backward is the relevance rule while ``state.epsilon`` is set, and the true
+gradient otherwise. Not here: how a pass is run and how relevance is followed (`relevance.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+if TYPE_CHECKING:
+    from pipeline.relevance import Trace
+
+
+@dataclass(eq=False)
+class PassState:
+    """What the nodes of one traced forward pass know of the backward pass that runs through them.
+
+    ``epsilon`` is the (N,) stabiliser of the relevance pass in progress, or None: true gradient. The
+    nodes of one pass share one object, so passes in other threads, and autograd's own threads on CUDA,
+    see what belongs to them. It must never hold a tensor of the graph (that would be a reference cycle).
+    """
+
+    epsilon: Tensor | None = None
+
+    def epsilon_like(self, activation: Tensor) -> Tensor:
+        """The pass's ε, one per sample, shaped to broadcast over ``activation`` (N, ...)."""
+        assert self.epsilon is not None
+        if activation.shape[0] != self.epsilon.shape[0]:
+            raise ValueError(
+                f"an activation of shape {tuple(activation.shape)} does not have the batch "
+                f"({self.epsilon.shape[0]} samples) as its first axis, so epsilon cannot be drawn per sample"
+            )
+        return self.epsilon.to(activation.dtype).view(-1, *[1] * (activation.dim() - 1))
+
+
+class RelevanceError(ValueError):
+    """The model's operations do not allow a correct heatmap; the text names the operation and the module."""
+
+
+Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call it stands in for) → what func would return
+RULES: dict[Callable[..., Any], Rule] = {}
+
+
+def rule_for(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Decorator that enters a rule in the table for the given torch functions."""
+
+    def enter(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions, rule))
+        return rule
+
+    return enter
+
+
+# --- ReLU: LRP-Flex ---------------------------------------------------------------------------------
+
+
+class _ReLURelevance(Function):
+    """g · a / (a + ε), with ε = 0 meaning the step function (Bassi et al., arXiv 2407.09788, LRP-Flex).
+
+    In-place where it can be: a fresh tensor of this size costs more than the arithmetic on it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
+        epsilon = epsilon.clamp_min(torch.finfo(a.dtype).tiny)
+        reciprocal = (a + epsilon).reciprocal_()
+        ctx.save_for_backward(g, a, epsilon, reciprocal)
+        return (g * a).mul_(reciprocal)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, a, epsilon, reciprocal = ctx.saved_tensors
+        # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
+        da = (v * g).mul_(reciprocal).mul_(reciprocal).mul_(epsilon)
+        return (v * a).mul_(reciprocal), da, None
+
+
+class _ReLU(Function):
+    @staticmethod
+    def forward(ctx: Any, state: PassState, x: Tensor, inplace: bool) -> Tensor:
+        a = x.relu_() if inplace else x.relu()
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.state = state
+        ctx.save_for_backward(a)
+        return a
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (a,) = ctx.saved_tensors
+        if ctx.state.epsilon is None:
+            return None, torch.ops.aten.threshold_backward(g, a, 0), None
+        return None, _ReLURelevance.apply(g, a, ctx.state.epsilon_like(a)), None
+
+
+@rule_for(F.relu, torch.relu, torch.Tensor.relu)
+def relu(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    return _ReLU.apply(trace.state, input, inplace)
+
+
+@rule_for(F.relu_, torch.relu_, torch.Tensor.relu_)
+def relu_(trace: Trace, func: Any, input: Tensor) -> Tensor:
+    return _ReLU.apply(trace.state, input, True)
+
+
+# --- Convolution: linear, so its rule is its gradient; the node is here for speed ----------------------
+
+
+class _ConvolutionInputGrad(Function):
+    """The input gradient of a convolution as a function (g, weight) → gradient.
+
+    It is bilinear, so its own backward is one convolution and one weight-gradient kernel, where PyTorch's
+    double backward of convolution takes several times that (pytorch issue 22577).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Tensor:
+        ctx.options = options
+        ctx.save_for_backward(g, weight)
+        return torch.ops.aten.convolution_backward(g, x, weight, None, *options, [True, False, False])[0]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, weight = ctx.saved_tensors
+        dg = torch.ops.aten.convolution(v, weight, None, *ctx.options) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[2]:
+            mask = [False, True, False]
+            dw = torch.ops.aten.convolution_backward(g, v, weight, None, *ctx.options, mask)[1]
+        return dg, None, dw, None
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, state: PassState, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+    ) -> Tensor:
+        ctx.state, ctx.options = state, options
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        ctx.save_for_backward(x, weight)
+        return torch.ops.aten.convolution(x, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        if ctx.state.epsilon is not None:
+            return None, _ConvolutionInputGrad.apply(g, x.detach(), weight, ctx.options), None, None, None
+        mask = list(ctx.needs_input_grad[1:4])
+        grads = torch.ops.aten.convolution_backward(g, x, weight, ctx.bias_sizes, *ctx.options, mask)
+        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
+
+
+def _convolve(
+    trace: Trace, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+) -> Tensor:
+    if any(trace.carries(tensor) for tensor in tensors([weight, bias])):
+        raise trace.unknown(func, "with weights that depend on the image")
+    return _Convolution.apply(trace.state, x, weight, bias, options)
+
+
+def _n_tuple(value: int | tuple[int, ...], dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value)
+
+
+@rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dims = weight.dim() - 2
+    stride, dilation = _n_tuple(stride, dims), _n_tuple(dilation, dims)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":  # the surplus row or column goes to the end, as in PyTorch
+        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in totals):
+            input = F.pad(input, [p for total in reversed(totals) for p in (0, total % 2)])
+        padding = [total // 2 for total in totals]
+    options = (stride, _n_tuple(padding, dims), dilation, False, [0] * dims, groups)
+    return _convolve(trace, func, input, weight, bias, options)
+
+
+@rule_for(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def transposed_convolution(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    dims = weight.dim() - 2
+    stride, padding, dilation = (_n_tuple(value, dims) for value in (stride, padding, dilation))
+    options = (stride, padding, dilation, True, _n_tuple(output_padding, dims), groups)
+    return _convolve(trace, func, input, weight, bias, options)
+
+
+# --- Norms: affine maps in the relevance pass, their statistics connected in the outer gradient ---------
+
+
+def _channels(value: Tensor, like: Tensor) -> Tensor:
+    """A (C,) vector shaped to broadcast over ``like`` (N, C, ...)."""
+    return value.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _sum_per_channel(value: Tensor) -> Tensor:
+    return value.sum([0, *range(2, value.dim())])
+
+
+class _NormRelevance(Function):
+    """g · γ / σ for batch statistics σ = sqrt(E[(x − μ)²] + eps), whose backward sees σ as a function of x.
+
+    No relevance goes through the statistics, but with σ detached from the outer gradient a student does
+    not learn. ``inverse`` is 1/σ (C,); ``mean`` is μ (C,), or None for a norm that does not centre.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, inverse: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(g, x, weight, mean, inverse)
+        return g * _channels(weight * inverse, g)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        g, x, weight, mean, inverse = ctx.saved_tensors
+        gv = _sum_per_channel(g * v)
+        samples = x.numel() // x.shape[1]
+        # d(1/σ)/dx = −(x − μ)/(n σ³)
+        slope = gv * weight * inverse**3 / -samples
+        dx = x * _channels(slope, x)
+        if mean is not None:
+            dx -= _channels(slope * mean, x)
+        return v * _channels(weight * inverse, v), dx, gv * inverse, None, None
+
+
+class _BatchNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state: PassState,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        out, mean, inverse = torch.native_batch_norm(
+            x, weight, bias, running_mean, running_var, training, momentum, eps
+        )
+        ctx.state, ctx.training, ctx.eps = state, training, eps
+        # the running statistics are buffers that a later step overwrites: keep what this pass used
+        ctx.running = None if training else (running_mean.clone(), running_var.clone())
+        ctx.save_for_backward(x, weight, mean, inverse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, inverse = ctx.saved_tensors
+        running_mean, running_var = ctx.running or (None, None)
+        if ctx.state.epsilon is not None:
+            gamma = torch.ones_like(inverse if ctx.training else running_var) if weight is None else weight
+            if ctx.training:
+                dx = _NormRelevance.apply(g, x, gamma, mean, inverse)
+            else:
+                dx = g * _channels(gamma * torch.rsqrt(running_var + ctx.eps), g)
+            return None, dx, *[None] * 7
+        mask = list(ctx.needs_input_grad[1:4])
+        grads = torch.ops.aten.native_batch_norm_backward(
+            g, x, weight, running_mean, running_var, mean, inverse, ctx.training, ctx.eps, mask
+        )
+        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 5
+
+
+@rule_for(F.batch_norm)
+def batch_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _BatchNorm.apply(
+        trace.state, input, weight, bias, running_mean, running_var, training, momentum, eps
+    )
+
+
+def scale_norm(
+    x: Tensor,
+    weight: Tensor,
+    running_second_moment: Tensor,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Scale-only norm ``x · γ / sqrt(E[x²] + eps)``: a batch norm with neither mean nor shift.
+
+    x is (N, C, ...), weight γ and ``running_second_moment`` (C,). In training E[x²] is that of the batch and
+    the running one is updated in place; in evaluation it is the running one, and the norm is linear.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(
+            scale_norm, (x,), x, weight, running_second_moment, training, momentum, eps
+        )
+    second_moment = _second_moment(x, running_second_moment, momentum) if training else running_second_moment
+    return x * _channels(weight * torch.rsqrt(second_moment + eps), x)
+
+
+def _second_moment(x: Tensor, running: Tensor, momentum: float) -> Tensor:
+    second_moment = _sum_per_channel(x.square()) / (x.numel() // x.shape[1])
+    with torch.no_grad():
+        running.lerp_(second_moment.to(running.dtype), momentum)
+    return second_moment
+
+
+class _ScaleNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, state: PassState, x: Tensor, weight: Tensor, running: Tensor, momentum: float, eps: float
+    ) -> Tensor:
+        inverse = torch.rsqrt(_second_moment(x, running, momentum) + eps)
+        ctx.state = state
+        ctx.save_for_backward(x, weight, inverse)
+        return x * _channels(weight * inverse, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        if ctx.state.epsilon is not None:
+            return None, _NormRelevance.apply(g, x, weight, None, inverse), *[None] * 4
+        gx = _sum_per_channel(g * x)
+        samples = x.numel() // x.shape[1]
+        dx = g * _channels(weight * inverse, g)
+        dx.addcmul_(x, _channels(weight * inverse**3 * gx / samples, x), value=-1)
+        return None, dx, gx * inverse, *[None] * 3
+
+
+@rule_for(scale_norm)
+def scale_norm_rule(
+    trace: Trace, func: Any, x: Tensor, weight: Tensor, running: Tensor, training: bool, momentum: float, eps: float
+) -> Tensor:
+    if training:
+        return _ScaleNorm.apply(trace.state, x, weight, running, momentum, eps)
+    return scale_norm(x, weight, running, training, momentum, eps)
+
+
+# --- Stop: a constant in the relevance pass, connected in the outer gradient ----------------------------
+
+
+class StopRelevance(Function):
+    @staticmethod
+    def forward(ctx: Any, state: PassState, x: Tensor) -> Tensor:
+        ctx.state = state
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, g if ctx.state.epsilon is None else None
+
+
+def stop_relevance(x: Tensor) -> Tensor:
+    """``x`` as a constant for relevance: none passes through it, while ordinary gradients do.
+
+    For statistics and normalisers in a model of your own, such as the maximum that an image is divided by.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(stop_relevance, (x,), x)
+    return x
+
+
+@rule_for(stop_relevance)
+def stop(trace: Trace, func: Any, x: Tensor) -> Tensor:
+    return StopRelevance.apply(trace.state, x)
+
+
+# --- Operations whose relevance rule is PyTorch's own backward -------------------------------------------
+
+T = torch.Tensor
+_nn = torch._C._nn
+
+
+@rule_for(
+    # sums and differences: each term keeps its share; a constant term keeps its own, like a bias
+    torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__,
+    torch.sub, T.sub, T.sub_, T.__sub__, T.__rsub__, T.__isub__,
+    torch.neg, T.neg, T.__neg__, torch.sum, T.sum, torch.mean, T.mean,
+    # averages over windows, and interpolation
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+    F.adaptive_avg_pool3d, F.interpolate,
+    # moving values about
+    torch.cat, torch.concat, torch.concatenate, torch.stack, F.pad,
+    torch.flatten, T.flatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as, torch.permute, T.permute,
+    torch.transpose, T.transpose, torch.t, T.t, torch.movedim, T.movedim, T.T.__get__, T.mT.__get__,
+    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, T.expand, T.expand_as, T.repeat,
+    torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind, T.__getitem__, torch.select, T.select,
+    torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll, F.pixel_shuffle, F.pixel_unshuffle,
+    # copies and types
+    T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
+    T.cpu, T.cuda,
+    # the largest of a window takes all
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    # dropout is a fixed mask within one pass
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout,
+)  # fmt: skip
+def gradient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Linear maps, and pooling by the winner: relevance passes as the gradient does."""
+    return func(*args, **kwargs)
+
+
+@rule_for(
+    torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__, torch.matmul, T.matmul, T.__matmul__,
+    T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.einsum, F.linear,
+)  # fmt: skip
+def product(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A product in which one factor alone depends on the image is linear in that factor."""
+    if sum(trace.carries(tensor) for tensor in tensors([args, kwargs])) > 1:
+        raise trace.unknown(func, "of two factors that both depend on the image")
+    return func(*args, **kwargs)
+
+
+@rule_for(torch.div, T.div, T.div_, T.__truediv__, T.__itruediv__)
+def quotient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A quotient is linear in its numerator, where the denominator does not depend on the image."""
+    if any(trace.carries(tensor) for tensor in tensors([args[1:], kwargs])):
+        raise trace.unknown(func, "by a denominator that depends on the image")
+    return func(*args, **kwargs)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)

@@ -1,0 +1,228 @@
+"""The heatmap store: create, write shard by shard, read. Knows arrays, not models.
+
+A shard without its commit record does not exist for a reader, so whatever interrupts a writer, what can be
+read is whole. One shard is written by one writer: two writers of one shard lose data in Zarr.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+import zarr.errors
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo
+
+REMEDY = "make one with: python cli.py cache-explanations"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The content of one shard: n samples, D draws, K classes.
+
+    heatmaps: float32 (n, D, C, H, W); target_class: int64 (n, D); epsilon: float32 (n, D);
+    teacher_logits: float32 (n, K).
+    """
+
+    heatmaps: np.ndarray
+    target_class: np.ndarray
+    epsilon: np.ndarray
+    teacher_logits: np.ndarray
+
+
+class Cache:
+    """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,)."""
+
+    def __init__(self, path: str, root: zarr.Group, info: CacheInfo):
+        self.path, self.info = path, info
+        self._arrays = {name: array for name, array in root.arrays()}
+        head = root.get("head")
+        self.head: Mapping[str, np.ndarray] = (
+            {name: np.asarray(array[:]) for name, array in head.arrays()} if isinstance(head, zarr.Group) else {}
+        )
+
+    def committed(self) -> np.ndarray:
+        """Which shards exist: bool (number of shards,)."""
+        return np.asarray(self._arrays["commits"][:]).any(axis=1)
+
+    def write_shard(self, shard: int, content: Shard) -> None:
+        """Write one whole shard, then its commit record. Safe beside writers of other shards."""
+        start, stop = self.info.shard_range(shard)
+        if len(content.heatmaps) != stop - start:
+            raise ValueError(f"shard {shard} holds {stop - start} samples, got {len(content.heatmaps)}")
+        stored = _encode(content)
+        for name, values in stored.items():
+            self._arrays[name][start:stop] = values
+        self._arrays["commits"][shard] = _digest(stored)
+
+    def read_shard(self, shard: int, draws: np.ndarray | None = None) -> Shard:
+        """Read and check one committed shard; all its draws, or one for each sample, ``draws`` (n,) → D = 1.
+
+        Raises CacheError, naming the shard, where it is not committed or its content is not what was committed.
+        """
+        start, stop = self.info.shard_range(shard)
+        commit = np.asarray(self._arrays["commits"][shard])
+        if not commit.any():
+            raise CacheError(
+                f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is not there yet: "
+                "run the cache-explanations command that made the store again, it continues"
+            )
+        try:
+            stored = {name: np.asarray(self._arrays[name][start:stop]) for name in _ARRAYS}
+            intact = bool((_digest(stored) == commit).all())
+        except (ValueError, RuntimeError):  # a chunk whose checksum or compressed form is broken
+            intact = False
+        if not intact:
+            raise CacheError(
+                f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is damaged: its content is not "
+                "what was committed; make the store again, or restore it from a copy"
+            )
+        return _decode(stored, draws)
+
+
+_ARRAYS = ("heatmaps", "scale", "target_class", "epsilon", "teacher_logits")
+
+
+def _encode(content: Shard) -> dict[str, np.ndarray]:
+    """Maps as float16 relative to their largest absolute value, which is kept as ``scale``."""
+    maps = np.asarray(content.heatmaps, np.float32)
+    if not np.isfinite(maps).all():
+        raise ValueError("heatmaps must be finite: the teacher overflows on these images")
+    scale = np.abs(maps).max(axis=(2, 3, 4))
+    safe = np.where(scale > 0, scale, 1)[..., None, None, None]
+    return {
+        "heatmaps": (maps / safe).astype(np.float16),
+        "scale": scale,
+        "target_class": content.target_class.astype(np.int32),
+        "epsilon": content.epsilon.astype(np.float32),
+        "teacher_logits": content.teacher_logits.astype(np.float32),
+    }
+
+
+def _decode(stored: Mapping[str, np.ndarray], draws: np.ndarray | None) -> Shard:
+    chosen = {name: stored[name] for name in ("heatmaps", "scale", "target_class", "epsilon")}
+    if draws is not None:
+        rows = np.arange(len(draws))
+        chosen = {name: values[rows, draws][:, None] for name, values in chosen.items()}
+    maps = chosen["heatmaps"].astype(np.float32)
+    maps *= chosen["scale"][..., None, None, None]
+    return Shard(maps, chosen["target_class"].astype(np.int64), chosen["epsilon"], stored["teacher_logits"])
+
+
+def _digest(stored: Mapping[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 over the stored values of one shard, as uint8 (32,): its commit record."""
+    digest = hashlib.sha256()
+    for name in _ARRAYS:
+        digest.update(np.ascontiguousarray(stored[name]).data)
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def create_cache(path: str | Path, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
+    """Create the store with every shard uncommitted, or open the one that the same settings made.
+
+    Raises CacheError for a store made with other settings, FileExistsError for a path that holds anything else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
+    if path.exists() and any(path.iterdir()):
+        attributes = _attributes(str(path))
+        if attributes.get("kind") != KIND:
+            raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
+        if attributes.get("ready"):
+            return _reopen(str(path), info)
+    unready = {"kind": KIND, "format_version": FORMAT_VERSION, "ready": False}
+    root = zarr.create_group(str(path), overwrite=True, zarr_format=3, attributes=unready)
+    samples, draws = info.dataset.samples, info.explainer.draws
+    shard, chunk = info.storage.shard_samples, info.storage.chunk_samples
+    rows = (samples, draws)
+    root.create_array(
+        "heatmaps",
+        shape=(*rows, *info.dataset.image_shape),
+        dtype=info.storage.dtype,
+        chunks=(chunk, 1, *info.dataset.image_shape),
+        shards=(shard, draws, *info.dataset.image_shape),
+        compressors=(BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=2), Crc32cCodec()),
+        dimension_names=("sample", "draw", "channel", "y", "x"),
+    )
+    plain: dict[str, tuple[tuple[int, int], str, tuple[str, str]]] = {
+        "scale": (rows, "float32", ("sample", "draw")),
+        "target_class": (rows, "int32", ("sample", "draw")),
+        "epsilon": (rows, "float32", ("sample", "draw")),
+        "teacher_logits": ((samples, len(info.teacher.class_names)), "float32", ("sample", "class")),
+    }
+    for name, (shape, dtype, dimensions) in plain.items():
+        root.create_array(
+            name, shape=shape, dtype=dtype, chunks=(shard, shape[1]), dimension_names=dimensions
+        )
+    root.create_array(
+        "commits",
+        shape=(info.shards, 32),
+        dtype="uint8",
+        chunks=(1, 32),
+        compressors=None,
+        dimension_names=("shard", "sha256"),
+    )
+    if head:
+        head_group = root.create_group("head")
+        for name, values in head.items():
+            head_group.create_array(name, data=np.asarray(values, np.float32))
+    root.attrs.put({**unready, **info.to_dict(), "ready": True})
+    return Cache(str(path), root, info)
+
+
+def open_cache(path: str | Path, *, writable: bool = False) -> Cache:
+    """Open a store, complete or not.
+
+    Raises CacheError where there is none, it is of another format version, or its attributes are not ours.
+    """
+    path = str(path)
+    attributes = _attributes(path)
+    if attributes.get("kind") != KIND:
+        found = f"its attribute 'kind' is {attributes.get('kind')!r}" if attributes else "there is no Zarr group"
+        raise CacheError(f"no heatmap store at {path}: {found}; {REMEDY}")
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has store format version {attributes.get('format_version')!r}, this program reads version "
+            f"{FORMAT_VERSION}: use the program that wrote it, or make the store again"
+        )
+    if not attributes.get("ready"):
+        raise CacheError(f"the creation of {path} was interrupted: run its cache-explanations command again")
+    try:
+        info = CacheInfo.from_dict(attributes)
+    except CacheError as error:
+        raise CacheError(f"{path} is no store that this program can read: {error}; make it again") from None
+    root = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
+    return Cache(path, root, info)
+
+
+def check_complete(cache: Cache) -> None:
+    """Raise CacheError, saying how far it is, unless every shard is committed."""
+    committed = cache.committed()
+    if not committed.all():
+        raise CacheError(
+            f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; "
+            "run the cache-explanations command that made it again, it continues where it stopped"
+        )
+
+
+def _reopen(path: str, info: CacheInfo) -> Cache:
+    cache = open_cache(path, writable=True)
+    if differences := cache.info.differences(info):
+        raise CacheError(
+            f"{path} was made with other settings ({'; '.join(differences)}; the store's first, this "
+            "command's second): give the same ones to continue it, or choose another --out"
+        )
+    return cache
+
+
+def _attributes(path: str) -> dict[str, object]:
+    try:
+        return dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
+    except (FileNotFoundError, NotADirectoryError, zarr.errors.GroupNotFoundError, ValueError):
+        return {}

@@ -1,0 +1,19 @@
+"""How a classifier learns: teachers by labels, students by heatmaps; their evaluation, and the quickstart."""
+
+from trainer.distill import train_student
+from trainer.evaluation import evaluate
+from trainer.losses import heatmap_loss
+from trainer.pictures import heatmap_picture
+from trainer.quickstart import quickstart
+from trainer.supervised import train_teacher
+from trainer.training import TrainingError
+
+__all__ = [
+    "TrainingError",
+    "evaluate",
+    "heatmap_loss",
+    "heatmap_picture",
+    "quickstart",
+    "train_student",
+    "train_teacher",
+]

@@ -1,0 +1,190 @@
+"""Stage two: a student learns from stored heatmaps alone. The teacher's network is neither loaded nor run."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Dataset, Split, open_dataset
+from pipeline import Classifier, ModelConfig, explain
+from pipeline.classifier import HeadSpec, build_classifier, save_weights
+from pipeline.device import as_input, pick_device
+from pipeline.models import last_linear
+from teacher_cache import Cache, CacheError, check_complete, open_cache
+from trainer.losses import heatmap_loss
+from trainer.run_dir import RunDir, check_free
+from trainer.stream import Block, read_explained, stream
+from trainer.training import LOG_EVERY, STUDENT, finite, optimiser, seed_torch, total_steps
+
+GRADIENT_NORM = 1.0
+VALIDATIONS = 5  # times in a training that a model is chosen from
+
+
+def train_student(
+    data: str | Path,
+    cache: str | Path,
+    out: str | Path,
+    *,
+    validation_cache: str | Path | None = None,
+    arch: str = "small-cnn",
+    bias_free: bool | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    lr: float = 4e-3,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Train a student to make its own LRP heatmaps match the stored ones (DESIGN §2.2, §2.3) and save it in ``out``.
+
+    The loss is on heatmaps alone: no label and no output is looked at. Each step shows one stored draw of
+    each sample, explained by the student for the same class with the same ε. The teacher's last layer is
+    copied and frozen, behind a learnt adapter where widths differ. Adam, one-cycle schedule of peak ``lr``,
+    gradients clipped to norm 1; 3,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None
+    means: as the teacher. With ``validation_cache`` the weights of the lowest heatmap loss on the validation
+    split are kept, without it the last ones. Returns the result that it writes.
+
+    Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError.
+    """
+    check_free(Path(out))
+    dataset = open_dataset(data)
+    explained = _open_paired(cache, dataset, "train")
+    validation = None if validation_cache is None else _open_paired(validation_cache, dataset, "validation")
+    if validation is not None:
+        _check_same_teacher(explained, validation)
+    train = dataset.split("train")
+    info = explained.info
+    steps = total_steps(len(train), batch_size, steps, epochs, default=3000)
+    head = explained.head
+    config = ModelConfig(
+        kind="student",
+        arch=arch,
+        bias_free=info.teacher.bias_free if bias_free is None else bias_free,
+        debias="none",
+        class_names=dataset.class_names,
+        image_shape=train.image_shape,
+        dataset={"name": dataset.name, "fingerprint": train.fingerprint},
+        training={
+            "loss": "heatmaps",
+            "steps": steps,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "cache": {key: value for key, value in info.to_dict().items() if key != "dataset"},
+        },
+        head=HeadSpec(head["weight"].shape[1], "bias" in head) if head else None,
+    )
+    torch_device = pick_device(device)
+    seed_torch(seed, STUDENT)
+    model = build_classifier(config)
+    if head:
+        _copy_head(model, head)
+    model.to(torch_device, memory_format=torch.channels_last).train()
+    adam, schedule = optimiser(model, lr, steps)
+    run = RunDir(out, config)
+    started = time.perf_counter()
+
+    best_loss, best_step, best_weights = float("inf"), 0, None
+    read = read_explained(train, explained, seed)
+    batches = stream(read, len(train), info.storage.shard_samples, batch_size=batch_size, seed=seed)
+    bar = tqdm(islice(batches, steps), total=steps, unit="step", desc=f"distilling {run.path.name}", disable=None)
+    for step, batch in enumerate(bar, start=1):
+        loss = _losses(model, batch, torch_device, create_graph=True).mean()
+        adam.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        adam.step()
+        schedule.step()
+        if step % LOG_EVERY == 0 or step == steps:
+            run.log(step=step, loss=finite(loss, step), lr=schedule.get_last_lr()[0])
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+        if validation is not None and (step % max(1, steps // VALIDATIONS) == 0 or step == steps):
+            validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
+            run.log(step=step, validation_loss=validation_loss)
+            if validation_loss < best_loss:
+                best_loss, best_step = validation_loss, step
+                best_weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    batches.close()
+
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    save_weights(run.path, model)
+    return run.finish(
+        loss=finite(loss, steps),
+        validation_loss=None if best_weights is None else best_loss,
+        kept_step=steps if best_weights is None else best_step,
+        steps=steps,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _losses(model: Classifier, batch: Block, device: torch.device, *, create_graph: bool) -> Tensor:
+    """The heatmap loss of each sample, (N,), between the student's maps and the stored ones."""
+    teacher = torch.from_numpy(batch["heatmaps"]).to(device)
+    classes, epsilon = (torch.from_numpy(batch[key]) for key in ("target_class", "epsilon"))
+    _, student = explain(model, as_input(batch["images"], device), classes, epsilon, create_graph=create_graph)
+    return heatmap_loss(student, teacher)
+
+
+def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, device: torch.device) -> float:
+    """The mean heatmap loss over the validation split, each sample by its first draw; evaluation mode."""
+    model.eval()
+    total = 0.0
+    for shard in range(cache.info.shards):
+        start, stop = cache.info.shard_range(shard)
+        content = cache.read_shard(shard, np.zeros(stop - start, np.int64))
+        images = np.asarray(split.images[start:stop])
+        for first in range(0, stop - start, batch_size):
+            rows = slice(first, first + batch_size)
+            batch = {
+                "images": images[rows],
+                "heatmaps": content.heatmaps[rows, 0],
+                "target_class": content.target_class[rows, 0],
+                "epsilon": content.epsilon[rows, 0],
+            }
+            total += float(_losses(model, batch, device, create_graph=False).sum())
+    model.train()
+    return total / len(split)
+
+
+def _copy_head(model: Classifier, head: Any) -> None:
+    name = last_linear(model.network, len(head["weight"]))
+    assert name is not None  # build_classifier has put it there
+    layer = model.network.get_submodule(name)
+    layer.load_state_dict({key: torch.from_numpy(value) for key, value in head.items()})
+
+
+def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
+    """Open a complete store of one split of this very dataset, or raise CacheError."""
+    cache = open_cache(path)
+    info = cache.info.dataset
+    if info.split != split:
+        raise CacheError(
+            f"the store {path} explains the split '{info.split}', the {split} split is needed: "
+            f"make one with cache-explanations --split {split}"
+        )
+    expected = dataset.split(split).fingerprint
+    if info.fingerprint != expected:
+        raise CacheError(
+            f"the store {path} was made from another dataset ('{info.name}', fingerprint {info.fingerprint[:12]}) "
+            f"than {dataset.path} ('{dataset.name}', fingerprint {expected[:12]}): use the dataset that it was made "
+            "from, or make a store of this one with cache-explanations"
+        )
+    check_complete(cache)
+    return cache
+
+
+def _check_same_teacher(train: Cache, validation: Cache) -> None:
+    ours, theirs = train.info.teacher.weights_sha256, validation.info.teacher.weights_sha256
+    if ours != theirs:
+        raise CacheError(
+            f"the store {validation.path} explains another teacher (weights {theirs[:12]}) than {train.path} "
+            f"(weights {ours[:12]}): make both with the same --teacher"
+        )

@@ -1,0 +1,33 @@
+"""How far a student's heatmaps are from the teacher's."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SMALLEST_SIDE = 8
+
+
+def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Geometric-mean L1 over a pyramid (Bassi et al., arXiv 2407.09788; DESIGN §2.2), one number for each sample.
+
+    Both maps (N, C, H, W) are divided by ``sqrt(mean|S| · mean|T|)`` of the sample, and the mean absolute
+    difference is taken; this at full resolution and after 2×2, 4×4, … average pooling of the raw maps while
+    the smaller side is at least 8, and averaged over these levels. Returns (N,), 0 for equal maps. The
+    geometric mean keeps a student from winning by an all-zero or an exploding map.
+    """
+    levels = []
+    while True:
+        levels.append(_geometric_l1(student, teacher))
+        if min(student.shape[2:]) // 2 < SMALLEST_SIDE:
+            return torch.stack(levels).mean(0)
+        student, teacher = F.avg_pool2d(student, 2), F.avg_pool2d(teacher, 2)
+
+
+def _geometric_l1(student: Tensor, teacher: Tensor) -> Tensor:
+    """(N,): mean |S − T| / g with g the geometric mean of the two mean absolute values."""
+    s, t = student.abs().mean((1, 2, 3)), teacher.abs().mean((1, 2, 3))
+    tiny = torch.finfo(student.dtype).tiny ** 0.5  # both maps all-zero: a loss of 0, and no division by 0
+    g = (s.clamp_min(tiny) * t.clamp_min(tiny)).sqrt()
+    return (student - teacher).abs().mean((1, 2, 3)) / g

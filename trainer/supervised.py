@@ -1,0 +1,87 @@
+"""Supervised training: teachers behind their debiasing front, and the ERM baseline (front ``none``)."""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data import open_dataset
+from pipeline import ModelConfig
+from pipeline.classifier import DEBIAS, build_classifier, save_weights
+from pipeline.device import as_input, as_mask, pick_device
+from trainer.run_dir import RunDir, check_free
+from trainer.stream import BLOCK_SAMPLES, read_labelled, stream
+from trainer.training import LOG_EVERY, TEACHER, TrainingError, finite, optimiser, seed_torch, total_steps
+
+
+def train_teacher(
+    data: str | Path,
+    out: str | Path,
+    *,
+    arch: str = "small-cnn",
+    debias: str = "grayscale",
+    bias_free: bool | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 128,
+    lr: float = 4e-3,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Train a classifier with cross-entropy on the train split alone and save it in ``out``.
+
+    Adam, one-cycle schedule of peak ``lr``; 1,000 steps unless ``steps`` or ``epochs`` is given.
+    ``bias_free`` None means: for ``small-cnn`` only. The last weights are kept; no other split is looked at.
+    Returns the result that it writes: last loss, steps, seconds.
+
+    Raises DatasetError, ModelError, FileExistsError, TrainingError.
+    """
+    check_free(Path(out))
+    dataset = open_dataset(data)
+    train = dataset.split("train")
+    steps = total_steps(len(train), batch_size, steps, epochs, default=1000)
+    if debias not in DEBIAS:
+        raise TrainingError(f"unknown --debias '{debias}': choose one of {', '.join(DEBIAS)}")
+    if debias == "mask" and train.masks is None:
+        raise TrainingError(f"--debias mask needs 'masks' in the train split of {data}, which has none")
+    config = ModelConfig(
+        kind="teacher",
+        arch=arch,
+        bias_free=arch == "small-cnn" if bias_free is None else bias_free,
+        debias=debias,
+        class_names=dataset.class_names,
+        image_shape=train.image_shape,
+        dataset={"name": dataset.name, "fingerprint": train.fingerprint},
+        training={"loss": "cross-entropy", "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed},
+    )
+    torch_device = pick_device(device)
+    seed_torch(seed, TEACHER)
+    model = build_classifier(config).to(torch_device, memory_format=torch.channels_last).train()
+    adam, schedule = optimiser(model, lr, steps)
+    run = RunDir(out, config)
+    started = time.perf_counter()
+
+    batches = stream(read_labelled(train), len(train), BLOCK_SAMPLES, batch_size=batch_size, seed=seed)
+    bar = tqdm(islice(batches, steps), total=steps, unit="step", desc=f"training {run.path.name}", disable=None)
+    for step, batch in enumerate(bar, start=1):
+        images = as_input(batch["images"], torch_device)
+        masks = as_mask(batch["masks"], torch_device) if "masks" in batch else None
+        labels = torch.from_numpy(batch["labels"]).long().to(torch_device)
+        loss = F.cross_entropy(model(images, masks), labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        if step % LOG_EVERY == 0 or step == steps:
+            run.log(step=step, loss=finite(loss, step), lr=schedule.get_last_lr()[0])
+            bar.set_postfix(loss=f"{float(loss):.3f}")
+    batches.close()
+
+    save_weights(run.path, model)
+    return run.finish(loss=finite(loss, steps), steps=steps, seconds=time.perf_counter() - started)
