@@ -63,9 +63,7 @@ class Dataset:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise DatasetError(
-                f"the dataset {self.path} has no split '{name}': choose one of {', '.join(self.splits)}"
-            )
+            raise DatasetError(f"the dataset {self.path} has no split '{name}': choose one of {', '.join(self.splits)}")
         return self.splits[name]
 
     @property
@@ -89,7 +87,7 @@ def open_dataset(path: str | Path) -> Dataset:
         raise DatasetError(f"no dataset at {path}: there is no Zarr group; {REMEDY}") from None
     except ValueError as error:
         raise DatasetError(f"no dataset at {path}: its zarr.json cannot be read ({error}); {REMEDY}") from None
-    attributes = dict(root.attrs)
+    attributes: dict[str, Any] = dict(root.attrs)
     if attributes.get("kind") != KIND:
         raise DatasetError(
             f"{path} is a Zarr group but no dataset of ours: its attribute 'kind' is "
@@ -130,7 +128,8 @@ def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
         if required not in arrays:
             raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
     images, labels, groups, masks = (arrays.get(key) for key in ("images", "labels", "groups", "masks"))
-    assert images is not None and labels is not None
+    assert images is not None
+    assert labels is not None
     if images.ndim != 4 or images.dtype != np.uint8 or images.shape[0] == 0:
         raise DatasetError(f"{where}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, C, H, W)")
     samples, _, height, width = images.shape
@@ -177,10 +176,8 @@ class DatasetWriter:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         check_free(self.path)
-        self._unfinished = {"kind": KIND, "format_version": FORMAT_VERSION, "complete": False}
-        self._root = zarr.create_group(
-            str(self.path), overwrite=True, zarr_format=3, attributes=self._unfinished
-        )
+        self._unfinished: dict[str, Any] = {"kind": KIND, "format_version": FORMAT_VERSION, "complete": False}
+        self._root = zarr.create_group(str(self.path), overwrite=True, zarr_format=3, attributes=self._unfinished)
 
     def write_split(self, name: str, **arrays: np.ndarray) -> None:
         """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``."""

@@ -118,9 +118,7 @@ def versions() -> dict[str, str]:
 
 def build_classifier(config: ModelConfig) -> Classifier:
     """The classifier that the configuration describes, freshly initialised."""
-    network = build_network(
-        config.arch, len(config.class_names), config.image_shape, free_of_biases=config.bias_free
-    )
+    network = build_network(config.arch, len(config.class_names), config.image_shape, free_of_biases=config.bias_free)
     if config.head is not None:
         attach_head(network, config.head, len(config.class_names), adapter_bias=not config.bias_free)
     return Classifier(network, config.debias)

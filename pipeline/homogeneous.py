@@ -8,7 +8,7 @@ conserved, and the outputs are inherited with the explanation.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,7 @@ class ScaleNorm(nn.Module):
         self.register_buffer("running_second_moment", torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return scale_norm(
-            x, self.weight, self.running_second_moment, self.training, self.momentum, self.eps
-        )
+        return scale_norm(x, self.weight, self.running_second_moment, self.training, self.momentum, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"

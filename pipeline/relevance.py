@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,7 +70,10 @@ class Trace:
         self.state = PassState()
         self._model = model
         with torch.inference_mode(False), torch.enable_grad():
-            self.images = images if images.requires_grad else images.detach().requires_grad_()
+            if images.is_inference():
+                images = images.clone()
+            self.owns_images = not images.requires_grad  # nobody asks for the gradient at our own leaf
+            self.images = images.detach().requires_grad_() if self.owns_images else images
             with _Interceptor(self):
                 self.logits = model(self.images)
         self._check_logits()
@@ -99,7 +103,8 @@ class Trace:
             )
         finally:
             self.state.epsilon = None
-        return self.images * gradient if create_graph else (self.images * gradient).detach()
+        images = self.images.detach() if self.owns_images else self.images
+        return images * gradient if create_graph else (images * gradient).detach()
 
     # --- following relevance through the forward pass ---
     # The autograd nodes that rules made carry this pass's state in their metadata. What depends on the image
@@ -109,17 +114,19 @@ class Trace:
         """Whether relevance reaches this tensor: it is the image, or rules made it from the image."""
         if tensor is self.images:
             return True
-        if tensor.grad_fn is None or self.state in tensor.grad_fn.metadata:
-            return tensor.grad_fn is not None
-        if hidden := self._hidden_dependency(tensor.grad_fn):
+        node: Any = tensor.grad_fn
+        if node is None or self.state in node.metadata:
+            return node is not None
+        if hidden := self._hidden_dependency(node):
             raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
         return False
 
     def mark(self, output: Any) -> None:
         """Note that relevance reaches every tensor in ``output``."""
         for tensor in tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata[self.state] = True
+            node: Any = tensor.grad_fn
+            if node is not None:
+                node.metadata[self.state] = True
 
     def _hidden_dependency(self, node: Any) -> str | None:
         """The name of a node between an unmarked node and the image, if the image is among its ancestors.
@@ -127,7 +134,8 @@ class Trace:
         Relevance is cut on purpose at `stop_relevance`, so the search does not pass it. It ends at
         parameters, which is after a few nodes for a norm's statistics or a normalised weight.
         """
-        stack, seen = [node], set()
+        stack: list[Any] = [node]
+        seen: set[Any] = set()
         while stack:
             node = stack.pop()
             if node in seen or getattr(type(node), "_forward_cls", None) is StopRelevance:
@@ -168,12 +176,11 @@ class _Interceptor(TorchFunctionMode):
         super().__init__()
         self.trace = trace
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         trace = self.trace
-        if not any([trace.carries(tensor) for tensor in tensors([args, kwargs])]):
+        carrying = [trace.carries(tensor) for tensor in tensors([args, kwargs])]  # looks at each of them
+        if not any(carrying):
             return func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None:
@@ -189,7 +196,8 @@ class _Interceptor(TorchFunctionMode):
 
 def _module_on_the_stack() -> str:
     """Name and type of the innermost module that is running, named as in the outermost one."""
-    modules, frame = [], sys._getframe()
+    modules = []
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module):

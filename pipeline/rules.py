@@ -78,7 +78,7 @@ class _ReLURelevance(Function):
         return (g * a).mul_(reciprocal)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, a, epsilon, reciprocal = ctx.saved_tensors
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
         da = (v * g).mul_(reciprocal).mul_(reciprocal).mul_(epsilon)
@@ -96,7 +96,7 @@ class _ReLU(Function):
         return a
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         if ctx.state.epsilon is None:
             return None, torch.ops.aten.threshold_backward(g, a, 0), None
@@ -130,7 +130,7 @@ class _ConvolutionInputGrad(Function):
         return torch.ops.aten.convolution_backward(g, x, weight, None, *options, [True, False, False])[0]
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         dg = torch.ops.aten.convolution(v, weight, None, *ctx.options) if ctx.needs_input_grad[0] else None
         dw = None
@@ -143,29 +143,36 @@ class _ConvolutionInputGrad(Function):
 class _Convolution(Function):
     @staticmethod
     def forward(
-        ctx: Any, state: PassState, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+        ctx: Any,
+        state: PassState,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: tuple[Any, ...],
+        spare_input: bool,
     ) -> Tensor:
-        ctx.state, ctx.options = state, options
+        ctx.state, ctx.options, ctx.spare_input = state, options, spare_input
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.save_for_backward(x, weight)
         return torch.ops.aten.convolution(x, weight, bias, *options)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if ctx.state.epsilon is not None:
-            return None, _ConvolutionInputGrad.apply(g, x.detach(), weight, ctx.options), None, None, None
+            return None, _ConvolutionInputGrad.apply(g, x.detach(), weight, ctx.options), *[None] * 4
         mask = list(ctx.needs_input_grad[1:4])
+        mask[0] &= not ctx.spare_input
         grads = torch.ops.aten.convolution_backward(g, x, weight, ctx.bias_sizes, *ctx.options, mask)
-        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
+        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None
 
 
 def _convolve(
     trace: Trace, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> Tensor:
-    if any(trace.carries(tensor) for tensor in tensors([weight, bias])):
-        raise trace.unknown(func, "with weights that depend on the image")
-    return _Convolution.apply(trace.state, x, weight, bias, options)
+    require_constant(trace, func, weight, bias)
+    spare_input = x is trace.images and trace.owns_images
+    return _Convolution.apply(trace.state, x, weight, bias, options, spare_input)
 
 
 def _n_tuple(value: int | tuple[int, ...], dims: int) -> list[int]:
@@ -236,14 +243,12 @@ class _NormRelevance(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, inverse: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(g, x, weight, mean, inverse)
         return g * _channels(weight * inverse, g)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, inverse = ctx.saved_tensors
         gv = _sum_per_channel(g * v)
         samples = x.numel() // x.shape[1]
@@ -274,16 +279,16 @@ class _BatchNorm(Function):
         )
         ctx.state, ctx.training, ctx.eps = state, training, eps
         # the running statistics are buffers that a later step overwrites: keep what this pass used
-        ctx.running = None if training else (running_mean.clone(), running_var.clone())
+        ctx.running = [None if s is None or training else s.clone() for s in (running_mean, running_var)]
         ctx.save_for_backward(x, weight, mean, inverse)
         return out
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
-        running_mean, running_var = ctx.running or (None, None)
+        running_mean, running_var = ctx.running
         if ctx.state.epsilon is not None:
-            gamma = torch.ones_like(inverse if ctx.training else running_var) if weight is None else weight
+            gamma = x.new_ones(x.shape[1]) if weight is None else weight
             if ctx.training:
                 dx = _NormRelevance.apply(g, x, gamma, mean, inverse)
             else:
@@ -309,9 +314,8 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    return _BatchNorm.apply(
-        trace.state, input, weight, bias, running_mean, running_var, training, momentum, eps
-    )
+    require_constant(trace, func, weight, bias)
+    return _BatchNorm.apply(trace.state, input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
 def scale_norm(
@@ -328,18 +332,20 @@ def scale_norm(
     the running one is updated in place; in evaluation it is the running one, and the norm is linear.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(
-            scale_norm, (x,), x, weight, running_second_moment, training, momentum, eps
-        )
-    second_moment = _second_moment(x, running_second_moment, momentum) if training else running_second_moment
-    return x * _channels(weight * torch.rsqrt(second_moment + eps), x)
+        return handle_torch_function(scale_norm, (x,), x, weight, running_second_moment, training, momentum, eps)
+    return _scale_norm(PassState(), x, weight, running_second_moment, training, momentum, eps)
 
 
-def _second_moment(x: Tensor, running: Tensor, momentum: float) -> Tensor:
-    second_moment = _sum_per_channel(x.square()) / (x.numel() // x.shape[1])
-    with torch.no_grad():
-        running.lerp_(second_moment.to(running.dtype), momentum)
-    return second_moment
+def _scale_norm(
+    state: PassState, x: Tensor, weight: Tensor, running: Tensor, training: bool, momentum: float, eps: float
+) -> Tensor:
+    if training:
+        return _ScaleNorm.apply(state, x, weight, running, momentum, eps)
+    return x * _channels(weight * torch.rsqrt(running + eps), x)
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    return _sum_per_channel(x.square()) / (x.numel() // x.shape[1])
 
 
 class _ScaleNorm(Function):
@@ -347,16 +353,20 @@ class _ScaleNorm(Function):
     def forward(
         ctx: Any, state: PassState, x: Tensor, weight: Tensor, running: Tensor, momentum: float, eps: float
     ) -> Tensor:
-        inverse = torch.rsqrt(_second_moment(x, running, momentum) + eps)
-        ctx.state = state
+        second_moment = _second_moment(x)
+        running.lerp_(second_moment.to(running.dtype), momentum)
+        inverse = torch.rsqrt(second_moment + eps)
+        ctx.state, ctx.eps = state, eps
         ctx.save_for_backward(x, weight, inverse)
         return x * _channels(weight * inverse, x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         if ctx.state.epsilon is not None:
             return None, _NormRelevance.apply(g, x, weight, None, inverse), *[None] * 4
+        if torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
+            inverse = torch.rsqrt(_second_moment(x) + ctx.eps)
         gx = _sum_per_channel(g * x)
         samples = x.numel() // x.shape[1]
         dx = g * _channels(weight * inverse, g)
@@ -365,12 +375,9 @@ class _ScaleNorm(Function):
 
 
 @rule_for(scale_norm)
-def scale_norm_rule(
-    trace: Trace, func: Any, x: Tensor, weight: Tensor, running: Tensor, training: bool, momentum: float, eps: float
-) -> Tensor:
-    if training:
-        return _ScaleNorm.apply(trace.state, x, weight, running, momentum, eps)
-    return scale_norm(x, weight, running, training, momentum, eps)
+def scale_norm_rule(trace: Trace, func: Any, *args: Any) -> Tensor:
+    require_constant(trace, func, *args[1:])
+    return _scale_norm(trace.state, *args)
 
 
 # --- Stop: a constant in the relevance pass, connected in the outer gradient ----------------------------
@@ -383,7 +390,7 @@ class StopRelevance(Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return None, g if ctx.state.epsilon is None else None
 
 
@@ -404,8 +411,7 @@ def stop(trace: Trace, func: Any, x: Tensor) -> Tensor:
 
 # --- Operations whose relevance rule is PyTorch's own backward -------------------------------------------
 
-T = torch.Tensor
-_nn = torch._C._nn
+T: Any = torch.Tensor
 
 
 @rule_for(
@@ -455,6 +461,12 @@ def quotient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
     if any(trace.carries(tensor) for tensor in tensors([args[1:], kwargs])):
         raise trace.unknown(func, "by a denominator that depends on the image")
     return func(*args, **kwargs)
+
+
+def require_constant(trace: Trace, func: Any, *weights: Any) -> None:
+    """Raise RelevanceError where what a rule takes for a constant depends on the image."""
+    if any(trace.carries(tensor) for tensor in tensors(weights)):
+        raise trace.unknown(func, "with weights that depend on the image")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

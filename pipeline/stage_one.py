@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import dask
 import numpy as np
 import torch
+from dask.base import compute
+from dask.delayed import delayed
 from tqdm import tqdm
 
 from data import Split, open_dataset
 from pipeline.classifier import Classifier, check_fits, load_classifier, versions, weights_sha256
-from pipeline.device import as_input, as_mask, pick_device
+from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.models import last_linear
 from pipeline.relevance import Trace
@@ -85,7 +87,7 @@ def cache_explanations(
         written_by=versions(),
     )
     torch_device = pick_device(device)
-    model.to(torch_device, memory_format=torch.channels_last)
+    place(model, torch_device)
     cache = create_cache(out, info, _head_arrays(model, head_module))
     missing = np.flatnonzero(~cache.committed()).tolist()
 
@@ -98,8 +100,8 @@ def cache_explanations(
     workers = 1 if torch_device.type == "cpu" else 2
     there = len(chosen) - sum(stop - start for start, stop in map(info.shard_range, missing))
     with tqdm(total=len(chosen), initial=there, unit="image", desc=f"explaining {split}", disable=None) as bar:
-        tasks = [dask.delayed(task, pure=False)(shard) for shard in missing]
-        dask.compute(tasks, scheduler="threads", num_workers=workers)
+        tasks = [delayed(task, pure=False)(shard) for shard in missing]
+        compute(tasks, scheduler="threads", num_workers=workers)
     return CacheSummary(str(out), len(chosen), cache.info.shards, len(missing))
 
 
@@ -117,12 +119,10 @@ def explain_shard(
     for first in range(0, stop - start, batch_size):
         rows = slice(first, min(first + batch_size, stop - start))
         batch_masks = None if masks is None else as_mask(masks[rows], device)
-        trace = Trace(lambda batch, m=batch_masks: model(batch, m), as_input(images[rows], device))
+        trace = Trace(partial(model, masks=batch_masks), as_input(images[rows], device))
         logits.append(trace.logits.detach().float().cpu().numpy())
         targets.append(
-            target_classes(
-                logits[-1].argmax(1), logits[-1].shape[1], explainer.seed, explainer.draws, start + first
-            )
+            target_classes(logits[-1].argmax(1), logits[-1].shape[1], explainer.seed, explainer.draws, start + first)
         )
         for draw in range(explainer.draws):
             maps = trace.heatmaps(
@@ -139,4 +139,3 @@ def _head_arrays(model: Classifier, name: str | None) -> dict[str, np.ndarray]:
         return {}
     head = model.network.get_submodule(name)
     return {key: value.detach().float().cpu().numpy() for key, value in head.named_parameters()}
-

@@ -82,9 +82,8 @@ class CacheInfo:
             expected = {field.name for field in dataclasses.fields(kind)}
             found = set(values) if isinstance(values, dict) else set()
             if found != expected:
-                raise CacheError(
-                    f"its attribute '{section}' has fields {sorted(found)}, expected {sorted(expected)}"
-                )
+                raise CacheError(f"its attribute '{section}' has fields {sorted(found)}, expected {sorted(expected)}")
+            assert isinstance(values, dict)
             parts[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         return cls(written_by=dict(attributes.get("written_by", {})), **parts)
 

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -40,7 +41,7 @@ class Cache:
 
     def __init__(self, path: str, root: zarr.Group, info: CacheInfo):
         self.path, self.info = path, info
-        self._arrays = {name: array for name, array in root.arrays()}
+        self._arrays = dict(root.arrays())
         head = root.get("head")
         self.head: Mapping[str, np.ndarray] = (
             {name: np.asarray(array[:]) for name, array in head.arrays()} if isinstance(head, zarr.Group) else {}
@@ -48,7 +49,7 @@ class Cache:
 
     def committed(self) -> np.ndarray:
         """Which shards exist: bool (number of shards,)."""
-        return np.asarray(self._arrays["commits"][:]).any(axis=1)
+        return np.any(np.asarray(self._arrays["commits"][:]), axis=1, keepdims=False)
 
     def write_shard(self, shard: int, content: Shard) -> None:
         """Write one whole shard, then its commit record. Safe beside writers of other shards."""
@@ -136,7 +137,7 @@ def create_cache(path: str | Path, info: CacheInfo, head: Mapping[str, np.ndarra
             raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
         if attributes.get("ready"):
             return _reopen(str(path), info)
-    unready = {"kind": KIND, "format_version": FORMAT_VERSION, "ready": False}
+    unready: dict[str, Any] = {"kind": KIND, "format_version": FORMAT_VERSION, "ready": False}
     root = zarr.create_group(str(path), overwrite=True, zarr_format=3, attributes=unready)
     samples, draws = info.dataset.samples, info.explainer.draws
     shard, chunk = info.storage.shard_samples, info.storage.chunk_samples
@@ -157,9 +158,7 @@ def create_cache(path: str | Path, info: CacheInfo, head: Mapping[str, np.ndarra
         "teacher_logits": ((samples, len(info.teacher.class_names)), "float32", ("sample", "class")),
     }
     for name, (shape, dtype, dimensions) in plain.items():
-        root.create_array(
-            name, shape=shape, dtype=dtype, chunks=(shard, shape[1]), dimension_names=dimensions
-        )
+        root.create_array(name, shape=shape, dtype=dtype, chunks=(shard, shape[1]), dimension_names=dimensions)
     root.create_array(
         "commits",
         shape=(info.shards, 32),

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import Dataset, Split, open_dataset
 from pipeline import Classifier, ModelConfig, explain
 from pipeline.classifier import HeadSpec, build_classifier, save_weights
-from pipeline.device import as_input, pick_device
+from pipeline.device import as_input, pick_device, place
 from pipeline.models import last_linear
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.losses import heatmap_loss
@@ -86,7 +86,7 @@ def train_student(
     model = build_classifier(config)
     if head:
         _copy_head(model, head)
-    model.to(torch_device, memory_format=torch.channels_last).train()
+    place(model.train(), torch_device)
     adam, schedule = optimiser(model, lr, steps)
     run = RunDir(out, config)
     started = time.perf_counter()
@@ -103,8 +103,9 @@ def train_student(
         adam.step()
         schedule.step()
         if step % LOG_EVERY == 0 or step == steps:
-            run.log(step=step, loss=finite(loss, step), lr=schedule.get_last_lr()[0])
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            value = finite(loss, step)
+            run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
+            bar.set_postfix(loss=f"{value:.3f}")
         if validation is not None and (step % max(1, steps // VALIDATIONS) == 0 or step == steps):
             validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
             run.log(step=step, validation_loss=validation_loss)
@@ -117,7 +118,7 @@ def train_student(
         model.load_state_dict(best_weights)
     save_weights(run.path, model)
     return run.finish(
-        loss=finite(loss, steps),
+        loss=value,
         validation_loss=None if best_weights is None else best_loss,
         kept_step=steps if best_weights is None else best_step,
         steps=steps,
@@ -149,7 +150,7 @@ def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, de
                 "target_class": content.target_class[rows, 0],
                 "epsilon": content.epsilon[rows, 0],
             }
-            total += float(_losses(model, batch, device, create_graph=False).sum())
+            total += _losses(model, batch, device, create_graph=False).sum().item()
     model.train()
     return total / len(split)
 

@@ -12,7 +12,7 @@ import torch
 from data import Dataset, DatasetError, Split, open_dataset
 from pipeline import Classifier, load_classifier
 from pipeline.classifier import check_fits
-from pipeline.device import as_input, as_mask, pick_device
+from pipeline.device import as_input, as_mask, pick_device, place
 
 BATCH_SIZE = 512
 
@@ -32,7 +32,7 @@ def evaluate(data: str | Path, model: str | Path, *, device: str = "auto") -> di
     classifier, config = load_classifier(model)
     check_fits(config, dataset.class_names, dataset.test_splits[0].image_shape, model)
     torch_device = pick_device(device)
-    classifier.to(torch_device, memory_format=torch.channels_last)
+    place(classifier, torch_device)
     splits = {}
     for split in dataset.test_splits:
         correct = predict(classifier, split, torch_device) == np.asarray(split.labels[:])

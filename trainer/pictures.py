@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import zarr
 
 from data import Dataset, Split
 from pipeline import explain, load_classifier
 from pipeline.device import as_input, as_mask
 
 EPSILON = 0.01
+CPU = torch.device("cpu")
 
 
 def heatmap_picture(
@@ -29,12 +32,12 @@ def heatmap_picture(
     columns = min(10, len(dataset.class_names))
     rows = len(models) + 1
     figure = Figure(figsize=(1.15 * columns + 1.4, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
-    for panel, name in zip(np.atleast_1d(figure.subfigures(len(split_names), 1)), split_names, strict=True):
+    for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
         split = dataset.split(name)
         picked = _one_per_class(split, columns)
-        labels = np.asarray(split.labels.oindex[picked])
-        images = as_input(split.images.oindex[picked], torch.device("cpu"))
-        masks = None if split.masks is None else as_mask(split.masks.oindex[picked], torch.device("cpu"))
+        labels = np.asarray(split.labels[:])[picked]
+        images = as_input(_rows(split.images, picked), CPU)
+        masks = None if split.masks is None else as_mask(_rows(split.masks, picked), CPU)
         panel.suptitle(f"{name}: image, and relevance for its true class (red for, blue against)", fontsize=10)
         axes = panel.subplots(rows, len(picked), squeeze=False)
         _row_title(axes[0, 0], "image")
@@ -43,7 +46,7 @@ def heatmap_picture(
             axes[0, column].set_xlabel(dataset.class_names[labels[column]], fontsize=8)
         for row, (title, model) in enumerate(loaded.items(), start=1):
             _row_title(axes[row, 0], title)
-            logits, maps = explain(lambda x, m=model: m(x, masks), images, torch.from_numpy(labels), EPSILON)
+            logits, maps = explain(partial(model, masks=masks), images, torch.from_numpy(labels), EPSILON)
             for column, heatmap in enumerate(maps.sum(1).numpy()):
                 limit = np.abs(heatmap).max() or 1.0
                 axes[row, column].imshow(heatmap, cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -67,4 +70,8 @@ def _row_title(axis: object, title: str) -> None:
 
 def _one_per_class(split: Split, classes: int) -> np.ndarray:
     labels = np.asarray(split.labels[:])
-    return np.sort([np.flatnonzero(labels == label)[0] for label in range(classes) if (labels == label).any()])
+    return np.array([np.flatnonzero(labels == label)[0] for label in range(classes) if (labels == label).any()])
+
+
+def _rows(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
+    return np.stack([np.asarray(array[row]) for row in rows.tolist()])

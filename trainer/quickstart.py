@@ -35,7 +35,9 @@ class Sizes:
     draws: int = 4
 
 
-def quickstart(out: str | Path, sizes: Sizes | None = None, echo: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def quickstart(
+    out: str | Path, sizes: Sizes | None = None, echo: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
     """Train a teacher and an ERM baseline on COLOURED MNIST, cache, distil a student, evaluate all three.
 
     Writes ``results.json`` and ``report/heatmaps.png`` in ``out`` and returns the results: ``method``,
@@ -151,7 +153,8 @@ def _finished(product: Path) -> bool:
 def table(results: list[dict[str, Any]]) -> str:
     """The results as a text table, beside the paper's."""
     lines = [
-        f"{'accuracy in %':<18}{'IID':>8}{'OOD':>8}{'shift':>8}   {'paper: IID':>10}{'OOD':>8}{'shift':>8}{'seconds':>11}"
+        f"{'accuracy in %':<18}{'IID':>8}{'OOD':>8}{'shift':>8}"
+        f"   {'paper: IID':>10}{'OOD':>8}{'shift':>8}{'seconds':>11}"
     ]
     for row in results:
         ours = "".join(f"{row[key]:8.2f}" for key in ("iid", "ood", "shift"))
@@ -169,7 +172,8 @@ def _claim(out: Path, sizes: Sizes) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(marker.read_text())
         if state.get("sizes") != asdict(sizes):
             raise TrainingError(
-                f"{out} holds a quickstart with {state.get('sizes')}, this one has {asdict(sizes)}: choose another --out"
+                f"{out} holds a quickstart with {state.get('sizes')}, this one has {asdict(sizes)}: "
+                "choose another --out"
             )
         return state
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

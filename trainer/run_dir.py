@@ -1,4 +1,4 @@
-"""The folder of one training: ``config.json`` first, ``metrics.jsonl`` on the way, ``weights.pt``, ``result.json`` last."""
+"""The folder of one training: ``config.json`` first, ``metrics.jsonl`` on the way, ``result.json`` last."""
 
 from __future__ import annotations
 

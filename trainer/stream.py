@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +20,7 @@ BLOCK_SAMPLES = 1024  # read at once from a dataset without a store
 
 def stream(
     read: ReadBlock, samples: int, block_samples: int, *, batch_size: int, seed: int, first_epoch: int = 0
-) -> Iterator[Block]:
+) -> Generator[Block, None, None]:
     """Shuffled batches of exactly ``batch_size`` samples, epoch after epoch without end.
 
     What is left over at the end of an epoch is dropped, unless the epoch is smaller than one batch. The
@@ -39,7 +39,9 @@ def stream(
                 rest = None
 
 
-def _windows(samples: int, block_samples: int, seed: int, epoch: int) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+def _windows(
+    samples: int, block_samples: int, seed: int, epoch: int
+) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
     """(the sample ranges of its blocks, epoch, window number) of every window, without end."""
     ranges = order.blocks(samples, block_samples)
     window_blocks = max(1, WINDOW_SAMPLES // block_samples)
@@ -55,7 +57,7 @@ def _load(read: ReadBlock, ranges: list[tuple[int, int]], epoch: int, number: in
     return {key: np.concatenate([part[key] for part in parts])[shuffled] for key in parts[0]}
 
 
-def _batches(window: Block, rest: Block | None, batch_size: int) -> Iterator[Block]:
+def _batches(window: Block, rest: Block | None, batch_size: int) -> Generator[Block, None, Block]:
     """Yield the whole batches in ``rest`` and ``window``; return the samples that remain."""
     if rest is not None:
         window = {key: np.concatenate([rest[key], window[key]]) for key in window}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data import open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS, build_classifier, save_weights
-from pipeline.device import as_input, as_mask, pick_device
+from pipeline.device import as_input, as_mask, pick_device, place
 from trainer.run_dir import RunDir, check_free
 from trainer.stream import BLOCK_SAMPLES, read_labelled, stream
 from trainer.training import LOG_EVERY, TEACHER, TrainingError, finite, optimiser, seed_torch, total_steps
@@ -62,7 +62,8 @@ def train_teacher(
     )
     torch_device = pick_device(device)
     seed_torch(seed, TEACHER)
-    model = build_classifier(config).to(torch_device, memory_format=torch.channels_last).train()
+    model = build_classifier(config).train()
+    place(model, torch_device)
     adam, schedule = optimiser(model, lr, steps)
     run = RunDir(out, config)
     started = time.perf_counter()
@@ -79,9 +80,10 @@ def train_teacher(
         adam.step()
         schedule.step()
         if step % LOG_EVERY == 0 or step == steps:
-            run.log(step=step, loss=finite(loss, step), lr=schedule.get_last_lr()[0])
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            value = finite(loss, step)
+            run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
+            bar.set_postfix(loss=f"{value:.3f}")
     batches.close()
 
     save_weights(run.path, model)
-    return run.finish(loss=finite(loss, steps), steps=steps, seconds=time.perf_counter() - started)
+    return run.finish(loss=value, steps=steps, seconds=time.perf_counter() - started)

@@ -55,7 +55,7 @@ def optimiser(
 
 def finite(loss: torch.Tensor, step: int) -> float:
     """The loss as a number. Raises TrainingError where it is not finite."""
-    value = float(loss)
+    value = loss.item()
     if not math.isfinite(value):
         raise TrainingError(f"the loss became {value} at step {step}: train with a smaller --lr")
     return value

@@ -1,0 +1,68 @@
+"""Slow, obvious versions of what the code does cleverly, written from the formulas."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def dense(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The matrix (out, in) and the additive term (out,) of an affine layer, one basis vector at a time."""
+    size = int(torch.tensor(shape).prod())
+    with torch.no_grad():
+        shift = layer(torch.zeros(1, *shape, dtype=torch.float64)).flatten()
+        columns = [layer(row.view(1, *shape)).flatten() - shift for row in torch.eye(size, dtype=torch.float64)]
+    return torch.stack(columns, dim=1), shift
+
+
+def lrp_epsilon(layers: list[nn.Module], image: Tensor, target: int, epsilon: float) -> Tensor:
+    """LRP-ε of one image (C, H, W) through affine layers with a ReLU after each but the last, from the definition.
+
+    R_i = Σ_j  x_i w_ij / (z_j + ε) · R_j  with z_j = Σ_i x_i w_ij + b_j, over the z_j > 0; at the last layer, from
+    the target logit itself, without ε.
+    """
+    inputs, zs, weights, shape = [], [], [], tuple(image.shape)
+    x = image.flatten()
+    for number, layer in enumerate(layers):
+        weight, shift = dense(layer, shape)
+        with torch.no_grad():
+            shape = tuple(layer(torch.zeros(1, *shape, dtype=torch.float64)).shape[1:])
+        z = weight @ x + shift
+        inputs.append(x)
+        zs.append(z)
+        weights.append(weight)
+        x = z if number == len(layers) - 1 else z.clamp_min(0)
+    relevance = torch.zeros_like(zs[-1])
+    relevance[target] = zs[-1][target]
+    for number in reversed(range(len(layers))):
+        last = number == len(layers) - 1
+        x, z, weight = inputs[number], zs[number], weights[number]
+        below = torch.zeros_like(x)
+        for j in range(len(z)):
+            if last and j == target:
+                below += x * weight[j] / z[j] * relevance[j]
+            elif not last and z[j] > 0:
+                below += x * weight[j] / (z[j] + epsilon) * relevance[j]
+        relevance = below
+    return relevance.view_as(image)
+
+
+def heatmap_loss(student: Tensor, teacher: Tensor) -> float:
+    """The loss of one pair of maps (C, H, W), by loops over values and windows (DESIGN §2.2)."""
+    levels, side = [], 1
+    while min(student.shape[1:]) // side >= 8 or side == 1:
+        s, t = _pooled(student, side), _pooled(teacher, side)
+        g = (sum(abs(v) for v in s) / len(s) * sum(abs(v) for v in t) / len(t)) ** 0.5
+        levels.append(sum(abs(a / g - b / g) for a, b in zip(s, t, strict=True)) / len(s))
+        side *= 2
+    return sum(levels) / len(levels)
+
+
+def _pooled(heatmap: Tensor, side: int) -> list[float]:
+    channels, height, width = heatmap.shape
+    return [
+        heatmap[c, y : y + side, x : x + side].mean().item()
+        for c in range(channels)
+        for y in range(0, height - side + 1, side)
+        for x in range(0, width - side + 1, side)
+    ]
