@@ -56,6 +56,11 @@ class Cache:
         start, stop = self.info.shard_range(shard)
         if len(content.heatmaps) != stop - start:
             raise ValueError(f"shard {shard} holds {stop - start} samples, got {len(content.heatmaps)}")
+        if not np.isfinite(content.heatmaps).all():
+            raise CacheError(
+                f"the heatmaps of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher overflows "
+                "on some of these images; train it with a smaller --lr, or look for damaged images"
+            )
         stored = _encode(content)
         for name, values in stored.items():
             self._arrays[name][start:stop] = values
@@ -92,8 +97,6 @@ _ARRAYS = ("heatmaps", "scale", "target_class", "epsilon", "teacher_logits")
 def _encode(content: Shard) -> dict[str, np.ndarray]:
     """Maps as float16 relative to their largest absolute value, which is kept as ``scale``."""
     maps = np.asarray(content.heatmaps, np.float32)
-    if not np.isfinite(maps).all():
-        raise ValueError("heatmaps must be finite: the teacher overflows on these images")
     scale = np.abs(maps).max(axis=(2, 3, 4))
     safe = np.where(scale > 0, scale, 1)[..., None, None, None]
     return {

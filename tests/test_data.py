@@ -1,0 +1,186 @@
+"""What the datasets promise."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from data import DatasetError, DatasetWriter, idx, make_coloured_mnist, open_dataset
+from data.coloured_mnist import BIASING_COLOURS
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def colours(images: np.ndarray) -> np.ndarray:
+    """The colour of each digit, (N, 3)."""
+    return images.max(axis=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("full") / "data.zarr"
+    make_coloured_mnist(path)
+    return path
+
+
+def test_splits_have_the_published_sizes_and_types(full):
+    dataset = open_dataset(full)
+    assert {name: len(split) for name, split in dataset.splits.items()} == {
+        "train": 55000,
+        "validation": 5000,
+        "iid": 10000,
+        "ood": 10000,
+        "shift": 10000,
+    }
+    for split in dataset.splits.values():
+        assert split.images.dtype == np.uint8
+        assert split.image_shape == (3, 28, 28)
+        assert zarr.open_group(str(full)).metadata.zarr_format == 3
+    assert dataset.bias_attribute == "colour"
+    assert dataset.class_names[7] == "seven"
+
+
+def test_train_and_validation_are_mnists_training_images_each_once(full):
+    dataset = open_dataset(full)
+    digits = np.concatenate([dataset.split(name).images[:].max(1) > 0 for name in ("train", "validation")])
+    original = idx.read_mnist("train")[0] > 127
+    order = np.lexsort(np.packbits(digits.reshape(60000, -1), axis=1).T)
+    expected = np.lexsort(np.packbits(original.reshape(60000, -1), axis=1).T)
+    assert np.array_equal(digits[order], original[expected])
+
+
+def test_the_colour_is_as_published_in_every_split(full):
+    dataset = open_dataset(full)
+    test_digits, test_labels = idx.read_mnist("t10k")
+    for name, split in dataset.splits.items():
+        labels, groups, images = split.labels[:], split.groups[:], split.images[:]
+        shown = colours(images)
+        on = images.max(1) > 0
+        assert np.array_equal(images, on[:, None] * shown[:, :, None, None]), "one colour on black"
+        if name in ("train", "validation", "iid"):
+            assert np.array_equal(shown, BIASING_COLOURS[labels])
+            assert np.array_equal(groups, labels)
+        if name == "shift":
+            assert np.array_equal(shown, BIASING_COLOURS[groups])
+            assert not (groups == labels).any()
+            assert all(len(np.unique(groups[labels == label])) == 9 for label in range(10))
+        if name == "ood":
+            distances = ((shown[:, None].astype(int) - BIASING_COLOURS.astype(int)) ** 2).sum(2)
+            assert distances.min() > 2500
+            assert len(np.unique(shown, axis=0)) == 10
+            assert len(np.unique(np.stack([labels, groups]), axis=1).T) == 100, "every colour on every class"
+        if name in ("iid", "ood", "shift"):
+            assert np.array_equal(labels, test_labels)
+            assert np.array_equal(on, test_digits > 127)
+
+
+def test_group_names_are_the_colours(full):
+    dataset = open_dataset(full)
+    split = dataset.split("ood")
+    red, green, blue = colours(split.images[:1])[0]
+    assert dataset.group_name(int(split.groups[0])) == f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        make_coloured_mnist(tmp_path / name, seed=seed, limit=200)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    prints = [open_dataset(tmp_path / name).split("ood").fingerprint for name in "abc"]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_limit_keeps_the_first_samples(full, tmp_path):
+    make_coloured_mnist(tmp_path / "small", limit=50)
+    for name, split in open_dataset(tmp_path / "small").splits.items():
+        assert np.array_equal(split.images[:], open_dataset(full).split(name).images[:50])
+
+
+def test_an_altered_or_missing_mnist_file_is_refused(tmp_path):
+    shutil.copytree(idx.MNIST_DIR, tmp_path / "mnist")
+    altered = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"
+    altered.write_bytes(gzip.compress(gzip.decompress(altered.read_bytes())[:-1] + b"\x05"))
+    with pytest.raises(DatasetError, match="is not the original: its SHA-256"):
+        idx.read_mnist("t10k", tmp_path / "mnist")
+    altered.unlink()
+    with pytest.raises(DatasetError, match="missing: restore it"):
+        idx.read_mnist("t10k", tmp_path / "mnist")
+
+
+def by_hand(path: Path, **changes) -> Path:
+    """A dataset made with nothing but Zarr, as docs/dataset-layout.md describes it."""
+    root = zarr.create_group(str(path), zarr_format=3)
+    arrays = {
+        "images": np.random.default_rng(0).integers(0, 256, (12, 3, 16, 16), dtype=np.uint8),
+        "labels": np.arange(12) % 2,
+        **changes.pop("arrays", {}),
+    }
+    for name in ("train", "ood"):
+        group = root.create_group(name)
+        for key, values in arrays.items():
+            if values is not None:
+                group.create_array(key, data=values)
+    kind = "explanation-distillation dataset"
+    root.attrs.put({"kind": kind, "format_version": 1, "class_names": ["a", "b"], **changes})
+    return path
+
+
+def test_a_dataset_made_by_hand_in_the_documented_layout_opens(tmp_path):
+    masks = np.ones((12, 1, 16, 16), np.uint8)
+    dataset = open_dataset(by_hand(tmp_path / "mine.zarr", arrays={"masks": masks, "groups": np.arange(12)}))
+    assert dataset.name == "mine"
+    assert dataset.split("train").masks is not None
+    assert dataset.test_splits[0].name == "ood"
+    other = open_dataset(by_hand(tmp_path / "other.zarr", arrays={"masks": masks * 0}))
+    assert other.split("train").fingerprint != dataset.split("train").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "something"}, "no dataset of ours"),
+        ({"format_version": 2}, "format version 2, this program reads version 1"),
+        ({"complete": False}, "incomplete, its making was interrupted"),
+        ({"class_names": []}, "no attribute 'class_names'"),
+        ({"class_names": ["only"]}, "labels run from 0 to 1, but there are 1 class names"),
+        ({"arrays": {"labels": None}}, "has no array 'labels'"),
+        ({"arrays": {"labels": np.zeros(3, int)}}, r"'labels' is int64 \(3,\), expected integers \(12,\)"),
+        ({"arrays": {"groups": np.zeros(12)}}, "'groups' is float64"),
+        ({"arrays": {"images": np.zeros((12, 3, 16, 16))}}, "'images' is float64"),
+        ({"arrays": {"masks": np.zeros((12, 16, 16), np.uint8)}}, "'masks' is uint8"),
+    ],
+)
+def test_what_is_wrong_with_a_dataset_is_said(tmp_path, changes, message):
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(by_hand(tmp_path / "broken.zarr", **changes))
+
+
+def test_an_interrupted_dataset_is_no_dataset_and_is_made_again(tmp_path):
+    writer = DatasetWriter(tmp_path / "data.zarr")
+    writer.write_split("train", images=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(4, np.int64))
+    with pytest.raises(DatasetError, match="interrupted: run make-data again"):
+        open_dataset(tmp_path / "data.zarr")
+    make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+    assert len(open_dataset(tmp_path / "data.zarr").split("train")) == 20
+
+
+@pytest.mark.parametrize("occupied", ["file", "folder", "dataset"])
+def test_nothing_that_exists_is_overwritten(tmp_path, occupied):
+    out = tmp_path / "data.zarr"
+    if occupied == "file":
+        out.write_text("mine")
+    elif occupied == "folder":
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    else:
+        make_coloured_mnist(out, limit=10)
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match="choose another --out"):
+        make_coloured_mnist(out, limit=10)
+    assert files(tmp_path) == before

@@ -1,0 +1,212 @@
+"""What stage one promises: the store does not depend on how, or in how many attempts, it was computed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import teacher_cache.layout
+from data import DatasetWriter, make_coloured_mnist, open_dataset
+from pipeline import Classifier, ModelError, RelevanceError, cache_explanations, explain, load_classifier
+from pipeline.device import as_input
+from teacher_cache import CacheError, check_complete, open_cache
+from trainer import train_teacher
+
+ROOT = Path(__file__).parent.parent
+SMALL_SHARDS = "import teacher_cache.layout as layout; layout.MAX_SHARD_SAMPLES = 64; import cli; cli.main()"
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(teacher_cache.layout, "MAX_SHARD_SAMPLES", 64)
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    root = zarr.open_group(str(path), mode="r")
+    return {name: np.asarray(array[:]) for name, array in root.arrays()}
+
+
+def assert_equal_bit_for_bit(found: Path, expected: Path) -> None:
+    mine, theirs = arrays(found), arrays(expected)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].tobytes() == theirs[name].tobytes(), name
+
+
+def test_the_store_holds_what_explain_says(dataset, teacher, cache):
+    model, _ = load_classifier(teacher)
+    split, store = open_dataset(dataset).split("train"), open_cache(cache)
+    shard = store.read_shard(0)
+    images = as_input(split.images[:8], torch.device("cpu"))
+    for draw in range(2):
+        classes, epsilon = (torch.from_numpy(v[:8, draw]) for v in (shard.target_class, shard.epsilon))
+        logits, heatmaps = explain(model, images, classes, epsilon)
+        scale = heatmaps.abs().amax((1, 2, 3), keepdim=True)
+        assert ((heatmaps - torch.from_numpy(shard.heatmaps[:8, draw])).abs() <= 2e-3 * scale).all()
+        torch.testing.assert_close(logits, torch.from_numpy(shard.teacher_logits[:8]), rtol=1e-3, atol=1e-4)
+    top = shard.teacher_logits.argmax(1)
+    assert 0.35 < (shard.target_class == top[:, None]).mean() < 0.65
+    assert np.array_equal(store.head["weight"], model.network.head.weight.detach().numpy())
+    assert store.info.dataset.fingerprint == split.fingerprint
+
+
+def test_every_sample_takes_one_forward_pass_for_all_its_draws(dataset, teacher, tmp_path, monkeypatch):
+    seen = []
+    forward = Classifier.forward
+
+    def counting(self, images, masks=None):
+        seen.append(len(images))
+        return forward(self, images, masks)
+
+    monkeypatch.setattr(Classifier, "forward", counting)
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=3, batch_size=100)
+    assert seen == [100, 100, 100]
+
+
+def test_draws_are_the_same_and_maps_equal_whatever_the_batch_and_shard_size(
+    dataset, teacher, cache, tmp_path, small_shards
+):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=2, batch_size=17)
+    mine, theirs = arrays(tmp_path / "c.zarr"), arrays(cache)
+    assert len(mine["commits"]) == 5
+    for name in ("target_class", "epsilon"):
+        assert np.array_equal(mine[name], theirs[name])
+    assert np.abs(mine["heatmaps"].astype(np.float32) - theirs["heatmaps"]).max() < 2e-3
+    np.testing.assert_allclose(mine["scale"], theirs["scale"], rtol=1e-4)
+
+
+def test_the_same_command_twice_computes_nothing_the_second_time(dataset, teacher, tmp_path):
+    first = cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1)
+    second = cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1)
+    assert (first.computed_shards, second.computed_shards) == (1, 0)
+
+
+def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_path, small_shards, monkeypatch):
+    import pipeline.stage_one as stage_one
+
+    cache_explanations(dataset, teacher, tmp_path / "whole.zarr", draws=2)
+    explain_shard, calls = stage_one.explain_shard, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("the power is gone")
+        return explain_shard(*args)
+
+    monkeypatch.setattr(stage_one, "explain_shard", failing)
+    with pytest.raises(OSError, match="the power is gone"):
+        cache_explanations(dataset, teacher, tmp_path / "cut.zarr", draws=2)
+    assert open_cache(tmp_path / "cut.zarr").committed().sum() == 2
+    assert cache_explanations(dataset, teacher, tmp_path / "cut.zarr", draws=2).computed_shards == 3
+    assert_equal_bit_for_bit(tmp_path / "cut.zarr", tmp_path / "whole.zarr")
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("larger") / "data.zarr"
+    make_coloured_mnist(path, limit=2000)
+    return path
+
+
+def command(data: Path, teacher: Path, out: Path) -> list[str]:
+    paths = ["--data", str(data), "--teacher", str(teacher), "--out", str(out)]
+    return [sys.executable, "-c", SMALL_SHARDS, "cache-explanations", *paths]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_killed_at_random_moments_and_run_again_the_store_equals_an_uninterrupted_one(larger, teacher, tmp_path, sent):
+    whole, cut = tmp_path / "whole.zarr", tmp_path / "cut.zarr"
+    subprocess.run(command(larger, teacher, whole), cwd=ROOT, check=True, capture_output=True)
+
+    def commits() -> int:
+        return len(list(cut.glob("commits/c/*/*")))
+
+    for attempt in range(4):
+        process = subprocess.Popen(
+            command(larger, teacher, cut), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        before = commits()
+        # the first time while the store is created, then while shards are written
+        while process.poll() is None and not (cut.exists() if attempt == 0 else commits() > before):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05 if attempt == 0 else 0.3))
+        process.send_signal(sent)
+        _, errors = process.communicate()
+        assert process.returncode == (-sent if sent == signal.SIGKILL else 1)
+        assert "Traceback" not in errors
+        if attempt > 0:
+            assert commits() > before
+            assert_only_whole_shards_can_be_read(cut)
+    assert not open_cache(cut).committed().all()
+    subprocess.run(command(larger, teacher, cut), cwd=ROOT, check=True, capture_output=True)
+    check_complete(open_cache(cut))
+    assert_equal_bit_for_bit(cut, whole)
+
+
+def assert_only_whole_shards_can_be_read(path: Path) -> None:
+    store = open_cache(path)
+    for shard in np.flatnonzero(store.committed()):
+        store.read_shard(int(shard))  # checks the checksum
+
+
+def test_a_store_of_other_settings_or_another_teacher_is_not_continued(dataset, teacher, cache, tmp_path):
+    with pytest.raises(CacheError, match=r"explainer\.draws: 2, 5"):
+        cache_explanations(dataset, teacher, cache, draws=5)
+    train_teacher(dataset, tmp_path / "other", steps=2, batch_size=32, seed=1)
+    with pytest.raises(CacheError, match=r"teacher\.weights_sha256"):
+        cache_explanations(dataset, tmp_path / "other", cache, draws=2)
+
+
+def test_a_teacher_of_other_classes_or_sizes_is_refused(teacher, tmp_path):
+    for name, shape, classes in (("size", (3, 32, 32), open_classes(teacher)), ("classes", (3, 28, 28), ["a", "b"])):
+        writer = DatasetWriter(tmp_path / name)
+        writer.write_split("train", images=np.zeros((4, *shape), np.uint8), labels=np.zeros(4, np.int64))
+        writer.finish(name=name, class_names=list(classes))
+        with pytest.raises(ModelError, match="use a model that was trained on"):
+            cache_explanations(tmp_path / name, teacher, tmp_path / "c.zarr")
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def open_classes(teacher: Path) -> tuple[str, ...]:
+    return load_classifier(teacher)[1].class_names
+
+
+def test_an_epsilon_range_that_is_none_is_refused(dataset, teacher, tmp_path):
+    with pytest.raises(RelevanceError, match=r"0 < LOW <= HIGH, got 1 0\.1"):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", epsilon_range=(1.0, 0.1))
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_a_teacher_that_sees_masked_images_has_no_relevance_on_the_background(tmp_path):
+    rng = np.random.default_rng(0)
+    masks = np.zeros((40, 1, 16, 16), np.uint8)
+    masks[:, :, 4:12, 4:12] = 255
+    images = rng.integers(0, 256, (40, 3, 16, 16), dtype=np.uint8)
+    labels = np.arange(40) % 2
+    images[labels == 1, :, 6:10, 6:10] = 255
+    writer = DatasetWriter(tmp_path / "data.zarr")
+    for split in ("train", "ood"):
+        writer.write_split(split, images=images, labels=labels, masks=masks)
+    writer.finish(name="masked", class_names=["dark", "bright"])
+    train_teacher(tmp_path / "data.zarr", tmp_path / "t", debias="mask", steps=4, batch_size=20)
+    cache_explanations(tmp_path / "data.zarr", tmp_path / "t", tmp_path / "c.zarr", draws=2)
+    maps = open_cache(tmp_path / "c.zarr").read_shard(0).heatmaps
+    outside = np.broadcast_to(masks[:, None] == 0, maps.shape)
+    assert (maps[outside] == 0).all()
+    assert (maps[~outside] != 0).any()
+
+
+def test_stage_one_runs_on_every_device(dataset, teacher, cache, tmp_path, device):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=2, device=device)
+    mine, theirs = arrays(tmp_path / "c.zarr"), arrays(cache)
+    assert np.array_equal(mine["epsilon"], theirs["epsilon"])
+    assert (mine["target_class"] == theirs["target_class"]).mean() > 0.99
