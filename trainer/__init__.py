@@ -4,7 +4,6 @@ from trainer.distill import train_student
 from trainer.evaluation import evaluate
 from trainer.losses import heatmap_loss
 from trainer.pictures import heatmap_picture
-from trainer.quickstart import quickstart
 from trainer.supervised import train_teacher
 from trainer.training import TrainingError
 
@@ -13,7 +12,6 @@ __all__ = [
     "evaluate",
     "heatmap_loss",
     "heatmap_picture",
-    "quickstart",
     "train_student",
     "train_teacher",
 ]

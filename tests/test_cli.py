@@ -1,0 +1,178 @@
+"""What the command line promises: one paragraph, the value, the remedy, an exit code, and no file touched."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import zarr
+from click.testing import CliRunner, Result
+
+from cli import main
+from data import make_coloured_mnist
+from trainer import train_teacher
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def tree(path: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(file.relative_to(path)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, dataset, teacher, cache, validation_cache) -> Path:
+    """A folder with one of everything, good and bad."""
+    path = tmp_path_factory.mktemp("world")
+    for name, source in (("data.zarr", dataset), ("teacher", teacher), ("cache.zarr", cache)):
+        shutil.copytree(source, path / name)
+    shutil.copytree(validation_cache, path / "validation.zarr")
+    make_coloured_mnist(path / "other.zarr", seed=5, limit=40)
+    train_teacher(dataset, path / "other-teacher", steps=2, batch_size=32, seed=3)
+    shutil.copytree(cache, path / "incomplete.zarr")
+    shutil.rmtree(path / "incomplete.zarr" / "commits" / "c")
+    zarr.create_group(str(path / "foreign.zarr"), zarr_format=3)
+    (path / "folder").mkdir()
+    (path / "folder" / "notes.txt").write_text("mine")
+    (path / "file").write_text("mine")
+    return path
+
+
+TRAIN = "train-teacher --data data.zarr --out new"
+CACHE = "cache-explanations --data data.zarr --teacher teacher --out new"
+STUDENT = "train-student --data data.zarr --cache cache.zarr --out new"
+
+BAD = {
+    # a missing or foreign path
+    "train-teacher --data nowhere --out new": (1, "no dataset at nowhere"),
+    "train-teacher --data folder --out new": (1, "no dataset at folder"),
+    "train-teacher --data file --out new": (1, "no dataset at file"),
+    "train-teacher --data foreign.zarr --out new": (1, "no dataset of ours"),
+    "train-teacher --data cache.zarr --out new": (1, "no dataset of ours"),
+    "cache-explanations --data data.zarr --teacher nowhere --out new": (1, "no model at nowhere"),
+    "cache-explanations --data data.zarr --teacher folder --out new": (1, "no model at folder"),
+    "train-student --data data.zarr --cache nowhere --out new": (1, "no heatmap store at nowhere"),
+    "train-student --data data.zarr --cache data.zarr --out new": (1, "no heatmap store at data.zarr"),
+    "train-student --data data.zarr --cache file --out new": (1, "no heatmap store at file"),
+    "evaluate --data data.zarr --model nowhere": (1, "no model at nowhere"),
+    "evaluate --data nowhere --model teacher": (1, "no dataset at nowhere"),
+    # stores that do not belong
+    "train-student --data other.zarr --cache cache.zarr --out new": (1, "was made from another dataset"),
+    "train-student --data data.zarr --cache incomplete.zarr --out new": (1, "incomplete: 0 of 1 shards"),
+    "train-student --data data.zarr --cache validation.zarr --out new": (1, "explains the split 'validation'"),
+    f"{STUDENT} --validation-cache cache.zarr": (1, "explains the split 'train'"),
+    "cache-explanations --data data.zarr --teacher other-teacher --draws 2 --out cache.zarr": (1, "weights_sha256"),
+    "cache-explanations --data other.zarr --teacher teacher --draws 2 --out cache.zarr": (1, "dataset.fingerprint"),
+    # unknown names and values
+    f"{TRAIN} --arch resnet81": (1, "unknown architecture 'resnet81': did you mean resnet18"),
+    f"{TRAIN} --arch zzz": (1, "unknown architecture 'zzz'"),
+    f"{STUDENT} --arch vgg11": (1, "does not take images of shape (3, 28, 28)"),
+    f"{TRAIN} --debias blur": (2, "'blur' is not one of 'grayscale', 'mask', 'none'"),
+    f"{TRAIN} --debias mask": (1, "needs 'masks' in the train split"),
+    f"{TRAIN} --device tpu": (1, "the device 'tpu' cannot be used here"),
+    f"{TRAIN} --lr 0": (2, "--lr"),
+    f"{TRAIN} --steps 0": (2, "--steps"),
+    f"{TRAIN} --epochs 1 --steps 5": (1, "not both"),
+    f"{TRAIN} --seed -1": (2, "--seed"),
+    f"{TRAIN} --stepz 5": (2, "--steps"),
+    f"{CACHE} --split test": (1, "no split 'test': choose one of train, validation, iid, ood, shift"),
+    f"{CACHE} --explainer grad-cam": (2, "'grad-cam'"),
+    f"{CACHE} --epsilon-range 1 0.1": (1, "0 < LOW <= HIGH, got 1 0.1"),
+    f"{CACHE} --epsilon-range 0 1": (2, "--epsilon-range"),
+    # sizes under 1
+    f"{CACHE} --batch-size 0": (2, "--batch-size"),
+    f"{CACHE} --draws 0": (2, "--draws"),
+    f"{STUDENT} --batch-size 0": (2, "--batch-size"),
+    "make-data coloured-mnist --out new --limit 0": (2, "--limit"),
+    # an --out that is taken
+    "make-data coloured-mnist --out folder": (1, "choose another --out"),
+    "make-data coloured-mnist --out data.zarr": (1, "choose another --out"),
+    "train-teacher --data data.zarr --out folder": (1, "choose another --out"),
+    "train-teacher --data data.zarr --out teacher": (1, "choose another --out"),
+    "train-teacher --data data.zarr --out file": (1, "choose another --out"),
+    "cache-explanations --data data.zarr --teacher teacher --out folder": (1, "choose another --out"),
+    "cache-explanations --data data.zarr --teacher teacher --out file": (1, "choose another --out"),
+    "cache-explanations --data data.zarr --teacher teacher --out data.zarr": (1, "choose another --out"),
+    "train-student --data data.zarr --cache cache.zarr --out folder": (1, "choose another --out"),
+    "quickstart --out folder": (1, "choose another --out"),
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_is_one_paragraph_with_the_value_and_touches_nothing(world, line, monkeypatch):
+    monkeypatch.chdir(world)
+    before = tree(world)
+    code, words = BAD[line]
+    result = run(*line.split())
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split()), result.output
+    message = result.output[result.output.index("Error:") :]
+    assert "\n\n" not in message.strip()
+    assert "Traceback" not in result.output
+    assert tree(world) == before
+
+
+def test_the_whole_story_by_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    story = [
+        "make-data coloured-mnist --out DATA.zarr --limit 200 --seed 1",
+        "train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER --steps 4 --batch-size 50",
+        "train-teacher --data DATA.zarr --debias none --out ERM --epochs 1 --batch-size 50",
+        "cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr --draws 2 --epsilon-range 0.01 1",
+        "cache-explanations --data DATA.zarr --teacher TEACHER --out VALIDATION.zarr --split validation --draws 1",
+        "train-student --data DATA.zarr --cache CACHE.zarr --arch small-cnn --out RUN --epochs 1 --batch-size 50",
+        "train-student --data DATA.zarr --cache CACHE.zarr --validation-cache VALIDATION.zarr --out RUN2 --steps 2",
+    ]
+    for line in story:
+        result = run(*line.split())
+        assert result.exit_code == 0, result.output
+    assert "weights of step" in result.output
+    assert "5 shards" not in run(*story[3].split()).output
+    assert "found there" in run(*story[3].split()).output
+    for model in ("TEACHER", "ERM", "RUN", "RUN2"):
+        result = run("evaluate", "--data", "DATA.zarr", "--model", model, "--json")
+        assert result.exit_code == 0, result.output
+        scores = json.loads(result.stdout)
+        assert {"iid", "ood", "shift", "gap", "worst_group", "splits"} <= scores.keys()
+        assert scores["gap"] == pytest.approx(scores["iid"] - scores["ood"])
+    text = run("evaluate", "--data", "DATA.zarr", "--model", "RUN").output
+    assert re.search(r"^ood +[\d.]+ %  \[[\d.]+, [\d.]+\]  200 samples; worst group #[0-9a-f]{6}", text, re.MULTILINE)
+
+
+def test_a_full_disk_is_said_without_a_traceback(tmp_path, monkeypatch, dataset):
+    import errno
+
+    import data
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", "DATA.zarr/train/images/c/0")
+
+    monkeypatch.setattr(data, "make_coloured_mnist", full)
+    result = run("make-data", "coloured-mnist", "--out", tmp_path / "d")
+    assert result.exit_code == 1
+    assert result.output == "Error: DATA.zarr/train/images/c/0: No space left on device\n"
+
+
+def test_a_bug_of_ours_is_not_passed_off_as_the_users(monkeypatch):
+    import data
+
+    def bug(*args, **kwargs):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(data, "make_coloured_mnist", bug)
+    assert isinstance(run("make-data", "coloured-mnist", "--out", "nowhere").exception, KeyError)
+
+
+@pytest.mark.parametrize("command", ["", "make-data", "make-data coloured-mnist", *main.commands])
+def test_every_command_has_help(command):
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert len(result.output) > 100

@@ -1,0 +1,114 @@
+"""What the bias-free form of a network promises."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from pipeline import ScaleNorm, architectures, bias_free, build_network, homogeneity_error, load_classifier
+
+
+@pytest.mark.parametrize("name", ["small-cnn", "resnet18", "vgg11_bn", "densenet121", "alexnet", "regnet_x_400mf"])
+def test_a_relu_network_becomes_positively_homogeneous(name):
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 64, 64)
+    biased = build_network(name, 10, (3, 64, 64), free_of_biases=False).train()
+    with torch.no_grad():  # biases and statistics that matter
+        for parameter_name, parameter in biased.named_parameters():
+            if parameter_name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+        biased(images)
+    network, report = bias_free(biased)
+    assert homogeneity_error(biased, images) > 1e-2
+    assert homogeneity_error(network, images) < 1e-4
+    assert report.changed
+    assert report.could_not == ()
+    assert not any(n.endswith("bias") for n, _ in network.named_parameters())
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+
+def test_the_original_is_untouched_and_its_scales_are_kept():
+    model = torchvision.models.resnet18(num_classes=10)
+    model.bn1.weight.data.uniform_(0.5, 2)
+    before = copy.deepcopy(model.state_dict())
+    network, _ = bias_free(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert isinstance(network.bn1, ScaleNorm)
+    assert torch.equal(network.bn1.weight, model.bn1.weight)
+
+
+def test_what_cannot_be_made_homogeneous_is_named():
+    _, report = bias_free(torchvision.models.mobilenet_v3_small(num_classes=10))
+    assert any("Hardswish" in line for line in report.could_not)
+    _, report = bias_free(torchvision.models.vit_b_32(num_classes=10, image_size=64))
+    assert any("LayerNorm" in line for line in report.could_not)
+    assert any("GELU" in line for line in report.could_not)
+    network, report = bias_free(nn.BatchNorm2d(3))
+    assert isinstance(network, ScaleNorm)
+
+
+def norm_of(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The formula, plainly."""
+    return x * (weight / (x.square().mean((0, 2, 3)) + eps).sqrt()).view(1, -1, 1, 1)
+
+
+def test_scale_norm_equals_its_formula_with_first_and_second_derivatives():
+    torch.manual_seed(0)
+    norm = ScaleNorm(3, eps=1e-3).double()
+    norm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(norm(x), norm_of(x, norm.weight, 1e-3))
+
+    def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, x)
+
+    inputs = (x, norm.weight.detach().clone().requires_grad_())
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_scale_norm_evaluates_with_running_second_moments():
+    norm = ScaleNorm(2, momentum=0.25)
+    x = torch.randn(8, 2, 3, 3) * 3
+    norm.train()(x)
+    expected = 0.75 + 0.25 * x.square().mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_second_moment, expected)
+    torch.testing.assert_close(norm.eval()(x), x / (expected + norm.eps).sqrt().view(1, 2, 1, 1))
+    torch.testing.assert_close(norm.running_second_moment, expected)
+
+
+def test_a_bias_free_teacher_behind_its_front_explains_its_whole_logit(dataset, teacher):
+    from data import open_dataset
+    from pipeline import explain
+    from pipeline.device import as_input
+
+    model, _ = load_classifier(teacher)
+    images = as_input(open_dataset(dataset).split("ood").images[:6], torch.device("cpu"))
+    targets = torch.arange(6)
+    logits, heatmaps = explain(model, images, targets, 0.0)
+    torch.testing.assert_close(heatmaps.sum((1, 2, 3)), logits[range(6), targets], rtol=1e-3, atol=1e-3)
+
+
+def test_neither_hue_nor_brightness_reaches_a_teacher_that_sees_grayscale(teacher):
+    model, _ = load_classifier(teacher)
+    digit = (torch.rand(1, 1, 28, 28) > 0.7).float()
+    colours = torch.tensor([[1.0, 0, 0], [0.1, 0.02, 0.3], [0.004, 0.004, 0]]).view(3, 3, 1, 1)
+    logits = model(digit * colours)
+    torch.testing.assert_close(logits[0], logits[1])
+    torch.testing.assert_close(logits[0], logits[2])
+    assert torch.isfinite(model(torch.zeros(1, 3, 28, 28))).all()
+
+
+FAMILIES = ["convnext_tiny", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5", "mobilenet_v2"]
+FAMILIES += ["shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vit_b_32", "regnet_y_400mf"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchvision_families_are_built_by_name(name):
+    assert name in architectures()
+    network = build_network(name, 7, (3, 224, 224), free_of_biases=False)
+    assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 7)

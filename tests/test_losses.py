@@ -1,0 +1,42 @@
+"""What the heatmap loss promises."""
+
+from __future__ import annotations
+
+import oracles
+import pytest
+import torch
+
+from trainer import heatmap_loss
+
+
+@pytest.mark.parametrize("shape", [(3, 28, 28), (1, 33, 17), (2, 64, 20), (3, 8, 8), (3, 5, 6)])
+def test_it_equals_the_formula_written_as_loops(shape):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, *shape).double() * 3, torch.randn(2, *shape).double()
+    found = heatmap_loss(student, teacher)
+    for i in range(2):
+        assert abs(found[i].item() - oracles.heatmap_loss(student[i], teacher[i])) < 1e-10
+
+
+def test_equal_maps_cost_nothing_and_neither_vanishing_nor_exploding_wins():
+    teacher = torch.randn(1, 3, 16, 16)
+    assert heatmap_loss(teacher, teacher).item() == 0
+    near, far = heatmap_loss(1.1 * teacher, teacher), heatmap_loss(1e-4 * teacher, teacher)
+    assert near < 0.2 < 10 < far
+    assert heatmap_loss(1e4 * teacher, teacher) > 10
+
+
+def test_both_maps_may_be_multiplied_by_anything():
+    student, teacher = torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)
+    for factor in (1e-9, 1e9):
+        torch.testing.assert_close(heatmap_loss(factor * student, factor * teacher), heatmap_loss(student, teacher))
+
+
+def test_maps_of_zeros_give_finite_losses_and_gradients():
+    zeros, maps = torch.zeros(1, 3, 16, 16, requires_grad=True), torch.randn(1, 3, 16, 16)
+    for student, teacher in ((zeros, torch.zeros(1, 3, 16, 16)), (zeros, maps)):
+        loss = heatmap_loss(student, teacher)
+        assert torch.isfinite(loss).all()
+        (gradient,) = torch.autograd.grad(loss.sum(), zeros)
+        assert torch.isfinite(gradient).all()
+    assert heatmap_loss(zeros, torch.zeros(1, 3, 16, 16)).item() == 0
