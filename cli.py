@@ -116,6 +116,15 @@ def train_teacher_command(**options: Any) -> None:
 
     result = train_teacher(**options)
     click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s")
+    _echo_bias_free(result["bias_free"])
+
+
+def _echo_bias_free(summary: dict[str, Any] | None) -> None:
+    if summary is not None:
+        line = f"bias-free: {len(summary['changed'])} modules changed"
+        if could_not := summary["could_not"]:
+            line += f", could not change {', '.join(could_not)}: heatmaps do not account for the whole logit"
+        click.echo(line)
 
 
 @main.command(name="cache-explanations")
@@ -170,6 +179,7 @@ def train_student_command(**options: Any) -> None:
     from trainer import train_student
 
     result = train_student(**options)
+    _echo_bias_free(result["bias_free"])
     click.echo(
         f"{options['out']}: heatmap loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s"
         + (

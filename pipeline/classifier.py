@@ -20,6 +20,7 @@ import torchvision
 import zarr
 from torch import Tensor, nn
 
+from pipeline.homogeneous import BiasFreeReport
 from pipeline.models import ImageShape, ModelError, build_network, last_linear, replace_module
 from pipeline.rules import stop_relevance
 
@@ -53,11 +54,14 @@ DEBIAS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"grayscale": gra
 
 
 class Classifier(nn.Module):
-    """``network`` behind the front called ``debias``: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → (N, K)."""
+    """``network`` behind the front called ``debias``: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → (N, K).
 
-    def __init__(self, network: nn.Module, debias: str = "none"):
+    ``bias_free_report`` says what was done to the network, where it is in its bias-free form.
+    """
+
+    def __init__(self, network: nn.Module, debias: str = "none", bias_free_report: BiasFreeReport | None = None):
         super().__init__()
-        self.network, self.debias = network, debias
+        self.network, self.debias, self.bias_free_report = network, debias, bias_free_report
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         return self.network(DEBIAS[self.debias](images, masks))
@@ -118,10 +122,12 @@ def versions() -> dict[str, str]:
 
 def build_classifier(config: ModelConfig) -> Classifier:
     """The classifier that the configuration describes, freshly initialised."""
-    network = build_network(config.arch, len(config.class_names), config.image_shape, free_of_biases=config.bias_free)
+    network, report = build_network(
+        config.arch, len(config.class_names), config.image_shape, free_of_biases=config.bias_free
+    )
     if config.head is not None:
         attach_head(network, config.head, len(config.class_names), adapter_bias=not config.bias_free)
-    return Classifier(network, config.debias)
+    return Classifier(network, config.debias, report)
 
 
 def attach_head(network: nn.Module, head: HeadSpec, num_classes: int, *, adapter_bias: bool) -> None:

@@ -15,6 +15,8 @@ from pipeline.models import ModelError
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), or any device name of PyTorch's that is usable here.
 
+    For the CPU the allocator is told to `keep_freed_memory`.
+
     Raises ModelError for a device that this machine does not have.
     """
     if name == "auto":

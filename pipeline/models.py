@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.homogeneous import bias_free
+from pipeline.homogeneous import BiasFreeReport, bias_free
 
 ImageShape = tuple[int, int, int]
 
@@ -48,9 +48,12 @@ def small_cnn(num_classes: int, channels: int = 3, width: int = 32) -> nn.Sequen
     return nn.Sequential(OrderedDict(layers))
 
 
-def build_network(arch: str, num_classes: int, image_shape: ImageShape, *, free_of_biases: bool) -> nn.Module:
+def build_network(
+    arch: str, num_classes: int, image_shape: ImageShape, *, free_of_biases: bool
+) -> tuple[nn.Module, BiasFreeReport]:
     """A randomly initialised network for images (C, H, W), tried once on such images.
 
+    With ``free_of_biases`` in its bias-free form; the report says what that changed, and is empty otherwise.
     Raises ModelError for an unknown name (with the nearest ones) and for images that it cannot take.
     """
     if arch not in architectures():
@@ -63,10 +66,11 @@ def build_network(arch: str, num_classes: int, image_shape: ImageShape, *, free_
         network: nn.Module = small_cnn(num_classes, image_shape[0])
     else:
         network = torchvision.models.get_model(arch, num_classes=num_classes, **_options(arch, image_shape))
+    report = BiasFreeReport((), ())
     if free_of_biases:
-        network, _ = bias_free(network)
+        network, report = bias_free(network)
     _try(arch, network, num_classes, image_shape)
-    return network
+    return network, report
 
 
 def _options(arch: str, image_shape: ImageShape) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A rule is called in place of the function during the forward pass and puts into the autograd graph a node
 with two behaviours: its backward is the relevance rule while ``state.epsilon`` is set, and the true
-gradient otherwise. Not here: how a pass is run and how relevance is followed (`relevance.py`).
+gradient otherwise. The rules' own backwards serve the gradient of a loss on heatmaps; a further derivative
+raises. Not here: how a pass is run and how relevance is followed (`relevance.py`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 if TYPE_CHECKING:
     from pipeline.relevance import Trace
+
+
+class RelevanceError(ValueError):
+    """The model's operations do not allow a correct heatmap; the text names the operation and the module."""
 
 
 @dataclass(eq=False)
@@ -36,15 +42,11 @@ class PassState:
         """The pass's ε, one per sample, shaped to broadcast over ``activation`` (N, ...)."""
         assert self.epsilon is not None
         if activation.shape[0] != self.epsilon.shape[0]:
-            raise ValueError(
+            raise RelevanceError(
                 f"an activation of shape {tuple(activation.shape)} does not have the batch "
                 f"({self.epsilon.shape[0]} samples) as its first axis, so epsilon cannot be drawn per sample"
             )
         return self.epsilon.to(activation.dtype).view(-1, *[1] * (activation.dim() - 1))
-
-
-class RelevanceError(ValueError):
-    """The model's operations do not allow a correct heatmap; the text names the operation and the module."""
 
 
 Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call it stands in for) → what func would return
@@ -78,6 +80,7 @@ class _ReLURelevance(Function):
         return (g * a).mul_(reciprocal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, a, epsilon, reciprocal = ctx.saved_tensors
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
@@ -130,6 +133,7 @@ class _ConvolutionInputGrad(Function):
         return torch.ops.aten.convolution_backward(g, x, weight, None, *options, [True, False, False])[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         dg = torch.ops.aten.convolution(v, weight, None, *ctx.options) if ctx.needs_input_grad[0] else None
@@ -248,6 +252,7 @@ class _NormRelevance(Function):
         return g * _channels(weight * inverse, g)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, inverse = ctx.saved_tensors
         gv = _sum_per_channel(g * v)

@@ -16,7 +16,7 @@ from pipeline import ScaleNorm, architectures, bias_free, build_network, homogen
 def test_a_relu_network_becomes_positively_homogeneous(name):
     torch.manual_seed(0)
     images = torch.rand(4, 3, 64, 64)
-    biased = build_network(name, 10, (3, 64, 64), free_of_biases=False).train()
+    biased = build_network(name, 10, (3, 64, 64), free_of_biases=False)[0].train()
     with torch.no_grad():  # biases and statistics that matter
         for parameter_name, parameter in biased.named_parameters():
             if parameter_name.endswith("bias"):
@@ -110,5 +110,5 @@ FAMILIES += ["shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vit_
 @pytest.mark.parametrize("name", FAMILIES)
 def test_torchvision_families_are_built_by_name(name):
     assert name in architectures()
-    network = build_network(name, 7, (3, 224, 224), free_of_biases=False)
+    network, _ = build_network(name, 7, (3, 224, 224), free_of_biases=False)
     assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 7)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import quickstart as module
 from trainer import TrainingError
+from trainer import quickstart as module
 from trainer.quickstart import PAPER, Sizes, quickstart, table
 
 TINY = Sizes(limit=120, teacher_steps=3, erm_steps=3, student_steps=3, draws=2)

@@ -221,6 +221,28 @@ def test_gradient_at_the_images_is_there_for_those_who_ask():
     assert torch.autograd.gradcheck(lambda x: explain(model, x, targets, 0.1, create_graph=True)[1], images)
 
 
+def test_a_third_derivative_is_refused_rather_than_wrong():
+    model, images = plain_cnn(), torch.rand(2, 3, 8, 8)
+    _, heatmaps = explain(model, images, torch.tensor([1, 2]), 0.1, create_graph=True)
+    (gradient,) = torch.autograd.grad(heatmaps.square().sum(), model[0].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_a_relu_in_place_on_a_view_is_explained_like_any_other():
+    torch.manual_seed(0)
+    first, last = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def model(x: Tensor) -> Tensor:
+        hidden = first(x.flatten(1)).view(-1, 2, 4)
+        return last(F.relu(hidden, inplace=True).flatten(1))
+
+    images = torch.randn(3, 3, 2, 2)
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    torch.testing.assert_close(explain(model, images, torch.tensor([1, 1, 1]), 0.0)[1], images * gradient)
+
+
 def test_the_true_gradient_is_untouched():
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).train()

@@ -21,7 +21,7 @@ from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.losses import heatmap_loss
 from trainer.run_dir import RunDir, check_free
 from trainer.stream import Block, read_explained, stream
-from trainer.training import LOG_EVERY, STUDENT, finite, optimiser, seed_torch, total_steps
+from trainer.training import LOG_EVERY, STUDENT, bias_free_summary, finite, optimiser, seed_torch, total_steps
 
 GRADIENT_NORM = 1.0
 VALIDATIONS = 5  # times in a training that a model is chosen from
@@ -123,6 +123,7 @@ def train_student(
         kept_step=steps if best_weights is None else best_step,
         steps=steps,
         seconds=time.perf_counter() - started,
+        bias_free=bias_free_summary(model, batch["images"], torch_device),
     )
 
 

@@ -17,7 +17,16 @@ from pipeline.classifier import DEBIAS, build_classifier, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place
 from trainer.run_dir import RunDir, check_free
 from trainer.stream import BLOCK_SAMPLES, read_labelled, stream
-from trainer.training import LOG_EVERY, TEACHER, TrainingError, finite, optimiser, seed_torch, total_steps
+from trainer.training import (
+    LOG_EVERY,
+    TEACHER,
+    TrainingError,
+    bias_free_summary,
+    finite,
+    optimiser,
+    seed_torch,
+    total_steps,
+)
 
 
 def train_teacher(
@@ -86,4 +95,9 @@ def train_teacher(
     batches.close()
 
     save_weights(run.path, model)
-    return run.finish(loss=value, steps=steps, seconds=time.perf_counter() - started)
+    return run.finish(
+        loss=value,
+        steps=steps,
+        seconds=time.perf_counter() - started,
+        bias_free=bias_free_summary(model, batch["images"], torch_device),
+    )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from pipeline import Classifier, homogeneity_error
+from pipeline.device import as_input
 
 LOG_EVERY = 20  # steps
 
@@ -51,6 +55,22 @@ def optimiser(
         raise TrainingError(f"--lr must be a positive number, got {lr:g}")
     adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
+
+
+def bias_free_summary(model: Classifier, images: np.ndarray, device: torch.device) -> dict[str, Any] | None:
+    """For ``result.json``: what the bias-free form changed and could not, and how homogeneous the network is.
+
+    ``homogeneity_error`` is max |f(2·x) − 2·f(x)| relative to max |2·f(x)| on some images: near 0, heatmaps account
+    for the whole logit. None for a network with its biases.
+    """
+    report = model.bias_free_report
+    if report is None or not (report.changed or report.could_not):
+        return None
+    return {
+        "changed": report.changed,
+        "could_not": report.could_not,
+        "homogeneity_error": homogeneity_error(model.network, as_input(images, device)),
+    }
 
 
 def finite(loss: torch.Tensor, step: int) -> float:

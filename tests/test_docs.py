@@ -1,0 +1,49 @@
+"""Every command and every piece of Python in README and docs runs as it stands there (with small sizes)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = {"make-data": ["--limit", "120"], "train-teacher": ["--steps", "2"], "train-student": ["--steps", "2"]}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), {"__name__": "__docs__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        if line.startswith("python cli.py ") and "quickstart" not in line:
+            arguments = shlex.split(line)[2:]
+            result = CliRunner().invoke(main, [*arguments, *SMALL.get(arguments[0], [])])
+            assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_ci_runs_the_readmes_own_test_command():
+    (found,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.endswith("python -m pytest")]
+    assert found.startswith("python3 -m venv .venv && .venv/bin/pip install")
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
