@@ -7,6 +7,7 @@ python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +71,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return DatasetError, CacheError, ModelError, RelevanceError, TrainingError
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("explanation-distillation")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown, as it runs from a checkout that is not installed"
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="explanation-distillation")
+@click.version_option(_version())
 def main() -> None:
     """Explanation distillation: train a student that is immune to the bias of its training data.
 
@@ -123,7 +131,8 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     if summary is not None:
         line = f"bias-free: {len(summary['changed'])} modules changed"
         if could_not := summary["could_not"]:
-            line += f", could not change {', '.join(could_not)}: heatmaps do not account for the whole logit"
+            more = f" and {len(could_not) - 5} more" if len(could_not) > 5 else ""
+            line += f", could not change {', '.join(could_not[:5])}{more}: heatmaps do not account for the whole logit"
         click.echo(line)
 
 

@@ -88,6 +88,7 @@ def cache_explanations(
     )
     torch_device = pick_device(device)
     place(model, torch_device)
+    _explain_one(model, chosen, torch_device)
     cache = create_cache(out, info, _head_arrays(model, head_module))
     missing = np.flatnonzero(~cache.committed()).tolist()
 
@@ -132,6 +133,12 @@ def explain_shard(
             )
             heatmaps[rows, draw] = maps.float().cpu().numpy()
     return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
+
+
+def _explain_one(model: Classifier, split: Split, device: torch.device) -> None:
+    """Raise RelevanceError now, before anything is written, for a network that cannot be explained."""
+    masks = None if split.masks is None else as_mask(np.asarray(split.masks[:1]), device)
+    Trace(partial(model, masks=masks), as_input(np.asarray(split.images[:1]), device))
 
 
 def _head_arrays(model: Classifier, name: str | None) -> dict[str, np.ndarray]:

@@ -39,4 +39,15 @@ def test_maps_of_zeros_give_finite_losses_and_gradients():
         assert torch.isfinite(loss).all()
         (gradient,) = torch.autograd.grad(loss.sum(), zeros)
         assert torch.isfinite(gradient).all()
-    assert heatmap_loss(zeros, torch.zeros(1, 3, 16, 16)).item() == 0
+
+
+def test_a_teachers_map_of_zeros_teaches_nothing_and_outweighs_nothing():
+    student = torch.randn(2, 3, 16, 16, requires_grad=True)
+    teacher = torch.randn(2, 3, 16, 16)
+    teacher[0] = 0
+    loss = heatmap_loss(student, teacher)
+    assert loss[0].item() == 0
+    assert loss[1].item() > 0
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    assert (gradient[0] == 0).all()
+    assert (gradient[1] != 0).any()

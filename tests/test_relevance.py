@@ -397,6 +397,7 @@ def test_an_unknown_activation_is_named_with_its_module():
         explain(model, torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), 0.1)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_scripted_code_which_cannot_be_seen_is_refused():
     model = nn.Sequential(torch.jit.trace(plain_cnn(), torch.rand(2, 3, 8, 8)))
     with pytest.raises(RelevanceError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Dataset, Split, open_dataset
-from pipeline import Classifier, ModelConfig, explain
+from pipeline import Classifier, ModelConfig, Trace, explain
 from pipeline.classifier import HeadSpec, build_classifier, save_weights
 from pipeline.device import as_input, pick_device, place
 from pipeline.models import last_linear
@@ -86,7 +86,9 @@ def train_student(
     model = build_classifier(config)
     if head:
         _copy_head(model, head)
-    place(model.train(), torch_device)
+    place(model, torch_device)
+    Trace(model.eval(), as_input(np.asarray(train.images[:1]), torch_device))  # fails now where a rule is missing
+    model.train()
     adam, schedule = optimiser(model, lr, steps)
     run = RunDir(out, config)
     started = time.perf_counter()

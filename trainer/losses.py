@@ -15,7 +15,8 @@ def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Both maps (N, C, H, W) are divided by ``sqrt(mean|S| · mean|T|)`` of the sample, and the mean absolute
     difference is taken; this at full resolution and after 2×2, 4×4, … average pooling of the raw maps while
     the smaller side is at least 8, and averaged over these levels. Returns (N,), 0 for equal maps. The
-    geometric mean keeps a student from winning by an all-zero or an exploding map.
+    geometric mean keeps a student from winning by an all-zero or an exploding map. A teacher's map of zeros, as
+    from a logit behind a closed ReLU, explains nothing and has no scale: its loss is 0, and so is its gradient.
     """
     levels = []
     while True:
@@ -28,6 +29,6 @@ def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def _geometric_l1(student: Tensor, teacher: Tensor) -> Tensor:
     """(N,): mean |S − T| / g with g the geometric mean of the two mean absolute values."""
     s, t = student.abs().mean((1, 2, 3)), teacher.abs().mean((1, 2, 3))
-    tiny = torch.finfo(student.dtype).tiny ** 0.5  # both maps all-zero: a loss of 0, and no division by 0
+    tiny = torch.finfo(student.dtype).tiny ** 0.5  # no division by 0
     g = (s.clamp_min(tiny) * t.clamp_min(tiny)).sqrt()
-    return (student - teacher).abs().mean((1, 2, 3)) / g
+    return torch.where(t > 0, (student - teacher).abs().mean((1, 2, 3)) / g, 0)
