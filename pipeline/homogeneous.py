@@ -53,17 +53,14 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     activations written as functions inside a ``forward`` cannot be seen here: `homogeneity_error` can.
     """
     model = copy.deepcopy(model)
+    norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, _BATCH_NORMS)}
+    if model in norms:
+        return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _Batch_NORMS):
-            replacement = ScaleNorm(module.num_features, module.eps, module.momentum or 0.1)
-            if module.weight is not None:
-                replacement.weight.data.copy_(module.weight.data)
-            if not name:
-                model = replacement
-            else:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, replacement)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in norms:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
             if module.bias is not None:
@@ -74,7 +71,20 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     return model, BiasFreeReport(tuple(changed), tuple(could_not))
 
 
-_Batch_NORMS = nn.modules.batchnorm._BatchNorm
+def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
+    """A scale-only norm with a batch norm's width, γ, momentum, mode, type and device."""
+    assert isinstance(norm, _BATCH_NORMS)
+    scale = ScaleNorm(norm.num_features, norm.eps, norm.momentum or 0.1).train(norm.training)
+    for tensor in (norm.weight, norm.running_var):
+        if tensor is not None:
+            scale.to(tensor)
+    if norm.weight is not None:
+        scale.weight.data.copy_(norm.weight.data)
+        scale.weight.requires_grad_(norm.weight.requires_grad)
+    return scale
+
+
+_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _WITH_BIAS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 _NOT_HOMOGENEOUS = (
     nn.ReLU6,
@@ -89,8 +99,12 @@ _NOT_HOMOGENEOUS = (
     nn.Sigmoid,
     nn.Tanh,
     nn.Softmax,
+    nn.LogSoftmax,
     nn.Softplus,
+    nn.LayerNorm,
+    nn.GroupNorm,
     nn.LocalResponseNorm,
+    nn.modules.instancenorm._InstanceNorm,
     nn.MultiheadAttention,
 )
 
@@ -98,8 +112,9 @@ _NOT_HOMOGENEOUS = (
 @torch.no_grad()
 def homogeneity_error(model: nn.Module, images: Tensor) -> float:
     """max |f(2·x) − 2·f(x)| / max |2·f(x)| in evaluation mode: 0 up to rounding for a homogeneous network."""
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     twice, doubled = model(2 * images), 2 * model(images)
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     return float((twice - doubled).abs().max() / doubled.abs().max().clamp_min(torch.finfo(images.dtype).tiny))

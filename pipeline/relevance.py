@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from pipeline.rules import RULES, PassState, RelevanceError, StopRelevance, stop_relevance, tensors
+from pipeline.rules import (
+    LIKE_THE_SECOND,
+    RULES,
+    PassState,
+    RelevanceError,
+    StopRelevance,
+    batch_axis_after,
+    stop_relevance,
+    tensors,
+)
 
 Model = Callable[[Tensor], Tensor]
 
@@ -68,15 +77,16 @@ class Trace:
                 f"{tuple(images.shape)}; divide uint8 images by 255 first"
             )
         self.state = PassState()
-        self._model = model
         with torch.inference_mode(False), torch.enable_grad():
             if images.is_inference():
                 images = images.clone()
-            self.owns_images = not images.requires_grad  # nobody asks for the gradient at our own leaf
-            self.images = images.detach().requires_grad_() if self.owns_images else images
+            self._asked_for_images = images.requires_grad
+            self._images = images if images.requires_grad else images.detach().requires_grad_()
+            entry = self._images.clone()  # the model may change what it is given
+            self.mark(entry, batch_axis=0)
             with _Interceptor(self):
-                self.logits = model(self.images)
-        self._check_logits()
+                self.logits = model(entry)
+        self._check_logits(len(images))
 
     def heatmaps(
         self,
@@ -89,13 +99,16 @@ class Trace:
         """The heatmaps of one class and ε per image; see `explain`. ``keep_graph`` allows further calls."""
         samples, classes = self.logits.shape
         target_class = _checked_classes(target_class, samples, classes).to(self.logits.device)
-        epsilon = _checked_epsilon(epsilon, samples).to(self.logits)
+        epsilon = _checked_epsilon(epsilon, samples)
+        if self.state.epsilon is not None:
+            raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
         one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
-        self.state.epsilon = epsilon
+        self.state.uniform = float(epsilon[0]) if samples and bool((epsilon == epsilon[0]).all()) else None
+        self.state.epsilon = epsilon.to(self.logits)
         try:
             (gradient,) = torch.autograd.grad(
                 self.logits,
-                self.images,
+                self._images,
                 one_hot,
                 create_graph=create_graph,
                 retain_graph=create_graph or keep_graph,
@@ -103,17 +116,16 @@ class Trace:
             )
         finally:
             self.state.epsilon = None
-        images = self.images.detach() if self.owns_images else self.images
-        return images * gradient if create_graph else (images * gradient).detach()
+        if not create_graph:
+            return (self._images * gradient).detach()
+        return (self._images if self._asked_for_images else self._images.detach()) * gradient
 
     # --- following relevance through the forward pass ---
-    # The autograd nodes that rules made carry this pass's state in their metadata. What depends on the image
-    # through any other node (a custom autograd function, scripted code) was not seen and is refused.
+    # The autograd nodes that rules made carry this pass's state in their metadata, with the batch axis. What depends
+    # on the image through any other node (a custom autograd function, scripted code) was not seen and is refused.
 
     def carries(self, tensor: Tensor) -> bool:
-        """Whether relevance reaches this tensor: it is the image, or rules made it from the image."""
-        if tensor is self.images:
-            return True
+        """Whether relevance reaches this tensor: rules made it from the image."""
         node: Any = tensor.grad_fn
         if node is None or self.state in node.metadata:
             return node is not None
@@ -121,12 +133,16 @@ class Trace:
             raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
         return False
 
-    def mark(self, output: Any) -> None:
-        """Note that relevance reaches every tensor in ``output``."""
-        for tensor in tensors(output):
-            node: Any = tensor.grad_fn
-            if node is not None:
-                node.metadata[self.state] = True
+    def batch_axis(self, *carrying: Tensor) -> int | None:
+        """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
+        axes = {tensor.grad_fn.metadata[self.state] for tensor in carrying}  # type: ignore
+        return axes.pop() if len(axes) == 1 else None
+
+    def mark(self, tensor: Tensor, batch_axis: int | None) -> None:
+        """Note that relevance reaches this tensor."""
+        node: Any = tensor.grad_fn
+        if node is not None:
+            node.metadata[self.state] = batch_axis
 
     def _hidden_dependency(self, node: Any) -> str | None:
         """The name of a node between an unmarked node and the image, if the image is among its ancestors.
@@ -144,7 +160,7 @@ class Trace:
             for parent, _ in node.next_functions:
                 if parent is None:
                     continue
-                if self.state in parent.metadata or getattr(parent, "variable", None) is self.images:
+                if self.state in parent.metadata:
                     return node.name()
                 stack.append(parent)
         return None
@@ -158,10 +174,10 @@ class Trace:
             "pooling, sums and concatenations, or enter a rule of your own with pipeline.rule_for"
         )
 
-    def _check_logits(self) -> None:
-        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(self.images):
+    def _check_logits(self, samples: int) -> None:
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != samples:
             got = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
-            raise ValueError(f"the model must return logits of shape ({len(self.images)}, K), got {got}")
+            raise ValueError(f"the model must return logits of shape ({samples}, K), got {got}")
         if not self.carries(self.logits):
             raise RelevanceError(
                 "the logits do not depend on the image by any operation that autograd recorded: "
@@ -176,11 +192,13 @@ class _Interceptor(TorchFunctionMode):
         super().__init__()
         self.trace = trace
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else a compiled model compiles the choice of rules in
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         trace = self.trace
-        carrying = [trace.carries(tensor) for tensor in tensors([args, kwargs])]  # looks at each of them
-        if not any(carrying):
+        looked_at = args[:1] if func in LIKE_THE_SECOND else [args, kwargs]
+        carrying = [tensor for tensor in tensors(looked_at) if trace.carries(tensor)]
+        if not carrying:
             return func(*args, **kwargs)
         rule = RULES.get(func)
         if rule is None:
@@ -188,9 +206,11 @@ class _Interceptor(TorchFunctionMode):
             if any(tensor.requires_grad for tensor in tensors(output)):
                 raise trace.unknown(func)
             return output  # a shape, a comparison, a detached copy: no relevance passes
+        axis = trace.batch_axis(*carrying)
         output = rule(trace, func, *args, **kwargs)
         if rule is not RULES[stop_relevance]:
-            trace.mark(output)
+            for tensor in tensors(output):
+                trace.mark(tensor, batch_axis_after(axis, func, args, kwargs, tensor))
         return output
 
 

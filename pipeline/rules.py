@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 if TYPE_CHECKING:
@@ -31,22 +31,28 @@ class RelevanceError(ValueError):
 class PassState:
     """What the nodes of one traced forward pass know of the backward pass that runs through them.
 
-    ``epsilon`` is the (N,) stabiliser of the relevance pass in progress, or None: true gradient. The
-    nodes of one pass share one object, so passes in other threads, and autograd's own threads on CUDA,
-    see what belongs to them. It must never hold a tensor of the graph (that would be a reference cycle).
+    ``epsilon`` is the (N,) stabiliser of the relevance pass in progress, or None: true gradient; ``uniform`` is its
+    value where all are equal, else None. The nodes of one pass share one object, so passes in other threads, and
+    autograd's own threads on CUDA, see what belongs to them. It must never hold a tensor of the graph (that
+    would be a reference cycle).
     """
 
     epsilon: Tensor | None = None
+    uniform: float | None = None
 
-    def epsilon_like(self, activation: Tensor) -> Tensor:
-        """The pass's ε, one per sample, shaped to broadcast over ``activation`` (N, ...)."""
+    def epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
+        """The pass's ε, one per sample, shaped to broadcast over an activation with its batch at ``batch_axis``."""
         assert self.epsilon is not None
-        if activation.shape[0] != self.epsilon.shape[0]:
+        if self.uniform is not None:
+            return activation.new_full((), self.uniform)
+        if batch_axis is None or activation.shape[batch_axis] != len(self.epsilon):
             raise RelevanceError(
-                f"an activation of shape {tuple(activation.shape)} does not have the batch "
-                f"({self.epsilon.shape[0]} samples) as its first axis, so epsilon cannot be drawn per sample"
+                f"in an activation of shape {tuple(activation.shape)} the batch of {len(self.epsilon)} images is "
+                "no longer an axis of its own, so epsilon cannot differ between images: give one for all"
             )
-        return self.epsilon.to(activation.dtype).view(-1, *[1] * (activation.dim() - 1))
+        shape = [1] * activation.dim()
+        shape[batch_axis] = -1
+        return self.epsilon.to(activation.dtype).view(shape)
 
 
 Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call it stands in for) → what func would return
@@ -63,11 +69,40 @@ def rule_for(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
     return enter
 
 
+class _Refuse(Function):
+    """A value whose gradient nobody may ask for."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("the gradient of a loss on heatmaps cannot be differentiated once more")
+
+
+def last_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorator for a `Function.backward` that is not to be differentiated: who tries is refused, on every path.
+
+    (`once_differentiable` lets `autograd.grad` with explicit inputs pass by.)
+    """
+
+    def wrapper(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, v)
+        inputs = [tensor for tensor in (v, *ctx.saved_tensors) if tensor is not None and tensor.requires_grad]
+        if torch.is_grad_enabled() and inputs:
+            return tuple(None if gradient is None else _Refuse.apply(gradient, *inputs) for gradient in gradients)
+        return gradients
+
+    return wrapper
+
+
 # --- ReLU: LRP-Flex ---------------------------------------------------------------------------------
 
 
 class _ReLURelevance(Function):
-    """g · a / (a + ε), with ε = 0 meaning the step function (Bassi et al., arXiv 2407.09788, LRP-Flex).
+    """g · a / (a + ε) (Bassi et al., arXiv 2407.09788, LRP-Flex).
 
     In-place where it can be: a fresh tensor of this size costs more than the arithmetic on it.
     """
@@ -77,43 +112,45 @@ class _ReLURelevance(Function):
         epsilon = epsilon.clamp_min(torch.finfo(a.dtype).tiny)
         reciprocal = (a + epsilon).reciprocal_()
         ctx.save_for_backward(g, a, epsilon, reciprocal)
-        return (g * a).mul_(reciprocal)
+        return (a * reciprocal).mul_(g)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, a, epsilon, reciprocal = ctx.saved_tensors
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
-        da = (v * g).mul_(reciprocal).mul_(reciprocal).mul_(epsilon)
-        return (v * a).mul_(reciprocal), da, None
+        da = (epsilon * reciprocal).mul_(reciprocal).mul_(v).mul_(g)
+        return (a * reciprocal).mul_(v), da, None
 
 
 class _ReLU(Function):
     @staticmethod
-    def forward(ctx: Any, state: PassState, x: Tensor, inplace: bool) -> Tensor:
+    def forward(ctx: Any, state: PassState, x: Tensor, inplace: bool, batch_axis: int | None) -> Tensor:
         a = x.relu_() if inplace else x.relu()
         if inplace:
             ctx.mark_dirty(x)
-        ctx.state = state
+        ctx.state, ctx.batch_axis = state, batch_axis
         ctx.save_for_backward(a)
         return a
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
-        if ctx.state.epsilon is None:
-            return None, torch.ops.aten.threshold_backward(g, a, 0), None
-        return None, _ReLURelevance.apply(g, a, ctx.state.epsilon_like(a)), None
+        if ctx.state.epsilon is None or ctx.state.uniform == 0:  # ε = 0 is the step function
+            dx = torch.ops.aten.threshold_backward(g, a, 0)
+        else:
+            dx = _ReLURelevance.apply(g, a, ctx.state.epsilon_like(a, ctx.batch_axis))
+        return None, dx, None, None
 
 
 @rule_for(F.relu, torch.relu, torch.Tensor.relu)
 def relu(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    return _ReLU.apply(trace.state, input, inplace)
+    return _ReLU.apply(trace.state, input, inplace, trace.batch_axis(input))
 
 
 @rule_for(F.relu_, torch.relu_, torch.Tensor.relu_)
 def relu_(trace: Trace, func: Any, input: Tensor) -> Tensor:
-    return _ReLU.apply(trace.state, input, True)
+    return relu(trace, func, input, inplace=True)
 
 
 # --- Convolution: linear, so its rule is its gradient; the node is here for speed ----------------------
@@ -133,7 +170,7 @@ class _ConvolutionInputGrad(Function):
         return torch.ops.aten.convolution_backward(g, x, weight, None, *options, [True, False, False])[0]
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         dg = torch.ops.aten.convolution(v, weight, None, *ctx.options) if ctx.needs_input_grad[0] else None
@@ -153,9 +190,8 @@ class _Convolution(Function):
         weight: Tensor,
         bias: Tensor | None,
         options: tuple[Any, ...],
-        spare_input: bool,
     ) -> Tensor:
-        ctx.state, ctx.options, ctx.spare_input = state, options, spare_input
+        ctx.state, ctx.options = state, options
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         ctx.save_for_backward(x, weight)
         return torch.ops.aten.convolution(x, weight, bias, *options)
@@ -164,23 +200,21 @@ class _Convolution(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if ctx.state.epsilon is not None:
-            return None, _ConvolutionInputGrad.apply(g, x.detach(), weight, ctx.options), *[None] * 4
+            return None, _ConvolutionInputGrad.apply(g, x.detach(), weight, ctx.options), *[None] * 3
         mask = list(ctx.needs_input_grad[1:4])
-        mask[0] &= not ctx.spare_input
         grads = torch.ops.aten.convolution_backward(g, x, weight, ctx.bias_sizes, *ctx.options, mask)
-        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None, None
+        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), None
 
 
 def _convolve(
     trace: Trace, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
-    spare_input = x is trace.images and trace.owns_images
-    return _Convolution.apply(trace.state, x, weight, bias, options, spare_input)
+    return _Convolution.apply(trace.state, x, weight, bias, options)
 
 
-def _n_tuple(value: int | tuple[int, ...], dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value)
+def _n_tuple(value: Any, dims: int) -> list[int]:
+    return [int(value)] * dims if isinstance(value, Integral) else list(value)
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -252,7 +286,7 @@ class _NormRelevance(Function):
         return g * _channels(weight * inverse, g)
 
     @staticmethod
-    @once_differentiable
+    @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight, mean, inverse = ctx.saved_tensors
         gv = _sum_per_channel(g * v)
@@ -320,6 +354,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
+    if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
+        raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     return _BatchNorm.apply(trace.state, input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
@@ -428,19 +464,22 @@ T: Any = torch.Tensor
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d, F.interpolate,
     # moving values about
-    torch.cat, torch.concat, torch.concatenate, torch.stack, F.pad,
-    torch.flatten, T.flatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as, torch.permute, T.permute,
-    torch.transpose, T.transpose, torch.t, T.t, torch.movedim, T.movedim, T.T.__get__, T.mT.__get__,
+    torch.cat, torch.concat, torch.concatenate, torch.stack, F.pad, T.masked_fill, torch.masked_fill,
+    torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as,
+    torch.permute, T.permute, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes, torch.t, T.t,
+    torch.movedim, T.movedim, T.T.__get__, T.mT.__get__,
     torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, T.expand, T.expand_as, T.repeat,
     torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind, T.__getitem__, torch.select, T.select,
-    torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll, F.pixel_shuffle, F.pixel_unshuffle,
+    torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll,
+    F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle,
     # copies and types
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
-    T.cpu, T.cuda,
+    T.cpu, T.cuda, T.requires_grad_,
     # the largest of a window takes all
     torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     # dropout is a fixed mask within one pass
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout,
 )  # fmt: skip
@@ -460,12 +499,55 @@ def product(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-@rule_for(torch.div, T.div, T.div_, T.__truediv__, T.__itruediv__)
-def quotient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+@rule_for(torch.div, T.div, T.div_, torch.true_divide, T.true_divide, T.__truediv__, T.__itruediv__)
+def quotient(trace: Trace, func: Any, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
     """A quotient is linear in its numerator, where the denominator does not depend on the image."""
-    if any(trace.carries(tensor) for tensor in tensors([args[1:], kwargs])):
+    if any(trace.carries(tensor) for tensor in tensors([other])):
         raise trace.unknown(func, "by a denominator that depends on the image")
-    return func(*args, **kwargs)
+    if rounding_mode is not None:
+        raise trace.unknown(func, f"with rounding_mode='{rounding_mode}'")
+    return func(input, other)
+
+
+# of these only the first argument's values are used, of the second its shape or type
+LIKE_THE_SECOND: set[Any] = {T.view_as, T.expand_as, T.type_as, T.to}
+
+
+# --- Where the batch axis is, for an ε that differs between images ----------------------------------------
+
+_PERMUTATIONS: set[Any] = {torch.permute, T.permute}
+_TRANSPOSITIONS: set[Any] = {torch.transpose, T.transpose, torch.swapaxes, T.swapaxes}
+_REVERSALS: set[Any] = {torch.t, T.t, T.T.__get__}
+_RESHAPES: set[Any] = {torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view}
+_RESHAPES |= {T.view_as, torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, torch.sum, T.sum, torch.mean, T.mean}
+_SELECTIONS: set[Any] = {T.__getitem__, torch.select, T.select, torch.narrow, T.narrow, torch.unbind, T.unbind}
+_SELECTIONS |= {torch.flip, T.flip, torch.roll, T.roll, torch.movedim, T.movedim, T.mT.__get__, torch.einsum}
+_MOVING = _PERMUTATIONS | _TRANSPOSITIONS | _REVERSALS | _RESHAPES | _SELECTIONS
+
+
+def batch_axis_after(axis: int | None, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
+    """Where ``func`` leaves the batch axis that its input has at ``axis``; None where that cannot be told."""
+    if axis is None or func not in _MOVING:
+        return axis
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    input, rest = args[0], [*args[1:], *kwargs.values()]
+    if func in _PERMUTATIONS:
+        order = rest[0] if isinstance(rest[0], tuple | list) else rest
+        return [dim % input.dim() for dim in order].index(axis)
+    if func in _TRANSPOSITIONS:
+        first, second = (dim % input.dim() for dim in rest)
+        return {first: second, second: first}.get(axis, axis)
+    if func in _REVERSALS:
+        return input.dim() - 1 - axis
+    if axis != 0:
+        return None
+    if func in _RESHAPES:  # rows stay together where their number stays
+        return 0 if output.dim() and output.shape[0] == input.shape[0] else None
+    if func is T.__getitem__:
+        index = rest[0][0] if isinstance(rest[0], tuple) and rest[0] else rest[0]
+        return 0 if index is Ellipsis or (isinstance(index, slice) and index == slice(None)) else None
+    return None
 
 
 def require_constant(trace: Trace, func: Any, *weights: Any) -> None:

@@ -51,6 +51,21 @@ def test_what_cannot_be_made_homogeneous_is_named():
     assert isinstance(network, ScaleNorm)
 
 
+def test_mode_type_and_frozen_scales_carry_over_and_a_shared_norm_stays_shared():
+    norm = nn.BatchNorm2d(4)
+    norm.weight.requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU(), norm).double().eval()
+    network, report = bias_free(model)
+    assert network[1] is network[3]
+    assert not network[1].training
+    assert not network[1].weight.requires_grad
+    assert network[1].running_second_moment.dtype == torch.float64
+    assert len(report.changed) == 3
+    network[0].train()
+    homogeneity_error(network, torch.rand(2, 3, 4, 4).double())
+    assert [module.training for module in network] == [True, False, False, False]
+
+
 def norm_of(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """The formula, plainly."""
     return x * (weight / (x.square().mean((0, 2, 3)) + eps).sqrt()).view(1, -1, 1, 1)

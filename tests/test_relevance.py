@@ -225,8 +225,10 @@ def test_a_third_derivative_is_refused_rather_than_wrong():
     model, images = plain_cnn(), torch.rand(2, 3, 8, 8)
     _, heatmaps = explain(model, images, torch.tensor([1, 2]), 0.1, create_graph=True)
     (gradient,) = torch.autograd.grad(heatmaps.square().sum(), model[0].weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        gradient.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated once more"):
+        torch.autograd.grad(gradient.sum(), model[2].weight)
 
 
 def test_a_relu_in_place_on_a_view_is_explained_like_any_other():
@@ -241,6 +243,102 @@ def test_a_relu_in_place_on_a_view_is_explained_like_any_other():
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
     torch.testing.assert_close(explain(model, images, torch.tensor([1, 1, 1]), 0.0)[1], images * gradient)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["compiled", "compiled and warm", "a part compiled"])
+def test_a_compiled_model_has_the_heatmap_of_the_model(how):
+    torch.manual_seed(0)
+    model, images, targets = plain_cnn(), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    expected = explain(model, images, targets, 0.5)[1]
+    if how == "a part compiled":
+        model[0].compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    if how == "compiled and warm":
+        compiled(images)
+    torch.testing.assert_close(explain(compiled, images, targets, 0.5)[1], expected)
+
+
+def test_a_model_that_changes_its_input_in_place_is_explained_and_the_images_stay():
+    torch.manual_seed(0)
+    body, images, targets = plain_cnn(), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+
+    def centre(x: Tensor) -> Tensor:
+        x -= 0.5
+        return body(F.relu(x, inplace=True))
+
+    expected = explain(lambda x: body(F.relu(x - 0.5)), images, targets, 0.1)[1]
+    for given in (images, images.clone().requires_grad_() * 1):
+        before = given.detach().clone()
+        assert torch.equal(explain(centre, given, targets, 0.1)[1], expected)
+        assert torch.equal(given.detach(), before)
+
+
+class TimeFirst(nn.Module):
+    """Its ReLU sees (T, N, 6), back and forth by different operations."""
+
+    def __init__(self, forth, back):
+        super().__init__()
+        self.first, self.last, self.forth, self.back = nn.Linear(8, 6), nn.Linear(18, 4), forth, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.back(F.relu(self.first(self.forth(x)))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        (lambda x: x.transpose(0, 1), lambda x: x.transpose(0, 1)),
+        (lambda x: x.permute(1, 0, 2), lambda x: torch.permute(x, (1, 0, 2))),
+        (lambda x: x.permute(2, 1, 0).transpose(-3, -1).swapaxes(0, 1), lambda x: x.transpose(1, 0)),
+    ],
+)
+def test_each_image_has_its_own_epsilon_where_the_batch_is_not_the_first_axis(axes):
+    torch.manual_seed(0)
+    model, images = TimeFirst(*axes), torch.randn(3, 3, 8)  # as many steps as images: shapes tell nothing
+    targets, epsilons = torch.tensor([0, 1, 3]), torch.tensor([0.0, 0.1, 1.0])
+    together = explain(model, images, targets, epsilons)[1]
+    for i in range(3):
+        torch.testing.assert_close(together[i], explain(model, images, targets, float(epsilons[i]))[1][i])
+
+
+def test_an_epsilon_for_each_image_is_refused_where_the_batch_axis_is_lost():
+    model = TimeFirst(lambda x: x.flatten(0, 1), lambda x: x.unflatten(0, (3, 3)))
+    images, targets = torch.randn(3, 3, 8), torch.tensor([0, 1, 3])
+    with pytest.raises(RelevanceError, match="epsilon cannot differ between images: give one for all"):
+        explain(model, images, targets, torch.tensor([0.1, 0.2, 0.3]))
+    assert torch.isfinite(explain(model, images, targets, 0.1)[1]).all()
+    assert torch.isfinite(explain(model, images, targets, torch.tensor([0.1, 0.1, 0.1]))[1]).all()
+
+
+def test_half_precision_neither_overflows_nor_vanishes_where_the_map_does_not():
+    model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).half()
+    for first, last, x in ((300.0, [300.0, -299.0], 1.0), (1.0, [0.01, 0.02], 1e-3)):
+        model[0].weight.data.fill_(first)
+        model[2].weight.data.copy_(torch.tensor([last]))
+        images = torch.full((1, 1), x).half()
+        for epsilon in (0.0, 0.01):
+            found = explain(model, images, torch.tensor([0]), epsilon)[1].float()
+            expected = explain(copy.deepcopy(model).float(), images.float(), torch.tensor([0]), epsilon)[1]
+            torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-6)
+
+
+def test_a_batch_of_one_value_does_not_poison_a_batch_norm():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        explain(model, torch.randn(1, 4), torch.tensor([0]), 0.1)
+    assert torch.isfinite(model[1].running_var).all()
+
+
+def test_shapes_and_types_may_be_taken_from_an_activation():
+    torch.manual_seed(0)
+    body, weight = plain_cnn(), nn.Parameter(torch.rand(3, 1, 1))
+    images, targets = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    expected = explain(lambda x: body(x * weight / 2), images, targets, 0.1)[1]
+    found = explain(lambda x: body(torch.div(input=x * weight.expand_as(x).to(x), other=2)), images, targets, 0.1)[1]
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_true_gradient_is_untouched():
@@ -367,6 +465,7 @@ UNKNOWN = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), "torch.nn.functional.layer_norm"),
     "dynamic weights": (lambda x: F.conv2d(x, x[:3, :, :1, :1]), "with weights that depend on the image"),
     "conditional batch norm": (lambda x: F.batch_norm(x, None, None, x.mean((0, 2, 3)), training=True), "with weights"),
+    "rounded quotient": (lambda x: torch.div(x, 0.1, rounding_mode="floor"), "with rounding_mode='floor'"),
     "custom autograd function": (lambda x: x + Cube.apply(x), "hides from the tracer"),
     "written into a buffer": (lambda x: x + torch.zeros_like(x.detach()).copy_(x), "torch.Tensor.copy_"),
 }
@@ -379,6 +478,13 @@ def test_an_operation_without_a_rule_is_named_and_never_passed_over(case):
         explain(Unsupported(operation), torch.rand(3, 3, 8, 8), torch.tensor([0, 1, 2]), 0.1)
     assert name in str(error.value)
     assert "Unsupported" in str(error.value)
+
+
+@pytest.mark.parametrize("case", ["custom autograd function", "written into a buffer"])
+def test_what_hides_is_seen_with_images_that_have_a_history_too(case):
+    images = torch.rand(3, 3, 8, 8).requires_grad_() * 1
+    with pytest.raises(RelevanceError, match="no relevance rule"):
+        explain(Unsupported(UNKNOWN[case][0]), images, torch.tensor([0, 1, 2]), 0.1)
 
 
 def test_an_operation_written_into_a_slice_is_not_passed_over():
