@@ -100,7 +100,7 @@ def _encode(content: Shard) -> dict[str, np.ndarray]:
     scale = np.abs(maps).max(axis=(2, 3, 4))
     safe = np.where(scale > 0, scale, 1)[..., None, None, None]
     return {
-        "heatmaps": (maps / safe).astype(np.float16),
+        "heatmaps": (maps / safe).astype(np.float16) + np.float16(0),  # no -0, which Zarr may not tell from 0
         "scale": scale,
         "target_class": content.target_class.astype(np.int32),
         "epsilon": content.epsilon.astype(np.float32),

@@ -99,6 +99,13 @@ def test_maps_of_zeros_and_of_any_magnitude_survive(tmp_path):
     assert (np.abs(found - shard.heatmaps) <= largest * 2**-11).all()
 
 
+def test_maps_of_negative_zeros_are_as_intact_as_others(tmp_path):
+    cache = create_cache(tmp_path / "c.zarr", info(samples=4, draws=1))
+    shard = content(4, draws=1)
+    cache.write_shard(0, Shard(shard.heatmaps * 0 * -1, shard.target_class, shard.epsilon, shard.teacher_logits))
+    assert (open_cache(tmp_path / "c.zarr").read_shard(0).heatmaps == 0).all()
+
+
 def test_an_uncommitted_shard_does_not_exist_for_a_reader(tmp_path):
     cache = create_cache(tmp_path / "c.zarr", info())
     cache.write_shard(1, content(4))
