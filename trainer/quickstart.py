@@ -29,9 +29,9 @@ class Sizes:
 
     seed: int = 0
     limit: int | None = None
-    teacher_steps: int = 1000
+    teacher_steps: int = 800
     erm_steps: int = 300
-    student_steps: int = 1200
+    student_steps: int = 1000
     draws: int = 4
 
 
