@@ -92,7 +92,9 @@ class CacheInfo:
         return -(-self.dataset.samples // self.storage.shard_samples)
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First sample of a shard, and the one after its last."""
+        """First sample of a shard, and the one after its last. Raises IndexError for a shard that there is not."""
+        if not 0 <= shard < self.shards:
+            raise IndexError(f"there is no shard {shard}: the store has {self.shards}, counted from 0")
         start = shard * self.storage.shard_samples
         return start, min(start + self.storage.shard_samples, self.dataset.samples)
 

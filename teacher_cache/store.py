@@ -6,6 +6,7 @@ read is whole. One shard is written by one writer: two writers of one shard lose
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,8 +55,11 @@ class Cache:
     def write_shard(self, shard: int, content: Shard) -> None:
         """Write one whole shard, then its commit record. Safe beside writers of other shards."""
         start, stop = self.info.shard_range(shard)
-        if len(content.heatmaps) != stop - start:
-            raise ValueError(f"shard {shard} holds {stop - start} samples, got {len(content.heatmaps)}")
+        draws, classes = (stop - start, self.info.explainer.draws), (stop - start, len(self.info.teacher.class_names))
+        expected = ((*draws, *self.info.dataset.image_shape), draws, draws, classes)
+        found = tuple(np.shape(getattr(content, field.name)) for field in dataclasses.fields(content))
+        if found != expected:
+            raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {found}")
         if not np.isfinite(content.heatmaps).all():
             raise CacheError(
                 f"the heatmaps of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher overflows "

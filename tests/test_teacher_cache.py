@@ -147,6 +147,17 @@ def test_not_finite_maps_are_refused(tmp_path):
     assert not cache.committed().any()
 
 
+def test_arrays_of_wrong_shapes_and_shards_that_there_are_not_are_refused(tmp_path):
+    cache = create_cache(tmp_path / "c.zarr", info())
+    for wrong in (content(3), content(4, draws=1)):
+        with pytest.raises(ValueError, match="shard 0 holds arrays of shapes"):
+            cache.write_shard(0, wrong)
+    for shard in (-1, 3):
+        with pytest.raises(IndexError, match=f"no shard {shard}: the store has 3"):
+            cache.read_shard(shard)
+    assert not cache.committed().any()
+
+
 def test_the_same_settings_open_the_store_and_others_are_refused(tmp_path):
     filled(tmp_path / "c.zarr")
     other_versions = dataclasses.replace(info(), written_by={"zarr": "4"})
