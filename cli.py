@@ -18,7 +18,9 @@ import click
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
 DATA = click.option("--data", required=True, type=click.Path(path_type=Path), help="A dataset in our layout.")
-OUT = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write; must not exist.")
+OUT = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Where to write: nothing, or an unfinished training."
+)
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
@@ -143,7 +145,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="The store to write, or to continue writing."
 )
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
-@click.option("--draws", default=4, show_default=True, type=click.IntRange(1), help="Heatmaps for each sample.")
+@click.option("--draws", default=4, show_default=True, type=click.IntRange(1, 10_000), help="Heatmaps for each sample.")
 @click.option(
     "--epsilon-range",
     default=(0.01, 1.0),

@@ -40,7 +40,6 @@ def make_coloured_mnist(out: str | Path, seed: int = 0, limit: int | None = None
 
     Raises FileExistsError, DatasetError.
     """
-    writer = DatasetWriter(out)
     colour_rng, split_rng, ood_rng, shift_rng = (np.random.default_rng([seed, stream]) for stream in range(4))
     colours = np.concatenate([BIASING_COLOURS, _unseen_colours(colour_rng)])
     images, labels = read_mnist("train")
@@ -55,21 +54,22 @@ def make_coloured_mnist(out: str | Path, seed: int = 0, limit: int | None = None
         "ood": (test_images, test_labels, ood_rng.integers(10, 20, len(test_labels))),
         "shift": (test_images, test_labels, (test_labels + other_class) % 10),
     }
-    for name, (digits, classes, groups) in splits.items():
-        digits, classes, groups = digits[:limit], classes[:limit], groups[:limit]
-        writer.write_split(
-            name,
-            images=_paint(digits, colours[groups]),
-            labels=classes.astype(np.int64),
-            groups=groups.astype(np.int64),
+    with DatasetWriter(out) as writer:
+        for name, (digits, classes, groups) in splits.items():
+            digits, classes, groups = digits[:limit], classes[:limit], groups[:limit]
+            writer.write_split(
+                name,
+                images=_paint(digits, colours[groups]),
+                labels=classes.astype(np.int64),
+                groups=groups.astype(np.int64),
+            )
+        writer.finish(
+            name="coloured-mnist",
+            class_names=CLASS_NAMES,
+            bias_attribute="colour",
+            group_names=["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.tolist()],
+            builder={"command": "make-data coloured-mnist", "seed": seed, "limit": limit},
         )
-    writer.finish(
-        name="coloured-mnist",
-        class_names=CLASS_NAMES,
-        bias_attribute="colour",
-        group_names=["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.tolist()],
-        builder={"command": "make-data coloured-mnist", "seed": seed, "limit": limit},
-    )
     return {name: len(classes[:limit]) for name, (_, classes, _) in splits.items()}
 
 

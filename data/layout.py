@@ -7,6 +7,8 @@ where there are any, ``groups`` and ``masks``.
 from __future__ import annotations
 
 import hashlib
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,20 @@ class Split:
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
+    def verify(self) -> None:
+        """Read all of it once. Raises DatasetError where it is not what the fingerprint was taken of."""
+        arrays = {"images": self.images, "labels": self.labels, "groups": self.groups, "masks": self.masks}
+        try:
+            found = fingerprint({name: array for name, array in arrays.items() if array is not None})
+        except (ValueError, RuntimeError) as error:  # a chunk that does not decode
+            found = str(error)
+        if found != self.fingerprint:
+            raise DatasetError(
+                f"the split '{self.name}' of {self.images.store_path.store} is damaged, or was changed after it was "
+                f"made: its content gives {found[:60]}, its fingerprint is {self.fingerprint[:12]}…; build it again "
+                "with make-data, or delete the attribute 'fingerprint' of a split that you changed on purpose"
+            )
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         channels, height, width = self.images.shape[1:]
@@ -72,7 +88,7 @@ class Dataset:
         return tuple(split for name, split in self.splits.items() if name not in ("train", "validation"))
 
     def group_name(self, group: int) -> str:
-        return self.group_names[group] if group < len(self.group_names) else str(group)
+        return self.group_names[group] if 0 <= group < len(self.group_names) else str(group)
 
 
 def open_dataset(path: str | Path) -> Dataset:
@@ -85,7 +101,7 @@ def open_dataset(path: str | Path) -> Dataset:
         root = zarr.open_group(path, mode="r", zarr_format=3)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, NotADirectoryError):
         raise DatasetError(f"no dataset at {path}: there is no Zarr group; {REMEDY}") from None
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DatasetError(f"no dataset at {path}: its zarr.json cannot be read ({error}); {REMEDY}") from None
     attributes: dict[str, Any] = dict(root.attrs)
     if attributes.get("kind") != KIND:
@@ -98,12 +114,18 @@ def open_dataset(path: str | Path) -> Dataset:
             f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads "
             f"version {FORMAT_VERSION}: build the dataset again with make-data"
         )
-    if not attributes.get("complete", True):
-        raise DatasetError(f"the dataset {path} is incomplete, its making was interrupted: run make-data again")
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
         raise DatasetError(f"the dataset {path} has no attribute 'class_names', a list of names: add it")
-    splits = {name: _open_split(path, name, group, len(class_names)) for name, group in sorted(root.groups())}
+    group_names = attributes.get("group_names", [])
+    if not (isinstance(group_names, list) and all(isinstance(name, str) for name in group_names)):
+        raise DatasetError(f"the dataset {path} has group_names {group_names!r}: make it a list of names")
+    try:
+        splits = {name: _open_split(path, name, group, len(class_names)) for name, group in sorted(root.groups())}
+    except DatasetError:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # what Zarr says of broken metadata and chunks
+        raise DatasetError(f"the dataset {path} is damaged ({error}): build it again with make-data") from error
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}
@@ -116,38 +138,44 @@ def open_dataset(path: str | Path) -> Dataset:
         name=str(attributes.get("name", Path(path).stem)),
         class_names=tuple(class_names),
         bias_attribute=attributes.get("bias_attribute"),
-        group_names=tuple(map(str, attributes.get("group_names", ()))),
+        group_names=tuple(group_names),
         splits={name: splits[name] for name in names},
     )
 
 
 def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
     where = f"the split '{name}' of {path}"
-    arrays = dict(group.arrays())
-    for required in ("images", "labels"):
-        if required not in arrays:
-            raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
-    images, labels, groups, masks = (arrays.get(key) for key in ("images", "labels", "groups", "masks"))
-    assert images is not None
-    assert labels is not None
-    if images.ndim != 4 or images.dtype != np.uint8 or images.shape[0] == 0:
-        raise DatasetError(f"{where}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, C, H, W)")
-    samples, _, height, width = images.shape
-    for key, array in (("labels", labels), ("groups", groups)):
-        if array is not None and (array.shape != (samples,) or array.dtype.kind not in "iu"):
-            raise DatasetError(f"{where}: '{key}' is {array.dtype} {array.shape}, expected integers ({samples},)")
-    if masks is not None and (masks.shape != (samples, 1, height, width) or masks.dtype != np.uint8):
-        raise DatasetError(
-            f"{where}: 'masks' is {masks.dtype} {masks.shape}, expected uint8 {(samples, 1, height, width)}"
-        )
+    arrays = {key: array for key, array in group.arrays() if key in ARRAYS}
+    _check_arrays(where, arrays)
+    labels = arrays["labels"]
     values = np.asarray(labels[:])
     if values.min() < 0 or values.max() >= classes:
         raise DatasetError(
             f"{where}: labels run from {values.min()} to {values.max()}, but there are {classes} class names"
         )
-    present = {key: value for key, value in (("groups", groups), ("masks", masks)) if value is not None}
-    found = group.attrs.get("fingerprint") or fingerprint({"images": images, "labels": labels, **present})
-    return Split(name, images, labels, groups, masks, str(found))
+    found = group.attrs.get("fingerprint") or fingerprint(arrays)
+    return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(found))
+
+
+ARRAYS = ("images", "labels", "groups", "masks")
+
+
+def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
+    """Raise DatasetError unless a split's arrays have the types of the layout and fit together."""
+    for required in ("images", "labels"):
+        if required not in arrays:
+            raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
+    images = arrays["images"]
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
+        raise DatasetError(f"{where}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, C, H, W)")
+    samples, _, height, width = images.shape
+    for key in ("labels", "groups"):
+        if key in arrays and (arrays[key].shape != (samples,) or arrays[key].dtype.kind not in "iu"):
+            found = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise DatasetError(f"{where}: '{key}' is {found}, expected integers ({samples},)")
+    masks, expected = arrays.get("masks"), (samples, 1, height, width)
+    if masks is not None and (masks.shape != expected or masks.dtype != np.uint8):
+        raise DatasetError(f"{where}: 'masks' is {masks.dtype} {masks.shape}, expected uint8 {expected}")
 
 
 def fingerprint(arrays: Mapping[str, Any]) -> str:
@@ -168,19 +196,31 @@ def _rows_per_chunk(shape: tuple[int, ...], itemsize: int = 1) -> int:
 
 
 class DatasetWriter:
-    """Writes a dataset split by split; it is a dataset only once `finish` was called.
+    """Writes a dataset split by split, in a hidden folder beside ``path`` that `finish` moves there.
 
-    Raises FileExistsError for a path that holds anything else than an unfinished dataset of ours.
+    Use as a context manager: what is not finished is removed. Raises FileExistsError for a path that is taken.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        check_free(self.path)
-        self._unfinished: dict[str, Any] = {"kind": KIND, "format_version": FORMAT_VERSION, "complete": False}
-        self._root = zarr.create_group(str(self.path), overwrite=True, zarr_format=3, attributes=self._unfinished)
+        self._check_free()
+        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
+        self._root = zarr.create_group(str(self._partial), zarr_format=3)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def write_split(self, name: str, **arrays: np.ndarray) -> None:
-        """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``."""
+        """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``.
+
+        Raises DatasetError for arrays that are not as the layout says.
+        """
+        if unknown := sorted(set(arrays) - set(ARRAYS)):
+            raise DatasetError(f"a split has no array {', '.join(unknown)}: choose from {', '.join(ARRAYS)}")
+        _check_arrays(f"the split '{name}' for {self.path}", arrays)
         group = self._root.create_group(name)
         rows = _rows_per_chunk(arrays["images"].shape)
         for key, values in arrays.items():
@@ -189,16 +229,10 @@ class DatasetWriter:
 
     def finish(self, **attributes: Any) -> None:
         """Write the attributes (``name``, ``class_names``, ``bias_attribute``, …): the dataset now exists."""
-        self._root.attrs.put({**self._unfinished, **attributes, "complete": True})
+        self._root.attrs.put({"kind": KIND, "format_version": FORMAT_VERSION, **attributes})
+        self._check_free()
+        self._partial.rename(self.path)
 
-
-def check_free(path: Path) -> None:
-    """Raise FileExistsError unless a dataset may be written here: nothing, an empty folder, an unfinished one."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    try:
-        attributes = dict(zarr.open_group(str(path), mode="r", zarr_format=3).attrs)
-    except (OSError, ValueError):
-        attributes = {}
-    if attributes.get("kind") != KIND or attributes.get("complete", True):
-        raise FileExistsError(f"{path} exists and is not empty: choose another --out, or remove it first")
+    def _check_free(self) -> None:
+        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise FileExistsError(f"{self.path} exists and is not empty: choose another --out, or remove it first")

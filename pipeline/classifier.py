@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import platform
 from collections.abc import Callable
@@ -103,9 +104,14 @@ class ModelConfig:
         if set(values) != expected:
             raise ModelError(f"its fields differ from the expected ones in {sorted(set(values) ^ expected)}")
         values = dict(values)
-        values["head"] = HeadSpec(**values["head"]) if values["head"] else None
-        values["class_names"] = tuple(values["class_names"])
-        values["image_shape"] = tuple(values["image_shape"])
+        try:
+            values["head"] = HeadSpec(**values["head"]) if values["head"] else None
+            values["class_names"] = tuple(values["class_names"])
+            values["image_shape"] = tuple(map(int, values["image_shape"]))
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"its head, class_names or image_shape cannot be read ({error})") from None
+        if values["debias"] not in DEBIAS:
+            raise ModelError(f"its debias is {values['debias']!r}, not one of {', '.join(DEBIAS)}")
         return cls(**values)
 
 
@@ -155,8 +161,10 @@ def attach_head(network: nn.Module, head: HeadSpec, num_classes: int, *, adapter
 
 def save_weights(directory: Path, model: nn.Module) -> None:
     """Write ``weights.pt``, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     partial = directory / "weights.pt.partial"
-    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, partial)
+    partial.write_bytes(buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
     partial.replace(directory / "weights.pt")
 
 
@@ -179,7 +187,10 @@ def load_classifier(directory: str | Path) -> tuple[Classifier, ModelConfig]:
         raise ModelError(f"{directory} holds no model that this program can read: {error}; {hint}") from None
     if not (directory / "weights.pt").exists():
         raise ModelError(f"the training of {directory} was not finished: there is no weights.pt; train it again")
-    model = build_classifier(config)
+    try:
+        model = build_classifier(config)
+    except (ModelError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"the config.json in {directory} describes no model ({error}); train it again") from error
     try:
         model.load_state_dict(torch.load(directory / "weights.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a file that is cut or foreign

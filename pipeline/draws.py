@@ -24,7 +24,7 @@ def target_classes(top: np.ndarray, classes: int, seed: int, draws: int, start: 
     """The explained classes, int64 (n, draws), of samples from ``start`` on whose top class is ``top`` (n,).
 
     With probability 0.5 the teacher's top class, otherwise one of the others, all alike: the other classes
-    teach the student what says nothing about them (DESIGN §2.1).
+    teach the student what says nothing about them.
     """
     columns = []
     for draw in range(draws):

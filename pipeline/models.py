@@ -62,15 +62,28 @@ def build_network(
             f"unknown architecture '{arch}': "
             + (f"did you mean {' or '.join(near)}?" if near else "choose small-cnn or a torchvision model's name")
         )
+    try:
+        network = _construct(arch, num_classes, image_shape)
+        report = BiasFreeReport((), ())
+        if free_of_biases:
+            network, report = bias_free(network)
+        with torch.no_grad():
+            shape = tuple(network.eval()(torch.rand(2, *image_shape)).shape)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the architecture '{arch}' does not take images of shape {image_shape} (channels, height, width): "
+            f"{reason}; use another architecture (small-cnn takes 8×8 and more), or images of the size it needs"
+        ) from None
+    if shape != (2, num_classes):
+        raise ModelError(f"the architecture '{arch}' returns {shape} for 2 images and {num_classes} classes")
+    return network.train(), report
+
+
+def _construct(arch: str, num_classes: int, image_shape: ImageShape) -> nn.Module:
     if arch == "small-cnn":
-        network: nn.Module = small_cnn(num_classes, image_shape[0])
-    else:
-        network = torchvision.models.get_model(arch, num_classes=num_classes, **_options(arch, image_shape))
-    report = BiasFreeReport((), ())
-    if free_of_biases:
-        network, report = bias_free(network)
-    _try(arch, network, num_classes, image_shape)
-    return network, report
+        return small_cnn(num_classes, image_shape[0])
+    return torchvision.models.get_model(arch, num_classes=num_classes, **_options(arch, image_shape))
 
 
 def _options(arch: str, image_shape: ImageShape) -> dict[str, Any]:
@@ -82,23 +95,6 @@ def _options(arch: str, image_shape: ImageShape) -> dict[str, Any]:
     if arch.startswith("maxvit"):
         return {"input_size": image_shape[1:]}
     return {}
-
-
-def _try(arch: str, network: nn.Module, num_classes: int, image_shape: ImageShape) -> None:
-    training = network.training
-    try:
-        with torch.no_grad():
-            shape = tuple(network.eval()(torch.rand(2, *image_shape)).shape)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"the architecture '{arch}' does not take images of shape {image_shape} (channels, height, width): "
-            f"{reason}; use small-cnn, another architecture, or a dataset with images of the size it needs"
-        ) from None
-    finally:
-        network.train(training)
-    if shape != (2, num_classes):
-        raise ModelError(f"the architecture '{arch}' returns {shape} for 2 images and {num_classes} classes")
 
 
 def last_linear(network: nn.Module, num_classes: int) -> str | None:

@@ -26,6 +26,7 @@ from teacher_cache import (
     Shard,
     TeacherInfo,
     create_cache,
+    head_sha256,
     plan_storage,
 )
 
@@ -55,23 +56,28 @@ def cache_explanations(
 ) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or continue one that was interrupted.
 
-    Each of the ``draws`` of a sample is a class, an ε and a heatmap (DESIGN §2.1); all share one forward
+    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward
     pass. Dask runs one task a shard; a shard is written whole, then committed. The draws depend on the seed
     and the sample alone, the heatmaps on nothing else but float rounding (bit for bit at equal batch size).
 
-    Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError.
+    Shards that are damaged are computed anew. Raises DatasetError, ModelError, CacheError, FileExistsError,
+    RelevanceError.
     """
     low, high = epsilon_range
-    if not 0 < low <= high < float("inf"):
-        raise RelevanceError(f"--epsilon-range must be two numbers 0 < LOW <= HIGH, got {low:g} {high:g}")
+    with np.errstate(over="ignore"):
+        if not 0 < np.float32(low) <= np.float32(high) < np.inf:
+            raise RelevanceError(
+                f"--epsilon-range must be two numbers 0 < LOW <= HIGH in float32, got {low:g} {high:g}"
+            )
     for name, value in (("--draws", draws), ("--batch-size", batch_size)):
         if value < 1:
             raise RelevanceError(f"{name} must be at least 1, got {value}")
     dataset = open_dataset(data)
     chosen = dataset.split(split)
+    chosen.verify()
     model, config = load_classifier(teacher)
     check_fits(config, dataset.class_names, chosen.image_shape, teacher)
-    head_module = last_linear(model.network, len(config.class_names))
+    head = _head_arrays(model, len(config.class_names))
     info = CacheInfo(
         explainer=ExplainerInfo(explainer, draws, low, high, CLASS_POLICY, seed),
         teacher=TeacherInfo(
@@ -80,7 +86,7 @@ def cache_explanations(
             bias_free=config.bias_free,
             weights_sha256=weights_sha256(teacher),
             class_names=config.class_names,
-            head_module=head_module,
+            head_sha256=head_sha256(head),
         ),
         dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), chosen.image_shape),
         storage=plan_storage(draws, chosen.image_shape),
@@ -89,8 +95,8 @@ def cache_explanations(
     torch_device = pick_device(device)
     place(model, torch_device)
     _explain_one(model, chosen, torch_device)
-    cache = create_cache(out, info, _head_arrays(model, head_module))
-    missing = np.flatnonzero(~cache.committed()).tolist()
+    cache = create_cache(out, info, head)
+    missing = [shard for shard in range(info.shards) if not cache.intact(shard)]
 
     def task(shard: int) -> None:
         cache.write_shard(shard, explain_shard(model, chosen, info, shard, batch_size, torch_device))
@@ -132,6 +138,12 @@ def explain_shard(
                 keep_graph=draw + 1 < explainer.draws,
             )
             heatmaps[rows, draw] = maps.float().cpu().numpy()
+    if not heatmaps.any():
+        raise RelevanceError(
+            f"every heatmap of samples {start} to {stop - 1} is zero, so there is nothing to learn from: the teacher's "
+            "logits do not depend on the images (train it again, with a smaller --lr), or --epsilon-range is far above "
+            "its activations"
+        )
     return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
 
 
@@ -141,7 +153,9 @@ def _explain_one(model: Classifier, split: Split, device: torch.device) -> None:
     Trace(partial(model, masks=masks), as_input(np.asarray(split.images[:1]), device))
 
 
-def _head_arrays(model: Classifier, name: str | None) -> dict[str, np.ndarray]:
+def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:
+    """The parameters of the teacher's last layer; none where it does not end in a linear one."""
+    name = last_linear(model.network, classes)
     if name is None:
         return {}
     head = model.network.get_submodule(name)

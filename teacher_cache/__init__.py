@@ -9,7 +9,7 @@ from teacher_cache.layout import (
     TeacherInfo,
     plan_storage,
 )
-from teacher_cache.store import Cache, Shard, check_complete, create_cache, open_cache
+from teacher_cache.store import Cache, Shard, check_complete, create_cache, head_sha256, open_cache
 
 __all__ = [
     "Cache",
@@ -22,6 +22,7 @@ __all__ = [
     "TeacherInfo",
     "check_complete",
     "create_cache",
+    "head_sha256",
     "open_cache",
     "plan_storage",
 ]

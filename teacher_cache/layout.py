@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 KIND = "explanation-distillation cache"
 FORMAT_VERSION = 1
@@ -29,14 +30,14 @@ class ExplainerInfo:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Whose decisions they explain. ``head_module`` names the teacher's last layer, or is None without one."""
+    """Whose decisions they explain. ``head_sha256`` is that of the stored last layer, None where there is none."""
 
     arch: str
     debias: str
     bias_free: bool
     weights_sha256: str
     class_names: tuple[str, ...]
-    head_module: str | None
+    head_sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,19 @@ class CacheInfo:
             if found != expected:
                 raise CacheError(f"its attribute '{section}' has fields {sorted(found)}, expected {sorted(expected)}")
             assert isinstance(values, dict)
-            parts[section] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        return cls(written_by=dict(attributes.get("written_by", {})), **parts)
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            for key, hint in get_type_hints(kind).items():
+                wanted: Any = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+                wanted = int | float if wanted is float else wanted
+                if not isinstance(values[key], wanted) or (wanted is int and isinstance(values[key], bool)):
+                    raise CacheError(f"its attribute '{section}.{key}' is {values[key]!r}, expected {hint}")
+            parts[section] = kind(**values)
+        written_by = attributes.get("written_by")
+        if not isinstance(written_by, dict):
+            raise CacheError(f"its attribute 'written_by' is {written_by!r}, expected names and versions")
+        if min(parts["storage"].shard_samples, parts["storage"].chunk_samples, parts["explainer"].draws) < 1:
+            raise CacheError(f"its attributes have a size under 1: {parts['storage']}, {parts['explainer']}")
+        return cls(written_by=written_by, **parts)
 
     @property
     def shards(self) -> int:
@@ -103,7 +115,10 @@ class CacheInfo:
         lines = []
         for section in _SECTIONS:
             mine, theirs = (dataclasses.asdict(getattr(info, section)) for info in (self, other))
-            lines += [f"{section}.{key}: {mine[key]!r}, {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
+            decisive = [key for key in mine if (section, key) != ("dataset", "name")]  # the fingerprint says which
+            lines += [
+                f"{section}.{key}: {mine[key]!r}, {theirs[key]!r}" for key in decisive if mine[key] != theirs[key]
+            ]
         return lines
 
 

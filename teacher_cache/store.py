@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import zarr
-import zarr.errors
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo
@@ -38,19 +39,48 @@ class Shard:
 
 
 class Cache:
-    """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,)."""
+    """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,).
+
+    Raises CacheError where its arrays are not those that the attributes promise.
+    """
 
     def __init__(self, path: str, root: zarr.Group, info: CacheInfo):
         self.path, self.info = path, info
-        self._arrays = dict(root.arrays())
-        head = root.get("head")
-        self.head: Mapping[str, np.ndarray] = (
-            {name: np.asarray(array[:]) for name, array in head.arrays()} if isinstance(head, zarr.Group) else {}
-        )
+        try:
+            self._arrays = dict(root.arrays())
+            found = {name: (array.shape, str(array.dtype)) for name, array in self._arrays.items()}
+            head = root.get("head")
+            self.head: Mapping[str, np.ndarray] = (
+                {name: np.asarray(array[:]) for name, array in head.arrays()} if isinstance(head, zarr.Group) else {}
+            )
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:  # what Zarr says of broken metadata and chunks
+            raise CacheError(f"the store {path} is damaged ({error}): remove it and make it again") from error
+        expected = {name: (shape, dtype) for name, (shape, dtype, _) in _plan(info).items()}
+        if found != expected:
+            raise CacheError(
+                f"the store {path} is damaged: its arrays are {found}, its attributes promise {expected}; "
+                "remove it and make it again"
+            )
+        if head_sha256(self.head) != info.teacher.head_sha256:
+            raise CacheError(f"the teacher's last layer in the store {path} is damaged: remove it and make it again")
 
     def committed(self) -> np.ndarray:
         """Which shards exist: bool (number of shards,)."""
-        return np.any(np.asarray(self._arrays["commits"][:]), axis=1, keepdims=False)
+        return np.array([self._commit(shard).any() for shard in range(self.info.shards)], bool)
+
+    def intact(self, shard: int) -> bool:
+        """Whether a shard is committed and its content is what was committed; reads all of it."""
+        try:
+            self.read_shard(shard)
+        except CacheError:
+            return False
+        return True
+
+    def _commit(self, shard: int) -> np.ndarray:
+        try:
+            return np.asarray(self._arrays["commits"][shard])
+        except (ValueError, RuntimeError):  # a record that was cut is none
+            return np.zeros(32, np.uint8)
 
     def write_shard(self, shard: int, content: Shard) -> None:
         """Write one whole shard, then its commit record. Safe beside writers of other shards."""
@@ -60,12 +90,14 @@ class Cache:
         found = tuple(np.shape(getattr(content, field.name)) for field in dataclasses.fields(content))
         if found != expected:
             raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {found}")
-        if not np.isfinite(content.heatmaps).all():
+        if not (np.isfinite(content.heatmaps).all() and np.isfinite(content.teacher_logits).all()):
             raise CacheError(
-                f"the heatmaps of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher overflows "
-                "on some of these images; train it with a smaller --lr, or look for damaged images"
+                f"the heatmaps or logits of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher "
+                "overflows on some of these images; train it with a smaller --lr, or look for damaged images"
             )
         stored = _encode(content)
+        if self._commit(shard).any():
+            self._arrays["commits"][shard] = 0  # from here on there is no such shard, until it is whole again
         for name, values in stored.items():
             self._arrays[name][start:stop] = values
         self._arrays["commits"][shard] = _digest(stored)
@@ -76,7 +108,7 @@ class Cache:
         Raises CacheError, naming the shard, where it is not committed or its content is not what was committed.
         """
         start, stop = self.info.shard_range(shard)
-        commit = np.asarray(self._arrays["commits"][shard])
+        commit = self._commit(shard)
         if not commit.any():
             raise CacheError(
                 f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is not there yet: "
@@ -90,7 +122,8 @@ class Cache:
         if not intact:
             raise CacheError(
                 f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is damaged: its content is not "
-                "what was committed; make the store again, or restore it from a copy"
+                "what was committed; run the cache-explanations command that made the store again, it computes what "
+                "is damaged anew"
             )
         return _decode(stored, draws)
 
@@ -130,62 +163,77 @@ def _digest(stored: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.frombuffer(digest.digest(), np.uint8)
 
 
+def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
+    """SHA-256 over a last layer's arrays in float32, by name; None without any."""
+    digest = hashlib.sha256()
+    for name, values in sorted(head.items()):
+        digest.update(f"{name} {values.shape};".encode() + np.asarray(values, "<f4").tobytes())
+    return digest.hexdigest() if head else None
+
+
+def _plan(info: CacheInfo) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
+    """Shape, dtype and dimension names of every array of a store."""
+    rows = (info.dataset.samples, info.explainer.draws)
+    return {
+        "heatmaps": ((*rows, *info.dataset.image_shape), info.storage.dtype, ("sample", "draw", "channel", "y", "x")),
+        "scale": (rows, "float32", ("sample", "draw")),
+        "target_class": (rows, "int32", ("sample", "draw")),
+        "epsilon": (rows, "float32", ("sample", "draw")),
+        "teacher_logits": ((rows[0], len(info.teacher.class_names)), "float32", ("sample", "class")),
+        "commits": ((info.shards, 32), "uint8", ("shard", "sha256")),
+    }
+
+
 def create_cache(path: str | Path, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
     """Create the store with every shard uncommitted, or open the one that the same settings made.
 
-    Raises CacheError for a store made with other settings, FileExistsError for a path that holds anything else.
+    It is built in a hidden folder beside ``path`` and moved there whole. Raises CacheError for a store made with
+    other settings, FileExistsError for a path that holds anything else.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
     if path.exists() and any(path.iterdir()):
-        attributes = _attributes(str(path))
-        if attributes.get("kind") != KIND:
-            raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
-        if attributes.get("ready"):
-            return _reopen(str(path), info)
-    unready: dict[str, Any] = {"kind": KIND, "format_version": FORMAT_VERSION, "ready": False}
-    root = zarr.create_group(str(path), overwrite=True, zarr_format=3, attributes=unready)
-    samples, draws = info.dataset.samples, info.explainer.draws
+        return _reopen(path, info)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        _build(partial, info, head or {})
+        try:
+            partial.rename(path)
+        except OSError:  # somebody else was faster
+            return _reopen(path, info)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_cache(path, writable=True)
+
+
+def _build(path: Path, info: CacheInfo, head: Mapping[str, np.ndarray]) -> None:
+    root = zarr.create_group(str(path), zarr_format=3)
     shard, chunk = info.storage.shard_samples, info.storage.chunk_samples
-    rows = (samples, draws)
-    root.create_array(
-        "heatmaps",
-        shape=(*rows, *info.dataset.image_shape),
-        dtype=info.storage.dtype,
-        chunks=(chunk, 1, *info.dataset.image_shape),
-        shards=(shard, draws, *info.dataset.image_shape),
-        compressors=(BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=2), Crc32cCodec()),
-        dimension_names=("sample", "draw", "channel", "y", "x"),
-    )
-    plain: dict[str, tuple[tuple[int, int], str, tuple[str, str]]] = {
-        "scale": (rows, "float32", ("sample", "draw")),
-        "target_class": (rows, "int32", ("sample", "draw")),
-        "epsilon": (rows, "float32", ("sample", "draw")),
-        "teacher_logits": ((samples, len(info.teacher.class_names)), "float32", ("sample", "class")),
-    }
-    for name, (shape, dtype, dimensions) in plain.items():
-        root.create_array(name, shape=shape, dtype=dtype, chunks=(shard, shape[1]), dimension_names=dimensions)
-    root.create_array(
-        "commits",
-        shape=(info.shards, 32),
-        dtype="uint8",
-        chunks=(1, 32),
-        compressors=None,
-        dimension_names=("shard", "sha256"),
-    )
+    for name, (shape, dtype, dimensions) in _plan(info).items():
+        layout: dict[str, Any]
+        if name == "heatmaps":
+            layout = {
+                "chunks": (chunk, 1, *shape[2:]),
+                "shards": (shard, *shape[1:]),
+                "compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=2), Crc32cCodec()),
+            }
+        elif name == "commits":
+            layout = {"chunks": (1, 32), "compressors": None}
+        else:
+            layout = {"chunks": (shard, shape[1])}
+        root.create_array(name, shape=shape, dtype=dtype, dimension_names=dimensions, **layout)
     if head:
         head_group = root.create_group("head")
         for name, values in head.items():
             head_group.create_array(name, data=np.asarray(values, np.float32))
-    root.attrs.put({**unready, **info.to_dict(), "ready": True})
-    return Cache(str(path), root, info)
+    root.attrs.put({"kind": KIND, "format_version": FORMAT_VERSION, **info.to_dict()})
 
 
 def open_cache(path: str | Path, *, writable: bool = False) -> Cache:
     """Open a store, complete or not.
 
-    Raises CacheError where there is none, it is of another format version, or its attributes are not ours.
+    Raises CacheError where there is none, it is of another format version, or it is not as its attributes say.
     """
     path = str(path)
     attributes = _attributes(path)
@@ -197,14 +245,11 @@ def open_cache(path: str | Path, *, writable: bool = False) -> Cache:
             f"{path} has store format version {attributes.get('format_version')!r}, this program reads version "
             f"{FORMAT_VERSION}: use the program that wrote it, or make the store again"
         )
-    if not attributes.get("ready"):
-        raise CacheError(f"the creation of {path} was interrupted: run its cache-explanations command again")
     try:
         info = CacheInfo.from_dict(attributes)
     except CacheError as error:
         raise CacheError(f"{path} is no store that this program can read: {error}; make it again") from None
-    root = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
-    return Cache(path, root, info)
+    return Cache(path, zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3), info)
 
 
 def check_complete(cache: Cache) -> None:
@@ -217,7 +262,9 @@ def check_complete(cache: Cache) -> None:
         )
 
 
-def _reopen(path: str, info: CacheInfo) -> Cache:
+def _reopen(path: Path, info: CacheInfo) -> Cache:
+    if _attributes(str(path)).get("kind") != KIND:
+        raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
     cache = open_cache(path, writable=True)
     if differences := cache.info.differences(info):
         raise CacheError(
@@ -227,8 +274,8 @@ def _reopen(path: str, info: CacheInfo) -> Cache:
     return cache
 
 
-def _attributes(path: str) -> dict[str, object]:
+def _attributes(path: str) -> dict[str, Any]:
     try:
         return dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
-    except (FileNotFoundError, NotADirectoryError, zarr.errors.GroupNotFoundError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none there, or not to be read
         return {}

@@ -48,7 +48,7 @@ def lrp_epsilon(layers: list[nn.Module], image: Tensor, target: int, epsilon: fl
 
 
 def heatmap_loss(student: Tensor, teacher: Tensor) -> float:
-    """The loss of one pair of maps (C, H, W), by loops over values and windows (DESIGN §2.2)."""
+    """The loss of one pair of maps (C, H, W), by loops over values and windows."""
     levels, side = [], 1
     while min(student.shape[1:]) // side >= 8 or side == 1:
         s, t = _pooled(student, side), _pooled(teacher, side)

@@ -44,6 +44,8 @@ def world(tmp_path_factory, dataset, teacher, cache, validation_cache) -> Path:
     (path / "folder").mkdir()
     (path / "folder" / "notes.txt").write_text("mine")
     (path / "file").write_text("mine")
+    (path / "mine").mkdir()
+    (path / "mine" / "config.json").write_text('{"my": "config"}')
     return path
 
 
@@ -86,7 +88,7 @@ BAD = {
     f"{TRAIN} --stepz 5": (2, "--steps"),
     f"{CACHE} --split test": (1, "no split 'test': choose one of train, validation, iid, ood, shift"),
     f"{CACHE} --explainer grad-cam": (2, "'grad-cam'"),
-    f"{CACHE} --epsilon-range 1 0.1": (1, "0 < LOW <= HIGH, got 1 0.1"),
+    f"{CACHE} --epsilon-range 1 0.1": (1, "0 < LOW <= HIGH in float32, got 1 0.1"),
     f"{CACHE} --epsilon-range 0 1": (2, "--epsilon-range"),
     f"{STUDENT} --arch mobilenet_v2": (1, "no relevance rule for torch.nn.functional.hardtanh, in module"),
     "cache-explanations --data data.zarr --teacher relu6-teacher --out new": (1, "(ReLU6)"),
@@ -101,6 +103,10 @@ BAD = {
     "train-teacher --data data.zarr --out folder": (1, "choose another --out"),
     "train-teacher --data data.zarr --out teacher": (1, "choose another --out"),
     "train-teacher --data data.zarr --out file": (1, "choose another --out"),
+    "train-teacher --data data.zarr --out mine": (1, "choose another --out"),
+    "train-teacher --data data.zarr --out new --epochs 1e30": (1, "give fewer --steps or --epochs"),
+    "train-teacher --data data.zarr --out new --arch vit_b_16": (1, "does not take images of shape (3, 28, 28)"),
+    "train-teacher --data data.zarr --out new --device meta": (1, "the device 'meta' cannot be used here"),
     "cache-explanations --data data.zarr --teacher teacher --out folder": (1, "choose another --out"),
     "cache-explanations --data data.zarr --teacher teacher --out file": (1, "choose another --out"),
     "cache-explanations --data data.zarr --teacher teacher --out data.zarr": (1, "choose another --out"),

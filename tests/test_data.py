@@ -83,6 +83,8 @@ def test_the_colour_is_as_published_in_every_split(full):
 
 def test_group_names_are_the_colours(full):
     dataset = open_dataset(full)
+    assert dataset.group_name(-1) == "-1"
+    assert dataset.group_name(99) == "99"
     split = dataset.split("ood")
     red, green, blue = colours(split.images[:1])[0]
     assert dataset.group_name(int(split.groups[0])) == f"#{red:02x}{green:02x}{blue:02x}"
@@ -146,7 +148,7 @@ def test_a_dataset_made_by_hand_in_the_documented_layout_opens(tmp_path):
     [
         ({"kind": "something"}, "no dataset of ours"),
         ({"format_version": 2}, "format version 2, this program reads version 1"),
-        ({"complete": False}, "incomplete, its making was interrupted"),
+        ({"group_names": None}, "has group_names None: make it a list of names"),
         ({"class_names": []}, "no attribute 'class_names'"),
         ({"class_names": ["only"]}, "labels run from 0 to 1, but there are 1 class names"),
         ({"arrays": {"labels": None}}, "has no array 'labels'"),
@@ -161,13 +163,56 @@ def test_what_is_wrong_with_a_dataset_is_said(tmp_path, changes, message):
         open_dataset(by_hand(tmp_path / "broken.zarr", **changes))
 
 
-def test_an_interrupted_dataset_is_no_dataset_and_is_made_again(tmp_path):
-    writer = DatasetWriter(tmp_path / "data.zarr")
-    writer.write_split("train", images=np.zeros((4, 1, 8, 8), np.uint8), labels=np.zeros(4, np.int64))
-    with pytest.raises(DatasetError, match="interrupted: run make-data again"):
-        open_dataset(tmp_path / "data.zarr")
+def test_a_dataset_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("the power is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DatasetWriter, "finish", fail)
+        patched.setattr("data.layout.fingerprint", fail)
+        with pytest.raises(OSError, match="the power is gone"):
+            make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+    assert list(tmp_path.iterdir()) == []
     make_coloured_mnist(tmp_path / "data.zarr", limit=20)
-    assert len(open_dataset(tmp_path / "data.zarr").split("train")) == 20
+    assert [path.name for path in tmp_path.iterdir()] == ["data.zarr"]
+
+
+@pytest.mark.parametrize("harm", ["removed", "cut", "changed"])
+@pytest.mark.parametrize("array", ["images", "labels"])
+def test_a_damaged_split_is_named(tmp_path, array, harm):
+    make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+    chunk = next(file for file in (tmp_path / "data.zarr" / "ood" / array / "c").rglob("*") if file.is_file())
+    if harm == "removed":
+        chunk.unlink()
+    elif harm == "cut":
+        chunk.write_bytes(chunk.read_bytes()[:10])
+    else:
+        root = zarr.open_group(str(tmp_path / "data.zarr"), mode="r+")
+        root[f"ood/{array}"][0] = root[f"ood/{array}"][1] + 1
+    with pytest.raises(DatasetError, match=r"damaged"):
+        open_dataset(tmp_path / "data.zarr").split("ood").verify()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"zarr_format": 3}'])
+@pytest.mark.parametrize("file", ["zarr.json", "ood/images/zarr.json"])
+def test_broken_metadata_is_refused(tmp_path, file, text):
+    make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+    (tmp_path / "data.zarr" / file).write_text(text)
+    with pytest.raises(DatasetError, match=r"data\.zarr"):
+        open_dataset(tmp_path / "data.zarr").split("ood").verify()
+
+
+def test_a_writer_takes_only_what_can_be_opened(tmp_path):
+    images, labels = np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.int64)
+    for wrong in (
+        {"images": images.astype(np.float32), "labels": labels},
+        {"images": images[:, :0], "labels": labels},
+        {"images": images, "labels": labels[:3]},
+        {"images": images},
+        {"images": images, "label": labels},
+    ):
+        with DatasetWriter(tmp_path / "d.zarr") as writer, pytest.raises(DatasetError):
+            writer.write_split("train", **wrong)
 
 
 @pytest.mark.parametrize("occupied", ["file", "folder", "dataset"])

@@ -69,7 +69,7 @@ def test_every_sample_takes_one_forward_pass_for_all_its_draws(dataset, teacher,
 
     monkeypatch.setattr(Classifier, "forward", counting)
     cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=3, batch_size=100)
-    assert seen == [100, 100, 100]
+    assert seen == [1, 100, 100, 100]  # one to see whether it can be explained at all
 
 
 def test_draws_are_the_same_and_maps_equal_whatever_the_batch_and_shard_size(
@@ -145,11 +145,27 @@ def test_killed_at_random_moments_and_run_again_the_store_equals_an_uninterrupte
         assert "Traceback" not in errors
         if attempt > 0:
             assert commits() > before
+        if cut.exists():
             assert_only_whole_shards_can_be_read(cut)
     assert not open_cache(cut).committed().all()
     subprocess.run(command(larger, teacher, cut), cwd=ROOT, check=True, capture_output=True)
     check_complete(open_cache(cut))
     assert_equal_bit_for_bit(cut, whole)
+
+
+def test_a_damaged_shard_is_computed_anew_by_the_same_command(dataset, teacher, tmp_path, small_shards):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1)
+    before = arrays(tmp_path / "c.zarr")
+    next(f for f in (tmp_path / "c.zarr" / "heatmaps" / "c" / "2").rglob("*") if f.is_file()).unlink()
+    (tmp_path / "c.zarr" / "commits" / "c" / "4" / "0").write_bytes(b"")
+    assert cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1).computed_shards == 2
+    after = arrays(tmp_path / "c.zarr")
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+
+
+def test_a_teacher_that_explains_nothing_is_refused(dataset, teacher, tmp_path):
+    with pytest.raises(RelevanceError, match="every heatmap of samples 0 to 299 is zero"):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", epsilon_range=(1e30, 1e38))
 
 
 def assert_only_whole_shards_can_be_read(path: Path) -> None:
@@ -180,9 +196,10 @@ def open_classes(teacher: Path) -> tuple[str, ...]:
     return load_classifier(teacher)[1].class_names
 
 
-def test_an_epsilon_range_that_is_none_is_refused(dataset, teacher, tmp_path):
-    with pytest.raises(RelevanceError, match=r"0 < LOW <= HIGH, got 1 0\.1"):
-        cache_explanations(dataset, teacher, tmp_path / "c.zarr", epsilon_range=(1.0, 0.1))
+@pytest.mark.parametrize("limits", [(1.0, 0.1), (1e-60, 1.0), (0.1, 1e39)])
+def test_an_epsilon_range_that_is_none_is_refused(dataset, teacher, tmp_path, limits):
+    with pytest.raises(RelevanceError, match="0 < LOW <= HIGH in float32, got"):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", epsilon_range=limits)
     assert not (tmp_path / "c.zarr").exists()
 
 

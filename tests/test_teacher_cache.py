@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +25,7 @@ from teacher_cache import (
     TeacherInfo,
     check_complete,
     create_cache,
+    head_sha256,
     open_cache,
     plan_storage,
 )
@@ -37,7 +40,7 @@ def info(samples: int = 10, draws: int = 2, shard: int = 4, **explainer) -> Cach
             "rule": "lrp", "draws": draws, "epsilon_low": 0.01, "epsilon_high": 1.0,
             "class_policy": "top-or-other", "seed": 0, **explainer,
         }),
-        teacher=TeacherInfo("small-cnn", "grayscale", True, "0" * 64, CLASSES, "head"),
+        teacher=TeacherInfo("small-cnn", "grayscale", True, "0" * 64, CLASSES, head_sha256(HEAD)),
         dataset=DatasetInfo("mine", "train", "1" * 64, samples, (3, 6, 5)),
         storage=StorageInfo("float16", "blosc-zstd-3-bitshuffle", shard, 2),
         written_by={"zarr": "3"},
@@ -88,7 +91,7 @@ def test_one_draw_a_sample_is_read_as_chosen(tmp_path):
 
 
 def test_maps_of_zeros_and_of_any_magnitude_survive(tmp_path):
-    cache = create_cache(tmp_path / "c.zarr", info(samples=3, draws=1, shard=4))
+    cache = create_cache(tmp_path / "c.zarr", info(samples=3, draws=1, shard=4), HEAD)
     shard = content(3, draws=1)
     shard.heatmaps[0] = 0
     shard.heatmaps[1] *= 1e30
@@ -100,14 +103,14 @@ def test_maps_of_zeros_and_of_any_magnitude_survive(tmp_path):
 
 
 def test_maps_of_negative_zeros_are_as_intact_as_others(tmp_path):
-    cache = create_cache(tmp_path / "c.zarr", info(samples=4, draws=1))
+    cache = create_cache(tmp_path / "c.zarr", info(samples=4, draws=1), HEAD)
     shard = content(4, draws=1)
     cache.write_shard(0, Shard(shard.heatmaps * 0 * -1, shard.target_class, shard.epsilon, shard.teacher_logits))
     assert (open_cache(tmp_path / "c.zarr").read_shard(0).heatmaps == 0).all()
 
 
 def test_an_uncommitted_shard_does_not_exist_for_a_reader(tmp_path):
-    cache = create_cache(tmp_path / "c.zarr", info())
+    cache = create_cache(tmp_path / "c.zarr", info(), HEAD)
     cache.write_shard(1, content(4))
     cache._arrays["heatmaps"][0:4] = 1  # written, and stopped before its commit record
     reader = open_cache(tmp_path / "c.zarr")
@@ -139,7 +142,7 @@ def test_a_shard_that_vanished_is_named(tmp_path):
 
 
 def test_not_finite_maps_are_refused(tmp_path):
-    cache = create_cache(tmp_path / "c.zarr", info())
+    cache = create_cache(tmp_path / "c.zarr", info(), HEAD)
     shard = content(4)
     shard.heatmaps[0, 0, 0, 0, 0] = np.nan
     with pytest.raises(CacheError, match="not finite"):
@@ -148,7 +151,7 @@ def test_not_finite_maps_are_refused(tmp_path):
 
 
 def test_arrays_of_wrong_shapes_and_shards_that_there_are_not_are_refused(tmp_path):
-    cache = create_cache(tmp_path / "c.zarr", info())
+    cache = create_cache(tmp_path / "c.zarr", info(), HEAD)
     for wrong in (content(3), content(4, draws=1)):
         with pytest.raises(ValueError, match="shard 0 holds arrays of shapes"):
             cache.write_shard(0, wrong)
@@ -166,15 +169,77 @@ def test_the_same_settings_open_the_store_and_others_are_refused(tmp_path):
         create_cache(tmp_path / "c.zarr", info(draws=3, seed=5))
 
 
-def test_an_interrupted_creation_is_started_again(tmp_path):
-    create_cache(tmp_path / "c.zarr", info())
-    meta = tmp_path / "c.zarr" / "zarr.json"
+def change_attributes(path: Path, change: dict) -> None:
+    meta = path / "zarr.json"
     attributes = json.loads(meta.read_text())
-    attributes["attributes"] = {**attributes["attributes"], "ready": False}
+    attributes["attributes"].update(change)
     meta.write_text(json.dumps(attributes))
-    with pytest.raises(CacheError, match=r"creation of .* was interrupted"):
+
+
+def test_a_store_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    created = []
+    create_array = zarr.Group.create_array
+
+    def failing(self, name, **options):
+        created.append(name)
+        if len(created) == 4:
+            raise OSError("the power is gone")
+        return create_array(self, name, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr.Group, "create_array", failing)
+        with pytest.raises(OSError, match="the power is gone"):
+            create_cache(tmp_path / "c.zarr", info(), HEAD)
+    assert list(tmp_path.iterdir()) == []
+    assert not create_cache(tmp_path / "c.zarr", info(), HEAD).committed().any()
+    assert [path.name for path in tmp_path.iterdir()] == ["c.zarr"]
+
+
+def test_of_two_that_create_a_store_at_once_one_does_and_both_use_it(tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def slower(self, target):
+        monkeypatch.undo()
+        create_cache(tmp_path / "c.zarr", info(), HEAD).write_shard(0, content(4))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slower)
+    assert create_cache(tmp_path / "c.zarr", info(), HEAD).committed().tolist() == [True, False, False]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.zarr"]
+
+
+@pytest.mark.parametrize("harm", ["removed", "chunk removed", "cut"])
+def test_a_damaged_last_layer_is_refused(tmp_path, harm):
+    filled(tmp_path / "c.zarr")
+    chunk = tmp_path / "c.zarr" / "head" / "weight" / "c" / "0" / "0"
+    if harm == "removed":
+        shutil.rmtree(tmp_path / "c.zarr" / "head")
+    elif harm == "chunk removed":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(chunk.read_bytes()[:5])
+    with pytest.raises(CacheError, match="damaged"):
         open_cache(tmp_path / "c.zarr")
-    assert not create_cache(tmp_path / "c.zarr", info(draws=3)).committed().any()
+
+
+def test_a_commit_record_that_was_cut_is_none(tmp_path):
+    filled(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr" / "commits" / "c" / "1" / "0").write_bytes(b"")
+    assert open_cache(tmp_path / "c.zarr").committed().tolist() == [True, False, True]
+
+
+def test_a_shard_that_is_written_again_is_not_there_until_it_is_whole(tmp_path, monkeypatch):
+    filled(tmp_path / "c.zarr")
+    cache = open_cache(tmp_path / "c.zarr", writable=True)
+
+    def fail(stored):
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr("teacher_cache.store._digest", fail)
+    with pytest.raises(OSError, match="the power is gone"):
+        cache.write_shard(1, content(4, seed=9))
+    monkeypatch.undo()
+    assert open_cache(tmp_path / "c.zarr").committed().tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -184,15 +249,25 @@ def test_an_interrupted_creation_is_started_again(tmp_path):
         ({"format_version": 9}, "store format version 9, this program reads version 1"),
         ({"explainer": {"rule": "lrp"}}, "attribute 'explainer' has fields"),
         ({"teacher": None}, "attribute 'teacher' has fields"),
+        ({"written_by": 5}, "'written_by' is 5"),
+        ({"storage": {**dataclasses.asdict(info().storage), "shard_samples": 0}}, "a size under 1"),
+        ({"storage": {**dataclasses.asdict(info().storage), "shard_samples": "4"}}, "'storage.shard_samples' is '4'"),
+        ({"dataset": {**dataclasses.asdict(info().dataset), "samples": 11}}, "its attributes promise"),
     ],
 )
 def test_foreign_attributes_are_refused_with_a_reason(tmp_path, change, message):
-    create_cache(tmp_path / "c.zarr", info())
-    meta = tmp_path / "c.zarr" / "zarr.json"
-    attributes = json.loads(meta.read_text())
-    attributes["attributes"].update(change)
-    meta.write_text(json.dumps(attributes))
+    create_cache(tmp_path / "c.zarr", info(), HEAD)
+    change_attributes(tmp_path / "c.zarr", change)
     with pytest.raises(CacheError, match=message):
+        open_cache(tmp_path / "c.zarr")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"zarr_format": 3}'])
+@pytest.mark.parametrize("file", ["zarr.json", "heatmaps/zarr.json", "commits/zarr.json"])
+def test_broken_metadata_is_refused(tmp_path, file, text):
+    filled(tmp_path / "c.zarr")
+    (tmp_path / "c.zarr" / file).write_text(text)
+    with pytest.raises(CacheError, match=r"c\.zarr"):
         open_cache(tmp_path / "c.zarr")
 
 
@@ -202,7 +277,7 @@ def test_a_path_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
         with pytest.raises(FileExistsError, match="choose another --out"):
-            create_cache(tmp_path / name, info())
+            create_cache(tmp_path / name, info(), HEAD)
         with pytest.raises(CacheError, match="no heatmap store"):
             open_cache(tmp_path / name)
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["notes.txt"]

@@ -46,7 +46,12 @@ def test_a_student_sees_neither_labels_nor_outputs(dataset, cache, tmp_path):
     shutil.copytree(cache, blind_cache)
     import zarr
 
-    zarr.open_group(str(blind_data), mode="r+")["train/labels"][:] = 0
+    train = zarr.open_group(str(blind_data), mode="r+")["train"]
+    train["labels"][:] = 0
+    del train.attrs["fingerprint"]  # changed on purpose
+    fingerprint = open_dataset(blind_data).split("train").fingerprint
+    root = zarr.open_group(str(blind_cache), mode="r+")
+    root.attrs["dataset"] = {**root.attrs["dataset"], "fingerprint": fingerprint}
     store = open_cache(blind_cache, writable=True)
     shard = store.read_shard(0)
     # the maps as they are stored would be rounded a second time: write what rounds to the same
@@ -140,6 +145,31 @@ def test_a_store_that_does_not_belong_is_refused(dataset, teacher, cache, valida
     assert not out.exists()
 
 
+def test_renamed_classes_and_a_validation_store_of_other_options_are_refused(dataset, teacher, cache, tmp_path):
+    import zarr
+
+    shutil.copytree(dataset, tmp_path / "renamed.zarr")
+    root = zarr.open_group(str(tmp_path / "renamed.zarr"), mode="r+")
+    root.attrs["class_names"] = [*root.attrs["class_names"], "ten"]
+    with pytest.raises(CacheError, match="knows the classes zero, one"):
+        train_student(tmp_path / "renamed.zarr", cache, tmp_path / "s")
+    cache_explanations(dataset, teacher, tmp_path / "v.zarr", split="validation", draws=1, epsilon_range=(1, 2))
+    with pytest.raises(CacheError, match=r"made with explainer\.epsilon_low 1"):
+        train_student(dataset, cache, tmp_path / "s", validation_cache=tmp_path / "v.zarr")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("left", [[], ["metrics.jsonl"], ["metrics.jsonl", "weights.pt", "result.json.partial"]])
+def test_a_training_killed_anywhere_is_started_again(dataset, teacher, tmp_path, left):
+    out = tmp_path / "t"
+    out.mkdir()
+    (out / ("config.json" if left else "config.json.partial")).write_text((teacher / "config.json").read_text())
+    for name in left:
+        (out / name).write_text("")
+    train_teacher(dataset, out, steps=1, batch_size=8)
+    load_classifier(out)
+
+
 def test_an_incomplete_store_is_refused(dataset, cache, tmp_path):
     shutil.copytree(cache, tmp_path / "c.zarr")
     shutil.rmtree(tmp_path / "c.zarr" / "commits" / "c")
@@ -200,7 +230,13 @@ def test_options_that_cannot_be_right_are_refused_before_anything_is_written(dat
     assert not (tmp_path / "t").exists()
 
 
-@pytest.mark.parametrize("damage", ["no folder", "no config", "not JSON", "no weights", "cut weights", "other version"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *("no folder", "no config", "not JSON", "no weights", "cut weights", "other version"),
+        *("debias=foo", "arch=5", "class_names=5", "head=5", "image_shape=abc", "image_shape=-3"),
+    ],
+)
 def test_what_is_no_saved_model_is_said(teacher, tmp_path, damage):
     path = tmp_path / "t"
     shutil.copytree(teacher, path)
@@ -216,7 +252,9 @@ def test_what_is_no_saved_model_is_said(teacher, tmp_path, damage):
     elif damage == "cut weights":
         file.write_bytes(file.read_bytes()[:1000])
     else:
-        config.write_text(json.dumps({**json.loads(config.read_text()), "format_version": 9}))
+        key, value = damage.split("=") if "=" in damage else ("format_version", 9)
+        changed = {"5": 5, "-3": [-3, 28, 28]}.get(value, value)
+        config.write_text(json.dumps({**json.loads(config.read_text()), key: changed}))
     with pytest.raises(ModelError, match=str(path)):
         load_classifier(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import islice
 from pathlib import Path
@@ -42,14 +43,14 @@ def train_student(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Train a student to make its own LRP heatmaps match the stored ones (DESIGN §2.2, §2.3) and save it in ``out``.
+    """Train a student to make its own LRP heatmaps match the stored ones and save it in ``out``.
 
-    The loss is on heatmaps alone: no label and no output is looked at. Each step shows one stored draw of
-    each sample, explained by the student for the same class with the same ε. The teacher's last layer is
-    copied and frozen, behind a learnt adapter where widths differ. Adam, one-cycle schedule of peak ``lr``,
-    gradients clipped to norm 1; 3,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None
-    means: as the teacher. With ``validation_cache`` the weights of the lowest heatmap loss on the validation
-    split are kept, without it the last ones. Returns the result that it writes.
+    The method of Bassi et al., arXiv 2407.09788. The loss is on heatmaps alone: no label and no output is looked
+    at. Each step shows one stored draw of each sample, explained by the student for the same class with the same ε.
+    The teacher's last layer is copied and frozen, behind a learnt adapter where widths differ. Adam, one-cycle
+    schedule of peak ``lr``, gradients clipped to norm 1; 3,000 steps unless ``steps`` or ``epochs`` is given.
+    ``bias_free`` None means: as the teacher. With ``validation_cache`` the weights of the lowest heatmap loss on the
+    validation split are kept, without it the last ones. Returns the result that it writes.
 
     Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError.
     """
@@ -58,7 +59,7 @@ def train_student(
     explained = _open_paired(cache, dataset, "train")
     validation = None if validation_cache is None else _open_paired(validation_cache, dataset, "validation")
     if validation is not None:
-        _check_same_teacher(explained, validation)
+        _check_validation(explained, validation)
     train = dataset.split("train")
     info = explained.info
     steps = total_steps(len(train), batch_size, steps, epochs, default=3000)
@@ -108,7 +109,7 @@ def train_student(
             value = finite(loss, step)
             run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
             bar.set_postfix(loss=f"{value:.3f}")
-        if validation is not None and (step % max(1, steps // VALIDATIONS) == 0 or step == steps):
+        if validation is not None and (step % math.ceil(steps / VALIDATIONS) == 0 or step == steps):
             validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
             run.log(step=step, validation_loss=validation_loss)
             if validation_loss < best_loss:
@@ -174,6 +175,7 @@ def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
             f"the store {path} explains the split '{info.split}', the {split} split is needed: "
             f"make one with cache-explanations --split {split}"
         )
+    dataset.split(split).verify()
     expected = dataset.split(split).fingerprint
     if info.fingerprint != expected:
         raise CacheError(
@@ -181,11 +183,26 @@ def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
             f"than {dataset.path} ('{dataset.name}', fingerprint {expected[:12]}): use the dataset that it was made "
             "from, or make a store of this one with cache-explanations"
         )
+    if cache.info.teacher.class_names != dataset.class_names:
+        raise CacheError(
+            f"the store {path} knows the classes {', '.join(cache.info.teacher.class_names)}, the dataset has "
+            f"{', '.join(dataset.class_names)}: give the dataset the names that it had when the store was made"
+        )
     check_complete(cache)
     return cache
 
 
-def _check_same_teacher(train: Cache, validation: Cache) -> None:
+def _check_validation(train: Cache, validation: Cache) -> None:
+    """Raise CacheError unless the validation store explains the same teacher in the same way, and is intact."""
+    for shard in range(validation.info.shards):
+        validation.read_shard(shard)
+    for field in ("rule", "epsilon_low", "epsilon_high", "class_policy"):
+        asked, given = getattr(train.info.explainer, field), getattr(validation.info.explainer, field)
+        if asked != given:
+            raise CacheError(
+                f"the store {validation.path} was made with explainer.{field} {given!r}, {train.path} with {asked!r}: "
+                "make both with the same options"
+            )
     ours, theirs = train.info.teacher.weights_sha256, validation.info.teacher.weights_sha256
     if ours != theirs:
         raise CacheError(

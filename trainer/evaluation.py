@@ -35,6 +35,7 @@ def evaluate(data: str | Path, model: str | Path, *, device: str = "auto") -> di
     place(classifier, torch_device)
     splits = {}
     for split in dataset.test_splits:
+        split.verify()
         correct = predict(classifier, split, torch_device) == np.asarray(split.labels[:])
         splits[split.name] = _summary(correct, split, dataset)
     accuracies = {name: splits[name]["accuracy"] if name in splits else None for name in ("iid", "ood", "shift")}

@@ -10,7 +10,7 @@ SMALLEST_SIDE = 8
 
 
 def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Geometric-mean L1 over a pyramid (Bassi et al., arXiv 2407.09788; DESIGN §2.2), one number for each sample.
+    """Geometric-mean L1 over a pyramid (Bassi et al., arXiv 2407.09788), one number for each sample.
 
     Both maps (N, C, H, W) are divided by ``sqrt(mean|S| · mean|T|)`` of the sample, and the mean absolute
     difference is taken; this at full resolution and after 2×2, 4×4, … average pooling of the raw maps while

@@ -169,14 +169,17 @@ def _claim(out: Path, sizes: Sizes) -> dict[str, Any]:
     """The state of a quickstart in ``out``, new or found there."""
     marker = out / "quickstart.json"
     if marker.exists():
-        state: dict[str, Any] = json.loads(marker.read_text())
+        try:
+            state: dict[str, Any] = json.loads(marker.read_text())
+        except ValueError:
+            raise TrainingError(f"{marker} is damaged: remove the folder {out}, or choose another --out") from None
         if state.get("sizes") != asdict(sizes):
             raise TrainingError(
                 f"{out} holds a quickstart with {state.get('sizes')}, this one has {asdict(sizes)}: "
                 "choose another --out"
             )
         return state
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - {f"{marker.name}.partial"}):
         raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
     out.mkdir(parents=True, exist_ok=True)
     state = {"sizes": asdict(sizes), "seconds": {}}

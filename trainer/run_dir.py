@@ -19,9 +19,9 @@ class RunDir:
         self.path = Path(out)
         check_free(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", config.to_dict())
         (self.path / "weights.pt").unlink(missing_ok=True)
         (self.path / "metrics.jsonl").write_text("")
-        write_json(self.path / "config.json", config.to_dict())
 
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -38,12 +38,24 @@ def check_free(path: Path) -> None:
     """Raise FileExistsError unless a training may write here: nothing, an empty folder, an unfinished training."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    unfinished = {"config.json", "metrics.jsonl", "weights.pt"}
-    names = {entry.name.removesuffix(".partial") for entry in path.iterdir()} if path.is_dir() else set()
-    if "config.json" not in names or not names <= unfinished:
-        finished = (path / "result.json").exists()
-        what = "holds a finished training" if finished else "exists and is not empty"
-        raise FileExistsError(f"{path} {what}: choose another --out, or remove it first")
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if "result.json" in names and "config.json" in names:
+        raise FileExistsError(f"{path} holds a finished training: choose another --out, or remove it first")
+    ours = {"config.json", "metrics.jsonl", "weights.pt", "result.json"}
+    parts = {name.removesuffix(".partial") for name in names}
+    if "config.json" not in parts or not parts <= ours or not _is_config(path / "config.json"):
+        raise FileExistsError(f"{path} exists and is not empty: choose another --out, or remove it first")
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a training wrote this file; it did where only the partial one is there yet."""
+    try:
+        ModelConfig.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return True
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import numpy as np
 
@@ -19,7 +20,7 @@ BLOCK_SAMPLES = 1024  # read at once from a dataset without a store
 
 
 def stream(
-    read: ReadBlock, samples: int, block_samples: int, *, batch_size: int, seed: int, first_epoch: int = 0
+    read: ReadBlock, samples: int, block_samples: int, *, batch_size: int, seed: int
 ) -> Generator[Block, None, None]:
     """Shuffled batches of exactly ``batch_size`` samples, epoch after epoch without end.
 
@@ -30,7 +31,7 @@ def stream(
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as reader:
         ahead = None
         rest: Block | None = None
-        for window in _windows(samples, block_samples, seed, first_epoch):
+        for window in _windows(samples, block_samples, seed):
             following = reader.submit(_load, read, *window, seed)
             if ahead is not None:
                 rest = yield from _batches(ahead.result(), rest, batch_size)
@@ -39,16 +40,13 @@ def stream(
                 rest = None
 
 
-def _windows(
-    samples: int, block_samples: int, seed: int, epoch: int
-) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+def _windows(samples: int, block_samples: int, seed: int) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
     """(the sample ranges of its blocks, epoch, window number) of every window, without end."""
     ranges = order.blocks(samples, block_samples)
     window_blocks = max(1, WINDOW_SAMPLES // block_samples)
-    while True:
+    for epoch in count():
         for number, chosen in enumerate(order.windows(len(ranges), window_blocks, seed, epoch)):
             yield [ranges[block] for block in chosen], epoch, number
-        epoch += 1
 
 
 def _load(read: ReadBlock, ranges: list[tuple[int, int]], epoch: int, number: int, seed: int) -> Block:

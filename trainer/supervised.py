@@ -59,6 +59,7 @@ def train_teacher(
         raise TrainingError(f"unknown --debias '{debias}': choose one of {', '.join(DEBIAS)}")
     if debias == "mask" and train.masks is None:
         raise TrainingError(f"--debias mask needs 'masks' in the train split of {data}, which has none")
+    train.verify()
     config = ModelConfig(
         kind="teacher",
         arch=arch,

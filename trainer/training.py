@@ -13,6 +13,7 @@ from pipeline import Classifier, homogeneity_error
 from pipeline.device import as_input
 
 LOG_EVERY = 20  # steps
+MAX_STEPS = 10**9
 
 
 class TrainingError(ValueError):
@@ -31,8 +32,10 @@ def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float 
     if steps is None and epochs is None:
         return default
     if epochs is not None:
-        steps = math.ceil(epochs * max(1, samples // batch_size)) if math.isfinite(epochs) else 0
+        steps = math.ceil(min(epochs, 1e12) * max(1, samples // batch_size)) if epochs > 0 else 0
     assert steps is not None
+    if steps > MAX_STEPS:
+        raise TrainingError(f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer --steps or --epochs")
     if steps < 1:
         given = f"--steps {steps}" if epochs is None else f"--epochs {epochs:g}"
         raise TrainingError(f"{given} is less than one step: give at least 1 step, or more than 0 epochs")
