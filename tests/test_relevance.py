@@ -183,9 +183,9 @@ def test_gradient_of_the_heatmap_loss_equals_finite_differences(norm, mode):
 
     torch.manual_seed(3)
     model = Residual(norm).double().train(mode == "train")
-    for buffer in model.buffers():
+    for name, buffer in model.named_buffers():
         if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+            buffer.uniform_(*((-0.1, 0.1) if name.endswith("mean") else (0.5, 1.5)))
     images, teacher = torch.rand(3, 2, 10, 10).double(), torch.randn(3, 2, 10, 10).double()
     targets, epsilon = torch.tensor([0, 2, 1]), torch.tensor([0.02, 0.1, 0.5], dtype=torch.float64)
     state = copy.deepcopy(model.state_dict())
@@ -210,6 +210,8 @@ def test_gradient_of_the_heatmap_loss_equals_finite_differences(norm, mode):
             below = loss().item()
             flat[index] = value
             expected.view(-1)[index] = (above - below) / (2 * step)
+        if name.endswith("weight"):
+            assert expected.abs().max() > 1e-4, f"{name}: a gradient of 0 shows nothing"
         error = (found - expected).abs().max() / max(expected.abs().max(), 1e-3)
         assert error < 1e-5, (name, float(error))
 
