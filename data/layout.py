@@ -94,7 +94,7 @@ class Dataset:
 def open_dataset(path: str | Path) -> Dataset:
     """Open and check a dataset in our layout; images are not read.
 
-    Raises DatasetError where there is none, it is incomplete, or its arrays do not fit together.
+    Raises DatasetError where there is none, it is damaged, or its arrays do not fit together.
     """
     path = str(path)
     try:

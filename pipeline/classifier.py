@@ -22,7 +22,7 @@ import zarr
 from torch import Tensor, nn
 
 from pipeline.homogeneous import BiasFreeReport
-from pipeline.models import ImageShape, ModelError, build_network, last_linear, replace_module
+from pipeline.models import ImageShape, ModelError, build_network, last_linear
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
@@ -149,14 +149,12 @@ def attach_head(network: nn.Module, head: HeadSpec, num_classes: int, *, adapter
             "choose another --arch, such as small-cnn or resnet18"
         )
 
-    def replacement(own: nn.Module) -> nn.Module:
-        assert isinstance(own, nn.Linear)
-        frozen = nn.Linear(head.features, num_classes, bias=head.bias).requires_grad_(False)
-        if own.in_features == head.features:
-            return frozen
-        return nn.Sequential(nn.Linear(own.in_features, head.features, bias=adapter_bias), frozen)
-
-    replace_module(network, name, replacement)
+    own = network.get_submodule(name)
+    assert isinstance(own, nn.Linear)
+    replacement: nn.Module = nn.Linear(head.features, num_classes, bias=head.bias).requires_grad_(False)
+    if own.in_features != head.features:
+        replacement = nn.Sequential(nn.Linear(own.in_features, head.features, bias=adapter_bias), replacement)
+    network.set_submodule(name, replacement)
 
 
 def save_weights(directory: Path, model: nn.Module) -> None:

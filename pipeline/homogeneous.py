@@ -59,8 +59,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     changed, could_not = [], []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in norms:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, norms[module])
+            model.set_submodule(name, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
             if module.bias is not None:

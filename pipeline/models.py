@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,10 +104,3 @@ def last_linear(network: nn.Module, num_classes: int) -> str | None:
         if isinstance(module, nn.Linear) and module.out_features == num_classes
     ]
     return names[-1] if names else None
-
-
-def replace_module(network: nn.Module, name: str, change: Callable[[nn.Module], nn.Module]) -> None:
-    """Put ``change(module)`` in the place of the sub-module called ``name``."""
-    parent_name, _, child = name.rpartition(".")
-    parent = network.get_submodule(parent_name)
-    setattr(parent, child, change(getattr(parent, child)))

@@ -21,7 +21,7 @@ from pipeline.models import last_linear
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.losses import heatmap_loss
 from trainer.run_dir import RunDir, check_free
-from trainer.stream import Block, read_explained, stream
+from trainer.stream import Block, explained_block, read_explained, stream
 from trainer.training import LOG_EVERY, STUDENT, bias_free_summary, finite, optimiser, seed_torch, total_steps
 
 GRADIENT_NORM = 1.0
@@ -144,16 +144,9 @@ def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, de
     total = 0.0
     for shard in range(cache.info.shards):
         start, stop = cache.info.shard_range(shard)
-        content = cache.read_shard(shard, np.zeros(stop - start, np.int64))
-        images = np.asarray(split.images[start:stop])
+        block = explained_block(split, cache, shard, np.zeros(stop - start, np.int64))
         for first in range(0, stop - start, batch_size):
-            rows = slice(first, first + batch_size)
-            batch = {
-                "images": images[rows],
-                "heatmaps": content.heatmaps[rows, 0],
-                "target_class": content.target_class[rows, 0],
-                "epsilon": content.epsilon[rows, 0],
-            }
+            batch = {key: values[first : first + batch_size] for key, values in block.items()}
             total += _losses(model, batch, device, create_graph=False).sum().item()
     model.train()
     return total / len(split)
@@ -175,7 +168,6 @@ def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
             f"the store {path} explains the split '{info.split}', the {split} split is needed: "
             f"make one with cache-explanations --split {split}"
         )
-    dataset.split(split).verify()
     expected = dataset.split(split).fingerprint
     if info.fingerprint != expected:
         raise CacheError(
@@ -189,13 +181,12 @@ def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
             f"{', '.join(dataset.class_names)}: give the dataset the names that it had when the store was made"
         )
     check_complete(cache)
+    dataset.split(split).verify()
     return cache
 
 
 def _check_validation(train: Cache, validation: Cache) -> None:
     """Raise CacheError unless the validation store explains the same teacher in the same way, and is intact."""
-    for shard in range(validation.info.shards):
-        validation.read_shard(shard)
     for field in ("rule", "epsilon_low", "epsilon_high", "class_policy"):
         asked, given = getattr(train.info.explainer, field), getattr(validation.info.explainer, field)
         if asked != given:
@@ -209,3 +200,5 @@ def _check_validation(train: Cache, validation: Cache) -> None:
             f"the store {validation.path} explains another teacher (weights {theirs[:12]}) than {train.path} "
             f"(weights {ours[:12]}): make both with the same --teacher"
         )
+    for shard in range(validation.info.shards):
+        validation.read_shard(shard)

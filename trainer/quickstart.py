@@ -127,11 +127,8 @@ def quickstart(
                 "seconds": {name: state["seconds"].get(name, 0.0) for name in stages},
             }
         )
-    models = {method: model for method, (model, _) in rows.items()}
-    order = ("teacher", "LRP distillation", "ERM")
-    titles = {"teacher": "teacher", "LRP distillation": "student", "ERM": "ERM"}
-    picture = out / "report" / "heatmaps.png"
-    heatmap_picture(open_dataset(data), ("ood", "shift"), {titles[key]: models[key] for key in order}, picture)
+    models = {"teacher": teacher, "student": student, "ERM": erm}
+    heatmap_picture(open_dataset(data), ("ood", "shift"), models, out / "report" / "heatmaps.png")
     write_json(out / "results.json", results)
     return results
 

@@ -83,12 +83,18 @@ def read_explained(split: Split, cache: Cache, seed: int) -> ReadBlock:
 
     def read(start: int, stop: int, epoch: int) -> Block:
         draws = order.draw_of_samples(start, stop, cache.info.explainer.draws, seed, epoch)
-        shard = cache.read_shard(start // cache.info.storage.shard_samples, draws)
-        return {
-            "images": np.asarray(split.images[start:stop]),
-            "heatmaps": shard.heatmaps[:, 0],
-            "target_class": shard.target_class[:, 0],
-            "epsilon": shard.epsilon[:, 0],
-        }
+        return explained_block(split, cache, start // cache.info.storage.shard_samples, draws)
 
     return read
+
+
+def explained_block(split: Split, cache: Cache, shard: int, draws: np.ndarray) -> Block:
+    """The block of one shard, each sample with its chosen draw, ``draws`` (n,); see `read_explained`."""
+    start, stop = cache.info.shard_range(shard)
+    content = cache.read_shard(shard, draws)
+    return {
+        "images": np.asarray(split.images[start:stop]),
+        "heatmaps": content.heatmaps[:, 0],
+        "target_class": content.target_class[:, 0],
+        "epsilon": content.epsilon[:, 0],
+    }
