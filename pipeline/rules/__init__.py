@@ -1,0 +1,28 @@
+"""What every operation does to relevance: one table from torch functions to rules, beside the formulas.
+
+A rule is called in place of the function during the forward pass and puts into the autograd graph a node
+with two behaviours: its backward is the relevance rule while ``state.epsilon`` is set, and the true
+gradient otherwise. The rules' own backwards serve the gradient of a loss on heatmaps; a further derivative
+raises. Not here: how a pass is run and how relevance is followed (`relevance.py`).
+"""
+
+from pipeline.rules import convolution, relu  # their rules enter the table
+from pipeline.rules.batch_axis import batch_axis_after
+from pipeline.rules.batch_norm import scale_norm
+from pipeline.rules.linear import LIKE_THE_SECOND, StopRelevance, stop_relevance
+from pipeline.rules.table import RULES, PassState, RelevanceError, rule_for, tensors
+
+__all__ = [
+    "LIKE_THE_SECOND",
+    "RULES",
+    "PassState",
+    "RelevanceError",
+    "StopRelevance",
+    "batch_axis_after",
+    "convolution",
+    "relu",
+    "rule_for",
+    "scale_norm",
+    "stop_relevance",
+    "tensors",
+]
