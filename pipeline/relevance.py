@@ -77,15 +77,17 @@ class Trace:
                 f"{tuple(images.shape)}; divide uint8 images by 255 first"
             )
         self.state = PassState()
+        self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm behind it
         with torch.inference_mode(False), torch.enable_grad():
             if images.is_inference():
                 images = images.clone()
             self._asked_for_images = images.requires_grad
             self._images = images if images.requires_grad else images.detach().requires_grad_()
             entry = self._images.clone()  # the model may change what it is given
-            self.mark(entry, batch_axis=0)
+            self.mark(entry, batch_axis=0, outer=self._asked_for_images)
             with _Interceptor(self):
                 self.logits = model(entry)
+            self.latest = (None, None)
         self._check_logits(len(images))
 
     def heatmaps(
@@ -121,8 +123,9 @@ class Trace:
         return (self._images if self._asked_for_images else self._images.detach()) * gradient
 
     # --- following relevance through the forward pass ---
-    # The autograd nodes that rules made carry this pass's state in their metadata, with the batch axis. What depends
-    # on the image through any other node (a custom autograd function, scripted code) was not seen and is refused.
+    # The autograd nodes that rules made carry this pass's state in their metadata, with the batch axis and whether
+    # anybody wants the outer gradient there. What depends on the image through any other node (a custom autograd
+    # function, scripted code) was not seen and is refused.
 
     def carries(self, tensor: Tensor) -> bool:
         """Whether relevance reaches this tensor: rules made it from the image."""
@@ -135,14 +138,18 @@ class Trace:
 
     def batch_axis(self, *carrying: Tensor) -> int | None:
         """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
-        axes = {tensor.grad_fn.metadata[self.state] for tensor in carrying}  # type: ignore
+        axes = {tensor.grad_fn.metadata[self.state][0] for tensor in carrying}  # type: ignore
         return axes.pop() if len(axes) == 1 else None
 
-    def mark(self, tensor: Tensor, batch_axis: int | None) -> None:
+    def outer_gradient_wanted(self, carrying: Tensor) -> bool:
+        """Whether parameters, or images whose gradient was asked for, stand behind this tensor."""
+        return carrying.grad_fn.metadata.get(self.state, (None, True))[1]  # type: ignore
+
+    def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool) -> None:
         """Note that relevance reaches this tensor."""
         node: Any = tensor.grad_fn
         if node is not None:
-            node.metadata[self.state] = batch_axis
+            node.metadata[self.state] = (batch_axis, outer)
 
     def _hidden_dependency(self, node: Any) -> str | None:
         """The name of a node between an unmarked node and the image, if the image is among its ancestors.
@@ -207,10 +214,12 @@ class _Interceptor(TorchFunctionMode):
                 raise trace.unknown(func)
             return output  # a shape, a comparison, a detached copy: no relevance passes
         axis = trace.batch_axis(*carrying)
+        outer = any(tensor.requires_grad and not trace.carries(tensor) for tensor in tensors([args, kwargs]))
+        outer = outer or any(map(trace.outer_gradient_wanted, carrying))
         output = rule(trace, func, *args, **kwargs)
         if rule is not RULES[stop_relevance]:
             for tensor in tensors(output):
-                trace.mark(tensor, batch_axis_after(axis, func, args, kwargs, tensor))
+                trace.mark(tensor, batch_axis_after(axis, func, args, kwargs, tensor), outer)
         return output
 
 

@@ -6,7 +6,7 @@ gradient otherwise. The rules' own backwards serve the gradient of a loss on hea
 raises. Not here: how a pass is run and how relevance is followed (`relevance.py`).
 """
 
-from pipeline.rules import convolution, relu  # their rules enter the table
+from pipeline.rules import relu, weighted  # their rules enter the table
 from pipeline.rules.batch_axis import batch_axis_after
 from pipeline.rules.batch_norm import scale_norm
 from pipeline.rules.linear import LIKE_THE_SECOND, StopRelevance, stop_relevance
@@ -19,10 +19,10 @@ __all__ = [
     "RelevanceError",
     "StopRelevance",
     "batch_axis_after",
-    "convolution",
     "relu",
     "rule_for",
     "scale_norm",
     "stop_relevance",
     "tensors",
+    "weighted",
 ]

@@ -1,8 +1,13 @@
-"""Norms over the batch: affine maps in the relevance pass, their statistics connected in the outer gradient."""
+"""Norms over the batch: affine maps in the relevance pass, their statistics connected in the outer gradient.
+
+A norm is ``k·z + shift`` with k = γ / σ, and k is all that the relevance pass needs of it. No relevance goes
+through the statistics, but with σ detached from the outer gradient a student does not learn.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,86 +15,146 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pipeline.rules.table import PassState, last_derivative, require_constant, rule_for
+from pipeline.rules.table import PassState, require_constant, rule_for
+from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 
 if TYPE_CHECKING:
     from pipeline.relevance import Trace
 
-
-def _channels(value: Tensor, like: Tensor) -> Tensor:
-    """A (C,) vector shaped to broadcast over ``like`` (N, C, ...)."""
-    return value.view(1, -1, *[1] * (like.dim() - 2))
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at z, γ and β
 
 
-def _sum_per_channel(value: Tensor) -> Tensor:
-    return value.sum([0, *range(2, value.dim())])
+class Norm(Protocol):
+    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The output, k (C,), and the tensors that `backward` wants back."""
+
+    def backward(
+        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
+    ) -> Gradients:
+        """The true gradients, from those at the output and at k; either may be None."""
 
 
-class _NormRelevance(Function):
-    """g · γ / σ for batch statistics σ = sqrt(E[(x − μ)²] + eps), whose backward sees σ as a function of x.
+@dataclass(frozen=True, eq=False)
+class BatchNorm:
+    """``(z − μ) / σ · γ + β`` with σ = sqrt(E[(z − μ)²] + eps), of the batch or running."""
 
-    No relevance goes through the statistics, but with σ detached from the outer gradient a student does
-    not learn. ``inverse`` is 1/σ (C,); ``mean`` is μ (C,), or None for a norm that does not centre.
-    """
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
 
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor, mean: Tensor | None, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(g, x, weight, mean, inverse)
-        return g * _channels(weight * inverse, g)
+    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        running = (self.running_mean, self.running_var)
+        out, mean, inverse = torch.native_batch_norm(z, gamma, beta, *running, self.training, self.momentum, self.eps)
+        var = None
+        if not self.training:  # the running statistics are buffers that a later step overwrites
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            mean, var = self.running_mean.clone(), self.running_var.clone()
+            inverse = torch.rsqrt(var + self.eps)
+        return out, _k(gamma, inverse, z), mean, var, inverse
 
-    @staticmethod
-    @last_derivative
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, weight, mean, inverse = ctx.saved_tensors
-        gv = _sum_per_channel(g * v)
-        samples = x.numel() // x.shape[1]
-        # d(1/σ)/dx = −(x − μ)/(n σ³)
-        slope = gv * weight * inverse**3 / -samples
-        dx = x * _channels(slope, x)
-        if mean is not None:
-            dx -= _channels(slope * mean, x)
-        return v * _channels(weight * inverse, v), dx, gv * inverse, None, None
+    def backward(
+        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
+    ) -> Gradients:
+        mean, var, inverse = saved
+        dz = dgamma = dbeta = None
+        if g is not None:
+            running = (None, None) if self.training else (mean, var)
+            mask = [True, gamma is not None, gamma is not None]
+            dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+                g, z, gamma, *running, mean, inverse, self.training, self.eps, mask
+            )
+        if dk is None:
+            return dz, dgamma, dbeta
+        if gamma is not None:
+            from_k = dk * inverse
+            dgamma = from_k if dgamma is None else dgamma + from_k
+        if self.training:  # d(1/σ)/dz = −(z − μ) / (n σ³)
+            slope = _slope(dk if gamma is None else dk * gamma, inverse, z)
+            dz = z * channels(slope, z) if dz is None else dz.addcmul_(z, channels(slope, z))
+            dz -= channels(slope * mean.to(z.dtype), z)
+        return dz, dgamma, dbeta
 
 
-class _BatchNorm(Function):
+@dataclass(frozen=True, eq=False)
+class SecondMomentNorm:
+    """``z / σ · γ`` with σ = sqrt(E[z²] + eps), of the batch or running."""
+
+    running_second_moment: Tensor
+    training: bool
+    momentum: float
+    eps: float
+
+    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        second_moment = self.running_second_moment
+        if self.training:
+            second_moment = _second_moment(z)
+            self.running_second_moment.lerp_(second_moment.to(self.running_second_moment.dtype), self.momentum)
+        inverse = torch.rsqrt(second_moment + self.eps)
+        k = _k(gamma, inverse, z)
+        return z * channels(k, z), k, inverse
+
+    def backward(
+        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
+    ) -> Gradients:
+        (inverse,) = saved
+        assert gamma is not None
+        if self.training and torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
+            inverse = torch.rsqrt(_second_moment(z) + self.eps)
+        at_k, dz = dk, None
+        if g is not None:
+            from_output = sum_per_channel(g * z)
+            at_k = from_output if dk is None else dk + from_output
+            dz = g * channels(_k(gamma, inverse, z), g)
+        assert at_k is not None
+        if self.training:  # d(1/σ)/dz = −z / (n σ³)
+            slope = channels(_slope(at_k * gamma, inverse, z), z)
+            dz = z * slope if dz is None else dz.addcmul_(z, slope)
+        return dz, at_k * inverse, None
+
+
+def _k(gamma: Tensor | None, inverse: Tensor, z: Tensor) -> Tensor:
+    return (inverse.clone() if gamma is None else gamma * inverse).to(z.dtype)
+
+
+def _slope(dinverse: Tensor, inverse: Tensor, z: Tensor) -> Tensor:
+    """What the gradient at 1/σ does to z, per unit of its distance from the mean."""
+    return (dinverse * inverse**3 / -(z.numel() // z.shape[1])).to(z.dtype)
+
+
+def _second_moment(z: Tensor) -> Tensor:
+    return sum_per_channel(z.square()) / (z.numel() // z.shape[1])
+
+
+class _Normalised(Function):
+    """norm(z) where no convolution or linear layer stands right before it; and k."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        state: PassState,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
-        out, mean, inverse = torch.native_batch_norm(
-            x, weight, bias, running_mean, running_var, training, momentum, eps
-        )
-        ctx.state, ctx.training, ctx.eps = state, training, eps
-        # the running statistics are buffers that a later step overwrites: keep what this pass used
-        ctx.running = [None if s is None or training else s.clone() for s in (running_mean, running_var)]
-        ctx.save_for_backward(x, weight, mean, inverse)
-        return out
+        ctx: Any, state: PassState, z: Tensor, norm: Norm, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.state, ctx.norm = state, norm
+        out, k, *saved = norm.output(z, gamma, beta)
+        ctx.save_for_backward(z, gamma, k, *saved)
+        return out, k
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        running_mean, running_var = ctx.running
+    def backward(ctx: Any, g: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, gamma, k, *saved = ctx.saved_tensors
         if ctx.state.epsilon is not None:
-            gamma = x.new_ones(x.shape[1]) if weight is None else weight
-            if ctx.training:
-                dx = _NormRelevance.apply(g, x, gamma, mean, inverse)
-            else:
-                dx = g * _channels(gamma * torch.rsqrt(running_var + ctx.eps), g)
-            return None, dx, *[None] * 7
-        mask = list(ctx.needs_input_grad[1:4])
-        grads = torch.ops.aten.native_batch_norm_backward(
-            g, x, weight, running_mean, running_var, mean, inverse, ctx.training, ctx.eps, mask
-        )
-        return None, *(grad if needed else None for grad, needed in zip(grads, mask, strict=True)), *[None] * 5
+            return None, None if g is None else g * channels(k, g), None, None, None
+        if g is None and dk is None:
+            return (None,) * 5
+        dz, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
+        return None, dz, None, dgamma, dbeta
+
+
+def _norm(trace: Trace, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
+    out = norm_behind(trace, norm, z, gamma, beta)
+    return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
 
 
 @rule_for(F.batch_norm)
@@ -108,7 +173,7 @@ def batch_norm(
     require_constant(trace, func, weight, bias)
     if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
         raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
-    return _BatchNorm.apply(trace.state, input, weight, bias, running_mean, running_var, training, momentum, eps)
+    return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)
 
 
 def scale_norm(
@@ -126,48 +191,11 @@ def scale_norm(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(scale_norm, (x,), x, weight, running_second_moment, training, momentum, eps)
-    return _scale_norm(PassState(), x, weight, running_second_moment, training, momentum, eps)
-
-
-def _scale_norm(
-    state: PassState, x: Tensor, weight: Tensor, running: Tensor, training: bool, momentum: float, eps: float
-) -> Tensor:
-    if training:
-        return _ScaleNorm.apply(state, x, weight, running, momentum, eps)
-    return x * _channels(weight * torch.rsqrt(running + eps), x)
-
-
-def _second_moment(x: Tensor) -> Tensor:
-    return _sum_per_channel(x.square()) / (x.numel() // x.shape[1])
-
-
-class _ScaleNorm(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, state: PassState, x: Tensor, weight: Tensor, running: Tensor, momentum: float, eps: float
-    ) -> Tensor:
-        second_moment = _second_moment(x)
-        running.lerp_(second_moment.to(running.dtype), momentum)
-        inverse = torch.rsqrt(second_moment + eps)
-        ctx.state, ctx.eps = state, eps
-        ctx.save_for_backward(x, weight, inverse)
-        return x * _channels(weight * inverse, x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        if ctx.state.epsilon is not None:
-            return None, _NormRelevance.apply(g, x, weight, None, inverse), *[None] * 4
-        if torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
-            inverse = torch.rsqrt(_second_moment(x) + ctx.eps)
-        gx = _sum_per_channel(g * x)
-        samples = x.numel() // x.shape[1]
-        dx = g * _channels(weight * inverse, g)
-        dx.addcmul_(x, _channels(weight * inverse**3 * gx / samples, x), value=-1)
-        return None, dx, gx * inverse, *[None] * 3
+    norm = SecondMomentNorm(running_second_moment, training, momentum, eps)
+    return _Normalised.apply(PassState(), x, norm, weight, None)[0]
 
 
 @rule_for(scale_norm)
-def scale_norm_rule(trace: Trace, func: Any, *args: Any) -> Tensor:
-    require_constant(trace, func, *args[1:])
-    return _scale_norm(trace.state, *args)
+def scale_norm_rule(trace: Trace, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
+    require_constant(trace, func, weight, running)
+    return _norm(trace, SecondMomentNorm(running, *args), x, weight)

@@ -80,7 +80,7 @@ def gradient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 @rule_for(
     torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__, torch.matmul, T.matmul, T.__matmul__,
-    T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.einsum, F.linear,
+    T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.einsum,
 )  # fmt: skip
 def product(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
     """A product in which one factor alone depends on the image is linear in that factor."""

@@ -18,23 +18,26 @@ if TYPE_CHECKING:
 class _ReLURelevance(Function):
     """g · a / (a + ε) (Bassi et al., arXiv 2407.09788, LRP-Flex).
 
-    In-place where it can be: a fresh tensor of this size costs more than the arithmetic on it.
+    In place where it can be: a fresh tensor of this size costs more than the arithmetic on it.
     """
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
         epsilon = epsilon.clamp_min(torch.finfo(a.dtype).tiny)
-        reciprocal = (a + epsilon).reciprocal_()
-        ctx.save_for_backward(g, a, epsilon, reciprocal)
-        return (a * reciprocal).mul_(g)
+        scaled = a + epsilon
+        torch.div(g, scaled, out=scaled)
+        ctx.save_for_backward(scaled, a, epsilon)
+        return scaled * a
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, a, epsilon, reciprocal = ctx.saved_tensors
+        scaled, a, epsilon = ctx.saved_tensors  # scaled is g / (a + ε)
+        share = a + epsilon
+        torch.div(v, share, out=share)
+        dg = share * a
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
-        da = (epsilon * reciprocal).mul_(reciprocal).mul_(v).mul_(g)
-        return (a * reciprocal).mul_(v), da, None
+        return dg, share.mul_(scaled).mul_(epsilon), None
 
 
 class _ReLU(Function):

@@ -1,0 +1,319 @@
+"""Convolution and linear layers, alone or with the norm right behind them.
+
+They are linear, so their rule is their gradient; the nodes are here for speed. A norm over the batch is the
+affine map ``k·z + shift`` in the relevance pass, with k = γ / σ connected in the outer gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from pipeline.rules.table import last_derivative, require_constant, rule_for
+
+if TYPE_CHECKING:
+    from pipeline.relevance import Trace
+    from pipeline.rules.batch_norm import Norm
+
+aten = torch.ops.aten
+
+
+class Layer(Protocol):
+    """A map that is linear in its input and in its weight, as three functions of tensors."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+    def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor: ...  # of x only the shape is used
+    def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor: ...  # of weight only the shape
+    def bias_grad(self, g: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A (transposed) convolution; ``options`` are those of ``aten::convolution``."""
+
+    options: tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return aten.convolution(x, weight, bias, *self.options)
+
+    def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        stride, padding, dilation, transposed, _, groups = self.options
+        few = x.dim() == 4 and x.shape[1] <= 4 and groups == 1 and not transposed
+        if few and g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64):
+            # for the few channels of an image a matrix product and its sum over windows beat the kernel
+            windows = weight.flatten(1).T @ g.flatten(2)
+            return F.fold(windows, x.shape[2:], weight.shape[2:], dilation, padding, stride)
+        return aten.convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
+
+    def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        return aten.convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
+
+    def bias_grad(self, g: Tensor) -> Tensor:
+        return sum_per_channel(g)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``x Wᵀ + b`` over the last axis."""
+
+    def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return g @ weight
+
+    def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+
+    def bias_grad(self, g: Tensor) -> Tensor:
+        return g.flatten(0, -2).sum(0)
+
+
+def channels(value: Tensor, like: Tensor) -> Tensor:
+    """A (C,) vector shaped to broadcast over ``like`` (N, C, ...)."""
+    return value.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def sum_per_channel(value: Tensor) -> Tensor:
+    return value.sum([0, *range(2, value.dim())])
+
+
+# Both the loss's way back through the relevance pass and the one through the forward pass add to the gradient of a
+# weight. The first is always over when the second reaches a layer, so it leaves what it has in the layer's
+# ``pending`` list, and the weight gets one gradient, where it pays by one kernel over both. That the order holds is
+# autograd's work: the relevance node depends on the forward node's output ``link``, an empty tensor.
+
+
+class _WeightedRelevance(Function):
+    """The input gradient of a layer as a function (g, weight, k) → gradient; k (C,) scales g, or is None.
+
+    It is linear in each, so its own backward is one layer and one weight-gradient kernel, where PyTorch's
+    double backward of convolution takes several times that (pytorch issue 22577).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, weight: Tensor, k: Tensor | None, link: Tensor, x: Tensor, layer: Layer, pending: Any
+    ) -> Tensor:
+        ctx.layer, ctx.pending = layer, pending
+        # k is cheaper to apply to the smaller of both
+        ctx.on_weight = k is not None and weight.numel() < g.numel() and _scales_rows(layer)
+        ctx.save_for_backward(g, weight, k, link)
+        if k is None:
+            return layer.input_grad(g, weight, x)
+        if ctx.on_weight:
+            return layer.input_grad(g, _scaled_rows(weight, k), x)
+        return layer.input_grad(g * channels(k, g), weight, x)
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, weight, k, link = ctx.saved_tensors
+        layer, pending = ctx.layer, ctx.pending
+        dk = None
+        if ctx.on_weight:
+            dg = layer.output(v, _scaled_rows(weight, k))
+            dscaled = layer.weight_grad(v, g, weight)
+            dk = (dscaled * weight).flatten(1).sum(1)
+            if pending is not None:
+                pending.append(_scaled_rows(dscaled, k))
+        else:
+            dg = layer.output(v, weight)
+            if k is not None:
+                dk = sum_per_channel(g * dg)
+                dg *= channels(k, g)
+                g = g * channels(k, g)
+            if pending is not None:
+                pending.append((v, g))
+        return dg, None, dk, torch.zeros_like(link), *[None] * 3
+
+
+def _scales_rows(layer: Layer) -> bool:
+    return not (isinstance(layer, Convolution) and layer.options[3])  # rows of a transposed one are its inputs
+
+
+def _scaled_rows(weight: Tensor, k: Tensor) -> Tensor:
+    return weight * k.view(-1, *[1] * (weight.dim() - 1))
+
+
+class _Weighted(Function):
+    """norm(layer(x)) where there is a norm, else layer(x); and ``link``, and k of the norm.
+
+    ``z`` is the layer's output where it has been computed already. ``outer`` says whether the outer gradient
+    is wanted at x: nobody asks for that of the images.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: _Call,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None = None,
+        norm: Norm | None = None,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.norm, ctx.pending = call, norm, []
+        link = x.new_empty(0)
+        k: Tensor | None = None
+        saved: list[Tensor | None] = []
+        if norm is None or z is None:
+            out = call.layer.output(x, weight, bias)
+        else:
+            out, k, *saved = norm.output(z, gamma, beta)
+        ctx.save_for_backward(x, weight, link, k, z, gamma, *saved)
+        return out, link, k
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, dlink: Tensor | None, dk: Tensor | None = None) -> Any:
+        x, weight, link, k, z, gamma, *saved = ctx.saved_tensors
+        layer: Layer = ctx.call.layer
+        if ctx.call.state.epsilon is not None:
+            if g is None:
+                return (None,) * 8
+            pending = ctx.pending if ctx.needs_input_grad[2] else None
+            dx = _WeightedRelevance.apply(g, weight.detach(), k, link, x.detach(), layer, pending)
+            return None, dx, *[None] * 6
+
+        dgamma = dbeta = None
+        if ctx.norm is not None and (g is not None or dk is not None):
+            g, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
+        wanted = ctx.needs_input_grad
+        dx = None
+        if g is not None and wanted[1] and ctx.call.outer:
+            dx = layer.input_grad(g, weight, x)
+        dbias = layer.bias_grad(g) if g is not None and wanted[3] else None
+        dweight = None
+        if wanted[2]:
+            parts = [*ctx.pending, *([] if g is None else [(x, g)])]
+            ctx.pending.clear()
+            dweight = _weight_grad(layer, parts, weight)
+            if dweight is not None and dlink is not None and dlink.requires_grad:
+                dweight = dweight + dlink.sum()  # adds nothing, but is refused if differentiated once more
+        return None, dx, dweight, dbias, None, None, dgamma, dbeta
+
+
+def _weight_grad(layer: Layer, parts: list[Any], weight: Tensor) -> Tensor | None:
+    """The sum of weight gradients, given as (input, output gradient) pairs or already made."""
+    made = [part for part in parts if isinstance(part, Tensor)]
+    pairs = [part for part in parts if not isinstance(part, Tensor)]
+    if len(pairs) > 1 and sum(x.numel() + g.numel() for x, g in pairs) < 2 * weight.numel():
+        pairs = [tuple(map(torch.cat, zip(*pairs, strict=True)))]
+    made += [layer.weight_grad(x, g, weight) for x, g in pairs]
+    return sum(made[1:], start=made[0]) if made else None
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What is known of one call of a layer beyond its tensors."""
+
+    state: Any
+    layer: Layer
+    outer: bool
+
+
+def weighted(trace: Trace, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Call a layer and remember the call, for the norm that may come next."""
+    require_constant(trace, func, weight, bias)
+    call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
+    out, _, _ = _Weighted.apply(call, x, weight, bias)
+    trace.latest = out.grad_fn, (call, x, weight, bias)
+    return out
+
+
+def norm_behind(trace: Trace, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+    """The norm of a layer's output as one node with the layer, where ``z`` comes right from one; else None.
+
+    The layer's own node stays for whoever else uses z; if nobody does, it is never run.
+    """
+    node, arguments = trace.latest
+    if node is None or z.grad_fn is not node:
+        return None
+    return _Weighted.apply(*arguments, z.detach(), norm, gamma, beta)[0]
+
+
+def _n_tuple(value: Any, dims: int) -> list[int]:
+    return [int(value)] * dims if isinstance(value, Integral) else list(value)
+
+
+@rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
+def convolution(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dims = weight.dim() - 2
+    stride, dilation = _n_tuple(stride, dims), _n_tuple(dilation, dims)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":  # the surplus row or column goes to the end, as in PyTorch
+        totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(total % 2 for total in totals):
+            input = F.pad(input, [p for total in reversed(totals) for p in (0, total % 2)])
+        padding = [total // 2 for total in totals]
+    padding = _n_tuple(padding, dims)
+    if input.dim() == dims + 2:
+        weight, padding = _without_dead_taps(input.shape[2:], weight, stride, padding, dilation)
+    layer = Convolution((stride, padding, dilation, False, [0] * dims, groups))
+    return weighted(trace, func, layer, input, weight, bias)
+
+
+def _without_dead_taps(
+    sizes: Any, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """The weight without the rows and columns that only ever meet padding, as on images smaller than the kernel."""
+    keep = []
+    for size, taps, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True):
+        outputs = (size + 2 * p - d * (taps - 1) - 1) // s + 1
+        alive = [t for t in range(taps) if any(0 <= o * s - p + t * d < size for o in range(outputs))]
+        first, last = (alive[0], alive[-1]) if alive else (0, taps - 1)
+        same_outputs = (size + 2 * (p - first * d) - d * (last - first) - 1) // s + 1 == outputs
+        keep.append((first, last + 1) if p >= first * d and same_outputs else (0, taps))
+    if all(last - first == taps for (first, last), taps in zip(keep, weight.shape[2:], strict=True)):
+        return weight, padding
+    padding = [p - first * d for (first, _), p, d in zip(keep, padding, dilation, strict=True)]
+    for axis, (first, last) in enumerate(keep, start=2):
+        weight = weight.narrow(axis, first, last - first)
+    return weight.contiguous(), padding
+
+
+@rule_for(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def transposed_convolution(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    dims = weight.dim() - 2
+    stride, padding, dilation = (_n_tuple(value, dims) for value in (stride, padding, dilation))
+    layer = Convolution((stride, padding, dilation, True, _n_tuple(output_padding, dims), groups))
+    return weighted(trace, func, layer, input, weight, bias)
+
+
+@rule_for(F.linear)
+def linear(trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return weighted(trace, func, Linear(), input, weight, bias)
