@@ -167,7 +167,7 @@ class _Weighted(Function):
         k: Tensor | None = None
         saved: list[Tensor | None] = []
         if norm is None or z is None:
-            out = call.layer.output(x, weight, bias)
+            out: Tensor | None = call.layer.output(x, weight, bias)
         else:
             out, k, *saved = norm.output(z, gamma, beta)
         ctx.save_for_backward(x, weight, link, k, z, gamma, *saved)
