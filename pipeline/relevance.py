@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from pipeline.rules import (
     LIKE_THE_SECOND,
-    RULES,
     PassState,
     RelevanceError,
+    RuleSet,
     StopRelevance,
     batch_axis_after,
-    stop_relevance,
+    rule_set,
     tensors,
 )
 
@@ -36,6 +36,7 @@ def explain(
     target_class: Tensor,
     epsilon: float | Tensor,
     create_graph: bool = False,
+    rules: str | RuleSet = "flex",
 ) -> tuple[Tensor, Tensor]:
     """LRP-Flex heatmaps ``x · G`` of one class per image (Bassi et al., arXiv 2407.09788).
 
@@ -51,15 +52,16 @@ def explain(
         epsilon: a number ≥ 0, or one for each image, (N,).
         create_graph: make the heatmaps differentiable with respect to the parameters (and to ``images``
             where they require a gradient). Ordinary gradients of the logits are unaffected.
+        rules: what operations do to relevance: one of `RULE_SETS` by name, or a `RuleSet` of your own.
 
     Returns:
         logits (N, K) and heatmaps, shaped and typed as ``images``: one signed value for each input channel.
 
     Raises:
         RelevanceError: an operation of the model has no rule; names the operation and the module.
-        ValueError: shapes, classes or ε that cannot be right.
+        ValueError: shapes, classes, ε or rules that cannot be right.
     """
-    trace = Trace(model, images)
+    trace = Trace(model, images, rules)
     heatmaps = trace.heatmaps(target_class, epsilon, create_graph=create_graph)
     return (trace.logits if create_graph else trace.logits.detach()), heatmaps
 
@@ -70,12 +72,14 @@ class Trace:
     ``logits`` is (N, K), attached to the graph. The draws of a sample share one trace.
     """
 
-    def __init__(self, model: Model, images: Tensor):
+    def __init__(self, model: Model, images: Tensor, rules: str | RuleSet = "flex"):
         if not images.is_floating_point() or images.dim() < 2:
             raise ValueError(
                 f"images must be floating-point with shape (N, ...), got {images.dtype} "
                 f"{tuple(images.shape)}; divide uint8 images by 255 first"
             )
+        self.rules = rule_set(rules)
+        self.samples = len(images)
         self.state = PassState()
         self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm behind it
         with torch.inference_mode(False), torch.enable_grad():
@@ -132,13 +136,13 @@ class Trace:
         node: Any = tensor.grad_fn
         if node is None or self.state in node.metadata:
             return node is not None
-        if hidden := self._hidden_dependency(node):
+        if self.rules.otherwise is None and (hidden := self._hidden_dependency(node)):
             raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
-        return False
+        return self.rules.otherwise is not None and self._hidden_dependency(node) is not None
 
     def batch_axis(self, *carrying: Tensor) -> int | None:
         """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
-        axes = {tensor.grad_fn.metadata[self.state][0] for tensor in carrying}  # type: ignore
+        axes = {tensor.grad_fn.metadata.get(self.state, (None,))[0] for tensor in carrying}  # type: ignore
         return axes.pop() if len(axes) == 1 else None
 
     def outer_gradient_wanted(self, carrying: Tensor) -> bool:
@@ -146,10 +150,15 @@ class Trace:
         return carrying.grad_fn.metadata.get(self.state, (None, True))[1]  # type: ignore
 
     def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool) -> None:
-        """Note that relevance reaches this tensor."""
+        """Note that relevance reaches this tensor, unless a rule ends it there or has noted it already."""
         node: Any = tensor.grad_fn
-        if node is not None:
-            node.metadata[self.state] = (batch_axis, outer)
+        if node is not None and not _stops_relevance(node):
+            node.metadata.setdefault(self.state, (batch_axis, outer))
+
+    def written_out(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function made of operations that have rules, from within a rule."""
+        with _Interceptor(self):
+            return function(*args, **kwargs)
 
     def _hidden_dependency(self, node: Any) -> str | None:
         """The name of a node between an unmarked node and the image, if the image is among its ancestors.
@@ -161,7 +170,7 @@ class Trace:
         seen: set[Any] = set()
         while stack:
             node = stack.pop()
-            if node in seen or getattr(type(node), "_forward_cls", None) is StopRelevance:
+            if node in seen or _stops_relevance(node):
                 continue
             seen.add(node)
             for parent, _ in node.next_functions:
@@ -177,8 +186,8 @@ class Trace:
         name = operation if isinstance(operation, str) else resolve_name(operation) or repr(operation)
         return RelevanceError(
             f"no relevance rule for {name}{' ' * bool(why)}{why}, in {_module_on_the_stack()}: the heatmap "
-            "would be wrong. Use an architecture made of convolutions, linear layers, ReLUs, batch norms, "
-            "pooling, sums and concatenations, or enter a rule of your own with pipeline.rule_for"
+            "would be wrong. Use an architecture made of convolutions, linear layers, attention, activations, norms, "
+            "pooling, sums and products, or enter a rule of your own with pipeline.rule_for"
         )
 
     def _check_logits(self, samples: int) -> None:
@@ -207,20 +216,23 @@ class _Interceptor(TorchFunctionMode):
         carrying = [tensor for tensor in tensors(looked_at) if trace.carries(tensor)]
         if not carrying:
             return func(*args, **kwargs)
-        rule = RULES.get(func)
+        rule = trace.rules.rule(func)
         if rule is None:
             output = func(*args, **kwargs)
             if any(tensor.requires_grad for tensor in tensors(output)):
                 raise trace.unknown(func)
             return output  # a shape, a comparison, a detached copy: no relevance passes
-        axis = trace.batch_axis(*carrying)
+        axes = {id(tensor): trace.batch_axis(tensor) for tensor in carrying}
         outer = any(tensor.requires_grad and not trace.carries(tensor) for tensor in tensors([args, kwargs]))
         outer = outer or any(map(trace.outer_gradient_wanted, carrying))
         output = rule(trace, func, *args, **kwargs)
-        if rule is not RULES[stop_relevance]:
-            for tensor in tensors(output):
-                trace.mark(tensor, batch_axis_after(axis, func, args, kwargs, tensor), outer)
+        for tensor in tensors(output):
+            trace.mark(tensor, batch_axis_after(axes, trace.samples, func, args, kwargs, tensor), outer)
         return output
+
+
+def _stops_relevance(node: Any) -> bool:
+    return getattr(type(node), "_forward_cls", None) is StopRelevance
 
 
 def _module_on_the_stack() -> str:

@@ -6,21 +6,29 @@ gradient otherwise. The rules' own backwards serve the gradient of a loss on hea
 raises. Not here: how a pass is run and how relevance is followed (`relevance.py`).
 """
 
-from pipeline.rules import relu, weighted  # their rules enter the table
+from pipeline.rules import activations, attention, norms, products, relu, weighted  # their rules enter the table
 from pipeline.rules.batch_axis import batch_axis_after
 from pipeline.rules.batch_norm import scale_norm
 from pipeline.rules.linear import LIKE_THE_SECOND, StopRelevance, stop_relevance
+from pipeline.rules.rule_sets import RULE_SETS, RuleSet, rule_set
 from pipeline.rules.table import RULES, PassState, RelevanceError, rule_for, tensors
 
 __all__ = [
     "LIKE_THE_SECOND",
     "RULES",
+    "RULE_SETS",
     "PassState",
     "RelevanceError",
+    "RuleSet",
     "StopRelevance",
+    "activations",
+    "attention",
     "batch_axis_after",
+    "norms",
+    "products",
     "relu",
     "rule_for",
+    "rule_set",
     "scale_norm",
     "stop_relevance",
     "tensors",

@@ -1,45 +1,338 @@
-"""Where the batch axis is, for an ε that differs between images."""
+"""Where the batch axis is, for an ε that differs between images.
+
+An activation has its batch at axis k where its size is a multiple N·r of the N images and index i belongs to image
+i // r: the windows of an image, or its heads, may be folded into the batch behind it. What cannot be told is None,
+and an ε for each image is then refused; a wrong answer would be a wrong ε that nobody sees.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.rules.table import tensors
+
 T: Any = torch.Tensor
+Axes = dict[int, int | None]  # by the id of a tensor that carries relevance
 
 
-_PERMUTATIONS: set[Any] = {torch.permute, T.permute}
-_TRANSPOSITIONS: set[Any] = {torch.transpose, T.transpose, torch.swapaxes, T.swapaxes}
-_REVERSALS: set[Any] = {torch.t, T.t, T.T.__get__}
-_RESHAPES: set[Any] = {torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view}
-_RESHAPES |= {T.view_as, torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, torch.sum, T.sum, torch.mean, T.mean}
-_SELECTIONS: set[Any] = {T.__getitem__, torch.select, T.select, torch.narrow, T.narrow, torch.unbind, T.unbind}
-_SELECTIONS |= {torch.flip, T.flip, torch.roll, T.roll, torch.movedim, T.movedim, T.mT.__get__, torch.einsum}
-_MOVING = _PERMUTATIONS | _TRANSPOSITIONS | _REVERSALS | _RESHAPES | _SELECTIONS
+def batch_axis_after(axes: Axes, samples: int, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
+    """Where ``func`` leaves the batch axis; None where that cannot be told.
 
-
-def batch_axis_after(axis: int | None, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
-    """Where ``func`` leaves the batch axis that its input has at ``axis``; None where that cannot be told."""
-    if axis is None or func not in _MOVING:
-        return axis
-    if not args or not isinstance(args[0], Tensor):
+    ``axes`` holds the axis in each of its arguments that carry relevance, of ``samples`` images.
+    """
+    if None in axes.values() or not output.dim():
         return None
-    input, rest = args[0], [*args[1:], *kwargs.values()]
-    if func in _PERMUTATIONS:
-        order = rest[0] if isinstance(rest[0], tuple | list) else rest
-        return [dim % input.dim() for dim in order].index(axis)
-    if func in _TRANSPOSITIONS:
-        first, second = (dim % input.dim() for dim in rest)
-        return {first: second, second: first}.get(axis, axis)
-    if func in _REVERSALS:
-        return input.dim() - 1 - axis
-    if axis != 0:
+    follow = _FOLLOW.get(func, _same_shape)
+    try:
+        axis = follow(_Call(axes, samples, args, kwargs, output))
+    except (IndexError, KeyError, TypeError, ValueError):  # a call in a form that is not known here
         return None
-    if func in _RESHAPES:  # rows stay together where their number stays
-        return 0 if output.dim() and output.shape[0] == input.shape[0] else None
-    if func is T.__getitem__:
-        index = rest[0][0] if isinstance(rest[0], tuple) and rest[0] else rest[0]
-        return 0 if index is Ellipsis or (isinstance(index, slice) and index == slice(None)) else None
+    return axis if axis is not None and output.shape[axis] % samples == 0 else None
+
+
+class _Call:
+    def __init__(self, axes: Axes, samples: int, args: Any, kwargs: Any, output: Tensor):
+        self.axes, self.samples, self.args, self.kwargs, self.output = axes, samples, args, kwargs, output
+        self.carrying = [tensor for tensor in tensors([args, kwargs]) if id(tensor) in axes]
+
+    def get(self, position: int, *names: str) -> Any:
+        """An argument by its position or by one of its names; None where it is not given."""
+        if len(self.args) > position:
+            return self.args[position]
+        return next((self.kwargs[name] for name in names if name in self.kwargs), None)
+
+    @property
+    def input(self) -> Tensor:
+        value = self.get(0, "input", "self", "x")
+        if not isinstance(value, Tensor):
+            raise TypeError("not a tensor")
+        return value
+
+    @property
+    def axis(self) -> int:
+        """The axis in the first argument, which is the only one that carries relevance, or one like it."""
+        return self.axes[id(self.input)]  # type: ignore[return-value]
+
+    def dims(self, position: int, *names: str) -> list[int]:
+        """Axes, given as one or many, or one by one, counted from the left."""
+        value = self.get(position, *names)
+        values = value if isinstance(value, tuple | list) else [value, *self.args[position + 1 :]]
+        return [dim % self.input.dim() for dim in values]
+
+    def dim(self, position: int, default: int | None = None) -> int:
+        value = self.get(position, "dim", "axis")
+        return (default if value is None else value) % self.input.dim()  # type: ignore[operator]
+
+
+def _agreed(values: list[int]) -> int | None:
+    return values[0] if values and len(set(values)) == 1 else None
+
+
+def _same_shape(call: _Call) -> int | None:
+    """An operation of which nothing else is known: it keeps the axis if it keeps the shape."""
+    return call.axis if call.carrying == [call.input] and call.output.shape == call.input.shape else None
+
+
+def _broadcast(call: _Call) -> int | None:
+    """Shapes are aligned at their right ends."""
+    from_right = _agreed([call.axes[id(tensor)] - tensor.dim() for tensor in call.carrying])  # type: ignore[operator]
+    return None if from_right is None else from_right + call.output.dim()
+
+
+def _rows(call: _Call) -> int | None:
+    """Layers for (N, C, ...)."""
+    return 0 if call.axis == 0 and call.output.shape[0] == call.input.shape[0] else None
+
+
+def _convolution(call: _Call) -> int | None:
+    return _rows(call) if call.input.dim() == call.get(1, "weight").dim() else None
+
+
+def _kept_but_last(call: _Call) -> int | None:
+    """A linear layer."""
+    return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
+
+
+def _reshape(call: _Call) -> int | None:
+    """The order of the values stays: an axis with as much in front of it, in which the images still divide."""
+    before = call.input.shape[: call.axis].numel()
+    if not call.output.numel() or call.output.numel() != call.input.numel():
+        return None
+    products = accumulate((1, *call.output.shape), mul)
+    for axis, (size, product) in enumerate(zip(call.output.shape, products, strict=False)):
+        if product == before and size % call.samples == 0:
+            return axis
     return None
+
+
+def _permute(call: _Call) -> int | None:
+    return call.dims(1, "dims").index(call.axis)
+
+
+def _transpose(call: _Call) -> int | None:
+    first, second = (value % call.input.dim() for value in (*call.args[1:], *call.kwargs.values()))
+    return {first: second, second: first}.get(call.axis, call.axis)
+
+
+def _reverse(call: _Call) -> int | None:
+    return call.input.dim() - 1 - call.axis
+
+
+def _matrix_transpose(call: _Call) -> int | None:
+    last = call.input.dim() - 1
+    return {last: last - 1, last - 1: last}.get(call.axis, call.axis)
+
+
+def _movedim(call: _Call) -> int | None:
+    source, destination = (
+        [dim % call.input.dim() for dim in (value if isinstance(value, tuple | list) else [value])]
+        for value in (call.get(1, "source"), call.get(2, "destination"))
+    )
+    order = [dim for dim in range(call.input.dim()) if dim not in source]
+    for to, dim in sorted(zip(destination, source, strict=True)):
+        order.insert(to, dim)
+    return order.index(call.axis)
+
+
+def _reduce(position: int) -> Callable[[_Call], int | None]:
+    def follow(call: _Call) -> int | None:
+        if len(call.carrying) > 1 or isinstance(call.get(1, "other"), Tensor):
+            return _broadcast(call)  # the larger of two
+        value = call.get(position, "dim", "axis")
+        dims = [dim % call.input.dim() for dim in (value if isinstance(value, tuple | list) else [value])]
+        if call.axis in dims or not dims:
+            return None
+        return call.axis if call.output.dim() == call.input.dim() else call.axis - sum(dim < call.axis for dim in dims)
+
+    return follow
+
+
+def _drop(call: _Call) -> int | None:
+    """One of another axis is selected."""
+    dim = call.dim(1, 0)
+    return None if dim == call.axis else call.axis - (dim < call.axis)
+
+
+def _other_axis(position: int, default: int | None = None) -> Callable[[_Call], int | None]:
+    """Something happens along an axis, which is not to be that of the batch; the others stay."""
+
+    def follow(call: _Call) -> int | None:
+        return call.axis if call.dim(position, default) != call.axis and len(call.carrying) == 1 else None
+
+    return follow
+
+
+def _other_axes(position: int) -> Callable[[_Call], int | None]:
+    def follow(call: _Call) -> int | None:
+        return None if call.axis in call.dims(position, "dims") else call.axis
+
+    return follow
+
+
+def _getitem(call: _Call) -> int | None:
+    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    if any(isinstance(item, bool | list) for item in index):
+        return None
+    advanced = [item for item in index if isinstance(item, Tensor)]
+    if advanced and (len(advanced) > 1 or advanced[0].dtype == torch.bool or any(isinstance(i, int) for i in index)):
+        return None
+    used = sum(item is not None and item is not Ellipsis for item in index)
+    rest: list[Any] = [slice(None)] * (call.input.dim() - used)
+    at = next((i for i, item in enumerate(index) if item is Ellipsis), len(index))
+    dim = position = 0
+    for item in (*index[:at], *rest, *index[at + 1 :]):
+        if item is None:
+            position += 1
+            continue
+        if dim == call.axis:
+            size = call.input.shape[dim]
+            return position if isinstance(item, slice) and item.indices(size) == (0, size, 1) else None
+        dim += 1
+        position += item.dim() if isinstance(item, Tensor) else isinstance(item, slice)
+    return None
+
+
+def _cat(call: _Call) -> int | None:
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    dim = call.get(1, "dim", "axis") or 0
+    return None if axis == dim % call.output.dim() else axis
+
+
+def _stack(call: _Call) -> int | None:
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    dim = (call.get(1, "dim", "axis") or 0) % call.output.dim()
+    return None if axis is None else axis + (dim <= axis)
+
+
+def _repeat(call: _Call) -> int | None:
+    sizes = call.get(1, "repeats", "dims", "sizes")
+    sizes = sizes if isinstance(sizes, tuple | list) else call.args[1:]
+    from_right = call.axis - call.input.dim()
+    return from_right + call.output.dim() if -from_right > len(sizes) or sizes[from_right] == 1 else None
+
+
+def _repeat_interleave(call: _Call) -> int | None:
+    if call.get(2, "dim") is None or (call.dim(2) == call.axis and not isinstance(call.get(1, "repeats"), int)):
+        return None
+    return call.axis  # parts of the same image come one after the other
+
+
+def _pad(call: _Call) -> int | None:
+    widths = call.get(1, "pad")
+    from_right = call.input.dim() - 1 - call.axis
+    return None if any(widths[2 * from_right : 2 * from_right + 2]) else call.axis
+
+
+def _matmul(call: _Call) -> int | None:
+    return _product(call, call.input, call.get(1, "other", "mat2"))
+
+
+def _reversed_matmul(call: _Call) -> int | None:
+    return _product(call, call.args[1], call.input)
+
+
+def _product(call: _Call, left: Tensor, right: Tensor) -> int | None:
+    """(..., n, k) @ (..., k, m): the axis k is summed over, the others stay where they are, counted from the right."""
+    if left.dim() < 2 or right.dim() < 2:
+        return None
+    found = []
+    for tensor, summed in ((left, -1), (right, -2)):
+        if id(tensor) in call.axes:
+            found.append(call.axes[id(tensor)] - tensor.dim())  # type: ignore[operator]
+            if found[-1] == summed:
+                return None
+    from_right = _agreed(found)
+    return None if from_right is None else from_right + call.output.dim()
+
+
+def _sum_with_product(call: _Call) -> int | None:
+    addend, left, right = call.input, call.get(1, "mat1", "batch1"), call.get(2, "mat2", "batch2")
+    axis = _product(call, left, right) if {id(left), id(right)} & set(call.axes) else None
+    if id(addend) not in call.axes:
+        return axis
+    added = call.axes[id(addend)] - addend.dim() + call.output.dim()  # type: ignore[operator]
+    return added if axis in (None, added) and not ({id(left), id(right)} & set(call.axes) and axis is None) else None
+
+
+def _einsum(call: _Call) -> int | None:
+    """The axis has a letter in the equation."""
+    equation = call.args[0].replace(" ", "")
+    operands = call.args[1] if isinstance(call.args[1], tuple | list) else call.args[1:]
+    if "." in equation or "->" not in equation:
+        return None
+    terms, result = equation.split("->")
+    letters = set()
+    for term, operand in zip(terms.split(","), operands, strict=True):
+        if id(operand) in call.axes:
+            letter = term[call.axes[id(operand)]]  # type: ignore[index]
+            letters.add(letter if term.count(letter) == 1 else "")
+    letter = letters.pop()
+    return result.index(letter) if letter and not letters else None
+
+
+_FOLLOW: dict[Any, Callable[[_Call], int | None]] = {}
+
+
+def _enter(follow: Callable[[_Call], int | None], *functions: Any) -> None:
+    _FOLLOW.update(dict.fromkeys(functions, follow))
+
+
+_enter(
+    _broadcast,
+    torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__, torch.sub, T.sub, T.sub_, T.__sub__, T.__rsub__,
+    T.__isub__, torch.subtract, T.subtract, torch.rsub, torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__,
+    torch.multiply, T.multiply, torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide,
+    T.__truediv__, T.__itruediv__, torch.where, T.where, torch.masked_fill, T.masked_fill, torch.addcmul, T.addcmul,
+    torch.maximum, T.maximum, torch.minimum, T.minimum, T.expand, T.expand_as, torch.broadcast_to, T.broadcast_to,
+    torch.clamp, T.clamp, torch.clip, T.clip,
+)  # fmt: skip
+_enter(
+    _rows,
+    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.adaptive_max_pool1d_with_indices,
+    F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices, F.interpolate, F.batch_norm,
+    F.group_norm, torch.group_norm, F.instance_norm, F.local_response_norm, F.pixel_shuffle, F.pixel_unshuffle,
+    torch.channel_shuffle, F.unfold, F.fold,
+)  # fmt: skip
+_enter(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
+_enter(_convolution, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+_enter(_kept_but_last, F.linear)
+_enter(
+    _reshape,
+    torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as, T.reshape_as,
+    torch.ravel, T.ravel, torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze,
+)  # fmt: skip
+_enter(_permute, torch.permute, T.permute)
+_enter(_transpose, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes)
+_enter(_reverse, torch.t, T.t, T.T.__get__)
+_enter(_matrix_transpose, T.mT.__get__)
+_enter(_movedim, torch.movedim, T.movedim, torch.moveaxis, T.moveaxis)
+_enter(_reduce(1), torch.sum, T.sum, torch.mean, T.mean, torch.amax, T.amax, torch.amin, T.amin, torch.max, T.max)
+_enter(_reduce(1), torch.min, T.min, torch.var, T.var, torch.std, T.std)
+_enter(_reduce(2), torch.norm, T.norm, torch.linalg.vector_norm)
+_enter(_drop, torch.select, T.select, torch.unbind, T.unbind)
+_enter(_other_axis(1), torch.narrow, T.narrow, torch.index_select, T.index_select, torch.gather, T.gather, T.unfold)
+_enter(_other_axis(2, 0), torch.chunk, T.chunk, torch.split, T.split, torch.tensor_split, T.tensor_split)
+_enter(_other_axis(1, -1), F.glu)
+_enter(_other_axes(1), torch.flip, T.flip)
+_enter(_other_axes(2), torch.roll, T.roll)
+_enter(_getitem, T.__getitem__)
+_enter(_cat, torch.cat, torch.concat, torch.concatenate)
+_enter(_stack, torch.stack)
+_enter(_repeat, T.repeat, torch.tile, T.tile)
+_enter(_repeat_interleave, torch.repeat_interleave, T.repeat_interleave)
+_enter(_pad, F.pad)
+_enter(_matmul, torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm, T.bmm)
+_enter(_reversed_matmul, T.__rmatmul__)
+_enter(_sum_with_product, torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
+_enter(_einsum, torch.einsum)
+_enter(lambda call: None, T.rot90, torch.rot90, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)

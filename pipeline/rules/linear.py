@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pipeline.rules.table import PassState, rule_for, tensors
+from pipeline.rules.table import PassState, rule_for
 
 if TYPE_CHECKING:
     from pipeline.relevance import Trace
@@ -48,24 +48,30 @@ T: Any = torch.Tensor
 @rule_for(
     # sums and differences: each term keeps its share; a constant term keeps its own, like a bias
     torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__,
-    torch.sub, T.sub, T.sub_, T.__sub__, T.__rsub__, T.__isub__,
-    torch.neg, T.neg, T.__neg__, torch.sum, T.sum, torch.mean, T.mean,
+    torch.sub, T.sub, T.sub_, T.__sub__, T.__rsub__, T.__isub__, torch.subtract, T.subtract, torch.rsub,
+    torch.neg, T.neg, T.__neg__, torch.negative, T.negative, torch.sum, T.sum, torch.mean, T.mean,
     # averages over windows, and interpolation
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d, F.interpolate,
     # moving values about
-    torch.cat, torch.concat, torch.concatenate, torch.stack, F.pad, T.masked_fill, torch.masked_fill,
+    torch.stack, F.pad, T.masked_fill, torch.masked_fill, T.masked_fill_,
+    torch.where, T.where, torch.tril, T.tril, torch.triu, T.triu, torch.hstack, torch.vstack, torch.dstack,
     torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as,
+    torch.ravel, T.ravel, T.reshape_as,
     torch.permute, T.permute, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes, torch.t, T.t,
-    torch.movedim, T.movedim, T.T.__get__, T.mT.__get__,
-    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, T.expand, T.expand_as, T.repeat,
+    torch.movedim, T.movedim, torch.moveaxis, T.moveaxis, T.T.__get__, T.mT.__get__,
+    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, T.expand, T.expand_as, T.repeat, torch.tile, T.tile,
+    torch.repeat_interleave, T.repeat_interleave, torch.broadcast_to, T.broadcast_to,
     torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind, T.__getitem__, torch.select, T.select,
-    torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll,
-    F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle,
+    torch.tensor_split, T.tensor_split, torch.index_select, T.index_select, torch.gather, T.gather,
+    torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll, torch.rot90, T.rot90,
+    F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle, F.unfold, F.fold, T.unfold,
     # copies and types
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
     T.cpu, T.cuda, T.requires_grad_,
-    # the largest of a window takes all
+    # the largest of a window, of an axis or of two takes all
+    torch.amax, T.amax, torch.amin, T.amin, torch.max, T.max, torch.min, T.min, torch.maximum, T.maximum,
+    torch.minimum, T.minimum,
     torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
@@ -78,26 +84,34 @@ def gradient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-@rule_for(
-    torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__, torch.matmul, T.matmul, T.__matmul__,
-    T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.einsum,
-)  # fmt: skip
-def product(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """A product in which one factor alone depends on the image is linear in that factor."""
-    if sum(trace.carries(tensor) for tensor in tensors([args, kwargs])) > 1:
-        raise trace.unknown(func, "of two factors that both depend on the image")
-    return func(*args, **kwargs)
+class _Concatenate(Function):
+    """Whose backward splits: PyTorch's own pads each part with zeros again when it is differentiated once more."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [part.shape[dim] for part in parts]
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Split.apply(g, ctx.sizes, ctx.dim)
 
 
-@rule_for(torch.div, T.div, T.div_, torch.true_divide, T.true_divide, T.__truediv__, T.__itruediv__)
-def quotient(trace: Trace, func: Any, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """A quotient is linear in its numerator, where the denominator does not depend on the image."""
-    if any(trace.carries(tensor) for tensor in tensors([other])):
-        raise trace.unknown(func, "by a denominator that depends on the image")
-    if rounding_mode is not None:
-        raise trace.unknown(func, f"with rounding_mode='{rounding_mode}'")
-    return func(input, other)
+class _Split(Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+        ctx.dim = dim
+        return torch.split(g, sizes, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *parts: Tensor) -> tuple[Tensor | None, ...]:
+        return _Concatenate.apply(ctx.dim, *parts), None, None
+
+
+@rule_for(torch.cat, torch.concat, torch.concatenate)
+def concatenation(trace: Trace, func: Any, tensors: Any, dim: int = 0, axis: int | None = None) -> Tensor:
+    return _Concatenate.apply(dim if axis is None else axis, *tensors)
 
 
 # of these only the first argument's values are used, of the second its shape or type
-LIKE_THE_SECOND: set[Any] = {T.view_as, T.expand_as, T.type_as, T.to}
+LIKE_THE_SECOND: set[Any] = {T.view_as, T.reshape_as, T.expand_as, T.type_as, T.to}

@@ -36,14 +36,16 @@ class PassState:
         assert self.epsilon is not None
         if self.uniform is not None:
             return activation.new_full((), self.uniform)
-        if batch_axis is None or activation.shape[batch_axis] != len(self.epsilon):
+        samples = len(self.epsilon)
+        if batch_axis is None or activation.shape[batch_axis] % samples:
             raise RelevanceError(
-                f"in an activation of shape {tuple(activation.shape)} the batch of {len(self.epsilon)} images is "
+                f"in an activation of shape {tuple(activation.shape)} the batch of {samples} images is "
                 "no longer an axis of its own, so epsilon cannot differ between images: give one for all"
             )
         shape = [1] * activation.dim()
         shape[batch_axis] = -1
-        return self.epsilon.to(activation.dtype).view(shape)
+        parts = activation.shape[batch_axis] // samples  # of a sample, such as the windows of an image
+        return self.epsilon.to(activation.dtype).repeat_interleave(parts).view(shape)
 
 
 Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call it stands in for) → what func would return

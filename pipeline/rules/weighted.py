@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.rules.products import shared
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -316,4 +317,6 @@ def transposed_convolution(
 
 @rule_for(F.linear)
 def linear(trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if trace.carries(weight):
+        return func(*shared(trace, input, weight), bias)
     return weighted(trace, func, Linear(), input, weight, bias)

@@ -1,0 +1,73 @@
+"""Elementwise activations: the identity rule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.rules.node import node, stabilised
+from pipeline.rules.table import require_constant, rule_for
+
+if TYPE_CHECKING:
+    from pipeline.relevance import Trace
+
+T: Any = torch.Tensor
+
+ACTIVATIONS: set[Any] = {
+    F.relu6, F.hardtanh, F.hardtanh_, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.mish, F.softplus,
+    F.leaky_relu, F.leaky_relu_, F.elu, F.elu_, F.selu, F.celu, torch.selu, torch.selu_, torch.celu, torch.celu_,
+    F.sigmoid, torch.sigmoid, torch.sigmoid_, T.sigmoid, T.sigmoid_, torch.special.expit,
+    F.tanh, torch.tanh, torch.tanh_, T.tanh, T.tanh_,
+    torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip, T.clip_,
+    torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_,
+    torch.clamp_max, torch.clamp_max_, T.clamp_max, T.clamp_max_,
+    F.prelu, torch.prelu, T.prelu,
+}  # fmt: skip
+
+
+@rule_for(*ACTIVATIONS)
+def activation(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """g · f(x) / (x + ε·sign(x)): all relevance of f(x) goes to x (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
+
+    On a ReLU this is LRP-Flex. Where f(0) is not 0, as at a sigmoid, ε bounds what a small x can get.
+    """
+    return identity_rule(trace, func, input, args, kwargs, stabiliser=True)
+
+
+def activation_passes(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """g · f(x) / x: the identity rule where other operations hold the stabilisers."""
+    return identity_rule(trace, func, input, args, kwargs, stabiliser=False)
+
+
+def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
+    require_constant(trace, func, args, kwargs)
+    writes = func.__name__.endswith("_")
+    inplace = writes or kwargs.get("inplace", False) or any(arg is True for arg in args)  # the one boolean they have
+    args = [arg for arg in args if not isinstance(arg, bool)]
+    kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
+    state, axis, positional, names = trace.state, trace.batch_axis(input), len(args), tuple(kwargs)
+
+    def function(x: Tensor, *options: Any) -> Tensor:
+        named = dict(zip(names, options[positional:], strict=True))
+        return func(x.clone() if writes else x, *options[:positional], **named)
+
+    def relevance(g: Tensor, x: Tensor, *options: Any) -> Tensor:
+        epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
+        return g * (function(x, *options) / stabilised(x, epsilon))
+
+    output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
+    return input.copy_(output) if inplace else output
+
+
+@rule_for(F.glu)
+def glu(trace: Trace, func: Any, input: Tensor, dim: int = -1) -> Tensor:
+    """A product of a half with the sigmoid of the other."""
+    return trace.written_out(_gated, input, dim)
+
+
+def _gated(input: Tensor, dim: int) -> Tensor:
+    value, gate = input.chunk(2, dim)
+    return value * torch.sigmoid(gate)

@@ -1,0 +1,97 @@
+"""The node that most rules are made of. Not here: the nodes that are written for speed (convolution, ReLU, norms)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from pipeline.rules.table import PassState
+
+
+class _Node(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, state: PassState, function: Callable[..., Tensor], relevance: Callable[..., Tensor], *inputs: Any
+    ) -> Tensor:
+        ctx.state, ctx.function, ctx.relevance = state, function, relevance
+        ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [
+            constant if saved is None else saved
+            for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
+        ]
+        if ctx.state.epsilon is not None:
+            return None, None, None, ctx.relevance(g, *inputs), *[None] * (len(inputs) - 1)
+        return None, None, None, *_gradients(ctx.function, inputs, g, ctx.needs_input_grad[3:])
+
+
+def node(
+    state: PassState, function: Callable[..., Tensor], relevance: Callable[..., Tensor], first: Tensor, *others: Any
+) -> Tensor:
+    """``function(first, *others)`` with two behaviours in the backward pass.
+
+    While relevance is propagated, ``relevance(g, first, *others)`` is the modified gradient of ``first`` and the
+    others get none. Otherwise all get the true gradient. Both callables are made of differentiable torch operations,
+    from which autograd makes the second order, and must hold on to no tensor of the graph.
+    """
+    return _Node.apply(state, function, relevance, first, *others)
+
+
+def _gradients(
+    function: Callable[..., Tensor], inputs: list[Any], g: Tensor, needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The true gradients of a function by running it once more, differentiable where autograd asks for that."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view of an input is a place at which to stop, still connected to the input for the second order
+        local = [
+            value if not need else value.view_as(value) if create_graph else value.detach().requires_grad_()
+            for value, need in zip(inputs, needed, strict=True)
+        ]
+        output = function(*local)
+    asked = [value for value, need in zip(local, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(output, asked, g, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
+def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
+    """The gradient ``g · ∂function/∂x`` at x, differentiable where autograd asks for that."""
+    (gradient,) = _gradients(function, [x], g, (True,))
+    assert gradient is not None
+    return gradient
+
+
+class _Share(Function):
+    @staticmethod
+    def forward(ctx: Any, state: PassState, x: Tensor, fraction: float) -> Tensor:
+        ctx.state, ctx.fraction = state, fraction
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return None, g if ctx.state.epsilon is None else g * ctx.fraction, None
+
+
+def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
+    """``x``, through which passes a fraction of the relevance and the whole ordinary gradient."""
+    return _Share.apply(state, x, fraction)
+
+
+def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
+    """The denominator ``x + ε·sign(x)`` with sign(0) = +1, never 0.
+
+    Below the rounding error of 1 it is a constant for the second order: the slope of a quotient of two such small
+    numbers is rounding noise, and boundless.
+    """
+    finfo = torch.finfo(x.dtype)
+    epsilon = epsilon.clamp_min(finfo.tiny)
+    denominator = torch.where(x < 0, x - epsilon, x + epsilon)
+    return torch.where(denominator.abs() < finfo.eps, denominator.detach(), denominator)

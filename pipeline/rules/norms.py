@@ -1,0 +1,145 @@
+"""Norms of single samples: the scale is a constant for relevance, and connected in the outer gradient.
+
+The centring is a linear map of the sample, and relevance passes through it (AttnLRP, ICML 2024, prop. 3.4, as a
+modified gradient): without a shift such a norm conserves relevance. Not here: norms over the batch (`batch_norm.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.rules.linear import stop_relevance
+from pipeline.rules.node import node
+from pipeline.rules.table import require_constant, rule_for
+
+if TYPE_CHECKING:
+    from pipeline.relevance import Trace
+
+
+def _through(g: Tensor, x: Tensor, dims: Any, eps: float, centred: bool = True) -> Tensor:
+    """What passes back through (x − E[x]) / σ, σ² = E[(x − E[x])²] + eps: the scale, then the centring."""
+    single = torch.promote_types(x.dtype, torch.float32)  # half precision has no room for squares
+    g, x = g.to(single), x.to(single)
+    if not centred:
+        return g * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
+    g = g * torch.rsqrt(x.var(dims, correction=0, keepdim=True) + eps)
+    return g - g.mean(dims, keepdim=True)
+
+
+@rule_for(F.layer_norm, torch.layer_norm)
+def layer_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    require_constant(trace, func, weight, bias)
+    shape = list(normalized_shape)
+    dims = list(range(-len(shape), 0))
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+    def relevance(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return _through(g if weight is None else g * weight, x, dims, eps).to(x.dtype)
+
+    return node(trace.state, function, relevance, input, weight, bias)
+
+
+@rule_for(F.rms_norm, torch.rms_norm)
+def rms_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    require_constant(trace, func, weight)
+    shape = list(normalized_shape)
+    dims = list(range(-len(shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+
+    def function(x: Tensor, weight: Tensor | None) -> Tensor:
+        return F.rms_norm(x, shape, weight, eps)
+
+    def relevance(g: Tensor, x: Tensor, weight: Tensor | None) -> Tensor:
+        return _through(g if weight is None else g * weight, x, dims, eps, centred=False).to(x.dtype)
+
+    return node(trace.state, function, relevance, input, weight)
+
+
+@rule_for(F.group_norm, torch.group_norm)
+def group_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    require_constant(trace, func, weight, bias)
+
+    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+
+    def relevance(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if weight is not None:
+            g = g * weight.view(1, -1, *[1] * (x.dim() - 2))
+        grouped = (len(x), num_groups, -1)
+        return _through(g.reshape(grouped), x.reshape(grouped), -1, eps).view(x.shape).to(x.dtype)
+
+    return node(trace.state, function, relevance, input, weight, bias)
+
+
+@rule_for(F.instance_norm)
+def instance_norm(
+    trace: Trace,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A group norm of single channels; in evaluation, with running statistics, a batch norm."""
+    if not use_input_stats:
+        return trace.written_out(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None:
+        func(input.detach(), running_mean, running_var, momentum=momentum)  # to update them
+    return group_norm(trace, F.group_norm, input, input.shape[1], weight, bias, eps)
+
+
+@rule_for(F.normalize)
+def normalize(
+    trace: Trace, func: Any, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None
+) -> Tensor:
+    def written_out(x: Tensor) -> Tensor:
+        return x / stop_relevance(x).norm(p, dim, keepdim=True).clamp_min(eps)
+
+    return trace.written_out(written_out, input)
+
+
+@rule_for(F.local_response_norm)
+def local_response_norm(
+    trace: Trace, func: Any, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    def written_out(x: Tensor) -> Tensor:
+        squares = F.pad(stop_relevance(x).square().unsqueeze(1).flatten(3), (0, 0, size // 2, (size - 1) // 2))
+        means = F.avg_pool2d(squares, (size, 1), stride=1).view(x.shape)
+        return x / (means * alpha + k) ** beta
+
+    return trace.written_out(written_out, input)
