@@ -212,8 +212,8 @@ class _Interceptor(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         trace = self.trace
-        looked_at = args[:1] if func in LIKE_THE_SECOND else [args, kwargs]
-        carrying = [tensor for tensor in tensors(looked_at) if trace.carries(tensor)]
+        given = tensors([args, kwargs])
+        carrying = [tensor for tensor in (given[:1] if func in LIKE_THE_SECOND else given) if trace.carries(tensor)]
         if not carrying:
             return func(*args, **kwargs)
         rule = trace.rules.rule(func)
@@ -223,8 +223,8 @@ class _Interceptor(TorchFunctionMode):
                 raise trace.unknown(func)
             return output  # a shape, a comparison, a detached copy: no relevance passes
         axes = {id(tensor): trace.batch_axis(tensor) for tensor in carrying}
-        outer = any(tensor.requires_grad and not trace.carries(tensor) for tensor in tensors([args, kwargs]))
-        outer = outer or any(map(trace.outer_gradient_wanted, carrying))
+        outer = any(map(trace.outer_gradient_wanted, carrying))
+        outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in given)
         output = rule(trace, func, *args, **kwargs)
         for tensor in tensors(output):
             trace.mark(tensor, batch_axis_after(axes, trace.samples, func, args, kwargs, tensor), outer)

@@ -345,14 +345,14 @@ def test_shapes_and_types_may_be_taken_from_an_activation():
 
 def test_the_true_gradient_is_untouched():
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(num_classes=10).train()
-    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    model = torchvision.models.resnet18(num_classes=10).double().train()
+    images, labels = torch.rand(4, 3, 32, 32).double(), torch.tensor([0, 1, 2, 3])
     twin = copy.deepcopy(model)
     F.cross_entropy(twin(images), labels).backward()
     logits, _ = explain(model, images, labels, 0.3, create_graph=True)
     F.cross_entropy(logits, labels).backward()
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
 def test_the_model_is_left_as_it_was():

@@ -8,6 +8,7 @@ and an ε for each image is then refused; a wrong answer would be a wrong ε tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -40,7 +41,10 @@ def batch_axis_after(axes: Axes, samples: int, func: Any, args: Any, kwargs: Any
 class _Call:
     def __init__(self, axes: Axes, samples: int, args: Any, kwargs: Any, output: Tensor):
         self.axes, self.samples, self.args, self.kwargs, self.output = axes, samples, args, kwargs, output
-        self.carrying = [tensor for tensor in tensors([args, kwargs]) if id(tensor) in axes]
+
+    @cached_property
+    def carrying(self) -> list[Tensor]:
+        return [tensor for tensor in tensors([self.args, self.kwargs]) if id(tensor) in self.axes]
 
     def get(self, position: int, *names: str) -> Any:
         """An argument by its position or by one of its names; None where it is not given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -97,13 +97,18 @@ def require_constant(trace: Trace, func: Any, *weights: Any) -> None:
         raise trace.unknown(func, "with weights that depend on the image")
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of tuples, lists and dictionaries."""
+def tensors(value: Any) -> list[Tensor]:
+    """Every tensor in a nest of tuples, lists and dictionaries, in order."""
     if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors(item)
+        return [value]
+    found: list[Tensor] = []
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return found
+    for item in value:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list | dict):
+            found += tensors(item)
+    return found

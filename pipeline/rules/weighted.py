@@ -281,6 +281,8 @@ def _without_dead_taps(
     sizes: Any, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """The weight without the rows and columns that only ever meet padding, as on images smaller than the kernel."""
+    if all(size > d * (taps - 1) for size, taps, d in zip(sizes, weight.shape[2:], dilation, strict=True)):
+        return weight, padding
     keep = []
     for size, taps, s, p, d in zip(sizes, weight.shape[2:], stride, padding, dilation, strict=True):
         outputs = (size + 2 * p - d * (taps - 1) - 1) // s + 1
