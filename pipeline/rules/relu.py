@@ -15,32 +15,33 @@ if TYPE_CHECKING:
     from pipeline.relevance import Trace
 
 
+def _shared_out(g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
+    """g / (a + ε), in one fresh tensor: another one of this size costs more than the arithmetic on it."""
+    wide = torch.float32 if a.dtype == torch.float16 else a.dtype  # float16 has no room for 1 / ε
+    out = a.to(wide) + epsilon.to(wide).clamp_min(torch.finfo(wide).tiny ** 0.8)  # g times its reciprocal is finite
+    return torch.div(g, out, out=out)
+
+
 class _ReLURelevance(Function):
-    """g · a / (a + ε) (Bassi et al., arXiv 2407.09788, LRP-Flex).
-
-    In place where it can be: a fresh tensor of this size costs more than the arithmetic on it.
-    """
-
     @staticmethod
     def forward(ctx: Any, g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
-        epsilon = epsilon.clamp_min(torch.finfo(a.dtype).tiny)
-        scaled = a + epsilon
-        torch.div(g, scaled, out=scaled)
+        scaled = _shared_out(g, a, epsilon)
         ctx.save_for_backward(scaled, a, epsilon)
-        return scaled * a
+        return (scaled * a).to(a.dtype)
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, a, epsilon = ctx.saved_tensors  # scaled is g / (a + ε)
-        share = a + epsilon
-        torch.div(v, share, out=share)
-        dg = share * a
+        scaled, a, epsilon = ctx.saved_tensors
+        share = _shared_out(v, a, epsilon)
+        dg = (share * a).to(a.dtype)
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
-        return dg, share.mul_(scaled).mul_(epsilon), None
+        return dg, share.mul_(scaled).mul_(epsilon).to(a.dtype), None
 
 
 class _ReLU(Function):
+    """In a relevance pass g · a / (a + ε) (Bassi et al., arXiv 2407.09788, LRP-Flex)."""
+
     @staticmethod
     def forward(ctx: Any, state: PassState, x: Tensor, inplace: bool, batch_axis: int | None) -> Tensor:
         a = x.relu_() if inplace else x.relu()
@@ -54,10 +55,11 @@ class _ReLU(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         if ctx.state.epsilon is None or ctx.state.uniform == 0:  # ε = 0 is the step function
-            dx = torch.ops.aten.threshold_backward(g, a, 0)
-        else:
-            dx = _ReLURelevance.apply(g, a, ctx.state.epsilon_like(a, ctx.batch_axis))
-        return None, dx, None, None
+            return None, torch.ops.aten.threshold_backward(g, a, 0), None, None
+        epsilon = ctx.state.epsilon_like(a, ctx.batch_axis)
+        if torch.is_grad_enabled():
+            return None, _ReLURelevance.apply(g, a, epsilon), None, None
+        return None, _shared_out(g, a, epsilon).mul_(a).to(a.dtype), None, None
 
 
 @rule_for(F.relu, torch.relu, torch.Tensor.relu)

@@ -91,6 +91,20 @@ def sum_per_channel(value: Tensor) -> Tensor:
 # autograd's work: the relevance node depends on the forward node's output ``link``, an empty tensor.
 
 
+def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
+    """Whether k is cheaper to apply to the weight than to the gradient."""
+    transposed = isinstance(layer, Convolution) and layer.options[3]  # its rows are not its outputs
+    return weight.numel() < g.numel() and not transposed
+
+
+def _input_grad(layer: Layer, g: Tensor, weight: Tensor, k: Tensor | None, x: Tensor) -> Tensor:
+    if k is not None and _on_weight(layer, g, weight):
+        weight = _scaled_rows(weight, k)
+    elif k is not None:
+        g = g * channels(k, g)
+    return layer.input_grad(g, weight, x)
+
+
 class _WeightedRelevance(Function):
     """The input gradient of a layer as a function (g, weight, k) → gradient; k (C,) scales g, or is None.
 
@@ -103,14 +117,8 @@ class _WeightedRelevance(Function):
         ctx: Any, g: Tensor, weight: Tensor, k: Tensor | None, link: Tensor, x: Tensor, layer: Layer, pending: Any
     ) -> Tensor:
         ctx.layer, ctx.pending = layer, pending
-        # k is cheaper to apply to the smaller of both
-        ctx.on_weight = k is not None and weight.numel() < g.numel() and _scales_rows(layer)
         ctx.save_for_backward(g, weight, k, link)
-        if k is None:
-            return layer.input_grad(g, weight, x)
-        if ctx.on_weight:
-            return layer.input_grad(g, _scaled_rows(weight, k), x)
-        return layer.input_grad(g * channels(k, g), weight, x)
+        return _input_grad(layer, g, weight, k, x)
 
     @staticmethod
     @last_derivative
@@ -118,7 +126,7 @@ class _WeightedRelevance(Function):
         g, weight, k, link = ctx.saved_tensors
         layer, pending = ctx.layer, ctx.pending
         dk = None
-        if ctx.on_weight:
+        if k is not None and _on_weight(layer, g, weight):
             dg = layer.output(v, _scaled_rows(weight, k))
             dscaled = layer.weight_grad(v, g, weight)
             dk = (dscaled * weight).flatten(1).sum(1)
@@ -133,10 +141,6 @@ class _WeightedRelevance(Function):
             if pending is not None:
                 pending.append((v, g))
         return dg, None, dk, torch.zeros_like(link), *[None] * 3
-
-
-def _scales_rows(layer: Layer) -> bool:
-    return not (isinstance(layer, Convolution) and layer.options[3])  # rows of a transposed one are its inputs
 
 
 def _scaled_rows(weight: Tensor, k: Tensor) -> Tensor:
@@ -181,6 +185,8 @@ class _Weighted(Function):
         if ctx.call.state.epsilon is not None:
             if g is None:
                 return (None,) * 8
+            if not torch.is_grad_enabled():
+                return None, _input_grad(layer, g, weight, k, x), *[None] * 6
             pending = ctx.pending if ctx.needs_input_grad[2] else None
             dx = _WeightedRelevance.apply(g, weight.detach(), k, link, x.detach(), layer, pending)
             return None, dx, *[None] * 6
