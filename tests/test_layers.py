@@ -1,0 +1,225 @@
+"""What the layers' own nodes promise, against PyTorch's double backward and finite differences."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import assert_gradients_are_finite_differences
+from torch import Tensor, nn
+
+from pipeline import ScaleNorm, Trace, explain
+from trainer import heatmap_loss
+
+
+def targets(images: Tensor) -> Tensor:
+    return torch.arange(len(images)) % 3
+
+
+def teacher_maps(images: Tensor) -> Tensor:
+    return torch.randn(images.shape, dtype=images.dtype, generator=torch.Generator().manual_seed(1))
+
+
+def by_the_engine(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return explain(model, images, targets(images), 0.0, create_graph=True)[1]
+
+
+def by_pytorch(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Gradient×Input, which is what ε = 0 gives on ReLU networks whose norms do not use the batch's statistics."""
+    leaf = images.clone().requires_grad_()
+    logits = model(leaf).gather(1, targets(images)[:, None]).sum()
+    return leaf * torch.autograd.grad(logits, leaf, create_graph=True)[0]
+
+
+def assert_both_agree(model: nn.Module, images: Tensor) -> None:
+    """Heatmaps, and the gradient of a loss on them at every parameter."""
+    found, expected = (copy.deepcopy(model) for _ in range(2))
+    maps = [maps_of(twin, images) for maps_of, twin in ((by_the_engine, found), (by_pytorch, expected))]
+    torch.testing.assert_close(*maps, rtol=1e-9, atol=1e-12)
+    for heatmaps in maps:
+        (heatmaps * teacher_maps(images)).sum().backward()
+    largest = max(p.grad.abs().max() for p in expected.parameters() if p.grad is not None).clamp_min(1e-9)
+    for (name, mine), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad / largest for p in (mine, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-10, msg=name)
+
+
+class Ends(nn.Module):
+    """A layer for 2 channels, a ReLU, and a linear layer with 3 outputs."""
+
+    def __init__(self, layer: nn.Module, images: Tensor):
+        super().__init__()
+        self.layer = layer
+        with torch.no_grad():
+            self.last = nn.Linear(layer.double().eval()(images).flatten(1).shape[1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.layer(x)).flatten(1))
+
+
+def settled(norm: nn.Module) -> nn.Module:
+    """A norm in evaluation mode that does something."""
+    for name, value in norm.state_dict().items():
+        if value.is_floating_point():
+            value.uniform_(*((-0.3, 0.3) if "mean" in name or "bias" in name else (0.5, 2)))
+    return norm.eval()
+
+
+@given(
+    side=st.integers(1, 6),
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+    bias=st.booleans(),
+    norm=st.sampled_from([None, nn.BatchNorm2d, ScaleNorm]),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_convolution_equals_pytorchs_double_backward(
+    side, kernel, stride, padding, dilation, groups, bias, norm, seed
+):
+    torch.manual_seed(seed)
+    if side + 2 * padding < dilation * (kernel - 1) + 1:
+        return
+    images = torch.randn(2, 2, side, side + 1).double()
+    layers: list[nn.Module] = [nn.Conv2d(2, 4, kernel, stride, padding, dilation, groups, bias)]
+    layers += [settled(norm(4))] if norm else []
+    assert_both_agree(Ends(nn.Sequential(*layers), images).double().eval(), images)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 4), (2, 5)),
+    "many weights": (lambda: nn.Conv2d(2, 32, 3, padding=1), (2, 2, 2)),
+    "many weights and a norm": (lambda: nn.Sequential(nn.Conv2d(2, 32, 3), settled(nn.BatchNorm2d(32))), (2, 3, 3)),
+    "linear and norm": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(10, 4), settled(nn.BatchNorm1d(4))), (2, 5)),
+    "1-d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3, 2, 1), settled(nn.BatchNorm1d(4))), (2, 7)),
+    "3-d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2, 1, 1), settled(nn.BatchNorm3d(4))), (2, 3, 3, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, groups=2), (2, 4, 4)),
+    "transposed and norm": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 3, 2), settled(nn.BatchNorm2d(4))),
+        (2, 4, 4),
+    ),
+    "norm first": (lambda: nn.Sequential(settled(nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)), (2, 4, 4)),
+    "norm without weights": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), settled(nn.BatchNorm2d(4, affine=False))),
+        (2, 4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_equals_pytorchs_double_backward(name):
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    images = torch.randn(3, *shape).double()
+    assert_both_agree(Ends(make().double(), images.double()).double().eval(), images)
+
+
+class OutputUsedTwice(nn.Module):
+    """The convolution's output goes into the norm and past it, as does the norm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(2, 4, 3, padding=1), settled(nn.BatchNorm2d(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.conv(x)
+        y = self.norm(z)
+        return self.last((F.relu(y) + 0.5 * z + 0.3 * y).mean((2, 3)))
+
+
+class SameLayerTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(2, 2, 3, padding=1), settled(nn.BatchNorm2d(2)), nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = F.relu(self.norm(self.conv(x)))
+        return self.last(x.mean((2, 3)))
+
+
+class Concatenated(nn.Module):
+    """As in DenseNet: each layer sees all before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(5, 2, 3, padding=1)
+        self.last = nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([x, F.relu(self.first(x))], dim=-3)
+        y = torch.concat((y, F.relu(self.second(y))), axis=1)
+        return self.last(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [OutputUsedTwice, SameLayerTwice, Concatenated])
+def test_outputs_and_weights_may_be_used_more_than_once(model):
+    torch.manual_seed(0)
+    assert_both_agree(model().double().eval(), torch.randn(3, 2, 5, 5).double())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
+@pytest.mark.parametrize("side", [2, 7])  # more weights than activations, and fewer: other kernels
+def test_a_norm_in_training_behind_a_convolution_equals_finite_differences(norm, side):
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, side, side).double()
+    layers = [nn.Conv2d(2, 8, 3, padding=1), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1, bias=False), norm(4)]
+    model = Ends(nn.Sequential(*layers), images).double().train()
+    epsilon = torch.tensor([0.02, 0.1, 0.5], dtype=torch.float64)
+
+    def loss() -> Tensor:
+        maps = explain(model, images, targets(images), epsilon, create_graph=True)[1]
+        return heatmap_loss(maps, teacher_maps(images)).sum()
+
+    parameters = dict(model.named_parameters())
+    assert_gradients_are_finite_differences(loss, parameters, [name for name in parameters if name.endswith("weight")])
+
+
+def test_gradients_of_many_heatmaps_of_one_trace_add_up():
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), images).double().train()
+    draws = [(torch.tensor([0, 1]), 0.1), (torch.tensor([2, 0]), 0.5)]
+
+    def gradients(*chosen: tuple[Tensor, float]) -> list[Tensor]:
+        trace = Trace(model, images)
+        maps = [trace.heatmaps(*draw, create_graph=True) for draw in chosen]
+        sum((heatmaps * teacher_maps(images)).sum() for heatmaps in maps).backward()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        return grads
+
+    for both, first, second in zip(gradients(*draws), gradients(draws[0]), gradients(draws[1]), strict=True):
+        torch.testing.assert_close(both, first + second)
+
+
+def test_a_backward_pass_may_be_repeated_where_the_graph_is_kept():
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), images).double().train()
+    loss = explain(model, images, targets(images), 0.1, create_graph=True)[1].square().sum()
+    first = torch.autograd.grad(loss, model.layer.parameters(), retain_graph=True)
+    alone = torch.autograd.grad(loss, model.layer[0].weight, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, model.layer.parameters())
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(alone, first[0])
+
+
+def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large():
+    model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1], [-1, 1], [1, 1], [0, 0]]))
+        model[2].weight.fill_(1e4)
+    images = torch.tensor([[1.0, 1.0], [2.0, 0.5]])
+    _, heatmaps = explain(model, images, torch.tensor([0, 1]), torch.tensor([0.0, 0.1]), create_graph=True)
+    heatmaps.square().sum().backward()
+    assert torch.isfinite(heatmaps).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
