@@ -196,24 +196,8 @@ def test_gradient_of_the_heatmap_loss_equals_finite_differences(norm, mode):
         return heatmap_loss(heatmaps, teacher).sum()
 
     parameters = dict(model.named_parameters())
-    loss().backward()
-    step = 1e-6
-    for name, parameter in parameters.items():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        expected = torch.zeros_like(parameter)
-        for index in range(parameter.numel()):
-            flat = parameter.data.view(-1)
-            value = flat[index].item()
-            flat[index] = value + step
-            above = loss().item()
-            flat[index] = value - step
-            below = loss().item()
-            flat[index] = value
-            expected.view(-1)[index] = (above - below) / (2 * step)
-        if name.endswith("weight"):
-            assert expected.abs().max() > 1e-4, f"{name}: a gradient of 0 shows nothing"
-        error = (found - expected).abs().max() / max(expected.abs().max(), 1e-3)
-        assert error < 1e-5, (name, float(error))
+    weights = [name for name in parameters if name.endswith("weight")]
+    oracles.assert_gradients_are_finite_differences(loss, parameters, moving=weights)
 
 
 def test_gradient_at_the_images_is_there_for_those_who_ask():

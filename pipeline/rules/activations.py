@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rules.node import node, stabilised
+from pipeline.rules.node import node, stabilised_quotient
 from pipeline.rules.table import require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any
 
     def relevance(g: Tensor, x: Tensor, *options: Any) -> Tensor:
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
-        return g * (function(x, *options) / stabilised(x, epsilon))
+        return g * stabilised_quotient(function(x, *options), x, epsilon)
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
     return input.copy_(output) if inplace else output
