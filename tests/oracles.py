@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def dense(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -71,6 +73,18 @@ def assert_gradients_are_finite_differences(
             assert expected.abs().max() > 1e-4, f"{name}: a gradient of 0 shows nothing"
         error = (found - expected).abs().max() / max(expected.abs().max(), 1e-3)
         assert error < 1e-5, (name, float(error))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of a VGG with its batch norms folded into the convolutions."""
+    model, layers = copy.deepcopy(model), []
+    for module in model.features:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    model.features = nn.Sequential(*layers)
+    return model
 
 
 def heatmap_loss(student: Tensor, teacher: Tensor) -> float:

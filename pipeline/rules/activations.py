@@ -62,6 +62,12 @@ def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any
     return input.copy_(output) if inplace else output
 
 
+def hardsigmoid_by_gradient(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    """Its gradient; PyTorch's own cannot be differentiated once more."""
+    output = F.hardtanh(input + 3, 0.0, 6.0) / 6
+    return input.copy_(output) if inplace else output
+
+
 @rule_for(F.glu)
 def glu(trace: Trace, func: Any, input: Tensor, dim: int = -1) -> Tensor:
     """A product of a half with the sigmoid of the other."""

@@ -96,6 +96,8 @@ def layer_rule(modify: Modification) -> Rule:
             return linear(trace, func, input, weight, bias)
         require_constant(trace, func, weight, bias)
         state, axis = trace.state, trace.batch_axis(input)
+        if axis is not None and not (axis < input.dim() - 1 if func is F.linear else axis == 0):
+            axis = None  # it mixes what lies along that axis
 
         def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return func(x, weight, bias, *args, **options)

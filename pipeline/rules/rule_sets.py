@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pipeline.rules.activations import ACTIVATIONS, activation_passes
+from pipeline.rules.activations import ACTIVATIONS, activation_passes, hardsigmoid_by_gradient
 from pipeline.rules.attention import SOFTMAX, constant_softmax, multi_head_attention, scaled_dot_product_attention
 from pipeline.rules.batch_norm import batch_norm, scale_norm, scale_norm_rule
 from pipeline.rules.convolution import convolution, transposed_convolution
@@ -58,6 +58,7 @@ _GRADIENT: dict[Any, Rule] = {
     stop_relevance: stop,
     F.batch_norm: _or_gradient(batch_norm),
     scale_norm: _or_gradient(scale_norm_rule),
+    F.hardsigmoid: hardsigmoid_by_gradient,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
     F.multi_head_attention_forward: multi_head_attention,
     **dict.fromkeys(_STANDARD, _or_gradient(convolution)),
