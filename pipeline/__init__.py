@@ -4,16 +4,18 @@ from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.relevance import Trace, explain
-from pipeline.rules import RelevanceError, rule_for, stop_relevance
+from pipeline.rules import RULE_SETS, RelevanceError, RuleSet, rule_for, stop_relevance
 from pipeline.stage_one import CacheSummary, cache_explanations
 
 __all__ = [
+    "RULE_SETS",
     "BiasFreeReport",
     "CacheSummary",
     "Classifier",
     "ModelConfig",
     "ModelError",
     "RelevanceError",
+    "RuleSet",
     "ScaleNorm",
     "Trace",
     "architectures",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def dense(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -45,6 +49,42 @@ def lrp_epsilon(layers: list[nn.Module], image: Tensor, target: int, epsilon: fl
                 below += x * weight[j] / (z[j] + epsilon) * relevance[j]
         relevance = below
     return relevance.view_as(image)
+
+
+def assert_gradients_are_finite_differences(
+    loss: Callable[[], Tensor], parameters: Mapping[str, Tensor], moving: Iterable[str], step: float = 1e-6
+) -> None:
+    """The gradient that ``loss().backward()`` leaves, entry by entry; that of the ``moving`` must not be 0."""
+    moving = set(moving)
+    loss().backward()
+    for name, parameter in parameters.items():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        expected = torch.zeros_like(parameter)
+        for index in range(parameter.numel()):
+            flat = parameter.data.view(-1)
+            value = flat[index].item()
+            flat[index] = value + step
+            above = loss().item()
+            flat[index] = value - step
+            below = loss().item()
+            flat[index] = value
+            expected.view(-1)[index] = (above - below) / (2 * step)
+        if name in moving:
+            assert expected.abs().max() > 1e-4, f"{name}: a gradient of 0 shows nothing"
+        error = (found - expected).abs().max() / max(expected.abs().max(), 1e-3)
+        assert error < 1e-5, (name, float(error))
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy of a VGG with its batch norms folded into the convolutions."""
+    model, layers = copy.deepcopy(model), []
+    for module in model.features:
+        if isinstance(module, nn.BatchNorm2d):
+            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
+        else:
+            layers.append(module)
+    model.features = nn.Sequential(*layers)
+    return model
 
 
 def heatmap_loss(student: Tensor, teacher: Tensor) -> float:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from zennit.attribution import Gradient
 from zennit.core import Composite
 from zennit.rules import Epsilon, Norm, Pass
@@ -66,25 +65,13 @@ def zennit_epsilon(model: nn.Module, images: Tensor, targets: Tensor, epsilon: f
         return attributor(images, output)[1].detach()
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy of a VGG with its batch norms folded into the convolutions."""
-    model, layers = copy.deepcopy(model), []
-    for module in model.features:
-        if isinstance(module, nn.BatchNorm2d):
-            layers[-1] = fuse_conv_bn_eval(layers[-1], module)
-        else:
-            layers.append(module)
-    model.features = nn.Sequential(*layers)
-    return model
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-8)])
 @pytest.mark.parametrize("epsilon", [0.01, 0.5])
 @pytest.mark.parametrize("network", ["plain", "vgg11_bn"])
 def test_heatmap_equals_zennits_lrp_epsilon(network, epsilon, dtype, tolerance):
     torch.manual_seed(0)
     model = (plain_cnn() if network == "plain" else vgg11_bn()).to(dtype)
-    peer = model if network == "plain" else folded(model)
+    peer = model if network == "plain" else oracles.folded(model)
     images = torch.rand(2, 3, 8, 8, dtype=dtype) if network == "plain" else torch.rand(2, 3, 64, 64, dtype=dtype)
     targets = torch.tensor([3, 1])
     _, heatmaps = explain(model, images, targets, epsilon)
@@ -196,24 +183,8 @@ def test_gradient_of_the_heatmap_loss_equals_finite_differences(norm, mode):
         return heatmap_loss(heatmaps, teacher).sum()
 
     parameters = dict(model.named_parameters())
-    loss().backward()
-    step = 1e-6
-    for name, parameter in parameters.items():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        expected = torch.zeros_like(parameter)
-        for index in range(parameter.numel()):
-            flat = parameter.data.view(-1)
-            value = flat[index].item()
-            flat[index] = value + step
-            above = loss().item()
-            flat[index] = value - step
-            below = loss().item()
-            flat[index] = value
-            expected.view(-1)[index] = (above - below) / (2 * step)
-        if name.endswith("weight"):
-            assert expected.abs().max() > 1e-4, f"{name}: a gradient of 0 shows nothing"
-        error = (found - expected).abs().max() / max(expected.abs().max(), 1e-3)
-        assert error < 1e-5, (name, float(error))
+    weights = [name for name in parameters if name.endswith("weight")]
+    oracles.assert_gradients_are_finite_differences(loss, parameters, moving=weights)
 
 
 def test_gradient_at_the_images_is_there_for_those_who_ask():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rules.node import node, stabilised
+from pipeline.rules.node import node, stabilised_quotient
 from pipeline.rules.table import require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -56,9 +56,15 @@ def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any
 
     def relevance(g: Tensor, x: Tensor, *options: Any) -> Tensor:
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
-        return g * (function(x, *options) / stabilised(x, epsilon))
+        return g * stabilised_quotient(function(x, *options), x, epsilon)
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
+    return input.copy_(output) if inplace else output
+
+
+def hardsigmoid_by_gradient(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+    """Its gradient; PyTorch's own cannot be differentiated once more."""
+    output = F.hardtanh(input + 3, 0.0, 6.0) / 6
     return input.copy_(output) if inplace else output
 
 

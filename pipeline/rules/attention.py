@@ -57,10 +57,14 @@ def _attention(
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     scores = (query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)) @ key.transpose(-2, -1)
     if is_causal:
-        scores = _masked(scores, torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril())
+        scores = _masked(scores, _causal(scores))
     if attn_mask is not None:
         scores = _masked(scores, attn_mask)
     return F.dropout(F.softmax(scores, -1), dropout_p) @ value
+
+
+def _causal(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
@@ -127,6 +131,8 @@ def _multi_head_attention(
 
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)  # (N, heads, L, S)
     added = scores.shape[-1] - key.shape[0] if static_k is None else int(add_zero_attn)
+    if is_causal and key_padding_mask is None and not need_weights:  # PyTorch goes by the hint, then and only then
+        scores, attn_mask = _masked(scores, _causal(scores)), None
     for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
         if mask is not None:
             if mask.dim() == 3:  # (N · heads, L, S)

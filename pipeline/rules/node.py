@@ -85,13 +85,14 @@ def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
     return _Share.apply(state, x, fraction)
 
 
-def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
-    """The denominator ``x + ε·sign(x)`` with sign(0) = +1, never 0.
+def stabilised_quotient(numerator: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
+    """``numerator / (x + ε·sign(x))`` with sign(0) = +1, where both are small together.
 
-    Below the rounding error of 1 it is a constant for the second order: the slope of a quotient of two such small
-    numbers is rounding noise, and boundless.
+    Where the denominator is below the rounding error of 1 the quotient is a constant for the second order: the slope
+    of a quotient of two such small numbers is rounding noise, and boundless.
     """
     finfo = torch.finfo(x.dtype)
     epsilon = epsilon.clamp_min(finfo.tiny)
-    denominator = torch.where(x < 0, x - epsilon, x + epsilon)
-    return torch.where(denominator.abs() < finfo.eps, denominator.detach(), denominator)
+    flat = x.abs() + epsilon < finfo.eps
+    numerator, x = (torch.where(flat, value.detach(), value) for value in (numerator, x))
+    return numerator / torch.where(x < 0, x - epsilon, x + epsilon)
