@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.rules.batch_norm import batch_norm
 from pipeline.rules.node import input_gradient, node, stabilised_quotient
-from pipeline.rules.products import linear
 from pipeline.rules.table import Rule, require_constant
+from pipeline.rules.weighted import linear
 
 if TYPE_CHECKING:
     from pipeline.relevance import Trace

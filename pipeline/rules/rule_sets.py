@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pipeline.rules.activations import ACTIVATIONS, activation_passes, hardsigmoid_by_gradient
 from pipeline.rules.attention import SOFTMAX, constant_softmax, multi_head_attention, scaled_dot_product_attention
 from pipeline.rules.batch_norm import batch_norm, scale_norm, scale_norm_rule
-from pipeline.rules.convolution import convolution, transposed_convolution
 from pipeline.rules.gamma import epsilon, gamma, layer_rule, merged_batch_norm, z_plus
 from pipeline.rules.linear import gradient, stop, stop_relevance
 from pipeline.rules.table import RULES, RelevanceError, Rule
+from pipeline.rules.weighted import convolution, transposed_convolution
 
 
 @dataclass(frozen=True, eq=False)
