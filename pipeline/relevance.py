@@ -1,31 +1,18 @@
 """The relevance engine: heatmaps of any PyTorch model by LRP-Flex, differentiable once more.
 
-One forward pass in which a `TorchFunctionMode` puts the rules' nodes (`rules.py`) into the autograd graph,
-then one backward pass for each heatmap. The model is neither changed nor wrapped. Not here: what an
-operation does to relevance.
+One forward pass in which a `Tracer` puts the rules' nodes into the autograd graph, then one backward pass for
+each heatmap. The model is neither changed nor wrapped. Not here: what an operation does to relevance (`rules/`).
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch import Tensor
 
-from pipeline.rules import (
-    LIKE_THE_SECOND,
-    PassState,
-    RelevanceError,
-    RuleSet,
-    StopRelevance,
-    batch_axis_after,
-    rule_set,
-    tensors,
-)
+from pipeline.rules import RelevanceError, RuleSet, rule_set
+from pipeline.tracer import Tracer
 
 Model = Callable[[Tensor], Tensor]
 
@@ -78,21 +65,18 @@ class Trace:
                 f"images must be floating-point with shape (N, ...), got {images.dtype} "
                 f"{tuple(images.shape)}; divide uint8 images by 255 first"
             )
-        self.rules = rule_set(rules)
-        self.samples = len(images)
-        self.state = PassState()
-        self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm behind it
+        tracer = Tracer(rule_set(rules), len(images))
+        self.state = tracer.state
         with torch.inference_mode(False), torch.enable_grad():
             if images.is_inference():
                 images = images.clone()
             self._asked_for_images = images.requires_grad
             self._images = images if images.requires_grad else images.detach().requires_grad_()
             entry = self._images.clone()  # the model may change what it is given
-            self.mark(entry, batch_axis=0, outer=self._asked_for_images)
-            with _Interceptor(self):
+            tracer.mark(entry, batch_axis=0, outer=self._asked_for_images)
+            with tracer:
                 self.logits = model(entry)
-            self.latest = (None, None)
-        self._check_logits(len(images))
+        self._check_logits(tracer)
 
     def heatmaps(
         self,
@@ -126,129 +110,16 @@ class Trace:
             return (self._images * gradient).detach()
         return (self._images if self._asked_for_images else self._images.detach()) * gradient
 
-    # --- following relevance through the forward pass ---
-    # The autograd nodes that rules made carry this pass's state in their metadata, with the batch axis and whether
-    # anybody wants the outer gradient there. What depends on the image through any other node (a custom autograd
-    # function, scripted code) was not seen and is refused.
-
-    def carries(self, tensor: Tensor) -> bool:
-        """Whether relevance reaches this tensor: rules made it from the image."""
-        node: Any = tensor.grad_fn
-        if node is None or self.state in node.metadata:
-            return node is not None
-        if self.rules.otherwise is None and (hidden := self._hidden_dependency(node)):
-            raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
-        return self.rules.otherwise is not None and self._hidden_dependency(node) is not None
-
-    def batch_axis(self, *carrying: Tensor) -> int | None:
-        """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
-        axes = {tensor.grad_fn.metadata.get(self.state, (None,))[0] for tensor in carrying}  # type: ignore
-        return axes.pop() if len(axes) == 1 else None
-
-    def outer_gradient_wanted(self, carrying: Tensor) -> bool:
-        """Whether parameters, or images whose gradient was asked for, stand behind this tensor."""
-        return carrying.grad_fn.metadata.get(self.state, (None, True))[1]  # type: ignore
-
-    def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool) -> None:
-        """Note that relevance reaches this tensor, unless a rule ends it there or has noted it already."""
-        node: Any = tensor.grad_fn
-        if node is not None and not _stops_relevance(node):
-            node.metadata.setdefault(self.state, (batch_axis, outer))
-
-    def written_out(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function made of operations that have rules, from within a rule."""
-        with _Interceptor(self):
-            return function(*args, **kwargs)
-
-    def _hidden_dependency(self, node: Any) -> str | None:
-        """The name of a node between an unmarked node and the image, if the image is among its ancestors.
-
-        Relevance is cut on purpose at `stop_relevance`, so the search does not pass it. It ends at
-        parameters, which is after a few nodes for a norm's statistics or a normalised weight.
-        """
-        stack: list[Any] = [node]
-        seen: set[Any] = set()
-        while stack:
-            node = stack.pop()
-            if node in seen or _stops_relevance(node):
-                continue
-            seen.add(node)
-            for parent, _ in node.next_functions:
-                if parent is None:
-                    continue
-                if self.state in parent.metadata:
-                    return node.name()
-                stack.append(parent)
-        return None
-
-    def unknown(self, operation: Callable[..., Any] | str, why: str = "") -> RelevanceError:
-        """The error for an operation without a rule."""
-        name = operation if isinstance(operation, str) else resolve_name(operation) or repr(operation)
-        return RelevanceError(
-            f"no relevance rule for {name}{' ' * bool(why)}{why}, in {_module_on_the_stack()}: the heatmap "
-            "would be wrong. Use an architecture made of convolutions, linear layers, attention, activations, norms, "
-            "pooling, sums and products, or enter a rule of your own with pipeline.rule_for"
-        )
-
-    def _check_logits(self, samples: int) -> None:
+    def _check_logits(self, tracer: Tracer) -> None:
+        samples = tracer.samples
         if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != samples:
             got = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
             raise ValueError(f"the model must return logits of shape ({samples}, K), got {got}")
-        if not self.carries(self.logits):
+        if not tracer.carries(self.logits):
             raise RelevanceError(
                 "the logits do not depend on the image by any operation that autograd recorded: "
                 "does the model run under torch.no_grad, or detach its input?"
             )
-
-
-class _Interceptor(TorchFunctionMode):
-    """Puts the rule in place of every torch function that touches what depends on the image."""
-
-    def __init__(self, trace: Trace):
-        super().__init__()
-        self.trace = trace
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else a compiled model compiles the choice of rules in
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        trace = self.trace
-        given = tensors([args, kwargs])
-        carrying = [tensor for tensor in (given[:1] if func in LIKE_THE_SECOND else given) if trace.carries(tensor)]
-        if not carrying:
-            return func(*args, **kwargs)
-        rule = trace.rules.rule(func)
-        if rule is None:
-            output = func(*args, **kwargs)
-            if any(tensor.requires_grad for tensor in tensors(output)):
-                raise trace.unknown(func)
-            return output  # a shape, a comparison, a detached copy: no relevance passes
-        axes = {id(tensor): trace.batch_axis(tensor) for tensor in carrying}
-        outer = any(map(trace.outer_gradient_wanted, carrying))
-        outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in given)
-        output = rule(trace, func, *args, **kwargs)
-        for tensor in tensors(output):
-            trace.mark(tensor, batch_axis_after(axes, trace.samples, func, args, kwargs, tensor), outer)
-        return output
-
-
-def _stops_relevance(node: Any) -> bool:
-    return getattr(type(node), "_forward_cls", None) is StopRelevance
-
-
-def _module_on_the_stack() -> str:
-    """Name and type of the innermost module that is running, named as in the outermost one."""
-    modules = []
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            modules.append(owner)
-        frame = frame.f_back
-    if not modules:
-        return "a function outside any module"
-    names = {id(module): name for name, module in modules[-1].named_modules()}
-    name = names.get(id(modules[0]), "")
-    return f"module '{name}' ({type(modules[0]).__name__})" if name else f"the model ({type(modules[0]).__name__})"
 
 
 def _checked_classes(target_class: Tensor, samples: int, classes: int) -> Tensor:

@@ -12,7 +12,7 @@ from pipeline.rules.node import node, stabilised_quotient
 from pipeline.rules.table import require_constant, rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 T: Any = torch.Tensor
 
@@ -29,7 +29,7 @@ ACTIVATIONS: set[Any] = {
 
 
 @rule_for(*ACTIVATIONS)
-def activation(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def activation(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """g · f(x) / (x + ε·sign(x)): all relevance of f(x) goes to x (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
 
     On a ReLU this is LRP-Flex. Where f(0) is not 0, as at a sigmoid, ε bounds what a small x can get.
@@ -37,12 +37,12 @@ def activation(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any
     return identity_rule(trace, func, input, args, kwargs, stabiliser=True)
 
 
-def activation_passes(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """g · f(x) / x: the identity rule where other operations hold the stabilisers."""
     return identity_rule(trace, func, input, args, kwargs, stabiliser=False)
 
 
-def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
+def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
     require_constant(trace, func, args, kwargs)
     writes = func.__name__.endswith("_")
     inplace = writes or kwargs.get("inplace", False) or any(arg is True for arg in args)  # the one boolean they have
@@ -62,14 +62,14 @@ def identity_rule(trace: Trace, func: Any, input: Tensor, args: Any, kwargs: Any
     return input.copy_(output) if inplace else output
 
 
-def hardsigmoid_by_gradient(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+def hardsigmoid_by_gradient(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     """Its gradient; PyTorch's own cannot be differentiated once more."""
     output = F.hardtanh(input + 3, 0.0, 6.0) / 6
     return input.copy_(output) if inplace else output
 
 
 @rule_for(F.glu)
-def glu(trace: Trace, func: Any, input: Tensor, dim: int = -1) -> Tensor:
+def glu(trace: Tracer, func: Any, input: Tensor, dim: int = -1) -> Tensor:
     """A product of a half with the sigmoid of the other."""
     return trace.written_out(_gated, input, dim)
 

@@ -18,7 +18,7 @@ from pipeline.rules.linear import StopRelevance
 from pipeline.rules.table import rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 T: Any = torch.Tensor
 
@@ -26,18 +26,18 @@ SOFTMAX: set[Any] = {F.softmax, torch.softmax, T.softmax}
 
 
 @rule_for(*SOFTMAX)
-def softmax(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+def softmax(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """R_i = x_i (R_i − s_i Σ_j R_j), which is gradient times input (AttnLRP, ICML 2024, prop. 3.1)."""
     return func(*args, **kwargs)
 
 
-def constant_softmax(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+def constant_softmax(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Attention weights as constants for relevance, connected in the outer gradient (CP-LRP, Ali et al., ICML 2022)."""
     return StopRelevance.apply(trace.state, func(*args, **kwargs))
 
 
 @rule_for(F.scaled_dot_product_attention)
-def scaled_dot_product_attention(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+def scaled_dot_product_attention(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     return trace.written_out(_attention, *args, **kwargs)
 
 
@@ -73,7 +73,7 @@ def _masked(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 @rule_for(F.multi_head_attention_forward)
-def multi_head_attention(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+def multi_head_attention(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Any:
     return trace.written_out(_multi_head_attention, *args, **kwargs)
 
 

@@ -19,7 +19,7 @@ from pipeline.rules.table import PassState, require_constant, rule_for
 from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at z, γ and β
 
@@ -152,14 +152,14 @@ class _Normalised(Function):
         return None, dz, None, dgamma, dbeta
 
 
-def _norm(trace: Trace, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
+def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
     out = norm_behind(trace, norm, z, gamma, beta)
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
 
 
 @rule_for(F.batch_norm)
 def batch_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     running_mean: Tensor | None,
@@ -196,6 +196,6 @@ def scale_norm(
 
 
 @rule_for(scale_norm)
-def scale_norm_rule(trace: Trace, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
+def scale_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, running)
     return _norm(trace, SecondMomentNorm(running, *args), x, weight)

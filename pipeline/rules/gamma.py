@@ -19,7 +19,7 @@ from pipeline.rules.table import Rule, require_constant
 from pipeline.rules.weighted import linear
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 
 class Modified(NamedTuple):
@@ -90,7 +90,7 @@ def layer_rule(modify: Modification) -> Rule:
     """The rule for convolutions and linear layers under which ``modify`` changes the weights."""
 
     def rule(
-        trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any
+        trace: Tracer, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any
     ) -> Tensor:
         if func is F.linear and trace.carries(weight):
             return linear(trace, func, input, weight, bias)
@@ -115,7 +115,7 @@ def layer_rule(modify: Modification) -> Rule:
 
 
 def merged_batch_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     running_mean: Tensor | None,

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from pipeline.rules.table import PassState, rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 
 class StopRelevance(Function):
@@ -38,7 +38,7 @@ def stop_relevance(x: Tensor) -> Tensor:
 
 
 @rule_for(stop_relevance)
-def stop(trace: Trace, func: Any, x: Tensor) -> Tensor:
+def stop(trace: Tracer, func: Any, x: Tensor) -> Tensor:
     return StopRelevance.apply(trace.state, x)
 
 
@@ -79,7 +79,7 @@ T: Any = torch.Tensor
     # dropout is a fixed mask within one pass
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout,
 )  # fmt: skip
-def gradient(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Any:
+def gradient(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Linear maps, and pooling by the winner: relevance passes as the gradient does."""
     return func(*args, **kwargs)
 
@@ -109,7 +109,7 @@ class _Split(Function):
 
 
 @rule_for(torch.cat, torch.concat, torch.concatenate)
-def concatenation(trace: Trace, func: Any, tensors: Any, dim: int = 0, axis: int | None = None) -> Tensor:
+def concatenation(trace: Tracer, func: Any, tensors: Any, dim: int = 0, axis: int | None = None) -> Tensor:
     return _Concatenate.apply(dim if axis is None else axis, *tensors)
 
 

@@ -17,7 +17,7 @@ from pipeline.rules.node import node
 from pipeline.rules.table import require_constant, rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 
 def _through(g: Tensor, x: Tensor, dims: Any, eps: float, centred: bool = True) -> Tensor:
@@ -32,7 +32,7 @@ def _through(g: Tensor, x: Tensor, dims: Any, eps: float, centred: bool = True) 
 
 @rule_for(F.layer_norm, torch.layer_norm)
 def layer_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     normalized_shape: Any,
@@ -56,7 +56,7 @@ def layer_norm(
 
 @rule_for(F.rms_norm, torch.rms_norm)
 def rms_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     normalized_shape: Any,
@@ -79,7 +79,7 @@ def rms_norm(
 
 @rule_for(F.group_norm, torch.group_norm)
 def group_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     num_groups: int,
@@ -104,7 +104,7 @@ def group_norm(
 
 @rule_for(F.instance_norm)
 def instance_norm(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -125,7 +125,7 @@ def instance_norm(
 
 @rule_for(F.normalize)
 def normalize(
-    trace: Trace, func: Any, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None
+    trace: Tracer, func: Any, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
     def written_out(x: Tensor) -> Tensor:
         return x / stop_relevance(x).norm(p, dim, keepdim=True).clamp_min(eps)
@@ -135,7 +135,7 @@ def normalize(
 
 @rule_for(F.local_response_norm)
 def local_response_norm(
-    trace: Trace, func: Any, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+    trace: Tracer, func: Any, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
     def written_out(x: Tensor) -> Tensor:
         squares = F.pad(stop_relevance(x).square().unsqueeze(1).flatten(3), (0, 0, size // 2, (size - 1) // 2))

@@ -12,12 +12,12 @@ from pipeline.rules.node import share
 from pipeline.rules.table import rule_for, tensors
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 T: Any = torch.Tensor
 
 
-def shared(trace: Trace, *factors: Any) -> list[Any]:
+def shared(trace: Tracer, *factors: Any) -> list[Any]:
     """The factors with equal shares of the relevance for those that depend on the image."""
     carrying = [trace.carries(factor) if isinstance(factor, Tensor) else False for factor in factors]
     if sum(carrying) < 2:
@@ -33,7 +33,7 @@ def shared(trace: Trace, *factors: Any) -> list[Any]:
     torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply, torch.matmul, T.matmul, T.__matmul__,
     T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv,
 )  # fmt: skip
-def product(trace: Trace, func: Any, input: Any, other: Any = None, **kwargs: Any) -> Any:
+def product(trace: Tracer, func: Any, input: Any, other: Any = None, **kwargs: Any) -> Any:
     """A product of two activations gives half of the relevance to each (AttnLRP, ICML 2024, eq. 7: uniform rule).
 
     A product in which one factor alone depends on the image is linear in that factor, which gets all.
@@ -44,25 +44,25 @@ def product(trace: Trace, func: Any, input: Any, other: Any = None, **kwargs: An
 
 
 @rule_for(T.mul_, T.__imul__)
-def product_in_place(trace: Trace, func: Any, input: Tensor, other: Any) -> Tensor:
+def product_in_place(trace: Tracer, func: Any, input: Tensor, other: Any) -> Tensor:
     first, second = shared(trace, input, other)
     return func(input, other) if first is input and second is other else input.copy_(first.clone() * second)
 
 
 @rule_for(torch.einsum)
-def einsum(trace: Trace, func: Any, equation: str, *operands: Any) -> Tensor:
+def einsum(trace: Tracer, func: Any, equation: str, *operands: Any) -> Tensor:
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
     return func(equation, *shared(trace, *operands))
 
 
 @rule_for(torch.addmm, T.addmm, torch.baddbmm, T.baddbmm, torch.addbmm, T.addbmm, torch.addcmul, T.addcmul)
-def sum_with_product(trace: Trace, func: Any, input: Tensor, first: Tensor, second: Tensor, **scales: Any) -> Tensor:
+def sum_with_product(trace: Tracer, func: Any, input: Tensor, first: Tensor, second: Tensor, **scales: Any) -> Tensor:
     return func(input, *shared(trace, first, second), **scales)
 
 
 @rule_for(torch.div, T.div, torch.divide, T.divide, torch.true_divide, T.true_divide, T.__truediv__)
-def quotient(trace: Trace, func: Any, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
+def quotient(trace: Tracer, func: Any, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
     """A quotient gives all its relevance to the numerator: the denominator is a constant for relevance, though
     connected in the outer gradient (AttnLRP, ICML 2024, prop. 3.4: the identity rule of normalisations)."""
     if rounding_mode is not None:
@@ -73,7 +73,7 @@ def quotient(trace: Trace, func: Any, input: Any, other: Any, *, rounding_mode: 
 
 
 @rule_for(T.div_, T.divide_, T.true_divide_, T.__itruediv__)
-def quotient_in_place(trace: Trace, func: Any, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
+def quotient_in_place(trace: Tracer, func: Any, input: Tensor, other: Any, *, rounding_mode: str | None = None) -> Any:
     if not trace.carries(input):
         raise trace.unknown(func, "of a constant by what depends on the image, in place")
     if rounding_mode is not None:
@@ -82,18 +82,18 @@ def quotient_in_place(trace: Trace, func: Any, input: Tensor, other: Any, *, rou
 
 
 @rule_for(T.__rdiv__, T.__rtruediv__, torch.reciprocal, T.reciprocal, torch.rsqrt, T.rsqrt)
-def denominator(trace: Trace, func: Any, *args: Any) -> Tensor:
+def denominator(trace: Tracer, func: Any, *args: Any) -> Tensor:
     """What is divided by: a constant for relevance, see `quotient`."""
     return StopRelevance.apply(trace.state, func(*args))
 
 
-def _stopped(trace: Trace, value: Any) -> Any:
+def _stopped(trace: Tracer, value: Any) -> Any:
     carries = isinstance(value, Tensor) and trace.carries(value)
     return StopRelevance.apply(trace.state, value) if carries else value
 
 
 @rule_for(torch.pow, T.pow, T.__pow__)
-def power(trace: Trace, func: Any, input: Any, exponent: Any) -> Tensor:
+def power(trace: Tracer, func: Any, input: Any, exponent: Any) -> Tensor:
     """x^p keeps its relevance with the fraction 1/p of the gradient, p x^p / x (Euler's theorem on homogeneous
     functions); for p = 2 that is the uniform rule on x · x. Negative powers are denominators, see `quotient`."""
     if not isinstance(exponent, int | float) or exponent == 0:
@@ -104,18 +104,18 @@ def power(trace: Trace, func: Any, input: Any, exponent: Any) -> Tensor:
 
 
 @rule_for(torch.square, T.square, torch.var, T.var)
-def of_degree_two(trace: Trace, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def of_degree_two(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """See `power`."""
     return func(share(trace.state, input, 1 / 2), *args, **kwargs)
 
 
 @rule_for(torch.sqrt, T.sqrt)
-def square_root(trace: Trace, func: Any, input: Tensor) -> Tensor:
+def square_root(trace: Tracer, func: Any, input: Tensor) -> Tensor:
     """See `power`."""
     return func(share(trace.state, input, 2))
 
 
 @rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std)
-def of_degree_one(trace: Trace, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+def of_degree_one(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """A positively homogeneous function keeps its relevance with its gradient, see `power`."""
     return func(*args, **kwargs)

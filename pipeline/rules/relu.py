@@ -12,7 +12,7 @@ from torch.autograd import Function
 from pipeline.rules.table import PassState, last_derivative, rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 
 def _shared_out(g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
@@ -63,10 +63,10 @@ class _ReLU(Function):
 
 
 @rule_for(F.relu, torch.relu, torch.Tensor.relu)
-def relu(trace: Trace, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
+def relu(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     return _ReLU.apply(trace.state, input, inplace, trace.batch_axis(input))
 
 
 @rule_for(F.relu_, torch.relu_, torch.Tensor.relu_)
-def relu_(trace: Trace, func: Any, input: Tensor) -> Tensor:
+def relu_(trace: Tracer, func: Any, input: Tensor) -> Tensor:
     return relu(trace, func, input, inplace=True)

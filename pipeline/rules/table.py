@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
+    from pipeline.tracer import Tracer
 
 
 class RelevanceError(ValueError):
@@ -91,7 +91,7 @@ def last_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Calla
     return wrapper
 
 
-def require_constant(trace: Trace, func: Any, *weights: Any) -> None:
+def require_constant(trace: Tracer, func: Any, *weights: Any) -> None:
     """Raise RelevanceError where what a rule takes for a constant depends on the image."""
     if any(trace.carries(tensor) for tensor in tensors(weights)):
         raise trace.unknown(func, "with weights that depend on the image")

@@ -19,8 +19,8 @@ from pipeline.rules.products import shared
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
 if TYPE_CHECKING:
-    from pipeline.relevance import Trace
     from pipeline.rules.batch_norm import Norm
+    from pipeline.tracer import Tracer
 
 aten = torch.ops.aten
 
@@ -228,7 +228,7 @@ class _Call:
     outer: bool
 
 
-def weighted(trace: Trace, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Call a layer and remember the call, for the norm that may come next."""
     require_constant(trace, func, weight, bias)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
@@ -240,7 +240,7 @@ def weighted(trace: Trace, func: Any, layer: Layer, x: Tensor, weight: Tensor, b
     return out
 
 
-def norm_behind(trace: Trace, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
+def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
     """The norm of a layer's output as one node with the layer, where ``z`` comes right from one; else None.
 
     The layer's own node stays for whoever else uses z; if nobody does, it is never run.
@@ -257,7 +257,7 @@ def _n_tuple(value: Any, dims: int) -> list[int]:
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
 def convolution(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     weight: Tensor,
@@ -306,7 +306,7 @@ def _without_dead_taps(
 
 @rule_for(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 def transposed_convolution(
-    trace: Trace,
+    trace: Tracer,
     func: Any,
     input: Tensor,
     weight: Tensor,
@@ -324,7 +324,7 @@ def transposed_convolution(
 
 
 @rule_for(F.linear)
-def linear(trace: Trace, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(trace: Tracer, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if trace.carries(weight):
         return func(*shared(trace, input, weight), bias)
     return weighted(trace, func, Linear(), input, weight, bias)

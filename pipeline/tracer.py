@@ -1,0 +1,167 @@
+"""Following relevance through a forward pass: which rule stands in for which call, and what depends on the image.
+
+Not here: what an operation does to relevance (`rules/`), and how relevance is propagated back (`relevance.py`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from pipeline.rules import (
+    LIKE_THE_SECOND,
+    PassState,
+    RelevanceError,
+    RuleSet,
+    StopRelevance,
+    batch_axis_after,
+    tensors,
+)
+
+_PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch's that return their input
+
+
+class Tracer(TorchFunctionMode):
+    """Puts the rule in place of every torch function that touches what depends on the image.
+
+    The autograd nodes that rules made carry the pass's state in their metadata, with the batch axis and whether
+    anybody wants the outer gradient there. What depends on the image through any other node (a custom autograd
+    function, scripted code) was not seen and is refused. Holds no tensor of the graph once the pass is over.
+    """
+
+    def __init__(self, rules: RuleSet, samples: int):
+        super().__init__()
+        self.rules, self.samples = rules, samples
+        self.state = PassState()
+        self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm behind it
+
+    def __exit__(self, *error: Any) -> None:
+        self.latest = (None, None)
+        super().__exit__(*error)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else a compiled model compiles the choice of rules in
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tensors([args, kwargs])
+        carrying = [tensor for tensor in (given[:1] if func in LIKE_THE_SECOND else given) if self.carries(tensor)]
+        if not carrying:
+            return func(*args, **kwargs)
+        rule = self.rules.rule(func)
+        if rule is None:
+            output = func(*args, **kwargs)
+            if any(tensor.requires_grad for tensor in tensors(output)):
+                raise self.unknown(func)
+            return output  # a shape, a comparison, a detached copy: no relevance passes
+        self._recompute_with_rules()
+        axes = {id(tensor): self.batch_axis(tensor) for tensor in carrying}
+        outer = any(map(self.outer_gradient_wanted, carrying))
+        outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in given)
+        output = rule(self, func, *args, **kwargs)
+        for tensor in tensors(output):
+            self.mark(tensor, batch_axis_after(axes, self.samples, func, args, kwargs, tensor), outer)
+        return output
+
+    def carries(self, tensor: Tensor) -> bool:
+        """Whether relevance reaches this tensor: rules made it from the image."""
+        node: Any = tensor.grad_fn
+        if node is None or self.state in node.metadata:
+            return node is not None
+        if node.name() in _PASSES_ON and (marked := self._marked_parent(node)) is not None:
+            node.metadata[self.state] = marked
+            return True
+        if self.rules.otherwise is None and (hidden := self._hidden_dependency(node)):
+            raise self.unknown(hidden, "which hides from the tracer how its output depends on the image")
+        return self.rules.otherwise is not None and self._hidden_dependency(node) is not None
+
+    def batch_axis(self, *carrying: Tensor) -> int | None:
+        """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
+        axes = {tensor.grad_fn.metadata.get(self.state, (None,))[0] for tensor in carrying}  # type: ignore
+        return axes.pop() if len(axes) == 1 else None
+
+    def outer_gradient_wanted(self, carrying: Tensor) -> bool:
+        """Whether parameters, or images whose gradient was asked for, stand behind this tensor."""
+        return carrying.grad_fn.metadata.get(self.state, (None, True))[1]  # type: ignore
+
+    def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool) -> None:
+        """Note that relevance reaches this tensor, unless a rule ends it there or has noted it already."""
+        node: Any = tensor.grad_fn
+        if node is not None and not _stops_relevance(node):
+            node.metadata.setdefault(self.state, (batch_axis, outer))
+
+    def written_out(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function with the rules in place, from where they are not: within a rule, or in a backward pass."""
+        with self:
+            return function(*args, **kwargs)
+
+    def _marked_parent(self, node: Any) -> Any:
+        return next((p.metadata[self.state] for p, _ in node.next_functions if p and self.state in p.metadata), None)
+
+    def _hidden_dependency(self, node: Any) -> str | None:
+        """The name of a node between an unmarked node and the image, if the image is among its ancestors.
+
+        Relevance is cut on purpose at `stop_relevance`, so the search does not pass it. It ends at
+        parameters, which is after a few nodes for a norm's statistics or a normalised weight.
+        """
+        stack: list[Any] = [node]
+        seen: set[Any] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen or _stops_relevance(node):
+                continue
+            seen.add(node)
+            for parent, _ in node.next_functions:
+                if parent is None:
+                    continue
+                if self.state in parent.metadata:
+                    return node.name()
+                stack.append(parent)
+        return None
+
+    def unknown(self, operation: Callable[..., Any] | str, why: str = "") -> RelevanceError:
+        """The error for an operation without a rule."""
+        name = operation if isinstance(operation, str) else resolve_name(operation) or repr(operation)
+        return RelevanceError(
+            f"no relevance rule for {name}{' ' * bool(why)}{why}, in {_module_on_the_stack()}: the heatmap "
+            "would be wrong. Use an architecture made of convolutions, linear layers, attention, activations, norms, "
+            "pooling, sums and products, or enter a rule of your own with pipeline.rule_for"
+        )
+
+    def _recompute_with_rules(self) -> None:
+        """Within a checkpointed block (torch.utils.checkpoint, not reentrant), see to its being recomputed with rules.
+
+        The block's frame is found as its hook's variable: PyTorch has no public way to it.
+        """
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        variables = getattr(hooks[0], "__closure__", None) if hooks else None
+        for cell in variables or ():
+            frame = cell.cell_contents
+            if hasattr(frame, "recompute_fn") and not hasattr(frame, "explained"):
+                frame.explained, self.latest = True, (None, None)
+                frame.recompute_fn = partial(self.written_out, frame.recompute_fn)
+
+
+def _stops_relevance(node: Any) -> bool:
+    return getattr(type(node), "_forward_cls", None) is StopRelevance
+
+
+def _module_on_the_stack() -> str:
+    """Name and type of the innermost module that is running, named as in the outermost one."""
+    modules = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            modules.append(owner)
+        frame = frame.f_back
+    if not modules:
+        return "a function outside any module"
+    names = {id(module): name for name, module in modules[-1].named_modules()}
+    name = names.get(id(modules[0]), "")
+    return f"module '{name}' ({type(modules[0]).__name__})" if name else f"the model ({type(modules[0]).__name__})"
