@@ -11,6 +11,7 @@ parameter is changed at random and the heatmap has to stay as it is.
 
 from __future__ import annotations
 
+import copy
 import gc
 import platform
 import re
@@ -29,7 +30,7 @@ from pipeline import ModelError, RelevanceError, build_network, explain
 from pipeline.device import pick_device
 from trainer import heatmap_loss
 
-CLASSES = 10
+CLASSES, BATCH = 10, 4
 SIDES = (28, 32, 64, 75, 96, 128, 224, 256)
 
 TIMM = """resnet50d resnetv2_50 resnest14d resnet26t seresnet50 skresnet18 ecaresnet26t res2net50_26w_4s repvgg_a0 dpn68
@@ -128,11 +129,23 @@ def smallest(build: Callable[[int], nn.Module], sides: tuple[int, ...]) -> tuple
         try:
             with torch.no_grad():
                 model = build(side)
-                model.train()(torch.rand(2, 3, side, side))
+                model.train()(torch.rand(BATCH, 3, side, side))
             return model, side
         except (ModelError, RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
             reason = error
     raise ModelError(f"takes none of {sides}: {str(reason).splitlines()[0][:80]}")
+
+
+@torch.no_grad()
+def adapt_batch_norms(model: nn.Module, images: Tensor) -> None:
+    """Give batch norms the running statistics that training would: with others the signal dies in a deep network."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -152,8 +165,10 @@ def examine(model: nn.Module, side: int, rules: str, device: torch.device) -> Re
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.any():  # some heads start at zero, and explain nothing
                 nn.init.normal_(parameter, std=0.02)
-    images, epsilon = torch.rand(2, 3, side, side, device=device), torch.tensor([0.02, 0.2])
-    targets = model.eval()(images).argmax(1)
+    images, epsilon = torch.rand(BATCH, 3, side, side, device=device), torch.linspace(0.01, 0.1, BATCH)
+    adapt_batch_norms(model, images)
+    with torch.no_grad():
+        targets = model.eval()(images).argmax(1)
     teacher = torch.randn(images.shape, device=device)
     trouble = []
 
@@ -163,7 +178,7 @@ def examine(model: nn.Module, side: int, rules: str, device: torch.device) -> Re
     if not (heatmaps.flatten(1) != 0).any(1).all():
         trouble.append("heatmap zero")
 
-    def student_maps(create_graph: bool) -> Tensor:
+    def student_maps(create_graph: bool = False, model: nn.Module = model, images: Tensor = images) -> Tensor:
         torch.manual_seed(1)  # dropout and stochastic depth as in the other call
         return explain(model.train(), images, targets, epsilon, create_graph, rules=rules)[1]
 
@@ -174,25 +189,25 @@ def examine(model: nn.Module, side: int, rules: str, device: torch.device) -> Re
     forward = seconds(lambda: model.train()(images))
     cost = seconds(step) / forward
 
-    before, reached, constant = student_maps(False), 0, 0
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and not torch.isfinite(gradient).all():
-            trouble.append(f"gradient of {name} not finite")
-        elif gradient is not None and gradient.any():
-            reached += 1
-        else:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None and p.grad.any()}
+    trouble += [f"gradient of {name} not finite" for name, g in gradients.items() if not torch.isfinite(g).all()]
+    without = [name for name in parameters if name not in gradients]
+    if without:  # in double precision, where rounding cannot be taken for influence
+        exact = copy.deepcopy(model).double()
+        before = student_maps(model=exact, images=images.double())
+        for name in without:
+            parameter = exact.get_parameter(name)
             value = parameter.detach().clone()
             with torch.no_grad():
                 parameter += torch.randn_like(parameter) * (0.1 + value.abs().mean())
-                changed = (student_maps(False) - before).norm() / before.norm()
+            changed = (student_maps(model=exact, images=images.double()) - before).norm() / before.norm()
+            with torch.no_grad():
                 parameter.copy_(value)
-            if changed > 1e-5:
+            if changed > 1e-6:
                 trouble.append(f"no gradient for {name}, on which the heatmap depends")
-            constant += 1
-    count = sum(parameter.numel() for _, parameter in parameters)
-    return Result(side, count, reached, constant, cost, "; ".join(trouble[:3]))
+    count = sum(parameter.numel() for parameter in parameters.values())
+    return Result(side, count, len(gradients), len(without), cost, "; ".join(trouble[:3]))
 
 
 def line(name: str, build: Callable[[int], nn.Module], sides: tuple[int, ...], rules: str, device: torch.device) -> str:
@@ -221,7 +236,7 @@ def main(libraries: tuple[str, ...], models: str | None, rules: str, device: str
     """Sweep over the models of torchvision, timm and open_clip."""
     torch_device = pick_device(device)
     versions = f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
-    text = [f"Rule set `{rules}`, batch of 2, random weights, float32, on {torch_device.type}. {versions}."]
+    text = [f"Rule set `{rules}`, batch of {BATCH}, random weights, float32, on {torch_device.type}. {versions}."]
     for library in libraries or LIBRARIES:
         lines = []
         entries = [entry for entry in LIBRARIES[library]() if models is None or re.search(models, entry[0])]

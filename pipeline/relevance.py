@@ -1,4 +1,4 @@
-"""The relevance engine: heatmaps of any PyTorch model by LRP-Flex, differentiable once more.
+"""The relevance engine: heatmaps of any PyTorch model by LRP, differentiable once more.
 
 One forward pass in which a `Tracer` puts the rules' nodes into the autograd graph, then one backward pass for
 each heatmap. The model is neither changed nor wrapped. Not here: what an operation does to relevance (`rules/`).
@@ -25,11 +25,12 @@ def explain(
     create_graph: bool = False,
     rules: str | RuleSet = "flex",
 ) -> tuple[Tensor, Tensor]:
-    """LRP-Flex heatmaps ``x · G`` of one class per image (Bassi et al., arXiv 2407.09788).
+    """Heatmaps ``x · G`` of one class per image: LRP-Flex (Bassi et al., arXiv 2407.09788), or other rules by name.
 
     G is the gradient of the logit ``y[target_class]`` at the image with every ReLU of output ``a`` passing
-    on ``a / (a + ε)`` of it in place of the step function; ε = 0 is Gradient×Input. Batch norm is the
-    affine map ``γ / σ``. The model, any callable made of torch operations, is run as it is (train or eval
+    on ``a / (a + ε)`` of it in place of the step function; on ReLU networks ε = 0 is Gradient×Input. Batch norm
+    is the affine map ``γ / σ``. Other activations, products, attention and norms of single samples follow AttnLRP
+    (Achtibat et al., ICML 2024). The model, any callable made of torch operations, is run as it is (train or eval
     mode included) and left as it is.
 
     Args:

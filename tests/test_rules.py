@@ -573,7 +573,7 @@ def test_flex_equals_captums_lrp():
     for layer in model.body:
         layer.rule = EpsilonRule(0.1 if isinstance(layer, nn.Conv2d) else 1e-30)
     model.head.rule = EpsilonRule(1e-30)
-    assert relative_error(found, LRP(model).attribute(images, target=targets).detach()) < 1e-8
+    assert relative_error(found, LRP(model).attribute(images.requires_grad_(), target=targets).detach()) < 1e-8
 
 
 @pytest.fixture
