@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
-from pipeline.rules.node import node, stabilised_quotient
-from pipeline.rules.table import require_constant, rule_for
+from pipeline.rules.node import input_gradient, node, stabilised_quotient
+from pipeline.rules.table import last_derivative, require_constant, rule_for
 
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
@@ -42,6 +43,30 @@ def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwa
     return identity_rule(trace, func, input, args, kwargs, stabiliser=False)
 
 
+class _IdentityRelevance(Function):
+    """g · f(x) / d with d = x + ε·sign(x), as in `stabilised_quotient`, with less memory moved."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any) -> Tensor:
+        share = function(x) / _stabilised(x, epsilon)
+        ctx.function = function
+        ctx.save_for_backward(g, x, epsilon, share)
+        return g * share
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, epsilon, share = ctx.saved_tensors
+        vg, d = v * g, _stabilised(x, epsilon)
+        # d/dx f(x)/d = (f'(x) − f(x)/d) / d
+        dx = input_gradient(ctx.function, x, vg).sub_(vg.mul_(share)).div_(d)
+        return v * share, dx.masked_fill_(d.abs_() < torch.finfo(x.dtype).eps, 0), None, None
+
+
+def _stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
+    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x).add_(x)
+
+
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
     require_constant(trace, func, args, kwargs)
     writes = func.__name__.endswith("_")
@@ -56,7 +81,9 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
 
     def relevance(g: Tensor, x: Tensor, *options: Any) -> Tensor:
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
-        return g * stabilised_quotient(function(x, *options), x, epsilon)
+        if torch.is_grad_enabled() and any(isinstance(option, Tensor) for option in options):
+            return g * stabilised_quotient(function(x, *options), x, epsilon)
+        return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options))
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
     return input.copy_(output) if inplace else output

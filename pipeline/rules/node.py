@@ -14,23 +14,22 @@ from pipeline.rules.table import PassState
 
 class _Node(Function):
     @staticmethod
-    def forward(
-        ctx: Any, state: PassState, function: Callable[..., Tensor], relevance: Callable[..., Tensor], *inputs: Any
-    ) -> Tensor:
-        ctx.state, ctx.function, ctx.relevance = state, function, relevance
+    def forward(ctx: Any, state: PassState, relevance: Callable[..., Tensor], output: Tensor, *inputs: Any) -> Tensor:
+        ctx.state, ctx.relevance = state, relevance
         ctx.constants = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
-        return function(*inputs)
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rest = [None] * (len(ctx.constants) - 1)
+        if ctx.state.epsilon is None:
+            return None, None, g, None, *rest
         inputs = [
             constant if saved is None else saved
             for saved, constant in zip(ctx.saved_tensors, ctx.constants, strict=True)
         ]
-        if ctx.state.epsilon is not None:
-            return None, None, None, ctx.relevance(g, *inputs), *[None] * (len(inputs) - 1)
-        return None, None, None, *_gradients(ctx.function, inputs, g, ctx.needs_input_grad[3:])
+        return None, None, None, ctx.relevance(g, *inputs), *rest
 
 
 def node(
@@ -39,34 +38,20 @@ def node(
     """``function(first, *others)`` with two behaviours in the backward pass.
 
     While relevance is propagated, ``relevance(g, first, *others)`` is the modified gradient of ``first`` and the
-    others get none. Otherwise all get the true gradient. Both callables are made of differentiable torch operations,
-    from which autograd makes the second order, and must hold on to no tensor of the graph.
+    others get none. Otherwise the gradient goes through the function as PyTorch has it. The relevance is made of
+    differentiable torch operations, which give the second order, and must hold on to no tensor of the graph.
     """
-    return _Node.apply(state, function, relevance, first, *others)
-
-
-def _gradients(
-    function: Callable[..., Tensor], inputs: list[Any], g: Tensor, needed: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """The true gradients of a function by running it once more, differentiable where autograd asks for that."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # a view of an input is a place at which to stop, still connected to the input for the second order
-        local = [
-            value if not need else value.view_as(value) if create_graph else value.detach().requires_grad_()
-            for value, need in zip(inputs, needed, strict=True)
-        ]
-        output = function(*local)
-    asked = [value for value, need in zip(local, needed, strict=True) if need]
-    found = iter(torch.autograd.grad(output, asked, g, create_graph=create_graph, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+    return _Node.apply(state, relevance, function(first, *others), first, *others)
 
 
 def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
     """The gradient ``g · ∂function/∂x`` at x, differentiable where autograd asks for that."""
-    (gradient,) = _gradients(function, [x], g, (True,))
-    assert gradient is not None
-    return gradient
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # a view of x is a place at which to stop, still connected to x for the second order
+        local = x.view_as(x) if create_graph else x.detach().requires_grad_()
+        output = function(local)
+    return torch.autograd.grad(output, local, g, create_graph=create_graph)[0]
 
 
 class _Share(Function):
