@@ -153,7 +153,13 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
     help="ε is log-uniform between the two.",
 )
-@click.option("--explainer", default="lrp", show_default=True, type=click.Choice(["lrp"]))
+@click.option(
+    "--explainer",
+    default="flex",
+    show_default=True,
+    type=click.Choice(["flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"]),
+    help="How relevance is propagated, see docs/engine.md; students of the store do the same.",
+)
 @BATCH_SIZE
 @SEED
 @DEVICE

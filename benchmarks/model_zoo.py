@@ -163,7 +163,7 @@ def examine(model: nn.Module, side: int, rules: str, device: torch.device) -> Re
     model.to(device)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():  # some heads start at zero, and explain nothing
+            if not parameter.any():  # heads and last norms of blocks often start at zero, where nothing has influence
                 nn.init.normal_(parameter, std=0.02)
     images, epsilon = torch.rand(BATCH, 3, side, side, device=device), torch.linspace(0.01, 0.1, BATCH)
     adapt_batch_norms(model, images)

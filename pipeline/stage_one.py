@@ -18,7 +18,7 @@ from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.models import last_linear
 from pipeline.relevance import Trace
-from pipeline.rules import RelevanceError
+from pipeline.rules import RelevanceError, rule_set
 from teacher_cache import (
     CacheInfo,
     DatasetInfo,
@@ -49,16 +49,17 @@ def cache_explanations(
     split: str = "train",
     draws: int = 4,
     epsilon_range: tuple[float, float] = (0.01, 1.0),
-    explainer: str = "lrp",
+    explainer: str = "flex",
     batch_size: int = 128,
     seed: int = 0,
     device: str = "auto",
 ) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or continue one that was interrupted.
 
-    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward
-    pass. Dask runs one task a shard; a shard is written whole, then committed. The draws depend on the seed
-    and the sample alone, the heatmaps on nothing else but float rounding (bit for bit at equal batch size).
+    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward pass. ``explainer``
+    names a rule set (`pipeline.RULE_SETS`), which students of the store use too. Dask runs one task a shard; a
+    shard is written whole, then committed. The draws depend on the seed and the sample alone, the heatmaps on
+    nothing else but float rounding (bit for bit at equal batch size).
 
     Shards that are damaged are computed anew. Raises DatasetError, ModelError, CacheError, FileExistsError,
     RelevanceError.
@@ -72,6 +73,7 @@ def cache_explanations(
     for name, value in (("--draws", draws), ("--batch-size", batch_size)):
         if value < 1:
             raise RelevanceError(f"{name} must be at least 1, got {value}")
+    rule_set(explainer)
     dataset = open_dataset(data)
     chosen = dataset.split(split)
     chosen.verify()
@@ -94,7 +96,7 @@ def cache_explanations(
     )
     torch_device = pick_device(device)
     place(model, torch_device)
-    _explain_one(model, chosen, torch_device)
+    _explain_one(model, chosen, explainer, torch_device)
     cache = create_cache(out, info, head)
     missing = [shard for shard in range(info.shards) if not cache.intact(shard)]
 
@@ -126,7 +128,7 @@ def explain_shard(
     for first in range(0, stop - start, batch_size):
         rows = slice(first, min(first + batch_size, stop - start))
         batch_masks = None if masks is None else as_mask(masks[rows], device)
-        trace = Trace(partial(model, masks=batch_masks), as_input(images[rows], device))
+        trace = Trace(partial(model, masks=batch_masks), as_input(images[rows], device), explainer.rule)
         logits.append(trace.logits.detach().float().cpu().numpy())
         targets.append(
             target_classes(logits[-1].argmax(1), logits[-1].shape[1], explainer.seed, explainer.draws, start + first)
@@ -147,10 +149,10 @@ def explain_shard(
     return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
 
 
-def _explain_one(model: Classifier, split: Split, device: torch.device) -> None:
+def _explain_one(model: Classifier, split: Split, rules: str, device: torch.device) -> None:
     """Raise RelevanceError now, before anything is written, for a network that cannot be explained."""
     masks = None if split.masks is None else as_mask(np.asarray(split.masks[:1]), device)
-    Trace(partial(model, masks=masks), as_input(np.asarray(split.images[:1]), device))
+    Trace(partial(model, masks=masks), as_input(np.asarray(split.images[:1]), device), rules)
 
 
 def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:

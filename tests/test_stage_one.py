@@ -16,10 +16,10 @@ import zarr
 
 import teacher_cache.layout
 from data import DatasetWriter, make_coloured_mnist, open_dataset
-from pipeline import Classifier, ModelError, RelevanceError, cache_explanations, explain, load_classifier
+from pipeline import RULE_SETS, Classifier, ModelError, RelevanceError, cache_explanations, explain, load_classifier
 from pipeline.device import as_input
 from teacher_cache import CacheError, check_complete, open_cache
-from trainer import train_teacher
+from trainer import train_student, train_teacher
 
 ROOT = Path(__file__).parent.parent
 SMALL_SHARDS = "import teacher_cache.layout as layout; layout.MAX_SHARD_SAMPLES = 64; import cli; cli.main()"
@@ -227,3 +227,28 @@ def test_stage_one_runs_on_every_device(dataset, teacher, cache, tmp_path, devic
     mine, theirs = arrays(tmp_path / "c.zarr"), arrays(cache)
     assert np.array_equal(mine["epsilon"], theirs["epsilon"])
     assert (mine["target_class"] == theirs["target_class"]).mean() > 0.99
+
+
+@pytest.mark.parametrize("explainer", RULE_SETS)
+def test_every_rule_set_makes_a_store_whose_students_use_it_too(explainer, dataset, tmp_path):
+    train_teacher(dataset, tmp_path / "teacher", arch="mobilenet_v3_small", debias="none", steps=2, batch_size=32)
+    cache_explanations(dataset, tmp_path / "teacher", tmp_path / "store", draws=1, explainer=explainer)
+    cache = open_cache(tmp_path / "store")
+    assert cache.info.explainer.rule == explainer
+    shard = cache.read_shard(0)
+    model, _ = load_classifier(tmp_path / "teacher")
+    images = as_input(np.asarray(open_dataset(dataset).split("train").images[:4]), torch.device("cpu"))
+    classes, epsilons = torch.from_numpy(shard.target_class[:4, 0]), torch.from_numpy(shard.epsilon[:4, 0])
+    _, expected = explain(model, images, classes, epsilons, rules=explainer)
+    torch.testing.assert_close(
+        torch.from_numpy(shard.heatmaps[:4, 0]), expected, rtol=1e-2, atol=1e-2 * expected.abs().max()
+    )
+
+    result = train_student(dataset, tmp_path / "store", tmp_path / "student", arch="small-cnn", steps=2, batch_size=16)
+    assert np.isfinite(result["loss"])
+
+
+def test_an_unknown_rule_set_is_refused_before_anything_is_written(dataset, teacher, tmp_path):
+    with pytest.raises(RelevanceError, match="no rules are called 'lrp': choose one of flex"):
+        cache_explanations(dataset, teacher, tmp_path / "store", explainer="lrp")
+    assert not (tmp_path / "store").exists()

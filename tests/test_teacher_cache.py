@@ -37,7 +37,7 @@ HEAD = {"weight": np.arange(12, dtype=np.float32).reshape(3, 4)}
 def info(samples: int = 10, draws: int = 2, shard: int = 4, **explainer) -> CacheInfo:
     return CacheInfo(
         explainer=ExplainerInfo(**{
-            "rule": "lrp", "draws": draws, "epsilon_low": 0.01, "epsilon_high": 1.0,
+            "rule": "flex", "draws": draws, "epsilon_low": 0.01, "epsilon_high": 1.0,
             "class_policy": "top-or-other", "seed": 0, **explainer,
         }),
         teacher=TeacherInfo("small-cnn", "grayscale", True, "0" * 64, CLASSES, head_sha256(HEAD)),
@@ -247,7 +247,7 @@ def test_a_shard_that_is_written_again_is_not_there_until_it_is_whole(tmp_path, 
     [
         ({"kind": "else"}, "no heatmap store"),
         ({"format_version": 9}, "store format version 9, this program reads version 1"),
-        ({"explainer": {"rule": "lrp"}}, "attribute 'explainer' has fields"),
+        ({"explainer": {"rule": "flex"}}, "attribute 'explainer' has fields"),
         ({"teacher": None}, "attribute 'teacher' has fields"),
         ({"written_by": 5}, "'written_by' is 5"),
         ({"storage": {**dataclasses.asdict(info().storage), "shard_samples": 0}}, "a size under 1"),

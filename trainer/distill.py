@@ -88,7 +88,10 @@ def train_student(
     if head:
         _copy_head(model, head)
     place(model, torch_device)
-    Trace(model.eval(), as_input(np.asarray(train.images[:1]), torch_device))  # fails now where a rule is missing
+    rules = info.explainer.rule
+    Trace(
+        model.eval(), as_input(np.asarray(train.images[:1]), torch_device), rules
+    )  # fails now where a rule is missing
     model.train()
     adam, schedule = optimiser(model, lr, steps)
     run = RunDir(out, config)
@@ -99,7 +102,7 @@ def train_student(
     batches = stream(read, len(train), info.storage.shard_samples, batch_size=batch_size, seed=seed)
     bar = tqdm(islice(batches, steps), total=steps, unit="step", desc=f"distilling {run.path.name}", disable=None)
     for step, batch in enumerate(bar, start=1):
-        loss = _losses(model, batch, torch_device, create_graph=True).mean()
+        loss = _losses(model, batch, rules, torch_device, create_graph=True).mean()
         adam.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
@@ -130,11 +133,12 @@ def train_student(
     )
 
 
-def _losses(model: Classifier, batch: Block, device: torch.device, *, create_graph: bool) -> Tensor:
+def _losses(model: Classifier, batch: Block, rules: str, device: torch.device, *, create_graph: bool) -> Tensor:
     """The heatmap loss of each sample, (N,), between the student's maps and the stored ones."""
     teacher = torch.from_numpy(batch["heatmaps"]).to(device)
     classes, epsilon = (torch.from_numpy(batch[key]) for key in ("target_class", "epsilon"))
-    _, student = explain(model, as_input(batch["images"], device), classes, epsilon, create_graph=create_graph)
+    images = as_input(batch["images"], device)
+    _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=rules)
     return heatmap_loss(student, teacher)
 
 
@@ -147,7 +151,7 @@ def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, de
         block = explained_block(split, cache, shard, np.zeros(stop - start, np.int64))
         for first in range(0, stop - start, batch_size):
             batch = {key: values[first : first + batch_size] for key, values in block.items()}
-            total += _losses(model, batch, device, create_graph=False).sum().item()
+            total += _losses(model, batch, cache.info.explainer.rule, device, create_graph=False).sum().item()
     model.train()
     return total / len(split)
 

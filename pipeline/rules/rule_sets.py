@@ -95,9 +95,9 @@ RULE_SETS: dict[str, RuleSet] = {
 
 
 def rule_set(rules: str | RuleSet) -> RuleSet:
-    """A rule set by name; raises ValueError with all names for one that there is not."""
+    """A rule set by name; raises RelevanceError with all names for one that there is not."""
     if isinstance(rules, RuleSet):
         return rules
     if rules not in RULE_SETS:
-        raise ValueError(f"no rules are called '{rules}': choose one of {', '.join(RULE_SETS)}, or give a RuleSet")
+        raise RelevanceError(f"no rules are called '{rules}': choose one of {', '.join(RULE_SETS)}, or give a RuleSet")
     return RULE_SETS[rules]
