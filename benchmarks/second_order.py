@@ -1,6 +1,6 @@
 """What a heatmap and a student's step cost, beside the same by PyTorch alone, zennit and captum, in one process.
 
-    pip install -e ".[benchmarks]" && python -m benchmarks.second_order --models resnet18 --out raw.json
+    pip install -e ".[benchmarks]" && python benchmarks/second_order.py --models resnet18 --out raw.json
 
 The unit is one forward pass. Ratios are taken within a round, in which each row is timed once, in random order.
 """
@@ -17,8 +17,10 @@ import platform
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from pipeline import Trace, build_network, explain
 from pipeline.device import pick_device, place
@@ -39,6 +42,7 @@ CLASSES = 10
 PEER_EPSILON = 0.1  # the peers take one for all images
 FORWARD, INPUT_GRADIENT, IN_EVAL = "forward", "forward + input gradient", "forward + input gradient (eval)"
 SUPERVISED, PLAIN, ENGINE = "supervised step", "student step, plain double backward", "student step, engine"
+BFLOAT16, CHECKPOINTED = "student step, engine, bfloat16 autocast", "student step, engine, checkpointed blocks"
 MEMORY_TARGET = 2.5  # × the supervised step's peak
 
 Heatmaps = Callable[[], Tensor]
@@ -115,6 +119,15 @@ def product_rows(model: nn.Module, images: Tensor, draws: int, case: Case) -> li
         _, student = explain(model, images, targets[0], epsilons[0], create_graph=True)
         heatmap_loss(student, teacher).mean().backward()
 
+    def bfloat16_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            _, student = explain(model, images, targets[0], epsilons[0], create_graph=True)
+        heatmap_loss(student, teacher).mean().backward()
+
+    def checkpointed_step() -> None:
+        with checkpointed(model):
+            engine_step()
+
     limit_of_draws = f"forward + {draws} input gradients"
     return [
         Row(FORWARD, lambda: model(images)),
@@ -127,7 +140,27 @@ def product_rows(model: nn.Module, images: Tensor, draws: int, case: Case) -> li
         Row(SUPERVISED, supervised_step),
         Row(ENGINE, engine_step, FORWARD, case.step_target),
         Row(PLAIN, plain_step, ENGINE, case.gain_target, at_least=True),
+        Row(BFLOAT16, bfloat16_step, FORWARD),
+        Row(CHECKPOINTED, checkpointed_step if blocks(model) else None, FORWARD),
     ]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks of a torchvision ResNet or the layers of its DenseNet, if it is one."""
+    return [
+        module for module in model.modules() if type(module).__name__ in ("BasicBlock", "Bottleneck", "_DenseLayer")
+    ]
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Blocks keep their input alone and are computed again on the way back."""
+    chosen = blocks(model)
+    for block in chosen:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    yield
+    for block in chosen:
+        del block.forward  # back to that of its class
 
 
 def peer_rows(model: nn.Module, images: Tensor) -> tuple[list[Row], list[str]]:
@@ -372,7 +405,7 @@ def main(
         times = time_rows(model, rows + peers, torch_device, rounds)
         peaks = {}
         for row in rows:
-            if row.run is not None and row.name in (SUPERVISED, ENGINE, PLAIN):
+            if row.run is not None and row.name in (SUPERVISED, ENGINE, PLAIN, BFLOAT16, CHECKPOINTED):
                 prepare(model, row, torch_device)
                 peaks[row.name] = peak_memory(row.run, torch_device)
         layout = "channels-last" if case.channels_last else "NCHW"
