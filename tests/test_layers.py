@@ -213,6 +213,26 @@ def test_a_backward_pass_may_be_repeated_where_the_graph_is_kept():
     torch.testing.assert_close(alone, first[0])
 
 
+def test_a_backward_pass_that_stopped_early_leaves_nothing_to_the_next():
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), images).double().train()
+    loss = explain(model, images, targets(images), 0.1, create_graph=True)[1].square().sum()
+    torch.autograd.grad(loss, model.last.weight, retain_graph=True)  # passes the convolution on its way
+
+    def fail(gradient: Tensor) -> None:
+        raise ArithmeticError
+
+    handle = model.last.weight.register_hook(fail)
+    with pytest.raises(ArithmeticError):
+        loss.backward(retain_graph=True)
+    handle.remove()
+    model.zero_grad()
+    expected = explain(model, images, targets(images), 0.1, create_graph=True)[1].square().sum()
+    parameters = [model.layer[0].weight, model.last.weight]
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters))
+
+
 def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large():
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
     with torch.no_grad():

@@ -86,9 +86,25 @@ def sum_per_channel(value: Tensor) -> Tensor:
 
 
 # Both the loss's way back through the relevance pass and the one through the forward pass add to the gradient of a
-# weight. The first is always over when the second reaches a layer, so it leaves what it has in the layer's
-# ``pending`` list, and the weight gets one gradient, where it pays by one kernel over both. That the order holds is
-# autograd's work: the relevance node depends on the forward node's output ``link``, an empty tensor.
+# weight. The first is always over when the second reaches a layer, so it leaves what it has with the layer as
+# `Pending`, and the weight gets one gradient, where it pays by one kernel over both. That the order holds is autograd's
+# work: the relevance node depends on the forward node's output ``link``, an empty tensor.
+
+
+class Pending:
+    """Parts of a weight's gradient, of the backward pass that is running: one that ended early leaves some behind."""
+
+    def __init__(self) -> None:
+        self.backward_pass = -1
+        self.parts: list[Any] = []  # (input, output gradient) pairs, or what they make
+
+    def add(self, part: Any) -> None:
+        self.parts = [*self.take(), part]
+        self.backward_pass = torch._C._current_graph_task_id()
+
+    def take(self) -> list[Any]:
+        parts, self.parts = self.parts, []
+        return parts if self.backward_pass == torch._C._current_graph_task_id() else []
 
 
 def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
@@ -114,7 +130,14 @@ class _WeightedRelevance(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, g: Tensor, weight: Tensor, k: Tensor | None, link: Tensor, x: Tensor, layer: Layer, pending: Any
+        ctx: Any,
+        g: Tensor,
+        weight: Tensor,
+        k: Tensor | None,
+        link: Tensor,
+        x: Tensor,
+        layer: Layer,
+        pending: Pending | None,
     ) -> Tensor:
         ctx.layer, ctx.pending = layer, pending
         ctx.save_for_backward(g, weight, k, link)
@@ -131,7 +154,7 @@ class _WeightedRelevance(Function):
             dscaled = layer.weight_grad(v, g, weight)
             dk = (dscaled * weight).flatten(1).sum(1)
             if pending is not None:
-                pending.append(_scaled_rows(dscaled, k))
+                pending.add(_scaled_rows(dscaled, k))
         else:
             dg = layer.output(v, weight)
             if k is not None:
@@ -139,7 +162,7 @@ class _WeightedRelevance(Function):
                 dg *= channels(k, g)
                 g = g * channels(k, g)
             if pending is not None:
-                pending.append((v, g))
+                pending.add((v, g))
         return dg, None, dk, torch.zeros_like(link), *[None] * 3
 
 
@@ -167,7 +190,7 @@ class _Weighted(Function):
         beta: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.norm, ctx.pending = call, norm, []
+        ctx.call, ctx.norm, ctx.pending = call, norm, Pending()
         link = x.new_empty(0)
         k: Tensor | None = None
         saved: list[Tensor | None] = []
@@ -201,8 +224,7 @@ class _Weighted(Function):
         dbias = layer.bias_grad(g) if g is not None and wanted[3] else None
         dweight = None
         if wanted[2]:
-            parts = [*ctx.pending, *([] if g is None else [(x, g)])]
-            ctx.pending.clear()
+            parts = [*ctx.pending.take(), *([] if g is None else [(x, g)])]
             dweight = _weight_grad(layer, parts, weight)
             if dweight is not None and dlink is not None and dlink.requires_grad:
                 dweight = dweight + dlink.sum()  # adds nothing, but is refused if differentiated once more
