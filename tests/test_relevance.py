@@ -457,10 +457,27 @@ def test_what_hides_is_seen_with_images_that_have_a_history_too(case):
         explain(Unsupported(UNKNOWN[case][0]), images, torch.tensor([0, 1, 2]), 0.1)
 
 
-def test_an_operation_written_into_a_slice_is_not_passed_over():
+def test_what_is_written_into_a_slice_has_its_relevance():
+    def shifted(x: Tensor) -> Tensor:
+        canvas = torch.zeros(x.shape)
+        canvas[:, :, 1:] = x[:, :, :-1]
+        canvas[:, 0] = canvas[:, 1] + F.relu(x[:, 2])
+        return canvas
+
+    def written_out(x: Tensor) -> Tensor:
+        canvas = F.pad(x[:, :, :-1], (0, 0, 1, 0))
+        return torch.cat([canvas[:, 1:2] + F.relu(x[:, 2:]), canvas[:, 1:]], dim=1)
+
+    torch.manual_seed(0)
+    body, images, targets = plain_cnn(), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    maps = [explain(lambda x: body(f(x)), images, targets, 0.1)[1] for f in (shifted, written_out)]  # noqa: B023
+    torch.testing.assert_close(*maps)
+
+
+def test_what_is_written_into_a_view_is_not_passed_over():
     def operation(x: Tensor) -> Tensor:
         canvas = torch.zeros(x.shape)
-        canvas[:, :, 1:] = x[:, :, 1:]
+        canvas[:, :1][:, :, 1:] = x[:, :1, 1:]
         return canvas
 
     with pytest.raises(RelevanceError):

@@ -113,5 +113,13 @@ def concatenation(trace: Tracer, func: Any, tensors: Any, dim: int = 0, axis: in
     return _Concatenate.apply(dim if axis is None else axis, *tensors)
 
 
+@rule_for(T.__setitem__)
+def assignment(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) -> None:
+    """What is written takes the place of what was there; the rest keeps its relevance."""
+    axis = trace.batch_axis(input) if trace.carries(input) else None
+    func(input, index, value)
+    trace.mark(input, axis, outer=True)
+
+
 # of these only the first argument's values are used, of the second its shape or type
 LIKE_THE_SECOND: set[Any] = {T.view_as, T.reshape_as, T.expand_as, T.type_as, T.to}
