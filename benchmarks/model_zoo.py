@@ -96,12 +96,15 @@ def timm_models() -> Iterator[tuple[str, Callable[[int], nn.Module], tuple[int, 
     for name in TIMM:
 
         def build(side: int, name: str = name) -> nn.Module:
-            model = timm.create_model(name, pretrained=False, num_classes=CLASSES)
+            try:
+                model = timm.create_model(name, pretrained=False, num_classes=CLASSES, img_size=side)
+            except TypeError:  # it takes images of any size
+                model = timm.create_model(name, pretrained=False, num_classes=CLASSES)
             model.eval()(torch.rand(2, 3, side, side))
             return model
 
         cfg = timm.get_pretrained_cfg(name)
-        yield name, build, (64, cfg.input_size[1] if cfg else 224)
+        yield name, build, (64, 112, cfg.input_size[1] if cfg else 224)
 
 
 def open_clip_models() -> Iterator[tuple[str, Callable[[int], nn.Module], tuple[int, ...]]]:
