@@ -213,6 +213,17 @@ def test_a_backward_pass_may_be_repeated_where_the_graph_is_kept():
     torch.testing.assert_close(alone, first[0])
 
 
+def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), images).double().train()
+    logits, heatmaps = explain(model, images, targets(images), 0.1, create_graph=True)
+    weight = model.layer[0].weight
+    (expected,) = torch.autograd.grad(logits.square().sum(), weight, retain_graph=True)
+    torch.autograd.grad(heatmaps.square().sum(), model.last.weight, retain_graph=True)  # weighs losses, say
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), weight)[0], expected)
+
+
 def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large():
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
     with torch.no_grad():

@@ -88,7 +88,8 @@ def sum_per_channel(value: Tensor) -> Tensor:
 # Both the loss's way back through the relevance pass and the one through the forward pass add to the gradient of a
 # weight. The first is always over when the second reaches a layer, so it leaves what it has in the layer's
 # ``pending`` list, and the weight gets one gradient, where it pays by one kernel over both. That the order holds is
-# autograd's work: the relevance node depends on the forward node's output ``link``, an empty tensor.
+# autograd's work: the relevance node depends on the forward node's output ``link``, an empty tensor. What is left goes
+# by autograd's number of the backward pass: a pass for other parameters alone, or one that failed, never collects it.
 
 
 def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
@@ -124,8 +125,8 @@ class _WeightedRelevance(Function):
     @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, weight, k, link = ctx.saved_tensors
-        layer, pending = ctx.layer, ctx.pending
-        dk = None
+        layer, dk = ctx.layer, None
+        pending = None if ctx.pending is None else ctx.pending.setdefault(torch._C._current_graph_task_id(), [])
         if k is not None and _on_weight(layer, g, weight):
             dg = layer.output(v, _scaled_rows(weight, k))
             dscaled = layer.weight_grad(v, g, weight)
@@ -167,7 +168,7 @@ class _Weighted(Function):
         beta: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.norm, ctx.pending = call, norm, []
+        ctx.call, ctx.norm, ctx.pending = call, norm, {}
         link = x.new_empty(0)
         k: Tensor | None = None
         saved: list[Tensor | None] = []
@@ -201,8 +202,8 @@ class _Weighted(Function):
         dbias = layer.bias_grad(g) if g is not None and wanted[3] else None
         dweight = None
         if wanted[2]:
-            parts = [*ctx.pending, *([] if g is None else [(x, g)])]
-            ctx.pending.clear()
+            left = ctx.pending.pop(torch._C._current_graph_task_id(), [])
+            parts = [*left, *([] if g is None else [(x, g)])]
             dweight = _weight_grad(layer, parts, weight)
             if dweight is not None and dlink is not None and dlink.requires_grad:
                 dweight = dweight + dlink.sum()  # adds nothing, but is refused if differentiated once more
