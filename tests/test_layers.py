@@ -99,6 +99,10 @@ LAYERS = {
     "many weights": (lambda: nn.Conv2d(2, 32, 3, padding=1), (2, 2, 2)),
     "many weights and a norm": (lambda: nn.Sequential(nn.Conv2d(2, 32, 3), settled(nn.BatchNorm2d(32))), (2, 3, 3)),
     "linear and norm": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(10, 4), settled(nn.BatchNorm1d(4))), (2, 5)),
+    "linear on tokens and a norm over these": (  # as many tokens as features
+        lambda: nn.Sequential(nn.Linear(5, 4), settled(nn.BatchNorm1d(4))),
+        (4, 5),
+    ),
     "1-d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3, 2, 1), settled(nn.BatchNorm1d(4))), (2, 7)),
     "3-d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2, 1, 1), settled(nn.BatchNorm3d(4))), (2, 3, 3, 3)),
     "transposed": (lambda: nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, groups=2), (2, 4, 4)),

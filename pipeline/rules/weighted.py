@@ -93,9 +93,9 @@ def sum_per_channel(value: Tensor) -> Tensor:
 
 
 def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
-    """Whether k is cheaper to apply to the weight than to the gradient."""
-    transposed = isinstance(layer, Convolution) and layer.options[3]  # its rows are not its outputs
-    return weight.numel() < g.numel() and not transposed
+    """Whether k may be applied to the weight, whose rows are then the channels of g, and is cheaper to apply there."""
+    rows_are_channels = not layer.options[3] if isinstance(layer, Convolution) else g.dim() == 2
+    return weight.numel() < g.numel() and rows_are_channels
 
 
 def _input_grad(layer: Layer, g: Tensor, weight: Tensor, k: Tensor | None, x: Tensor) -> Tensor:
