@@ -217,6 +217,22 @@ def test_a_backward_pass_may_be_repeated_where_the_graph_is_kept():
     torch.testing.assert_close(alone, first[0])
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_second_derivative_of_the_logits_is_pytorchs(norm, mode):
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), settled(norm(4))), images).double().train(mode == "train")
+    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+
+    def second(logits: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(logits.square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), weights)
+
+    expected = second(model(images))
+    torch.testing.assert_close(second(explain(model, images, targets(images), 0.1, create_graph=True)[0]), expected)
+
+
 def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
     torch.manual_seed(0)
     images = torch.rand(2, 2, 4, 4).double()

@@ -176,12 +176,12 @@ class _Weighted(Function):
             out: Tensor | None = call.layer.output(x, weight, bias)
         else:
             out, k, *saved = norm.output(z, gamma, beta)
-        ctx.save_for_backward(x, weight, link, k, z, gamma, *saved)
+        ctx.save_for_backward(x, weight, bias, link, k, z, gamma, *saved)
         return out, link, k
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, dlink: Tensor | None, dk: Tensor | None = None) -> Any:
-        x, weight, link, k, z, gamma, *saved = ctx.saved_tensors
+        x, weight, bias, link, k, z, gamma, *saved = ctx.saved_tensors
         layer: Layer = ctx.call.layer
         if ctx.call.state.epsilon is not None:
             if g is None:
@@ -194,6 +194,8 @@ class _Weighted(Function):
 
         dgamma = dbeta = None
         if ctx.norm is not None and (g is not None or dk is not None):
+            if torch.is_grad_enabled():  # a second derivative is wanted, which sees how z came about
+                z = layer.output(x, weight, bias)
             g, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
         wanted = ctx.needs_input_grad
         dx = None
