@@ -94,6 +94,11 @@ def test_every_convolution_equals_pytorchs_double_backward(
     assert_both_agree(Ends(nn.Sequential(*layers), images).double().eval(), images)
 
 
+def without(parameter: str, norm: nn.Module) -> nn.Module:
+    settled(norm).register_parameter(parameter, None)
+    return norm
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (2, 5)),
     "many weights": (lambda: nn.Conv2d(2, 32, 3, padding=1), (2, 2, 2)),
@@ -111,6 +116,22 @@ LAYERS = {
         (2, 4, 4),
     ),
     "norm first": (lambda: nn.Sequential(settled(nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)), (2, 4, 4)),
+    "norm with a shift alone": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), without("weight", nn.BatchNorm2d(4))),
+        (2, 4, 4),
+    ),
+    "norm with a scale alone": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), without("bias", nn.BatchNorm2d(4))),
+        (2, 4, 4),
+    ),
+    "norm first, with a shift alone": (
+        lambda: nn.Sequential(without("weight", nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)),
+        (2, 4, 4),
+    ),
+    "norm first, with a scale alone": (
+        lambda: nn.Sequential(without("bias", nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)),
+        (2, 4, 4),
+    ),
     "norm without weights": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), settled(nn.BatchNorm2d(4, affine=False))),
         (2, 4, 4),
@@ -123,7 +144,13 @@ def test_every_layer_equals_pytorchs_double_backward(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     images = torch.randn(3, *shape).double()
-    assert_both_agree(Ends(make().double(), images.double()).double().eval(), images)
+    model = Ends(make().double(), images.double()).double().eval()
+    assert_both_agree(model, images)
+    found, expected = (copy.deepcopy(model) for _ in range(2))
+    explain(found, images, targets(images), 0.0, create_graph=True)[0].square().sum().backward()
+    expected(images).square().sum().backward()
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 class OutputUsedTwice(nn.Module):

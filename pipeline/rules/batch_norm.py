@@ -62,7 +62,7 @@ class BatchNorm:
         dz = dgamma = dbeta = None
         if g is not None:
             running = (None, None) if self.training else (mean, var)
-            mask = [True, gamma is not None, gamma is not None]
+            mask = [True, gamma is not None, True]
             dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
                 g, z, gamma, *running, mean, inverse, self.training, self.eps, mask
             )
@@ -149,7 +149,7 @@ class _Normalised(Function):
         if g is None and dk is None:
             return (None,) * 5
         dz, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
-        return None, dz, None, dgamma, dbeta
+        return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:

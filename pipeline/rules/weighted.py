@@ -192,12 +192,13 @@ class _Weighted(Function):
             dx = _WeightedRelevance.apply(g, weight.detach(), k, link, x.detach(), layer, pending)
             return None, dx, *[None] * 6
 
+        wanted = ctx.needs_input_grad
         dgamma = dbeta = None
         if ctx.norm is not None and (g is not None or dk is not None):
             if torch.is_grad_enabled():  # a second derivative is wanted, which sees how z came about
                 z = layer.output(x, weight, bias)
             g, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
-        wanted = ctx.needs_input_grad
+            dbeta = dbeta if wanted[7] else None
         dx = None
         if g is not None and wanted[1] and ctx.call.outer:
             dx = layer.input_grad(g, weight, x)
