@@ -191,7 +191,18 @@ class Concatenated(nn.Module):
         return self.last(y.mean((2, 3)))
 
 
-@pytest.mark.parametrize("model", [OutputUsedTwice, SameLayerTwice, Concatenated])
+class OneByOne(nn.Module):
+    """The layers see single images, without a batch axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.back, self.last = nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 5, 3), nn.Linear(125, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(F.relu(self.back(F.relu(self.conv(image)))).flatten()) for image in x])
+
+
+@pytest.mark.parametrize("model", [OutputUsedTwice, SameLayerTwice, Concatenated, OneByOne])
 def test_outputs_and_weights_may_be_used_more_than_once(model):
     torch.manual_seed(0)
     assert_both_agree(model().double().eval(), torch.randn(3, 2, 5, 5).double())

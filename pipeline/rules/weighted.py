@@ -235,6 +235,8 @@ class _Call:
 def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Call a layer and remember the call, for the norm that may come next."""
     require_constant(trace, func, weight, bias)
+    if x.dim() < weight.dim():  # a single sample: the kernels want a batch
+        return weighted(trace, func, layer, x.unsqueeze(0), weight, bias).squeeze(0)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
