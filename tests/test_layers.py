@@ -256,6 +256,15 @@ def test_a_backward_pass_may_be_repeated_where_the_graph_is_kept():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
+def test_a_hook_between_a_layer_and_its_norm_changes_the_gradient_as_in_pytorch(norm):
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), settled(norm(4))), images).double().eval()
+    model.layer[0].register_forward_hook(lambda module, given, z: z.register_hook(lambda g: 0.1 * g) and None)
+    assert_both_agree(model, images)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_second_derivative_of_the_logits_is_pytorchs(norm, mode):
     torch.manual_seed(0)

@@ -254,6 +254,8 @@ def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta
     node, arguments = trace.latest
     if node is None or z.grad_fn is not node:
         return None
+    if z._backward_hooks or z.retains_grad:  # somebody looks at z's gradient, or changes it
+        return None
     return _Weighted.apply(*arguments, z.detach(), norm, gamma, beta)[0]
 
 
