@@ -142,6 +142,7 @@ def _checked_epsilon(epsilon: float | Tensor, samples: int) -> Tensor:
         values = values.expand(samples)
     if values.shape != (samples,):
         raise ValueError(f"epsilon must be a number or have shape ({samples},), got {tuple(values.shape)}")
-    if not (values >= 0).all():
-        raise ValueError(f"epsilon must be 0 or more, got {values.min().item()}")
+    wrong = values[~((values >= 0) & values.isfinite())]
+    if len(wrong):
+        raise ValueError(f"epsilon must be 0 or more, and finite, got {wrong[0].item()}")
     return values
