@@ -94,7 +94,7 @@ class Trace:
         if self.state.epsilon is not None:
             raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
         one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
-        self.state.uniform = float(epsilon[0]) if samples and bool((epsilon == epsilon[0]).all()) else None
+        self.state.uniform = (float(epsilon[0]) if samples else 0.0) if bool((epsilon == epsilon[:1]).all()) else None
         self.state.epsilon = epsilon.to(self.logits)
         try:
             (gradient,) = torch.autograd.grad(

@@ -298,6 +298,18 @@ def test_half_precision_neither_overflows_nor_vanishes_where_the_map_does_not():
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_no_images_have_no_heatmaps(create_graph):
+    model, images = vgg11_bn().float(), torch.rand(0, 3, 32, 32)
+    for epsilon in (0.1, torch.rand(0)):
+        logits, heatmaps = explain(model, images, torch.zeros(0, dtype=torch.long), epsilon, create_graph)
+        assert heatmaps.shape == images.shape
+        assert len(logits) == 0
+    if create_graph:
+        (heatmaps.sum() + logits.sum()).backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_a_batch_of_one_value_does_not_poison_a_batch_norm():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):

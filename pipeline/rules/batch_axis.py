@@ -29,7 +29,7 @@ def batch_axis_after(axes: Axes, samples: int, func: Any, args: Any, kwargs: Any
 
     ``axes`` holds the axis in each of its arguments that carry relevance, of ``samples`` images.
     """
-    if None in axes.values() or not output.dim():
+    if None in axes.values() or not output.dim() or not samples:
         return None
     follow = _FOLLOW.get(func, _same_shape)
     try:

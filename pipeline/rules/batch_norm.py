@@ -171,6 +171,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
+    if not input.numel():  # the kernel of the backward pass divides by the number of values, and the process dies
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
         raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)
