@@ -240,7 +240,8 @@ def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, 
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
+        given = (x, weight, bias)  # autocast leaves float64 alone
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given)  # type: ignore
     out, _, _ = _Weighted.apply(call, x, weight, bias)
     trace.latest = out.grad_fn, (call, x, weight, bias)
     return out
