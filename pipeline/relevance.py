@@ -94,7 +94,7 @@ class Trace:
         if self.state.epsilon is not None:
             raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
         one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
-        self.state.uniform = float(epsilon[0]) if samples and bool((epsilon == epsilon[0]).all()) else None
+        self.state.uniform = (float(epsilon[0]) if samples else 0.0) if bool((epsilon == epsilon[:1]).all()) else None
         self.state.epsilon = epsilon.to(self.logits)
         try:
             (gradient,) = torch.autograd.grad(
@@ -142,6 +142,7 @@ def _checked_epsilon(epsilon: float | Tensor, samples: int) -> Tensor:
         values = values.expand(samples)
     if values.shape != (samples,):
         raise ValueError(f"epsilon must be a number or have shape ({samples},), got {tuple(values.shape)}")
-    if not (values >= 0).all():
-        raise ValueError(f"epsilon must be 0 or more, got {values.min().item()}")
+    wrong = values[~((values >= 0) & values.isfinite())]
+    if len(wrong):
+        raise ValueError(f"epsilon must be 0 or more, and finite, got {wrong[0].item()}")
     return values

@@ -94,6 +94,11 @@ def test_every_convolution_equals_pytorchs_double_backward(
     assert_both_agree(Ends(nn.Sequential(*layers), images).double().eval(), images)
 
 
+def without(parameter: str, norm: nn.Module) -> nn.Module:
+    settled(norm).register_parameter(parameter, None)
+    return norm
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(5, 4), (2, 5)),
     "many weights": (lambda: nn.Conv2d(2, 32, 3, padding=1), (2, 2, 2)),
@@ -111,6 +116,22 @@ LAYERS = {
         (2, 4, 4),
     ),
     "norm first": (lambda: nn.Sequential(settled(nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)), (2, 4, 4)),
+    "norm with a shift alone": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), without("weight", nn.BatchNorm2d(4))),
+        (2, 4, 4),
+    ),
+    "norm with a scale alone": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), without("bias", nn.BatchNorm2d(4))),
+        (2, 4, 4),
+    ),
+    "norm first, with a shift alone": (
+        lambda: nn.Sequential(without("weight", nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)),
+        (2, 4, 4),
+    ),
+    "norm first, with a scale alone": (
+        lambda: nn.Sequential(without("bias", nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 3)),
+        (2, 4, 4),
+    ),
     "norm without weights": (
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3), settled(nn.BatchNorm2d(4, affine=False))),
         (2, 4, 4),
@@ -123,7 +144,13 @@ def test_every_layer_equals_pytorchs_double_backward(name):
     torch.manual_seed(0)
     make, shape = LAYERS[name]
     images = torch.randn(3, *shape).double()
-    assert_both_agree(Ends(make().double(), images.double()).double().eval(), images)
+    model = Ends(make().double(), images.double()).double().eval()
+    assert_both_agree(model, images)
+    found, expected = (copy.deepcopy(model) for _ in range(2))
+    explain(found, images, targets(images), 0.0, create_graph=True)[0].square().sum().backward()
+    expected(images).square().sum().backward()
+    for mine, theirs in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 class OutputUsedTwice(nn.Module):
@@ -159,12 +186,23 @@ class Concatenated(nn.Module):
         self.last = nn.Linear(7, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.cat([x, F.relu(self.first(x))], dim=-3)
+        y = torch.cat([torch.tensor([]), x, F.relu(self.first(x))], dim=-3)
         y = torch.concat((y, F.relu(self.second(y))), axis=1)
         return self.last(y.mean((2, 3)))
 
 
-@pytest.mark.parametrize("model", [OutputUsedTwice, SameLayerTwice, Concatenated])
+class OneByOne(nn.Module):
+    """The layers see single images, without a batch axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.back, self.last = nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 5, 3), nn.Linear(125, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(F.relu(self.back(F.relu(self.conv(image)))).flatten()) for image in x])
+
+
+@pytest.mark.parametrize("model", [OutputUsedTwice, SameLayerTwice, Concatenated, OneByOne])
 def test_outputs_and_weights_may_be_used_more_than_once(model):
     torch.manual_seed(0)
     assert_both_agree(model().double().eval(), torch.randn(3, 2, 5, 5).double())
@@ -237,6 +275,43 @@ def test_a_backward_pass_that_stopped_early_leaves_nothing_to_the_next():
     torch.testing.assert_close(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters))
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
+def test_a_hook_between_a_layer_and_its_norm_changes_the_gradient_as_in_pytorch(norm):
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), settled(norm(4))), images).double().eval()
+    model.layer[0].register_forward_hook(lambda module, given, z: z.register_hook(lambda g: 0.1 * g) and None)
+    assert_both_agree(model, images)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, ScaleNorm])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_second_derivative_of_the_logits_is_pytorchs(norm, mode):
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), settled(norm(4))), images).double().train(mode == "train")
+    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+
+    def second(logits: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(logits.square().sum(), weights, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), weights)
+
+    expected = second(model(images))
+    torch.testing.assert_close(second(explain(model, images, targets(images), 0.1, create_graph=True)[0]), expected)
+
+
+def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
+    torch.manual_seed(0)
+    images = torch.rand(2, 2, 4, 4).double()
+    model = Ends(nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)), images).double().train()
+    logits, heatmaps = explain(model, images, targets(images), 0.1, create_graph=True)
+    weight = model.layer[0].weight
+    (expected,) = torch.autograd.grad(logits.square().sum(), weight, retain_graph=True)
+    torch.autograd.grad(heatmaps.square().sum(), model.last.weight, retain_graph=True)  # weighs losses, say
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), weight)[0], expected)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large():
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
     with torch.no_grad():
@@ -244,6 +319,7 @@ def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_lar
         model[2].weight.fill_(1e4)
     images = torch.tensor([[1.0, 1.0], [2.0, 0.5]])
     _, heatmaps = explain(model, images, torch.tensor([0, 1]), torch.tensor([0.0, 0.1]), create_graph=True)
-    heatmaps.square().sum().backward()
+    with torch.autograd.detect_anomaly():  # raises where any gradient is NaN on its way
+        heatmaps.square().sum().backward()
     assert torch.isfinite(heatmaps).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

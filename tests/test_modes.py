@@ -79,6 +79,15 @@ def test_autocast_runs_the_layers_in_bfloat16_and_stays_close(name, alike):
     assert cosine(gradients(twin), gradients(model)) > alike - 0.2
 
 
+def test_autocast_leaves_double_precision_alone():
+    images, target_class, epsilon = batch(side=8)
+    model = _network()
+    expected = explain(model, images.double(), target_class, epsilon)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = explain(model, images.double(), target_class, epsilon)
+    torch.testing.assert_close(found, expected)
+
+
 def _two_in_parallel(rank: int, directory: str, port: int, find_unused: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -298,6 +298,18 @@ def test_half_precision_neither_overflows_nor_vanishes_where_the_map_does_not():
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_no_images_have_no_heatmaps(create_graph):
+    model, images = vgg11_bn().float(), torch.rand(0, 3, 32, 32)
+    for epsilon in (0.1, torch.rand(0)):
+        logits, heatmaps = explain(model, images, torch.zeros(0, dtype=torch.long), epsilon, create_graph)
+        assert heatmaps.shape == images.shape
+        assert len(logits) == 0
+    if create_graph:
+        (heatmaps.sum() + logits.sum()).backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_a_batch_of_one_value_does_not_poison_a_batch_norm():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).train()
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -562,8 +574,9 @@ def test_stopped_relevance_is_a_constant_in_the_map_and_connected_in_the_outer_g
         ({"target_class": torch.tensor([0, -1])}, "target_class -1"),
         ({"target_class": torch.tensor([0.0, 1.0])}, "one integer for each of the 2 images"),
         ({"target_class": torch.tensor([0])}, "one integer for each of the 2 images"),
-        ({"epsilon": -0.1}, "epsilon must be 0 or more, got -0.1"),
+        ({"epsilon": -0.1}, "epsilon must be 0 or more, and finite, got -0.1"),
         ({"epsilon": float("nan")}, "epsilon must be 0 or more"),
+        ({"epsilon": torch.tensor([0.1, float("inf")])}, "epsilon must be 0 or more, and finite, got inf"),
         ({"epsilon": torch.rand(3)}, r"epsilon must be a number or have shape \(2,\)"),
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "divide uint8 images by 255"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lxt
+import numpy as np
 import oracles
 import pytest
 import timm
@@ -837,10 +838,25 @@ def test_where_the_batch_axis_is_said_to_be_it_is(chain):
             assert torch.equal(x.movedim(axis, 0)[image != i], base.movedim(axis, 0)[image != i])
 
 
+@pytest.mark.parametrize("index", [np.array([0, 1]), range(2), ((0, 1),), [0, 1], (np.array([0, 1]), 0)], ids=str)
+def test_where_the_batch_axis_is_behind_a_sequence_as_an_index_is_not_guessed(index):
+    x = torch.rand(4, 2, 2, 2)
+    assert batch_axis_after({id(x): 1}, 2, T.__getitem__, (x, index), {}, x[index]) is None
+
+
+def test_attention_of_queries_and_keys_that_are_weights_is_explained():
+    images, targets, epsilon = tokens()
+    query, key = torch.rand(3, 2, 5).double(), torch.rand(3, 4, 5).double()
+    maps = explain(lambda x: F.scaled_dot_product_attention(query, key, x).sum(1), images, targets, epsilon)[1]
+    attention = F.softmax(query @ key.mT / 5**0.5, -1).sum(1)
+    torch.testing.assert_close(maps, images * attention[..., None] * F.one_hot(targets, 5)[:, None])
+
+
 @pytest.mark.parametrize(
     ("func", "arguments"),
     [
         (T.__getitem__, lambda x: (x, (slice(None), 0))),
+        (T.__getitem__, lambda x: (x, (slice(None), np.int64(0)))),
         (T.__getitem__, lambda x: (x, (Ellipsis, slice(0, 2)))),
         (T.__getitem__, lambda x: (x, (slice(None), torch.tensor([0, 1]), slice(1, None)))),
         (T.reshape, lambda x: (x, -1, 2, 6)),

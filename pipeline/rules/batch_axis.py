@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from operator import mul
 from typing import Any
 
@@ -28,7 +29,7 @@ def batch_axis_after(axes: Axes, samples: int, func: Any, args: Any, kwargs: Any
 
     ``axes`` holds the axis in each of its arguments that carry relevance, of ``samples`` images.
     """
-    if None in axes.values() or not output.dim():
+    if None in axes.values() or not output.dim() or not samples:
         return None
     follow = _FOLLOW.get(func, _same_shape)
     try:
@@ -81,7 +82,8 @@ def _agreed(values: list[int]) -> int | None:
 
 def _same_shape(call: _Call) -> int | None:
     """An operation of which nothing else is known: it keeps the axis if it keeps the shape."""
-    return call.axis if call.carrying == [call.input] and call.output.shape == call.input.shape else None
+    alone = len(call.carrying) == 1 and call.carrying[0] is call.input
+    return call.axis if alone and call.output.shape == call.input.shape else None
 
 
 def _broadcast(call: _Call) -> int | None:
@@ -180,10 +182,13 @@ def _other_axes(position: int) -> Callable[[_Call], int | None]:
     return follow
 
 
+_INDEX = (Integral, slice, type(None), type(Ellipsis), Tensor)
+
+
 def _getitem(call: _Call) -> int | None:
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    if any(isinstance(item, bool | list) for item in index):
-        return None
+    if any(isinstance(item, bool) or not isinstance(item, _INDEX) for item in index):
+        return None  # a mask, or a sequence, which indexes as a tensor does
     advanced = [item for item in index if isinstance(item, Tensor)]
     if advanced and (len(advanced) > 1 or advanced[0].dtype == torch.bool or any(isinstance(i, int) for i in index)):
         return None

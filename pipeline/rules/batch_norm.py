@@ -62,7 +62,7 @@ class BatchNorm:
         dz = dgamma = dbeta = None
         if g is not None:
             running = (None, None) if self.training else (mean, var)
-            mask = [True, gamma is not None, gamma is not None]
+            mask = [True, gamma is not None, True]
             dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
                 g, z, gamma, *running, mean, inverse, self.training, self.eps, mask
             )
@@ -149,7 +149,7 @@ class _Normalised(Function):
         if g is None and dk is None:
             return (None,) * 5
         dz, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
-        return None, dz, None, dgamma, dbeta
+        return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
@@ -171,6 +171,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
+    if not input.numel():  # the kernel of the backward pass divides by the number of values, and the process dies
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
         raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)

@@ -89,7 +89,8 @@ class _Concatenate(Function):
 
     @staticmethod
     def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
-        ctx.dim, ctx.sizes = dim, [part.shape[dim] for part in parts]
+        ctx.dim = dim
+        ctx.sizes = [0 if part.shape == (0,) else part.shape[dim] for part in parts]  # (0,) fits any other shape
         return torch.cat(parts, dim)
 
     @staticmethod

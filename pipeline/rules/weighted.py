@@ -198,12 +198,12 @@ class _Weighted(Function):
             out: Tensor | None = call.layer.output(x, weight, bias)
         else:
             out, k, *saved = norm.output(z, gamma, beta)
-        ctx.save_for_backward(x, weight, link, k, z, gamma, *saved)
+        ctx.save_for_backward(x, weight, bias, link, k, z, gamma, *saved)
         return out, link, k
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, dlink: Tensor | None, dk: Tensor | None = None) -> Any:
-        x, weight, link, k, z, gamma, *saved = ctx.saved_tensors
+        x, weight, bias, link, k, z, gamma, *saved = ctx.saved_tensors
         layer: Layer = ctx.call.layer
         if ctx.call.state.epsilon is not None:
             if g is None:
@@ -214,10 +214,13 @@ class _Weighted(Function):
             dx = _WeightedRelevance.apply(g, weight.detach(), k, link, x.detach(), layer, pending)
             return None, dx, *[None] * 6
 
+        wanted = ctx.needs_input_grad
         dgamma = dbeta = None
         if ctx.norm is not None and (g is not None or dk is not None):
+            if torch.is_grad_enabled():  # a second derivative is wanted, which sees how z came about
+                z = layer.output(x, weight, bias)
             g, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
-        wanted = ctx.needs_input_grad
+            dbeta = dbeta if wanted[7] else None
         dx = None
         if g is not None and wanted[1] and ctx.call.outer:
             dx = layer.input_grad(g, weight, x)
@@ -253,10 +256,13 @@ class _Call:
 def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Call a layer and remember the call, for the norm that may come next."""
     require_constant(trace, func, weight, bias)
+    if x.dim() < weight.dim():  # a single sample: the kernels want a batch
+        return weighted(trace, func, layer, x.unsqueeze(0), weight, bias).squeeze(0)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
+        given = (x, weight, bias)  # autocast leaves float64 alone
+        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given)  # type: ignore
     out, _, _ = _Weighted.apply(call, x, weight, bias)
     trace.latest = out.grad_fn, (call, x, weight, bias)
     return out
@@ -269,6 +275,8 @@ def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta
     """
     node, arguments = trace.latest
     if node is None or z.grad_fn is not node:
+        return None
+    if z._backward_hooks or z.retains_grad:  # somebody looks at z's gradient, or changes it
         return None
     return _Weighted.apply(*arguments, z.detach(), norm, gamma, beta)[0]
 
