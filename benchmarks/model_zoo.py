@@ -46,7 +46,7 @@ xcit_nano_12_p16_224 pit_ti_224 convit_tiny mixer_s32_224 gmixer_12_224 gmlp_ti1
 samvit_base_patch16 vit_small_patch14_dinov2 hiera_tiny_224 tiny_vit_5m_224 vit_relpos_small_patch16_224""".split()  # noqa: SIM905
 
 OPEN_CLIP = """RN50 RN50x4 ViT-B-32 ViT-B-32-quickgelu ViT-B-16 ViT-B-16-SigLIP convnext_base coca_ViT-B-32 EVA02-B-16
-ViTamin-S mt5-base-ViT-B-32 MobileCLIP-S1 ViT-B-32-plus-256 nllb-clip-base""".split()  # noqa: SIM905
+ViTamin-S MobileCLIP-S1 ViT-B-32-plus-256""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def smallest(build: Callable[[int], nn.Module], sides: tuple[int, ...]) -> tuple
                 model = build(side)
                 model.train()(torch.rand(BATCH, 3, side, side))
             return model, side
-        except (ModelError, RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        except (ModelError, RuntimeError, ValueError, AssertionError, IndexError, TypeError, OSError) as error:
             reason = error
     raise ModelError(f"takes none of {sides}: {str(reason).splitlines()[0][:80]}")
 
