@@ -36,7 +36,7 @@ class _ReLURelevance(Function):
         share = _shared_out(v, a, epsilon)
         dg = (share * a).to(a.dtype)
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
-        return dg, share.mul_(scaled).mul_(epsilon).to(a.dtype), None
+        return dg, share.mul_(epsilon).mul_(scaled).to(a.dtype), None  # in this order, lest it be infinity times 0
 
 
 class _ReLU(Function):
