@@ -95,7 +95,7 @@ class Trace:
             raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
         one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
         self.state.uniform = (float(epsilon[0]) if samples else 0.0) if bool((epsilon == epsilon[:1]).all()) else None
-        self.state.epsilon = epsilon.to(self.logits)
+        self.state.epsilon = epsilon.to(self.logits.device, torch.promote_types(self.logits.dtype, torch.float32))
         try:
             (gradient,) = torch.autograd.grad(
                 self.logits,
@@ -109,7 +109,8 @@ class Trace:
             self.state.epsilon = None
         if not create_graph:
             return (self._images * gradient).detach()
-        return (self._images if self._asked_for_images else self._images.detach()) * gradient
+        with torch.enable_grad():
+            return (self._images if self._asked_for_images else self._images.detach()) * gradient
 
     def _check_logits(self, tracer: Tracer) -> None:
         samples = tracer.samples

@@ -312,13 +312,14 @@ def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large():
+@pytest.mark.parametrize("epsilon", [(0.0, 0.1), (0.1, 0.0)])
+def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large(epsilon):
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -1], [-1, 1], [1, 1], [0, 0]]))
         model[2].weight.fill_(1e4)
     images = torch.tensor([[1.0, 1.0], [2.0, 0.5]])
-    _, heatmaps = explain(model, images, torch.tensor([0, 1]), torch.tensor([0.0, 0.1]), create_graph=True)
+    _, heatmaps = explain(model, images, torch.tensor([0, 1]), torch.tensor(epsilon), create_graph=True)
     with torch.autograd.detect_anomaly():  # raises where any gradient is NaN on its way
         heatmaps.square().sum().backward()
     assert torch.isfinite(heatmaps).all()

@@ -402,7 +402,9 @@ def test_explaining_works_where_gradients_are_off(context):
     expected = explain(model, images, torch.tensor([0, 1]), 0.1)[1]
     with context():
         found = explain(model, images.clone(), torch.tensor([0, 1]), 0.1)[1]
+        connected = explain(model, images.clone(), torch.tensor([0, 1]), 0.1, create_graph=True)[1]
     assert torch.equal(found, expected)
+    assert connected.requires_grad
 
 
 def test_nothing_of_a_pass_stays_in_memory():

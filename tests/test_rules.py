@@ -215,6 +215,18 @@ def test_the_identity_rule_is_its_formula():
         torch.testing.assert_close(heatmap, expected.detach())
 
 
+def test_both_zeros_have_the_same_sign():
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x * torch.tensor([1.0, -1.0]))
+
+    images = torch.zeros(1, 2, requires_grad=True)  # times -1 this is -0, and the map 0 whatever G is
+    _, heatmaps = explain(Scaled(), images, torch.tensor([0]), 0.1, create_graph=True)
+    first = torch.autograd.grad(heatmaps.sum(), images)[0][0, 0]
+    _, heatmaps = explain(Scaled(), images, torch.tensor([1]), 0.1, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(heatmaps.sum(), images)[0][0, 1], -first)
+
+
 def test_at_zero_neither_map_nor_gradient_explodes():
     for operation in (F.silu, F.gelu, torch.tanh, F.hardswish):
         model = Between(operation, bias=False)

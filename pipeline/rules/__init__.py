@@ -3,7 +3,7 @@
 A rule is called in place of the function during the forward pass and puts into the autograd graph a node
 with two behaviours: its backward is the relevance rule while ``state.epsilon`` is set, and the true
 gradient otherwise. The rules' own backwards serve the gradient of a loss on heatmaps; a further derivative
-raises. Not here: how a pass is run and how relevance is followed (`relevance.py`).
+raises. Not here: how a pass is run (`relevance.py`) and how relevance is followed (`tracer.py`).
 """
 
 from pipeline.rules import activations, attention, norms, products, relu, weighted  # their rules enter the table

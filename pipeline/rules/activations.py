@@ -64,7 +64,7 @@ class _IdentityRelevance(Function):
 
 
 def _stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
-    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x).add_(x)
+    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x + 0).add_(x)  # -0 + 0 = 0
 
 
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
