@@ -93,23 +93,22 @@ class Trace:
         epsilon = _checked_epsilon(epsilon, samples)
         if self.state.epsilon is not None:
             raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
-        one_hot = torch.zeros_like(self.logits).scatter_(1, target_class[:, None], 1)
         self.state.uniform = (float(epsilon[0]) if samples else 0.0) if bool((epsilon == epsilon[:1]).all()) else None
-        self.state.epsilon = epsilon.to(self.logits.device, torch.promote_types(self.logits.dtype, torch.float32))
-        try:
-            (gradient,) = torch.autograd.grad(
-                self.logits,
-                self._images,
-                one_hot,
-                create_graph=create_graph,
-                retain_graph=create_graph or keep_graph,
-                materialize_grads=True,
-            )
-        finally:
-            self.state.epsilon = None
-        if not create_graph:
-            return (self._images * gradient).detach()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+            one_hot = torch.zeros_like(self.logits).scatter_(1, target_class.clone()[:, None], 1)
+            wide = torch.promote_types(self.logits.dtype, torch.float32)
+            self.state.epsilon = epsilon.clone().to(self.logits.device, wide)
+            try:
+                (gradient,) = torch.autograd.grad(
+                    self.logits,
+                    self._images,
+                    one_hot,
+                    create_graph=create_graph,
+                    retain_graph=create_graph or keep_graph,
+                    materialize_grads=True,
+                )
+            finally:
+                self.state.epsilon = None
             return (self._images if self._asked_for_images else self._images.detach()) * gradient
 
     def _check_logits(self, tracer: Tracer) -> None:
