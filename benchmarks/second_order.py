@@ -152,12 +152,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def _checkpoint(forward: Callable[..., Tensor], given: Tensor | list[Tensor]) -> Tensor:
+    given = list(given) if isinstance(given, list) else given  # DenseNet's list of features grows
+    return checkpoint(forward, given, use_reentrant=False)
+
+
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Blocks keep their input alone and are computed again on the way back."""
     chosen = blocks(model)
     for block in chosen:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(_checkpoint, block.forward)
     yield
     for block in chosen:
         del block.forward  # back to that of its class

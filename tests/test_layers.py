@@ -324,3 +324,13 @@ def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_lar
         heatmaps.square().sum().backward()
     assert torch.isfinite(heatmaps).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("change", ["running_mean", "running_var", "weight", "bias"])
+def test_a_norm_for_another_number_of_channels_is_refused(change):
+    norm = nn.BatchNorm2d(4)
+    setattr(norm, change, nn.Parameter(torch.ones(3)) if change in ("weight", "bias") else torch.ones(3))
+    images = torch.rand(2, 2, 4, 4)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), norm, nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(RuntimeError, match=f"{change} should contain 4 elements"):
+        explain(model, images, targets(images), 0.1)

@@ -171,6 +171,10 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, vector in vectors.items():
+        if vector is not None and vector.numel() != input.shape[1]:  # the kernel would read and write past its end
+            raise RuntimeError(f"{name} should contain {input.shape[1]} elements, not {vector.numel()}")
     if not input.numel():  # the kernel of the backward pass divides by the number of values, and the process dies
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
