@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from pipeline.rules.node import input_gradient, node, stabilised_quotient
+from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class _IdentityRelevance(Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any) -> Tensor:
-        share = function(x) / _stabilised(x, epsilon)
+        share = function(x) / stabilised(x, epsilon)
         ctx.function = function
         ctx.save_for_backward(g, x, epsilon, share)
         return g * share
@@ -57,14 +57,10 @@ class _IdentityRelevance(Function):
     @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         g, x, epsilon, share = ctx.saved_tensors
-        vg, d = v * g, _stabilised(x, epsilon)
+        vg, d = v * g, stabilised(x, epsilon)
         # d/dx f(x)/d = (f'(x) − f(x)/d) / d
         dx = input_gradient(ctx.function, x, vg).sub_(vg.mul_(share)).div_(d)
         return v * share, dx.masked_fill_(d.abs_() < torch.finfo(x.dtype).eps, 0), None, None
-
-
-def _stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
-    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x + 0).add_(x)  # -0 + 0 = 0
 
 
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:

@@ -70,14 +70,18 @@ def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
     return _Share.apply(state, x, fraction)
 
 
+def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
+    """``x + ε·sign(x)`` with sign(0) = +1, for 0 of either sign."""
+    return x + torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x + 0)  # -0 + 0 = 0
+
+
 def stabilised_quotient(numerator: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
     """``numerator / (x + ε·sign(x))`` with sign(0) = +1, where both are small together.
 
     Where the denominator is below the rounding error of 1 the quotient is a constant for the second order: the slope
     of a quotient of two such small numbers is rounding noise, and boundless.
     """
-    finfo = torch.finfo(x.dtype)
-    epsilon = epsilon.clamp_min(finfo.tiny)
-    flat = x.abs() + epsilon < finfo.eps
-    numerator, x = (torch.where(flat, value.detach(), value) for value in (numerator, x))
-    return numerator / torch.where(x < 0, x - epsilon, x + epsilon)
+    denominator = stabilised(x, epsilon)
+    flat = denominator.abs() < torch.finfo(x.dtype).eps
+    numerator, denominator = (torch.where(flat, value.detach(), value) for value in (numerator, denominator))
+    return numerator / denominator

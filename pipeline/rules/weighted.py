@@ -160,9 +160,8 @@ class _WeightedRelevance(Function):
             if k is not None:
                 dk = sum_per_channel(g * dg)
                 dg *= channels(k, g)
-                g = g * channels(k, g)
             if pending is not None:
-                pending.add((v, g))
+                pending.add((v, g if k is None else g * channels(k, g)))
         return dg, None, dk, torch.zeros_like(link), *[None] * 3
 
 
