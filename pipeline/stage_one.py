@@ -98,7 +98,7 @@ def cache_explanations(
     place(model, torch_device)
     _explain_one(model, chosen, explainer, torch_device)
     cache = create_cache(out, info, head)
-    missing = [shard for shard in range(info.shards) if not cache.intact(shard)]
+    missing = np.flatnonzero(~cache.committed()).tolist()
 
     def task(shard: int) -> None:
         cache.write_shard(shard, explain_shard(model, chosen, info, shard, batch_size, torch_device))

@@ -1,5 +1,8 @@
 """The heatmap store: layout, writer and reader. Usable alone: it needs NumPy and Zarr, no model and no PyTorch."""
 
+from teacher_cache.claims import Claims, claim_writing
+from teacher_cache.codec import PRECISIONS, choose_compression
+from teacher_cache.inspection import damaged_shards, inspect_cache, repair
 from teacher_cache.layout import (
     CacheError,
     CacheInfo,
@@ -12,17 +15,24 @@ from teacher_cache.layout import (
 from teacher_cache.store import Cache, Shard, check_complete, create_cache, head_sha256, open_cache
 
 __all__ = [
+    "PRECISIONS",
     "Cache",
     "CacheError",
     "CacheInfo",
+    "Claims",
     "DatasetInfo",
     "ExplainerInfo",
     "Shard",
     "StorageInfo",
     "TeacherInfo",
     "check_complete",
+    "choose_compression",
+    "claim_writing",
     "create_cache",
+    "damaged_shards",
     "head_sha256",
+    "inspect_cache",
     "open_cache",
     "plan_storage",
+    "repair",
 ]

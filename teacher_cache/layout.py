@@ -1,4 +1,4 @@
-"""What a heatmap store says of itself: the group's attributes, as data, checked where they come in."""
+"""What a heatmap store says of itself and where in it everything lies: plans, as data, checked where they come in."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
+from teacher_cache.codec import PRECISIONS, Compression
+
 KIND = "explanation-distillation cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class CacheError(ValueError):
@@ -53,10 +55,13 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class StorageInfo:
-    """How arrays are laid out: a shard is what is computed, written, committed and resumed as one."""
+    """How heatmaps are laid out. ``precision`` and ``codec``: see `teacher_cache.codec`; maps are average-pooled by
+    ``resolution``; a shard is what is computed, written, committed and resumed as one, a chunk what is compressed
+    as one: some samples of one draw."""
 
-    dtype: str
+    precision: str
     codec: str
+    resolution: int
     shard_samples: int
     chunk_samples: int
 
@@ -77,6 +82,9 @@ class CacheInfo:
     @classmethod
     def from_dict(cls, attributes: dict[str, Any]) -> CacheInfo:
         """Raises CacheError naming the section whose fields are not those of this format version."""
+        known = {*_SECTIONS, "written_by", "kind", "format_version"}
+        if unknown := sorted(set(attributes) - known):
+            raise CacheError(f"it has attributes that this program does not know: {', '.join(unknown)}")
         parts: dict[str, Any] = {}
         for section, kind in _SECTIONS.items():
             values = attributes.get(section)
@@ -95,13 +103,30 @@ class CacheInfo:
         written_by = attributes.get("written_by")
         if not isinstance(written_by, dict):
             raise CacheError(f"its attribute 'written_by' is {written_by!r}, expected names and versions")
-        if min(parts["storage"].shard_samples, parts["storage"].chunk_samples, parts["explainer"].draws) < 1:
-            raise CacheError(f"its attributes have a size under 1: {parts['storage']}, {parts['explainer']}")
-        return cls(written_by=written_by, **parts)
+        info = cls(written_by=written_by, **parts)
+        _check(info)
+        return info
 
     @property
     def shards(self) -> int:
         return -(-self.dataset.samples // self.storage.shard_samples)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of one draw of a whole shard."""
+        return self.storage.shard_samples // self.storage.chunk_samples
+
+    @property
+    def map_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a stored heatmap."""
+        channels, height, width = self.dataset.image_shape
+        return channels, height // self.storage.resolution, width // self.storage.resolution
+
+    @property
+    def raw_bytes(self) -> int:
+        """Of the heatmaps as float32 at full resolution."""
+        channels, height, width = self.dataset.image_shape
+        return 4 * self.dataset.samples * self.explainer.draws * channels * height * width
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First sample of a shard, and the one after its last. Raises IndexError for a shard that there is not."""
@@ -129,13 +154,66 @@ _SECTIONS: dict[str, Any] = {
     "storage": StorageInfo,
 }
 
+
+def _check(info: CacheInfo) -> None:
+    """Raise CacheError for values that no store has."""
+    storage, shape = info.storage, info.dataset.image_shape
+    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in (*shape, info.dataset.samples)):
+        raise CacheError(f"its attribute 'dataset' has no sizes of images: {info.dataset}")
+    if min(storage.shard_samples, storage.chunk_samples, storage.resolution, info.explainer.draws) < 1:
+        raise CacheError(f"its attributes have a size under 1: {storage}, {info.explainer}")
+    if storage.shard_samples % storage.chunk_samples:
+        raise CacheError(f"its shards are no whole number of chunks: {storage}")
+    if storage.precision not in PRECISIONS:
+        raise CacheError(f"its precision is '{storage.precision}', this program knows {', '.join(PRECISIONS)}")
+    if min(info.map_shape) < 1:
+        raise CacheError(f"its maps are empty: images {shape}, average-pooled by {storage.resolution}")
+    try:
+        Compression.parse(storage.codec)
+    except ValueError as error:
+        raise CacheError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """One array of a store: shape and type in Zarr, the names of its axes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    dimensions: tuple[str, ...]
+
+
+def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
+    """Every array of a store, in the order in which they are created."""
+    rows = (info.dataset.samples, info.explainer.draws)
+    maps = (*rows, *info.map_shape)
+    logits = (rows[0], len(info.teacher.class_names))
+    record = len(ROWS) + info.chunks * info.explainer.draws
+    return {
+        "heatmaps": ArrayPlan(maps, PRECISIONS[info.storage.precision], ("sample", "draw", "channel", "y", "x")),
+        "scale": ArrayPlan(rows, "float32", ("sample", "draw")),
+        "target_class": ArrayPlan(rows, "int32", ("sample", "draw")),
+        "epsilon": ArrayPlan(rows, "float32", ("sample", "draw")),
+        "teacher_logits": ArrayPlan(logits, "float32", ("sample", "class")),
+        "commits": ArrayPlan((info.shards, record), "uint32", ("shard", "checksum")),
+    }
+
+
+ROWS = ("scale", "target_class", "epsilon", "teacher_logits")  # what a shard holds besides heatmaps, a chunk each
+
 SHARD_BYTES = 2**25  # of stored heatmaps, before compression
 MAX_SHARD_SAMPLES, MAX_CHUNK_SAMPLES = 1024, 64
 
 
-def plan_storage(draws: int, image_shape: tuple[int, int, int]) -> StorageInfo:
-    """Shards of at most 32 MiB and 1,024 samples, a power of two; inner chunks of 64 samples of one draw."""
+def plan_storage(
+    draws: int,
+    image_shape: tuple[int, int, int],
+    precision: str = "float16",
+    codec: str = "blosc-lz4-5-bitshuffle",
+    resolution: int = 1,
+) -> StorageInfo:
+    """Shards of at most 32 MiB and 1,024 samples, a power of two; chunks of at most 64 samples of one draw."""
     channels, height, width = image_shape
     fitting = max(1, SHARD_BYTES // (draws * channels * height * width * 2))
     shard = min(MAX_SHARD_SAMPLES, 2 ** (fitting.bit_length() - 1))
-    return StorageInfo("float16", "blosc-zstd-3-bitshuffle", shard, min(MAX_CHUNK_SAMPLES, shard))
+    return StorageInfo(precision, codec, resolution, shard, min(MAX_CHUNK_SAMPLES, shard))

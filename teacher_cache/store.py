@@ -1,35 +1,40 @@
 """The heatmap store: create, write shard by shard, read. Knows arrays, not models.
 
 A shard without its commit record does not exist for a reader, so whatever interrupts a writer, what can be
-read is whole. One shard is written by one writer: two writers of one shard lose data in Zarr.
+read is whole. One shard is written by one writer (`teacher_cache.claims`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shutil
-import uuid
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
-from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo
+from data.storage import Folder, Location, delete, keys, names, open_store, read, write, write_new
+from teacher_cache import codec
+from teacher_cache.codec import Compression, DamageError
+from teacher_cache.layout import FORMAT_VERSION, KIND, ROWS, CacheError, CacheInfo, plan_arrays
 
 REMEDY = "make one with: python cli.py cache-explanations"
+CONTINUE = "run the cache-explanations command that made it again, it continues where it stopped"
 
 
 @dataclass(frozen=True)
 class Shard:
     """The content of one shard: n samples, D draws, K classes.
 
-    heatmaps: float32 (n, D, C, H, W); target_class: int64 (n, D); epsilon: float32 (n, D);
-    teacher_logits: float32 (n, K).
+    heatmaps: float32 (n, D, C, H, W), as read (n, D, C, h, w) where the store has a smaller resolution;
+    target_class: int64 (n, D); epsilon: float32 (n, D); teacher_logits: float32 (n, K).
     """
 
     heatmaps: np.ndarray
@@ -41,49 +46,41 @@ class Shard:
 class Cache:
     """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,).
 
-    Raises CacheError where its arrays are not those that the attributes promise.
+    ``draw_fields`` are what `read_draw` fills, name → (shape of one sample, dtype).
     """
 
-    def __init__(self, path: str, root: zarr.Group, info: CacheInfo):
-        self.path, self.info = path, info
-        try:
-            self._arrays = dict(root.arrays())
-            found = {name: (array.shape, str(array.dtype)) for name, array in self._arrays.items()}
-            head = root.get("head")
-            self.head: Mapping[str, np.ndarray] = (
-                {name: np.asarray(array[:]) for name, array in head.arrays()} if isinstance(head, zarr.Group) else {}
-            )
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:  # what Zarr says of broken metadata and chunks
-            raise CacheError(f"the store {path} is damaged ({error}): remove it and make it again") from error
-        expected = {name: (shape, dtype) for name, (shape, dtype, _) in _plan(info).items()}
-        if found != expected:
-            raise CacheError(
-                f"the store {path} is damaged: its arrays are {found}, its attributes promise {expected}; "
-                "remove it and make it again"
-            )
-        if head_sha256(self.head) != info.teacher.head_sha256:
-            raise CacheError(f"the teacher's last layer in the store {path} is damaged: remove it and make it again")
+    def __init__(self, path: str, store: Store, info: CacheInfo, head: Mapping[str, np.ndarray]):
+        self.path, self.store, self.info, self.head = path, store, info, head
+        self._plan = plan_arrays(info)
+        self._compression = Compression.parse(info.storage.codec)
+        stored = np.dtype(self._plan["heatmaps"].dtype)
+        self.draw_fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            "heatmaps": (info.map_shape, stored),
+            "scale": ((), np.dtype(np.float32)),
+            "target_class": ((), np.dtype(np.int64)),
+            "epsilon": ((), np.dtype(np.float32)),
+        }
 
     def committed(self) -> np.ndarray:
         """Which shards exist: bool (number of shards,)."""
-        return np.array([self._commit(shard).any() for shard in range(self.info.shards)], bool)
+        found = np.zeros(self.info.shards, bool)
+        for name in names(self.store, "commits"):
+            if name.startswith("c.") and (shard := int(name.split(".")[1])) < len(found):
+                found[shard] = True
+        return found
 
-    def intact(self, shard: int) -> bool:
-        """Whether a shard is committed and its content is what was committed; reads all of it."""
-        try:
-            self.read_shard(shard)
-        except CacheError:
-            return False
-        return True
+    def is_committed(self, shard: int) -> bool:
+        return read(self.store, self._key("commits", shard)) is not None
 
-    def _commit(self, shard: int) -> np.ndarray:
-        try:
-            return np.asarray(self._arrays["commits"][shard])
-        except (ValueError, RuntimeError):  # a record that was cut is none
-            return np.zeros(32, np.uint8)
+    def uncommit(self, shard: int) -> None:
+        """From here on there is no such shard, whatever the arrays hold."""
+        delete(self.store, self._key("commits", shard))
 
     def write_shard(self, shard: int, content: Shard) -> None:
-        """Write one whole shard, then its commit record. Safe beside writers of other shards."""
+        """Write one whole shard, then its commit record. Safe beside writers of other shards.
+
+        Raises ValueError for arrays of wrong shapes, CacheError for maps that are not finite, OSError.
+        """
         start, stop = self.info.shard_range(shard)
         draws, classes = (stop - start, self.info.explainer.draws), (stop - start, len(self.info.teacher.class_names))
         expected = ((*draws, *self.info.dataset.image_shape), draws, draws, classes)
@@ -95,72 +92,102 @@ class Cache:
                 f"the heatmaps or logits of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher "
                 "overflows on some of these images; train it with a smaller --lr, or look for damaged images"
             )
-        stored = _encode(content)
-        if self._commit(shard).any():
-            self._arrays["commits"][shard] = 0  # from here on there is no such shard, until it is whole again
-        for name, values in stored.items():
-            self._arrays[name][start:stop] = values
-        self._arrays["commits"][shard] = _digest(stored)
+        storage = self.info.storage
+        maps, scale = codec.quantise(codec.average_pool(content.heatmaps, storage.resolution), storage.precision)
+        file, checksums = codec.pack(maps, self._compression, storage.shard_samples, storage.chunk_samples)
+        rows = {
+            "scale": scale,
+            "target_class": content.target_class,
+            "epsilon": content.epsilon,
+            "teacher_logits": content.teacher_logits,
+        }
+        sealed = {name: codec.seal(self._whole_chunk(name, rows[name])) for name in ROWS}
+        record = np.array([*(codec.checksum(sealed[name][:-4]) for name in ROWS), *checksums], "<u4")
+        self.uncommit(shard)
+        for name in ROWS:
+            write(self.store, self._key(name, shard), sealed[name])
+        write(self.store, self._key("heatmaps", shard), file)
+        write(self.store, self._key("commits", shard), codec.seal(record.tobytes()))
 
-    def read_shard(self, shard: int, draws: np.ndarray | None = None) -> Shard:
-        """Read and check one committed shard; all its draws, or one for each sample, ``draws`` (n,) → D = 1.
+    def read_draw(self, shard: int, draw: int, out: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
+        """Read and check one draw of a committed shard, in the stored form: n samples, arrays as in ``draw_fields``.
+
+        ``heatmaps`` (n, C, h, w) as `teacher_cache.codec.quantise` made them; ``scale``, ``target_class``, ``epsilon``
+        (n,). With ``out``, arrays of these shapes are filled in place. Reads no other draw.
 
         Raises CacheError, naming the shard, where it is not committed or its content is not what was committed.
         """
         start, stop = self.info.shard_range(shard)
-        commit = self._commit(shard)
-        if not commit.any():
-            raise CacheError(
-                f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is not there yet: "
-                "run the cache-explanations command that made the store again, it continues"
-            )
+        if out is None:
+            out = {name: np.empty((stop - start, *shape), dtype) for name, (shape, dtype) in self.draw_fields.items()}
+        with self._reading(shard) as record:
+            for name in ("scale", "target_class", "epsilon"):
+                out[name][:] = self._rows(name, shard, record)[:, draw]
+            self._maps(shard, draw, record, out["heatmaps"])
+        return out
+
+    def read_shard(self, shard: int) -> Shard:
+        """Read and check one committed shard with all its draws, decoded; raises as `read_draw` does."""
+        start, stop = self.info.shard_range(shard)
+        draws = self.info.explainer.draws
+        stored = np.empty((draws, stop - start, *self.info.map_shape), self._plan["heatmaps"].dtype)
+        with self._reading(shard) as record:
+            rows = {name: self._rows(name, shard, record) for name in ROWS}
+            for draw in range(draws):
+                self._maps(shard, draw, record, stored[draw])
+        maps = codec.dequantise(stored.swapaxes(0, 1), rows["scale"], self.info.storage.precision)
+        return Shard(maps, rows["target_class"].astype(np.int64), rows["epsilon"].copy(), rows["teacher_logits"].copy())
+
+    @contextmanager
+    def _reading(self, shard: int) -> Iterator[np.ndarray]:
+        """The commit record, uint32; turns damage that is found inside into CacheError."""
+        start, stop = self.info.shard_range(shard)
+        where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
-            stored = {name: np.asarray(self._arrays[name][start:stop]) for name in _ARRAYS}
-            intact = bool((_digest(stored) == commit).all())
-        except (ValueError, RuntimeError):  # a chunk whose checksum or compressed form is broken
-            intact = False
-        if not intact:
+            raw = read(self.store, self._key("commits", shard))
+            if raw is None:
+                raise CacheError(f"{where} is not there yet: {CONTINUE}")
+            record = codec.unseal(raw).view("<u4")
+            if len(record) != self._plan["commits"].shape[1]:
+                raise DamageError("its commit record has another length")
+            yield record
+        except DamageError as error:
             raise CacheError(
-                f"shard {shard} of {self.path} (samples {start} to {stop - 1}) is damaged: its content is not "
-                "what was committed; run the cache-explanations command that made the store again, it computes what "
-                "is damaged anew"
-            )
-        return _decode(stored, draws)
+                f"{where} is damaged: its content is not what was committed ({error}); run inspect-cache --repair "
+                "on the store, then the cache-explanations command that made it: it computes what is damaged anew"
+            ) from None
 
+    def _rows(self, name: str, shard: int, record: np.ndarray) -> np.ndarray:
+        """One of ROWS of a shard, (n, columns)."""
+        start, stop = self.info.shard_range(shard)
+        raw = read(self.store, self._key(name, shard))
+        if raw is None:
+            raise DamageError(f"its '{name}' is missing")
+        values = codec.unseal(raw, int(record[ROWS.index(name)])).view(self._dtype(name))
+        return values.reshape(self.info.storage.shard_samples, -1)[: stop - start]
 
-_ARRAYS = ("heatmaps", "scale", "target_class", "epsilon", "teacher_logits")
+    def _maps(self, shard: int, draw: int, record: np.ndarray, out: np.ndarray) -> None:
+        chunks, draws, size = self.info.chunks, self.info.explainer.draws, self.info.storage.chunk_samples
+        key = self._key("heatmaps", shard)
+        index = read(self.store, key, 0, codec.index_bytes(chunks, draws))
+        if index is None:
+            raise DamageError("its heatmaps are missing")
+        start, stop, places = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
+        raw = read(self.store, key, start, stop)
+        checksums = record[len(ROWS) + draw * chunks :]
+        codec.unpack(raw or b"", places, checksums, self._compression, size, out)
 
+    def _whole_chunk(self, name: str, values: np.ndarray) -> bytes:
+        """The rows of a shard as Zarr keeps them: a whole chunk, whatever the last shard holds."""
+        whole = np.zeros((self.info.storage.shard_samples, *self._plan[name].shape[1:]), self._dtype(name))
+        whole[: len(values)] = values
+        return whole.tobytes()
 
-def _encode(content: Shard) -> dict[str, np.ndarray]:
-    """Maps as float16 relative to their largest absolute value, which is kept as ``scale``."""
-    maps = np.asarray(content.heatmaps, np.float32)
-    scale = np.abs(maps).max(axis=(2, 3, 4))
-    safe = np.where(scale > 0, scale, 1)[..., None, None, None]
-    return {
-        "heatmaps": (maps / safe).astype(np.float16) + np.float16(0),  # no -0, which Zarr may not tell from 0
-        "scale": scale,
-        "target_class": content.target_class.astype(np.int32),
-        "epsilon": content.epsilon.astype(np.float32),
-        "teacher_logits": content.teacher_logits.astype(np.float32),
-    }
+    def _dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._plan[name].dtype).newbyteorder("<")
 
-
-def _decode(stored: Mapping[str, np.ndarray], draws: np.ndarray | None) -> Shard:
-    chosen = {name: stored[name] for name in ("heatmaps", "scale", "target_class", "epsilon")}
-    if draws is not None:
-        rows = np.arange(len(draws))
-        chosen = {name: values[rows, draws][:, None] for name, values in chosen.items()}
-    maps = chosen["heatmaps"].astype(np.float32)
-    maps *= chosen["scale"][..., None, None, None]
-    return Shard(maps, chosen["target_class"].astype(np.int64), chosen["epsilon"], stored["teacher_logits"])
-
-
-def _digest(stored: Mapping[str, np.ndarray]) -> np.ndarray:
-    """SHA-256 over the stored values of one shard, as uint8 (32,): its commit record."""
-    digest = hashlib.sha256()
-    for name in _ARRAYS:
-        digest.update(np.ascontiguousarray(stored[name]).data)
-    return np.frombuffer(digest.digest(), np.uint8)
+    def _key(self, name: str, shard: int) -> str:
+        return f"{name}/c.{shard}" + ".0" * (len(self._plan[name].shape) - 1)
 
 
 def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
@@ -171,85 +198,64 @@ def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
     return digest.hexdigest() if head else None
 
 
-def _plan(info: CacheInfo) -> dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]]:
-    """Shape, dtype and dimension names of every array of a store."""
-    rows = (info.dataset.samples, info.explainer.draws)
-    return {
-        "heatmaps": ((*rows, *info.dataset.image_shape), info.storage.dtype, ("sample", "draw", "channel", "y", "x")),
-        "scale": (rows, "float32", ("sample", "draw")),
-        "target_class": (rows, "int32", ("sample", "draw")),
-        "epsilon": (rows, "float32", ("sample", "draw")),
-        "teacher_logits": ((rows[0], len(info.teacher.class_names)), "float32", ("sample", "class")),
-        "commits": ((info.shards, 32), "uint8", ("shard", "sha256")),
-    }
-
-
-def create_cache(path: str | Path, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
+def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
     """Create the store with every shard uncommitted, or open the one that the same settings made.
 
-    It is built in a hidden folder beside ``path`` and moved there whole. Raises CacheError for a store made with
-    other settings, FileExistsError for a path that holds anything else.
+    The attributes are written first, and at once: they claim the place. A creation that was interrupted is completed.
+    Raises CacheError for a store made with other settings, FileExistsError for a place that holds anything else.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
-    if path.exists() and any(path.iterdir()):
-        return _reopen(path, info)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        _build(partial, info, head or {})
-        try:
-            partial.rename(path)
-        except OSError:  # somebody else was faster
-            return _reopen(path, info)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_cache(path, writable=True)
+    store = open_store(location, writable=True)
+    path = str(location)
+    if isinstance(store, Folder):
+        if store.root.exists() and not store.root.is_dir():
+            raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
+        store.make()
+    files = _files(info, head or {})
+    if read(store, GROUP) is None:
+        if set(names(store)) - {key.split("/")[0] for key in files}:
+            raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
+        write_new(store, GROUP, files[GROUP])
+    attributes = _attributes(store) or {}
+    if attributes.get("kind") != KIND:
+        raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
+    if differences := _info(path, attributes).differences(info):
+        raise CacheError(
+            f"{path} was made with other settings ({'; '.join(differences)}; the store's first, this "
+            "command's second): give the same ones to continue it, or choose another --out"
+        )
+    head_is_whole = head_sha256(_read_head(store)) == info.teacher.head_sha256
+    for key, value in files.items():
+        if read(store, key) is None or (key.startswith("head/") and not head_is_whole):
+            write(store, key, value)
+    return open_cache(location, writable=True)
 
 
-def _build(path: Path, info: CacheInfo, head: Mapping[str, np.ndarray]) -> None:
-    root = zarr.create_group(str(path), zarr_format=3)
-    shard, chunk = info.storage.shard_samples, info.storage.chunk_samples
-    for name, (shape, dtype, dimensions) in _plan(info).items():
-        layout: dict[str, Any]
-        if name == "heatmaps":
-            layout = {
-                "chunks": (chunk, 1, *shape[2:]),
-                "shards": (shard, *shape[1:]),
-                "compressors": (BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=2), Crc32cCodec()),
-            }
-        elif name == "commits":
-            layout = {"chunks": (1, 32), "compressors": None}
-        else:
-            layout = {"chunks": (shard, shape[1])}
-        root.create_array(name, shape=shape, dtype=dtype, dimension_names=dimensions, **layout)
-    if head:
-        head_group = root.create_group("head")
-        for name, values in head.items():
-            head_group.create_array(name, data=np.asarray(values, np.float32))
-    root.attrs.put({"kind": KIND, "format_version": FORMAT_VERSION, **info.to_dict()})
-
-
-def open_cache(path: str | Path, *, writable: bool = False) -> Cache:
-    """Open a store, complete or not.
+def open_cache(location: Location, *, writable: bool = False) -> Cache:
+    """Open a store, complete or not; reads its attributes and its head.
 
     Raises CacheError where there is none, it is of another format version, or it is not as its attributes say.
     """
-    path = str(path)
-    attributes = _attributes(path)
-    if attributes.get("kind") != KIND:
-        found = f"its attribute 'kind' is {attributes.get('kind')!r}" if attributes else "there is no Zarr group"
+    path, store = str(location), open_store(location, writable=writable)
+    attributes = _attributes(store)
+    if attributes is None or attributes.get("kind") != KIND:
+        found = "there is no Zarr group" if attributes is None else f"its 'kind' is {attributes.get('kind')!r}"
         raise CacheError(f"no heatmap store at {path}: {found}; {REMEDY}")
-    if attributes.get("format_version") != FORMAT_VERSION:
-        raise CacheError(
-            f"{path} has store format version {attributes.get('format_version')!r}, this program reads version "
-            f"{FORMAT_VERSION}: use the program that wrote it, or make the store again"
-        )
-    try:
-        info = CacheInfo.from_dict(attributes)
-    except CacheError as error:
-        raise CacheError(f"{path} is no store that this program can read: {error}; make it again") from None
-    return Cache(path, zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3), info)
+    info = _info(path, attributes)
+    for key, value in _files(info, {}).items():
+        if not key.endswith("/" + GROUP):
+            continue
+        found_layout, expected = _layout(read(store, key)), _layout(value)
+        if found_layout is None:
+            raise CacheError(f"the store {path} is not finished, or damaged: {key} is missing; {CONTINUE}")
+        if found_layout != expected:
+            raise CacheError(
+                f"the store {path} is damaged: {key} says {found_layout}, its attributes promise {expected}; "
+                "make it again"
+            )
+    head = _read_head(store)
+    if head_sha256(head) != info.teacher.head_sha256:
+        raise CacheError(f"the teacher's last layer in the store {path} is damaged or missing: {CONTINUE}")
+    return Cache(path, store, info, head)
 
 
 def check_complete(cache: Cache) -> None:
@@ -257,25 +263,81 @@ def check_complete(cache: Cache) -> None:
     committed = cache.committed()
     if not committed.all():
         raise CacheError(
-            f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; "
-            "run the cache-explanations command that made it again, it continues where it stopped"
+            f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; {CONTINUE}"
         )
 
 
-def _reopen(path: Path, info: CacheInfo) -> Cache:
-    if _attributes(str(path)).get("kind") != KIND:
-        raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
-    cache = open_cache(path, writable=True)
-    if differences := cache.info.differences(info):
-        raise CacheError(
-            f"{path} was made with other settings ({'; '.join(differences)}; the store's first, this "
-            "command's second): give the same ones to continue it, or choose another --out"
-        )
-    return cache
+GROUP = "zarr.json"
 
 
-def _attributes(path: str) -> dict[str, Any]:
+def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """What a store without shards consists of: every key with its bytes, as Zarr itself writes them."""
+    memory = MemoryStore()
+    attributes = {"kind": KIND, "format_version": FORMAT_VERSION, **info.to_dict()}
+    root = zarr.create_group(memory, zarr_format=3, attributes=attributes)
+    storage = info.storage
+    chosen = Compression.parse(storage.codec)
+    for name, plan in plan_arrays(info).items():
+        layout: dict[str, Any]
+        if name == "heatmaps":
+            typesize = np.dtype(plan.dtype).itemsize
+            options: dict[str, Any] = {"cname": chosen.compressor, "clevel": chosen.level, "shuffle": chosen.shuffle}
+            blosc = BloscCodec(**options, typesize=typesize)
+            layout = {
+                "chunks": (storage.chunk_samples, 1, *plan.shape[2:]),
+                "shards": {"shape": (storage.shard_samples, *plan.shape[1:]), "index_location": "start"},
+                "compressors": (blosc, Crc32cCodec()),
+            }
+        else:
+            rows = 1 if name == "commits" else storage.shard_samples
+            layout = {"chunks": (rows, *plan.shape[1:]), "compressors": Crc32cCodec()}
+        root.create_array(
+            name, shape=plan.shape, dtype=plan.dtype, dimension_names=plan.dimensions, fill_value=0,
+            chunk_key_encoding={"name": "default", "separator": "."}, **layout,
+        )  # fmt: skip
+    if head:
+        group = root.create_group("head")
+        for name, values in head.items():
+            group.create_array(name, data=np.asarray(values, np.float32), compressors=Crc32cCodec())
+    return {key: raw for key in keys(memory) if (raw := read(memory, key)) is not None}
+
+
+def _layout(metadata: bytes | None) -> dict[str, Any] | None:
+    """What of an array's metadata decides where its bytes lie; None for none."""
     try:
-        return dict(zarr.open_group(path, mode="r", zarr_format=3).attrs)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):  # none there, or not to be read
+        values = json.loads(metadata or b"")
+        return {key: values[key] for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding")}
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _read_head(store: Store) -> dict[str, np.ndarray]:
+    head = {}
+    for name in ("weight", "bias"):
+        if read(store, f"head/{name}/{GROUP}") is not None:
+            try:
+                head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
+            except (ValueError, TypeError, KeyError, RuntimeError):  # what Zarr says of broken metadata and chunks
+                return {}
+    return head
+
+
+def _attributes(store: Store) -> dict[str, Any] | None:
+    """Of the group; empty for one that cannot be read, None where there is none."""
+    raw = read(store, GROUP)
+    try:
+        return None if raw is None else dict(json.loads(raw)["attributes"])
+    except (ValueError, TypeError, KeyError):
         return {}
+
+
+def _info(path: str, attributes: dict[str, Any]) -> CacheInfo:
+    if attributes.get("format_version") != FORMAT_VERSION:
+        raise CacheError(
+            f"{path} has store format version {attributes.get('format_version')!r}, this program reads version "
+            f"{FORMAT_VERSION}: use the program that wrote it, or make the store again"
+        )
+    try:
+        return CacheInfo.from_dict(attributes)
+    except CacheError as error:
+        raise CacheError(f"{path} is no store that this program can read: {error}; make it again") from None

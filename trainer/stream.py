@@ -91,10 +91,10 @@ def read_explained(split: Split, cache: Cache, seed: int) -> ReadBlock:
 def explained_block(split: Split, cache: Cache, shard: int, draws: np.ndarray) -> Block:
     """The block of one shard, each sample with its chosen draw, ``draws`` (n,); see `read_explained`."""
     start, stop = cache.info.shard_range(shard)
-    content = cache.read_shard(shard, draws)
+    content, rows = cache.read_shard(shard), np.arange(stop - start)
     return {
         "images": np.asarray(split.images[start:stop]),
-        "heatmaps": content.heatmaps[:, 0],
-        "target_class": content.target_class[:, 0],
-        "epsilon": content.epsilon[:, 0],
+        "heatmaps": content.heatmaps[rows, draws],
+        "target_class": content.target_class[rows, draws],
+        "epsilon": content.epsilon[rows, draws],
     }

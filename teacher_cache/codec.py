@@ -1,0 +1,195 @@
+"""Heatmaps as bytes and back: precisions, compression, and the shard of Zarr that holds them. No files, no models.
+
+A shard's file is a shard of Zarr's sharding codec, so that any reader of Zarr reads it: first the index, then the
+chunks, all of the first draw, then all of the second, so that one draw is one range of bytes. We write and read it
+here, and not through Zarr, because a stream wants one draw decoded into place at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+from numcodecs import Blosc
+
+PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # the type that each has in Zarr
+SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
+LEVELS = {"lz4": 5, "zstd": 3}
+DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast, but small where small was asked for
+MISSING = np.iinfo(np.uint64).max  # in an index: no such chunk
+
+
+class DamageError(ValueError):
+    """Bytes that are not what they should be."""
+
+
+def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    """Maps float32 (…, C, H, W) as stored, and their ``scale`` float32 (…): each map's largest absolute value.
+
+    - ``float16``: map / scale, rounded to 9 bits of mantissa: the tenth is noise that does not compress; relative
+      error at most 2⁻¹⁰;
+    - ``bfloat16``: map / scale, its bits as uint16, relative error at most 2⁻⁸;
+    - ``int8``: √|map / scale| in 127 steps, with its sign: a companding curve, as relevance is heavy-tailed.
+    """
+    maps = np.asarray(maps, np.float32)
+    scale = np.abs(maps).max(axis=(-3, -2, -1), initial=0)
+    relative = maps / np.where(scale > 0, scale, 1)[..., None, None, None]
+    if precision == "float16":
+        return (_round_off(relative.astype(np.float16).view(np.uint16), 1) & 0xFFFE).view(np.float16), scale
+    if precision == "bfloat16":
+        return (_round_off(relative.view(np.uint32), 16) >> 16).astype(np.uint16), scale
+    if precision == "int8":
+        return np.rint(np.copysign(np.sqrt(np.abs(relative)), relative) * 127).astype(np.int8), scale
+    raise ValueError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
+
+
+def _round_off(bits: np.ndarray, last: int) -> np.ndarray:
+    """Round to nearest even before ``last`` bits are cut off."""
+    half, one = bits.dtype.type((1 << last - 1) - 1), bits.dtype.type(1)
+    return bits + half + (bits >> bits.dtype.type(last) & one)
+
+
+def dequantise(stored: np.ndarray, scale: np.ndarray, precision: str) -> np.ndarray:
+    """The inverse of `quantise`: float32 (…, C, H, W)."""
+    bits = precision == "bfloat16"
+    maps = (stored.astype(np.uint32) << 16).view(np.float32) if bits else stored.astype(np.float32)
+    if precision == "int8":
+        maps *= np.abs(maps) / np.float32(127**2)
+    maps *= scale[..., None, None, None]
+    return maps
+
+
+def average_pool(maps: np.ndarray, factor: int) -> np.ndarray:
+    """Mean over factor × factor pixels of (…, H, W); rows and columns that do not fill one are left out."""
+    if factor == 1:
+        return maps
+    height, width = maps.shape[-2] // factor, maps.shape[-1] // factor
+    cut = maps[..., : height * factor, : width * factor]
+    return cut.reshape(*maps.shape[:-2], height, factor, width, factor).mean((-3, -1), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Blosc: a compressor, its level, and how bytes are reordered before it."""
+
+    compressor: str
+    level: int
+    shuffle: str
+
+    def __str__(self) -> str:
+        return f"blosc-{self.compressor}-{self.level}-{self.shuffle}"
+
+    @classmethod
+    def parse(cls, text: str) -> Compression:
+        """Raises ValueError for what is none."""
+        kind, compressor, level, shuffle = (text.split("-") + [""] * 4)[:4]
+        compression = cls(compressor, int(level) if level.isdecimal() else -1, shuffle)
+        if kind != "blosc" or compressor not in LEVELS or not 0 <= compression.level <= 9 or shuffle not in SHUFFLES:
+            raise ValueError(f"its codec is '{text}', this program knows blosc-lz4|zstd-LEVEL-SHUFFLE")
+        return compression if str(compression) == text else cls.parse("")
+
+    def blosc(self) -> Blosc:
+        return Blosc(self.compressor, self.level, SHUFFLES[self.shuffle], blocksize=0)
+
+
+def choose_compression(maps: np.ndarray, precision: str, compressor: str | None = None) -> Compression:
+    """The shuffle that makes these maps, float32 (n, C, H, W), smallest, with the compressor that is given.
+
+    Measured (docs/results/storage.md): sparse maps are smallest as they are, dense ones bit-shuffled. Without a
+    compressor: LZ4 for 16-bit maps, which decodes several times faster, zstd for 8-bit ones, which is smaller.
+    """
+    compressor = compressor or DEFAULT_COMPRESSOR[precision]
+    stored, _ = quantise(maps, precision)
+    candidates = [Compression(compressor, LEVELS[compressor], shuffle) for shuffle in SHUFFLES]
+    return min(candidates, key=lambda candidate: len(candidate.blosc().encode(stored)))
+
+
+def seal(payload: bytes) -> bytes:
+    """With its CRC-32C behind it, as Zarr's crc32c codec has it."""
+    return payload + checksum(payload).to_bytes(4, "little")
+
+
+def unseal(sealed: bytes | np.ndarray, expected: int | None = None) -> np.ndarray:
+    """The payload, uint8 (n,). Raises DamageError unless its checksum is right, and the ``expected`` one."""
+    view = np.frombuffer(sealed, np.uint8)
+    stored = int.from_bytes(view[-4:].tobytes(), "little")
+    if len(view) < 4 or checksum(view[:-4]) != stored:
+        raise DamageError("a checksum is wrong")
+    if expected is not None and stored != expected:
+        raise DamageError("it is not the one that was committed")
+    return view[:-4]
+
+
+def checksum(payload: bytes | np.ndarray) -> int:
+    """CRC-32C."""
+    return int(google_crc32c.value(payload))
+
+
+def pack(
+    stored: np.ndarray, compression: Compression, shard_samples: int, chunk_samples: int
+) -> tuple[bytes, list[int]]:
+    """The file of one shard from its maps (n, D, C, H, W), and the checksum of every chunk, draw by draw.
+
+    Checksums of chunks that there are not, in a last shard that is not full, are 0.
+    """
+    samples, draws = stored.shape[:2]
+    chunks = shard_samples // chunk_samples
+    index = np.full((chunks, draws, 2), MISSING, "<u8")
+    blosc, parts, checksums = compression.blosc(), [], []
+    position = index_bytes(chunks, draws)
+    for draw in range(draws):
+        for chunk in range(chunks):
+            maps = stored[chunk * chunk_samples : min((chunk + 1) * chunk_samples, samples), draw]
+            if not len(maps):
+                checksums.append(0)
+                continue
+            whole = np.zeros((chunk_samples, *maps.shape[1:]), stored.dtype)
+            whole[: len(maps)] = maps
+            sealed = seal(blosc.encode(whole))
+            checksums.append(int.from_bytes(sealed[-4:], "little"))
+            index[chunk, draw] = position, len(sealed)
+            position += len(sealed)
+            parts.append(sealed)
+    return b"".join([seal(index.tobytes()), *parts]), checksums
+
+
+def index_bytes(chunks: int, draws: int) -> int:
+    """Length of the index at the beginning of a shard's file, with its checksum."""
+    return chunks * draws * 16 + 4
+
+
+def draw_range(index: bytes, chunks: int, draws: int, draw: int, samples_chunks: int) -> tuple[int, int, np.ndarray]:
+    """Where in a shard's file one draw lies: [start, stop), and (position, length) of its chunks, int64 (chunks, 2).
+
+    Raises DamageError for an index that is none.
+    """
+    if len(index) != index_bytes(chunks, draws):
+        raise DamageError("its index is cut off")
+    places = unseal(index).view("<u8").reshape(chunks, draws, 2)[:samples_chunks, draw]
+    if (places == MISSING).any():
+        raise DamageError("a chunk is missing")
+    places = places.astype(np.int64)
+    start, stop = int(places[:, 0].min()), int(places.sum(1).max())
+    if start < 0 or stop - start != places[:, 1].sum():
+        raise DamageError("its chunks do not lie one after the other")
+    return start, stop, places - [start, 0]
+
+
+def unpack(
+    raw: bytes, places: np.ndarray, checksums: np.ndarray, compression: Compression, chunk_samples: int, out: np.ndarray
+) -> None:
+    """Decode the chunks of one draw into ``out`` (n, C, H, W). Raises DamageError where they are not as committed."""
+    if len(raw) != places[:, 1].sum():
+        raise DamageError("it is cut off")
+    blosc, view = compression.blosc(), np.frombuffer(raw, np.uint8)
+    for chunk, (position, length) in enumerate(places.tolist()):
+        encoded = unseal(view[position : position + length], int(checksums[chunk]))
+        maps = out[chunk * chunk_samples : (chunk + 1) * chunk_samples]
+        whole = maps if len(maps) == chunk_samples else np.empty((chunk_samples, *out.shape[1:]), out.dtype)
+        try:
+            blosc.decode(encoded, out=whole)
+        except (RuntimeError, ValueError) as error:
+            raise DamageError(str(error)) from None
+        if whole is not maps:
+            maps[:] = whole[: len(maps)]
