@@ -13,9 +13,7 @@ import copy
 import gc
 import json
 import operator
-import platform
 import random
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from report import processor, spread, table, verdict
 from torch import Tensor, fx, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
@@ -330,23 +329,6 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
 # --- printing -----------------------------------------------------------------------------------------
 
 
-def spread(values: np.ndarray) -> str:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.2f} [{low:.2f}–{high:.2f}]"
-
-
-def verdict(value: float, target: float | None, at_least: bool = False) -> list[str]:
-    """The last two cells of a line: the target and whether it is met."""
-    if target is None:
-        return ["", ""]
-    met = value >= target if at_least else value <= target
-    return [f"{'≥' if at_least else '≤'} {target:g}", "yes" if met else "no"]
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
-
-
 def timing_table(rows: list[Row], times: dict[str, list[float]]) -> str:
     lines = []
     for row in rows:
@@ -367,14 +349,6 @@ def memory_table(peaks: dict[str, int]) -> str:
         ratio, target = peak / peaks[SUPERVISED], MEMORY_TARGET if name == ENGINE else None
         lines.append([name, f"{peak / 2**20:.1f}", f"{ratio:.2f}", *verdict(ratio, target)])
     return table(["peak memory", "MiB", f"ratio to the {SUPERVISED}", "target", "met"], lines)
-
-
-def processor(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor()
 
 
 @click.command()

@@ -18,6 +18,18 @@ def test_it_equals_the_formula_written_as_loops(shape):
         assert abs(found[i].item() - oracles.heatmap_loss(student[i], teacher[i])) < 1e-10
 
 
+@pytest.mark.parametrize(("side", "factor"), [(28, 2), (33, 2), (28, 4), (64, 4), (10, 2)])
+def test_smaller_maps_of_a_teacher_begin_the_pyramid_at_their_level(side, factor):
+    student, teacher = torch.randn(2, 3, side, side + 2), torch.randn(2, 3, side, side + 2)
+    pooled = [torch.nn.functional.avg_pool2d(maps, factor) for maps in (student, teacher)]
+    assert torch.equal(heatmap_loss(student, pooled[1]), heatmap_loss(*pooled))
+
+
+def test_maps_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"student's maps are \(1, 3, 16, 16\), the teacher's \(1, 1, 16, 16\)"):
+        heatmap_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
+
+
 def test_equal_maps_cost_nothing_and_neither_vanishing_nor_exploding_wins():
     teacher = torch.randn(1, 3, 16, 16)
     assert heatmap_loss(teacher, teacher).item() == 0

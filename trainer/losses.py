@@ -17,7 +17,15 @@ def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
     the smaller side is at least 8, and averaged over these levels. Returns (N,), 0 for equal maps. The
     geometric mean keeps a student from winning by an all-zero or an exploding map. A teacher's map of zeros, as
     from a logit behind a closed ReLU, explains nothing and has no scale: its loss is 0, and so is its gradient.
+
+    A teacher's maps that are smaller by a whole factor, average-pooled, begin the pyramid at their level. Raises
+    ValueError for maps that are not.
     """
+    factor = student.shape[-1] // teacher.shape[-1]
+    if factor > 1:
+        student = F.avg_pool2d(student, factor)
+    if student.shape != teacher.shape:
+        raise ValueError(f"the student's maps are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}")
     levels = []
     while True:
         levels.append(_geometric_l1(student, teacher))

@@ -1,0 +1,190 @@
+"""What each way of storing heatmaps costs: bytes, speed of decoding, error, and the student's accuracy with it.
+
+    pip install -e ".[benchmarks]" && python benchmarks/storage.py --work FOLDER
+
+COLOURED MNIST with its teacher, and dense 64×64 colour maps of a network that tells photographs apart by their crops.
+Stores of all kinds are written from the same maps; students are trained from each with several seeds and evaluated on
+the test splits of COLOURED MNIST. What is in FOLDER already is not made again.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import numcodecs
+import numpy as np
+import torch
+import zarr
+from report import processor, table
+
+from data import DatasetWriter, make_coloured_mnist, open_dataset
+from pipeline import load_classifier
+from pipeline.device import pick_device, place
+from pipeline.stage_one import cache_explanations, explain_shard
+from teacher_cache import Cache, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
+from teacher_cache.codec import LEVELS, SHUFFLES, Compression, average_pool, dequantise, quantise
+from trainer import evaluate, train_student, train_teacher
+
+KINDS = [("float16", 1), ("bfloat16", 1), ("int8", 1), ("float16", 2), ("float16", 4), ("int8", 2)]
+T = TypeVar("T")
+SAMPLES = 2048  # of which codecs are measured, one draw each
+CHUNK = 64
+
+
+def photographs(path: Path) -> None:
+    """64×64 crops of the colour photographs that scikit-image has, labelled by photograph."""
+    import skimage.data
+
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    photos, rng = [getattr(skimage.data, name)() for name in names], np.random.default_rng(0)
+    with DatasetWriter(path) as writer:
+        for split, samples in (("train", 4096), ("validation", 512), ("iid", 512)):
+            labels = rng.integers(0, len(names), samples)
+            images = np.empty((samples, 3, 64, 64), np.uint8)
+            for image, label in zip(images, labels, strict=True):
+                photo, side = photos[label], rng.integers(64, 160)
+                top, left = (rng.integers(0, size - side) for size in photo.shape[:2])
+                pixels = np.linspace(0, side - 1, 64).astype(int)
+                image[:] = photo[top + pixels[:, None], left + pixels].transpose(2, 0, 1)
+            writer.write_split(split, images=images, labels=labels)
+        writer.finish(name="crops of photographs", class_names=list(names))
+
+
+def prepare(work: Path) -> dict[str, tuple[Path, Path]]:
+    """(dataset, teacher) of each kind of maps."""
+    places = {kind: (work / f"{kind}.zarr", work / f"{kind}-teacher") for kind in ("coloured-mnist", "dense")}
+    for kind, (data, teacher) in places.items():
+        if not data.exists():
+            make_coloured_mnist(data) if kind == "coloured-mnist" else photographs(data)
+        if not (teacher / "result.json").exists():
+            front = (
+                {"debias": "grayscale", "steps": 1000} if kind == "coloured-mnist" else {"debias": "none", "steps": 300}
+            )
+            train_teacher(data, teacher, bias_free=True, **front)  # type: ignore[arg-type]
+    return places
+
+
+def stores(data: Path, teacher: Path, work: Path, device: torch.device) -> dict[tuple[str, int], Cache]:
+    """A store of each kind, all of the same maps: the first as `cache_explanations` makes it, the others beside it."""
+    first = work / f"{data.stem}-cache.zarr"
+    cache_explanations(data, teacher, first, device=device.type)
+    caches = {KINDS[0]: open_cache(first)}
+    info, split = caches[KINDS[0]].info, open_dataset(data).split("train")
+    looked_at = caches[KINDS[0]].read_shard(0).heatmaps[:64, 0]
+    for precision, resolution in KINDS[1:]:
+        codec = str(choose_compression(average_pool(looked_at, resolution), precision))
+        storage = plan_storage(info.explainer.draws, split.image_shape, precision, codec, resolution)
+        path = work / f"{data.stem}-cache-{precision}-{resolution}.zarr"
+        cache = create_cache(path, dataclasses.replace(info, storage=storage), caches[KINDS[0]].head)
+        caches[precision, resolution] = cache
+    model, _ = load_classifier(teacher)
+    place(model, device)
+    for shard in range(info.shards):
+        missing = [cache for cache in list(caches.values())[1:] if not cache.is_committed(shard)]
+        if missing:
+            content = explain_shard(model, split, info, shard, 128, device)
+            for cache in missing:
+                cache.write_shard(shard, content)
+    return caches
+
+
+def maps_of(data: Path, teacher: Path, cache: Cache, device: torch.device) -> np.ndarray:
+    """Heatmaps float32 (n, C, H, W) of the first samples, one draw each, straight from the engine, never stored."""
+    split, (model, _) = open_dataset(data).split("train"), load_classifier(teacher)
+    place(model, device)
+    shards = range(-(-SAMPLES // cache.info.storage.shard_samples))
+    return np.concatenate([explain_shard(model, split, cache.info, k, 128, device).heatmaps[:, 0] for k in shards])
+
+
+def codec_lines(maps: np.ndarray) -> Iterator[list[str]]:
+    """Every precision with every compression: bytes a map, ratio to raw float32, speeds of one core, error."""
+    for precision, resolution in KINDS:
+        pooled = average_pool(maps, resolution)
+        stored, scale = quantise(pooled, precision)
+        error = np.abs(dequantise(stored, scale, precision) - pooled).sum() / np.abs(pooled).sum()
+        for compression in (Compression(name, LEVELS[name], shuffle) for name in LEVELS for shuffle in SHUFFLES):
+            blosc = compression.blosc()
+            parts = [stored[first : first + CHUNK] for first in range(0, len(stored), CHUNK)]
+            encoded, encoding = timed(lambda parts=parts, blosc=blosc: [blosc.encode(part) for part in parts], 1)
+            out = np.empty_like(parts[0])
+            _, decoding = timed(
+                lambda encoded=encoded, blosc=blosc, out=out: [blosc.decode(e, out=out) for e in encoded]
+            )
+            size = sum(map(len, encoded))
+            default = compression == choose_compression(pooled[:CHUNK], precision)
+            yield [
+                f"{precision}, 1/{resolution}" if resolution > 1 else precision,
+                f"**{compression}**" if default else str(compression),
+                f"{size / len(maps):.0f}",
+                f"{size / (4 * maps.size):.4f}",
+                f"{len(maps) / encoding / 1000:.0f}",
+                f"{len(maps) / decoding / 1000:.0f}",
+                f"{stored.nbytes / decoding / 1e9:.2f}",
+                f"{error:.4f}",
+            ]
+
+
+def timed(run: Callable[[], T], repeats: int = 5) -> tuple[T, float]:
+    """The result, and the CPU seconds of the fastest of some runs."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        result = run()
+        seconds.append(time.process_time() - started)
+    return result, min(seconds)
+
+
+def student_line(data: Path, cache: Cache, work: Path, steps: int, seeds: int, device: torch.device) -> list[str]:
+    """Accuracies of students of one store: mean over the seeds, and in brackets the lowest and the highest."""
+    accuracies: dict[str, list[float]] = {"iid": [], "ood": [], "shift": []}
+    for seed in range(seeds):
+        out = work / f"student-{Path(cache.path).stem}-{steps}-{seed}"
+        if not (out / "result.json").exists():
+            train_student(data, cache.path, out, steps=steps, seed=seed, device=device.type)
+        splits = evaluate(data, out, device=device.type)["splits"]
+        for name, found in accuracies.items():
+            found.append(splits[name]["accuracy"])
+    storage, stored = cache.info.storage, inspect_cache(cache)
+    return [
+        f"{storage.precision}, 1/{storage.resolution}" if storage.resolution > 1 else storage.precision,
+        storage.codec,
+        f"{stored['bytes'] / cache.info.dataset.samples / cache.info.explainer.draws:.0f}",
+        f"{stored['ratio']:.4f}",
+        *(f"{np.mean(each):.2f} [{min(each):.2f}–{max(each):.2f}]" for each in accuracies.values()),
+    ]
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="A folder for datasets, stores, students.")
+@click.option("--steps", default=1000, show_default=True, type=click.IntRange(0), help="Of each student; 0 for none.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Students of each store.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+def main(work: Path, steps: int, seeds: int, device: str) -> None:
+    """Measure every way of storing heatmaps."""
+    chosen = pick_device(device)
+    versions = f"zarr {zarr.__version__}, numcodecs {numcodecs.__version__}, PyTorch {torch.__version__}"
+    print(f"{versions}, {processor(chosen)}. Speeds are of one core, by its own time; the default codec is in bold.")
+    work.mkdir(parents=True, exist_ok=True)
+    header = ["precision", "codec", "bytes/map", "ratio", "encoded k/s", "decoded k/s", "decoded GB/s", "error"]
+    caches = {}
+    for kind, (data, teacher) in prepare(work).items():
+        caches[kind] = stores(data, teacher, work, chosen)
+        maps = maps_of(data, teacher, caches[kind][KINDS[0]], chosen)
+        print(f"\n### {kind}: maps of {'×'.join(map(str, maps.shape[1:]))}, {100 * (maps == 0).mean():.1f} % zeros\n")
+        print(table(header, list(codec_lines(maps))), flush=True)
+    if steps:
+        print(f"\n### Students on COLOURED MNIST, {steps} steps, {seeds} seeds: mean [lowest–highest] in %\n")
+        data = prepare(work)["coloured-mnist"][0]
+        lines = [student_line(data, cache, work, steps, seeds, chosen) for cache in caches["coloured-mnist"].values()]
+        print(table(["precision", "codec", "bytes/map, all of the store", "ratio", "IID", "OOD", "shift"], lines))
+
+
+if __name__ == "__main__":
+    main()
