@@ -1,0 +1,302 @@
+"""How fast a student is fed: our stream beside a memory map, a naive Zarr reader, HDF5 and one file a sample.
+
+    pip install -e ".[benchmarks]" && python benchmarks/streaming.py --work FOLDER
+
+All deliver the same batches in the same order: heatmaps in the stored type, their scale, class and ε, as tensors.
+Each is timed once a round, in random order; ratios are taken within a round. What is in FOLDER is not made again.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import h5py
+import numpy as np
+import torch
+import zarr
+from report import processor, spread, table, verdict
+from storage import photographs
+from torch.utils.data import DataLoader, Dataset
+
+from data import make_coloured_mnist
+from pipeline import cache_explanations
+from teacher_cache import Cache, open_cache
+from trainer import order, train_student, train_teacher
+from trainer.stream import Source, stream
+
+ROOF, COLD, WARM = "memory map", "stream, from compressed shards", "stream, from RAM"
+NAMES = ("heatmaps", "scale", "target_class", "epsilon")
+RIVAL_SAMPLES = 4096  # in the formats of the rivals that are slow to write
+LIMIT = 4.0  # seconds that a slow one is given in a round, after its first batch
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """``batches(seed)`` yields without end, or for one epoch. The target is a ratio of samples/s, at least."""
+
+    name: str
+    batches: Callable[[int], Iterator[Batch]]
+    to: str | None = None
+    target: float | None = None
+
+
+def prepare(kind: str, work: Path) -> tuple[Path, Path]:
+    """The dataset and its store, made by the product."""
+    data, teacher, cache = work / f"{kind}.zarr", work / f"{kind}-teacher", work / f"{kind}-cache.zarr"
+    if not data.exists():
+        make_coloured_mnist(data) if kind == "coloured-mnist" else photographs(data)
+    if not (teacher / "result.json").exists():
+        train_teacher(data, teacher, debias="none", bias_free=True, steps=200)
+    cache_explanations(data, teacher, cache)
+    return data, cache
+
+
+# --- the contenders -----------------------------------------------------------------------------------
+
+
+def maps_alone(cache: Cache) -> Source:
+    """The store without the images, which no rival has in its format either."""
+    info = cache.info
+    return Source(
+        samples=info.dataset.samples,
+        block_samples=info.storage.shard_samples,
+        fields={},
+        read=lambda block, out: None,
+        draws=info.explainer.draws,
+        draw_fields=cache.draw_fields,
+        read_draw=cache.read_draw,
+    )
+
+
+def rows_in_order(source: Source, seed: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(samples, draws) of each batch of the stream's first epoch."""
+    windows = order.windows(
+        samples=source.samples, block_samples=source.block_samples, window_samples=source.window_samples,
+        batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    samples, draws = [], []
+    for window in windows:
+        if window.epoch:
+            break
+        samples.append(window.blocks * source.block_samples + window.rows)
+        shown = [order.draw_of_block(block, source.draws, seed, 0) for block in range(source.blocks)]
+        draws.append(np.array(shown)[window.blocks])
+    whole, drawn = np.concatenate(samples), np.concatenate(draws)
+    for first in range(0, len(whole), batch_size):
+        yield whole[first : first + batch_size], drawn[first : first + batch_size]
+
+
+class Rows(Dataset[Batch]):
+    """One item of any indexable store: (sample, draw) → its values. Opened in the process that reads."""
+
+    def __init__(self, open_arrays: Callable[[], Callable[[int, int], Batch]], rows: list[tuple[int, int]]):
+        self._open, self._rows, self._read = open_arrays, rows, None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, item: int) -> Batch:
+        if self._read is None:
+            self._read = self._open()
+        return self._read(*self._rows[item])
+
+
+def open_zarr(path: str) -> Callable[[int, int], Batch]:
+    arrays = {name: zarr.open_array(path, path=name, mode="r") for name in NAMES}
+    return lambda sample, draw: {name: np.asarray(array[sample, draw]) for name, array in arrays.items()}
+
+
+def open_hdf5(path: Path) -> Callable[[int, int], Batch]:
+    file = h5py.File(path)
+    return lambda sample, draw: {name: np.asarray(file[name][sample, draw]) for name in NAMES}
+
+
+def open_files(path: Path) -> Callable[[int, int], Batch]:
+    return lambda sample, draw: torch.load(path / f"{sample}-{draw}.pt", weights_only=True)
+
+
+def through_loader(
+    open_arrays: Callable[[], Callable[[int, int], Batch]],
+    source: Source,
+    samples: int,
+    workers: int,
+    batch: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """A DataLoader over rows in the stream's order, of the first samples, which is all that these formats hold."""
+    wanted = ((s, d) for s, d in rows_in_order(source, seed, batch))
+    rows = [(int(s), int(d)) for chosen, drawn in wanted for s, d in zip(chosen, drawn, strict=True) if s < samples]
+    loader = DataLoader(
+        Rows(open_arrays, rows), batch, num_workers=workers, drop_last=True,
+        multiprocessing_context="spawn" if workers else None,
+    )  # fmt: skip
+    return iter(loader)
+
+
+def write_memory_map(cache: Cache, folder: Path) -> dict[str, np.ndarray]:
+    """Every array raw, as `numpy.memmap` reads it."""
+    arrays = {}
+    folder.mkdir(exist_ok=True)
+    for name in NAMES:
+        source, path = zarr.open_array(cache.path, path=name, mode="r"), folder / f"{name}.bin"
+        if not path.exists():
+            written = np.memmap(path, mode="w+", dtype=source.dtype, shape=source.shape)
+            for shard in range(cache.info.shards):
+                written[slice(*cache.info.shard_range(shard))] = source[slice(*cache.info.shard_range(shard))]
+            written.flush()
+        arrays[name] = np.memmap(path, mode="r", dtype=source.dtype, shape=source.shape)
+    return arrays
+
+
+def from_memory_map(arrays: dict[str, np.ndarray], source: Source, batch: int, seed: int) -> Iterator[Batch]:
+    for samples, draws in rows_in_order(source, seed, batch):
+        yield {name: torch.from_numpy(array[samples, draws]) for name, array in arrays.items()}
+
+
+def write_rivals(arrays: dict[str, np.ndarray], samples: int, work: Path) -> tuple[Path, Path]:
+    """The first samples in one HDF5 file, contiguous and not compressed, and in a .pt file for each (sample, draw)."""
+    hdf5, files = work / "maps.h5", work / "files"
+    if not hdf5.exists():
+        with h5py.File(hdf5, "w") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array[:samples])
+    if not files.exists():
+        files.mkdir()
+        for sample in range(samples):
+            for draw in range(arrays["scale"].shape[1]):
+                values = {name: torch.from_numpy(array[sample, draw].copy()) for name, array in arrays.items()}
+                torch.save(values, files / f"{sample}-{draw}.pt")
+    return hdf5, files
+
+
+def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
+    source = maps_alone(cache)
+    arrays = write_memory_map(cache, work / "raw")
+    samples = min(RIVAL_SAMPLES, source.samples)
+    hdf5, files = write_rivals(arrays, samples, work)
+    held = stream(source, batch_size=batch, seed=0, memory_budget=2**40)
+    for _ in range(source.draws * (source.samples // batch)):
+        next(held)  # every draw is in RAM now
+
+    def cold(seed: int) -> Iterator[Batch]:
+        return stream(source, batch_size=batch, seed=seed, memory_budget=0)
+
+    rivals = [
+        Rival(ROOF, partial(from_memory_map, arrays, source, batch)),
+        Rival(COLD, cold, ROOF, 0.5),
+        Rival(WARM, lambda seed: held, ROOF, 0.9),
+    ]
+    formats = {
+        "Zarr, a row an item": (partial(open_zarr, cache.path), 10.0),
+        "HDF5, a row an item": (partial(open_hdf5, hdf5), 1.0),
+        "a .pt file a map": (partial(open_files, files), 1.0),
+    }
+    for name, (open_arrays, target) in formats.items():
+        for workers in (0, 2):
+            batches = partial(through_loader, open_arrays, source, samples, workers, batch)
+            rivals.append(Rival(f"{name}, DataLoader of {workers} workers", batches, COLD, target))
+    return rivals
+
+
+# --- timing -------------------------------------------------------------------------------------------
+
+
+def samples_per_second(rival: Rival, seed: int, most: int) -> float:
+    """Over some epochs or seconds. Our cold stream is timed from nothing; of the others the first batch, with opening
+    files and starting processes, is left out."""
+    batches, samples, started = rival.batches(seed), 0, time.perf_counter()
+    if rival.name != COLD:
+        next(batches)
+        started = time.perf_counter()
+    for batch in batches:
+        samples += len(batch["scale"])
+        if samples >= most or time.perf_counter() - started > LIMIT:
+            break
+    elapsed = time.perf_counter() - started
+    if rival.name == COLD:
+        batches.close()  # type: ignore[attr-defined]
+    return samples / elapsed
+
+
+def drop_pages(folder: Path) -> None:
+    """Have the system forget what it keeps of these files in memory."""
+    os.sync()
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timing_table(rivals: list[Rival], speeds: dict[str, list[float]], bytes_per_sample: int) -> str:
+    lines = []
+    for rival in rivals:
+        own = np.array(speeds[rival.name])
+        ratio = own / speeds[ROOF]
+        cells = [rival.name, f"{np.median(own):,.0f}", f"{np.median(own) * bytes_per_sample / 1e6:,.0f}", spread(ratio)]
+        if rival.to == COLD:
+            against = np.array(speeds[COLD]) / own
+            cells += [f"{spread(against)} × slower than ours", *verdict(float(np.median(against)), rival.target, True)]
+        else:
+            cells += ["", *verdict(float(np.median(ratio)), rival.target, True)]
+        lines.append(cells)
+    return table(["", "samples/s", "MB/s", "of the memory map", "", "target", "met"], lines)
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="A folder for datasets, stores and files.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Times each is timed.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
+@click.option("--steps", default=200, show_default=True, type=click.IntRange(0), help="Of the student run; 0 for none.")
+def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
+    """Measure how fast batches come, side by side."""
+    versions = f"zarr {zarr.__version__}, h5py {h5py.__version__}, PyTorch {torch.__version__}"
+    print(f"{versions}, {processor(torch.device('cpu'))}, {os.cpu_count()} cores, {rounds} rounds; median [quartiles]")
+    work.mkdir(parents=True, exist_ok=True)
+    for kind in ("coloured-mnist", "dense"):
+        data, path = prepare(kind, work)
+        cache = open_cache(path)
+        (work / f"{kind}-files").mkdir(exist_ok=True)
+        rivals = contenders(cache, work / f"{kind}-files", batch_size)
+        most = 3 * cache.info.dataset.samples
+        speeds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+        for seed in range(rounds):
+            for rival in random.sample(rivals, len(rivals)):
+                speeds[rival.name].append(samples_per_second(rival, seed, most))
+        size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in cache.draw_fields.values())
+        print(f"\n### {kind}: {cache.info.dataset.samples} samples, maps of {cache.info.map_shape}, "
+              f"{cache.info.storage.codec}\n")  # fmt: skip
+        print(timing_table(rivals, speeds, size), flush=True)
+        from_disk: dict[str, list[float]] = {ROOF: [], COLD: []}
+        for seed in range(min(rounds, 3)):
+            for rival in rivals[:2]:
+                drop_pages(work)
+                from_disk[rival.name].append(samples_per_second(rival, seed, cache.info.dataset.samples))
+        ratio = np.array(from_disk[COLD]) / from_disk[ROOF]
+        print(
+            f"\nFrom the disk itself, nothing of the files in memory: the stream is {spread(ratio)} × the memory map."
+        )
+        if steps:
+            student = work / f"{kind}-student"
+            shutil.rmtree(student, ignore_errors=True)
+            result = train_student(data, path, student, steps=steps)
+            share = 100 * result["seconds_waiting"] / result["seconds"]
+            print(
+                f"A student's {steps} steps, small-cnn: {share:.2f} % of the time waiting for data (target: under 2 %)."
+            )
+
+
+if __name__ == "__main__":
+    main()
