@@ -88,9 +88,9 @@ def stream(
 
     Raises ValueError for a rank that there is not, or more ranks than samples.
     """
-    slots, draw_slots = plan_slots(
-        source, free_memory() // (2 * ranks) if memory_budget is None else memory_budget, ranks
-    )
+    if memory_budget is None:
+        memory_budget = free_memory() // (2 * ranks)
+    slots, draw_slots = plan_slots(source, memory_budget, ranks)
     batch_size = min(batch_size, order.samples_of_rank(source.samples, rank, ranks))
     windows = order.windows(
         samples=source.samples,
@@ -102,17 +102,16 @@ def stream(
         rank=rank,
         ranks=ranks,
     )
-    tables = [Slots(source, source.fields, source.read, slots, lambda block, epoch: (block,))]
-    if source.draw_fields:
-        tables.append(
-            Slots(
-                source,
-                source.draw_fields,
-                source.read_draw,
-                draw_slots,
-                lambda block, epoch: (block, order.draw_of_block(block, source.draws, seed, epoch)),
-            )
-        )
+
+    def block_alone(block: int, epoch: int) -> Key:
+        return (block,)
+
+    def block_and_draw(block: int, epoch: int) -> Key:
+        return block, order.draw_of_block(block, source.draws, seed, epoch)
+
+    shared = Slots(source, source.fields, source.read, slots, block_alone)
+    drawn = Slots(source, source.draw_fields, source.read_draw, draw_slots, block_and_draw)
+    tables = [table for table in (shared, drawn) if table.arrays]
     return _batches(windows, tables, batch_size, workers, pin_memory)
 
 
@@ -157,9 +156,10 @@ class Slots:
         self._slot_of: dict[Key, int] = {}
         self._idle: dict[Key, None] = {}  # those not held, the one let go last at the end
 
-    def hold(self, blocks: Sequence[int], epoch: int, pool: Executor) -> Held:
-        """Hold the slots of some blocks in an epoch; those that are not there are being read when this returns."""
-        keys = [self._key(block, epoch) for block in blocks]
+    def hold(self, window: order.Window, pool: Executor) -> Held:
+        """Hold the slots of a window's blocks; those that are not there are being read when this returns."""
+        blocks = np.flatnonzero(np.bincount(window.blocks))
+        keys = [self._key(block, window.epoch) for block in blocks.tolist()]
         for key in keys:  # first, lest one takes the slot of another
             self._idle.pop(key, None)
         reads = [
@@ -167,8 +167,9 @@ class Slots:
             for key in keys
             if key not in self._slot_of
         ]
-        starts = np.array([self._slot_of[key] for key in keys]) * self._source.slot_rows
-        return Held(keys, starts, reads)
+        starts = np.empty(blocks[-1] + 1, np.int64)  # by block, as far as there are any
+        starts[blocks] = [self._slot_of[key] * self._source.slot_rows for key in keys]
+        return Held(keys, starts[window.blocks] + window.rows, reads)
 
     def let_go(self, keys: Iterable[Key]) -> None:
         """Give up slots that were held. What is in them stays there until their place is needed."""
@@ -192,10 +193,10 @@ class Slots:
 
 
 class Held(NamedTuple):
-    """Slots that a window holds: ``starts`` (n,) are their first rows, ``reads`` what must end before a look."""
+    """Slots that a window holds, its ``rows`` in them, int64 (n,), and the ``reads`` to wait for before a look."""
 
     keys: list[Key]
-    starts: np.ndarray
+    rows: np.ndarray
     reads: list[Future[None]]
 
 
@@ -210,17 +211,20 @@ def _batches(
             first, size = 0, len(rows_of_tables[0])
             while first < size:
                 if filled == 0:
-                    batch = _empty_batch(tables, batch_size, pin_memory)
-                    targets = {name: tensor.numpy() for name, tensor in batch.items()}
+                    batch = {
+                        name: _empty((batch_size, *array.shape[1:]), array.dtype, pin_memory)
+                        for table in tables
+                        for name, array in table.arrays.items()
+                    }
                 taken = min(batch_size - filled, size - first)
                 for table, rows in zip(tables, rows_of_tables, strict=True):
                     chosen = rows[first : first + taken]
                     for name, array in table.arrays.items():
                         # mode "clip" as "raise", the default, goes through a buffer; all rows are in range
-                        np.take(array, chosen, axis=0, out=targets[name][filled : filled + taken], mode="clip")
+                        array.take(chosen, axis=0, out=batch[name][filled : filled + taken], mode="clip")
                 first, filled = first + taken, (filled + taken) % batch_size
                 if filled == 0:
-                    yield batch
+                    yield {name: torch.from_numpy(values) for name, values in batch.items()}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -233,29 +237,25 @@ def _loaded(
     Its slots are held until the following one is asked for.
     """
     ahead: list[Held] = []
-    rows_ahead: list[np.ndarray] = []
     for window in windows:
         # the window before the last has been let go, so two are held at most, and its slots are free for this one
-        blocks, block_of_row = np.unique(window.blocks, return_inverse=True)
-        following = [table.hold(blocks.tolist(), window.epoch, pool) for table in tables]
+        following = [table.hold(window, pool) for table in tables]
         for held in ahead:
             for read in held.reads:
                 read.result()
         if ahead:
-            yield rows_ahead
+            yield [held.rows for held in ahead]
         for table, held, still in zip(tables, ahead, following, strict=False):
             table.let_go(set(held.keys) - set(still.keys))
-        ahead, rows_ahead = following, [held.starts[block_of_row] + window.rows for held in following]
+        ahead = following
 
 
-def _empty_batch(tables: Sequence[Slots], batch_size: int, pin_memory: bool) -> Batch:
-    return {
-        name: torch.empty(
-            (batch_size, *array.shape[1:]), dtype=torch.from_numpy(array[:0]).dtype, pin_memory=pin_memory
-        )
-        for table in tables
-        for name, array in table.arrays.items()
-    }
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> np.ndarray:
+    if pin_memory:
+        like = torch.from_numpy(np.empty(0, dtype))
+        return torch.empty(shape, dtype=like.dtype, pin_memory=True).numpy()
+    # NumPy's, as PyTorch's allocator takes fresh pages for each batch, which cost half as much as the gathering
+    return np.empty(shape, dtype)
 
 
 def read_block(source: Source, block: int, draw: int) -> Batch:
