@@ -66,6 +66,11 @@ def test_windows_are_whole_pieces_in_their_order_and_bounded(sizes, seed, epoch)
             assert 1 <= len(chosen) <= order.window_blocks(samples, block, window, ranks)
 
 
+def test_a_window_may_have_pieces_of_as_many_blocks_as_is_said():
+    found = [len(order.group(order.pieces(57, 10, 0, epoch, 1, 3), 20)[0]) for epoch in range(50)]
+    assert max(found) == order.window_blocks(57, 10, 20, 3) == 4  # 20 samples: a full block, and three short pieces
+
+
 @given(sizes=sizes(), seed=SEEDS, epoch=EPOCHS, number=st.integers(0, 1000))
 @settings(deadline=None)
 def test_a_window_shows_each_of_its_rows_once_and_any_stretch_of_them_is_a_slice(sizes, seed, epoch, number):
@@ -102,9 +107,8 @@ def test_from_a_step_on_the_order_is_the_tail_of_the_whole(sizes, batch, seed, d
     steps, size = order.steps_per_epoch(samples, batch, ranks), min(batch, samples // ranks)
     step = data.draw(st.integers(0, 2 * steps - 1))
     assert order.position(step, samples, batch, ranks) == (step // steps, step % steps * batch)
-    tail = list(order.windows(start_step=step, **options).__next__()[1:])
+    _, blocks, rows = next(order.windows(start_step=step, **options))
     whole = np.concatenate(seen(2, **options))
-    blocks, rows = tail
     assert np.array_equal(whole[step * size :][: len(rows)], blocks * sizes["block_samples"] + rows)
     rest = [
         window.blocks * sizes["block_samples"] + window.rows
@@ -119,6 +123,18 @@ def test_the_order_depends_on_seed_epoch_and_rank():
     assert np.array_equal(first, seen(1, seed=0, **options)[0])
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, seen(1, seed=1, **options)[0])
+
+
+def test_no_two_windows_shuffle_their_rows_alike():
+    piece = np.array([[0, 0, 100]])
+    orders = [
+        order.shuffled_rows(piece, seed, epoch, rank, number)[1].tolist()
+        for seed in range(2)
+        for epoch in range(2)
+        for rank in range(2)
+        for number in range(2)
+    ]
+    assert len(set(map(tuple, orders))) == 16
 
 
 def test_what_is_left_over_differs_from_epoch_to_epoch():

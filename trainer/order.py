@@ -8,6 +8,7 @@ window is all that must be in memory, and neither threads nor the memory at hand
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -145,8 +146,12 @@ def draw_of_block(block: int, draws: int, seed: int, epoch: int) -> int:
     and of those of other samples, and distributed alike: an index says nothing about a draw, and one index for the
     whole block is as random as one for each sample. But only one in ``draws`` of the stored maps is read and decoded.
     """
-    raw = np.random.Philox(key=np.array([seed, _DRAWS], np.uint64), counter=block).random_raw()
-    return int((int(raw) + epoch) % draws)
+    return (_number_of_block(block, seed) + epoch) % draws
+
+
+@lru_cache(maxsize=2**16)  # dearer than all else that is done for a block in an epoch
+def _number_of_block(block: int, seed: int) -> int:
+    return int(np.random.Philox(key=np.array([seed, _DRAWS], np.uint64), counter=block).random_raw())
 
 
 _BLOCKS, _DRAWS, _ROWS = 1, 2, 3  # random streams of one seed

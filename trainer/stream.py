@@ -221,10 +221,10 @@ def _batches(
                     chosen = rows[first : first + taken]
                     for name, array in table.arrays.items():
                         # mode "clip" as "raise", the default, goes through a buffer; all rows are in range
-                        array.take(chosen, axis=0, out=batch[name][filled : filled + taken], mode="clip")
+                        array.take(chosen, axis=0, out=batch[name][1][filled : filled + taken], mode="clip")
                 first, filled = first + taken, (filled + taken) % batch_size
                 if filled == 0:
-                    yield {name: torch.from_numpy(values) for name, values in batch.items()}
+                    yield {name: tensor for name, (tensor, _) in batch.items()}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -250,12 +250,14 @@ def _loaded(
         ahead = following
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> np.ndarray:
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> tuple[Tensor, np.ndarray]:
+    """A new tensor, and its memory as NumPy sees it."""
     if pin_memory:
-        like = torch.from_numpy(np.empty(0, dtype))
-        return torch.empty(shape, dtype=like.dtype, pin_memory=True).numpy()
+        tensor = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        return tensor, tensor.numpy()
     # NumPy's, as PyTorch's allocator takes fresh pages for each batch, which cost half as much as the gathering
-    return np.empty(shape, dtype)
+    array = np.empty(shape, dtype)
+    return torch.from_numpy(array), array
 
 
 def read_block(source: Source, block: int, draw: int) -> Batch:
