@@ -26,6 +26,23 @@ DEVICE = click.option("--device", default="auto", show_default=True, help="auto,
 BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 
 
+class Bytes(click.ParamType[int]):
+    """A size such as 4GB, 500MiB or 2e9, as a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from dask.utils import parse_bytes
+
+        try:
+            size = int(parse_bytes(value))
+        except (ValueError, OverflowError):
+            self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
+        if size < 0:
+            self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
+        return size
+
+
 def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What every training takes besides its data."""
     options = [
@@ -37,6 +54,15 @@ def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
         BATCH_SIZE,
         SEED,
         DEVICE,
+        click.option(
+            "--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that read the data."
+        ),
+        click.option(
+            "--memory-budget",
+            type=Bytes(),
+            help="Memory for decoded data, such as 4GB; half of what is free unless given. What fits is read once; "
+            "two windows of samples, 512 MiB as a rule at most, are always held.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -125,8 +151,13 @@ def train_teacher_command(**options: Any) -> None:
     from trainer import train_teacher
 
     result = train_teacher(**options)
-    click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s")
+    click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
     _echo_bias_free(result["bias_free"])
+
+
+def _time(result: dict[str, Any]) -> str:
+    waiting = 100 * result["seconds_waiting"] / result["seconds"]
+    return f"{result['seconds']:.0f} s, {waiting:.1f} % of it waiting for data"
 
 
 def _echo_bias_free(summary: dict[str, Any] | None) -> None:
@@ -198,7 +229,7 @@ def train_student_command(**options: Any) -> None:
     result = train_student(**options)
     _echo_bias_free(result["bias_free"])
     click.echo(
-        f"{options['out']}: heatmap loss {result['loss']:.4f} after {result['steps']} steps, {result['seconds']:.0f} s"
+        f"{options['out']}: heatmap loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}"
         + (
             "; no --validation-cache, so the last weights are kept"
             if result["validation_loss"] is None

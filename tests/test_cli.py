@@ -95,6 +95,10 @@ BAD = {
     f"{CACHE} --draws 0": (2, "--draws"),
     f"{STUDENT} --batch-size 0": (2, "--batch-size"),
     "make-data coloured-mnist --out new --limit 0": (2, "--limit"),
+    # what the stream takes
+    f"{STUDENT} --memory-budget lots": (2, "'lots' is no size in bytes: give one such as 4GB"),
+    f"{STUDENT} --memory-budget -1GB": (2, "'-1GB' is less than nothing"),
+    f"{TRAIN} --workers 0": (2, "--workers"),
     # an --out that is taken
     "make-data coloured-mnist --out folder": (1, "choose another --out"),
     "make-data coloured-mnist --out data.zarr": (1, "choose another --out"),
@@ -136,12 +140,14 @@ def test_the_whole_story_by_commands(tmp_path, monkeypatch):
         "cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr --draws 2 --epsilon-range 0.01 1",
         "cache-explanations --data DATA.zarr --teacher TEACHER --out VALIDATION.zarr --split validation --draws 1",
         "train-student --data DATA.zarr --cache CACHE.zarr --arch small-cnn --out RUN --epochs 1 --batch-size 50",
-        "train-student --data DATA.zarr --cache CACHE.zarr --validation-cache VALIDATION.zarr --out RUN2 --steps 2",
+        "train-student --data DATA.zarr --cache CACHE.zarr --validation-cache VALIDATION.zarr --out RUN2 --steps 2 "
+        "--workers 3 --memory-budget 1.5MiB",
     ]
     for line in story:
         result = run(*line.split())
         assert result.exit_code == 0, result.output
     assert "weights of step" in result.output
+    assert re.search(r"[\d.]+ % of it waiting for data", result.output)
     assert "5 shards" not in run(*story[3].split()).output
     assert "found there" in run(*story[3].split()).output
     for model in ("TEACHER", "ERM", "RUN", "RUN2"):

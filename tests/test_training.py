@@ -126,6 +126,16 @@ def test_the_same_seed_gives_the_same_weights(dataset, cache, tmp_path):
     assert not torch.equal(a["network.conv1.weight"], c["network.conv1.weight"])
 
 
+def test_threads_and_memory_change_speed_and_nothing_else(dataset, cache, tmp_path):
+    for name, options in (("a", {"workers": 1, "memory_budget": 0}), ("b", {"workers": 3})):
+        train_teacher(dataset, tmp_path / f"t{name}", steps=3, batch_size=128, **options)
+        result = train_student(dataset, cache, tmp_path / f"s{name}", steps=3, batch_size=128, **options)
+        assert 0 < result["seconds_waiting"] < result["seconds"]
+    for kind in "ts":
+        ours, theirs = weights(tmp_path / f"{kind}a"), weights(tmp_path / f"{kind}b")
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_training_runs_on_every_device(dataset, cache, tmp_path, device):
     train_student(dataset, cache, tmp_path / "s", steps=2, batch_size=32, device=device)
     assert evaluate(dataset, tmp_path / "s", device=device)["splits"]["ood"]["samples"] == 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,21 @@ from pipeline import Classifier, ModelConfig, Trace, explain
 from pipeline.classifier import HeadSpec, build_classifier, save_weights
 from pipeline.device import as_input, pick_device, place
 from pipeline.models import last_linear
-from teacher_cache import Cache, CacheError, check_complete, open_cache
+from teacher_cache import Cache, CacheError, CacheInfo, check_complete, open_cache
 from trainer.losses import heatmap_loss
 from trainer.run_dir import RunDir, check_free
-from trainer.stream import Block, explained_block, read_explained, stream
-from trainer.training import LOG_EVERY, STUDENT, bias_free_summary, finite, optimiser, seed_torch, total_steps
+from trainer.stream import Batch, explained_source, read_block, stored_heatmaps, stream, to_device
+from trainer.training import (
+    LOG_EVERY,
+    STUDENT,
+    Timed,
+    bias_free_summary,
+    finite,
+    network_input,
+    optimiser,
+    seed_torch,
+    total_steps,
+)
 
 GRADIENT_NORM = 1.0
 VALIDATIONS = 5  # times in a training that a model is chosen from
@@ -42,6 +53,8 @@ def train_student(
     lr: float = 4e-3,
     seed: int = 0,
     device: str = "auto",
+    workers: int = 2,
+    memory_budget: int | None = None,
 ) -> dict[str, Any]:
     """Train a student to make its own LRP heatmaps match the stored ones and save it in ``out``.
 
@@ -50,7 +63,8 @@ def train_student(
     The teacher's last layer is copied and frozen, behind a learnt adapter where widths differ. Adam, one-cycle
     schedule of peak ``lr``, gradients clipped to norm 1; 3,000 steps unless ``steps`` or ``epochs`` is given.
     ``bias_free`` None means: as the teacher. With ``validation_cache`` the weights of the lowest heatmap loss on the
-    validation split are kept, without it the last ones. Returns the result that it writes.
+    validation split are kept, without it the last ones. ``workers`` and ``memory_budget`` are those of
+    `trainer.stream.stream` and change no result. Returns the result that it writes.
 
     Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError.
     """
@@ -88,37 +102,42 @@ def train_student(
     if head:
         _copy_head(model, head)
     place(model, torch_device)
-    rules = info.explainer.rule
-    Trace(
-        model.eval(), as_input(np.asarray(train.images[:1]), torch_device), rules
-    )  # fails now where a rule is missing
+    # fails now where a rule is missing
+    Trace(model.eval(), as_input(np.asarray(train.images[:1]), torch_device), info.explainer.rule)
     model.train()
     adam, schedule = optimiser(model, lr, steps)
     run = RunDir(out, config)
     started = time.perf_counter()
 
     best_loss, best_step, best_weights = float("inf"), 0, None
-    read = read_explained(train, explained, seed)
-    batches = stream(read, len(train), info.storage.shard_samples, batch_size=batch_size, seed=seed)
-    bar = tqdm(islice(batches, steps), total=steps, unit="step", desc=f"distilling {run.path.name}", disable=None)
-    for step, batch in enumerate(bar, start=1):
-        loss = _losses(model, batch, rules, torch_device, create_graph=True).mean()
-        adam.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-        adam.step()
-        schedule.step()
-        if step % LOG_EVERY == 0 or step == steps:
-            value = finite(loss, step)
-            run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
-            bar.set_postfix(loss=f"{value:.3f}")
-        if validation is not None and (step % math.ceil(steps / VALIDATIONS) == 0 or step == steps):
-            validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
-            run.log(step=step, validation_loss=validation_loss)
-            if validation_loss < best_loss:
-                best_loss, best_step = validation_loss, step
-                best_weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
-    batches.close()
+    batches = stream(
+        explained_source(train, explained),
+        batch_size=batch_size,
+        seed=seed,
+        workers=workers,
+        memory_budget=memory_budget,
+        pin_memory=torch_device.type == "cuda",
+    )
+    with closing(batches):
+        timed = Timed(batches)
+        bar = tqdm(islice(timed, steps), total=steps, unit="step", desc=f"distilling {run.path.name}", disable=None)
+        for step, batch in enumerate(bar, start=1):
+            loss = _losses(model, batch, info, torch_device, create_graph=True).mean()
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+            adam.step()
+            schedule.step()
+            if step % LOG_EVERY == 0 or step == steps:
+                value = finite(loss, step)
+                run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
+                bar.set_postfix(loss=f"{value:.3f}")
+            if validation is not None and (step % math.ceil(steps / VALIDATIONS) == 0 or step == steps):
+                validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
+                run.log(step=step, validation_loss=validation_loss)
+                if validation_loss < best_loss:
+                    best_loss, best_step = validation_loss, step
+                    best_weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
 
     if best_weights is not None:
         model.load_state_dict(best_weights)
@@ -129,16 +148,17 @@ def train_student(
         kept_step=steps if best_weights is None else best_step,
         steps=steps,
         seconds=time.perf_counter() - started,
+        seconds_waiting=timed.seconds_waiting,
         bias_free=bias_free_summary(model, batch["images"], torch_device),
     )
 
 
-def _losses(model: Classifier, batch: Block, rules: str, device: torch.device, *, create_graph: bool) -> Tensor:
+def _losses(model: Classifier, batch: Batch, info: CacheInfo, device: torch.device, *, create_graph: bool) -> Tensor:
     """The heatmap loss of each sample, (N,), between the student's maps and the stored ones."""
-    teacher = torch.from_numpy(batch["heatmaps"]).to(device)
-    classes, epsilon = (torch.from_numpy(batch[key]) for key in ("target_class", "epsilon"))
-    images = as_input(batch["images"], device)
-    _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=rules)
+    teacher = stored_heatmaps(batch["heatmaps"], batch["scale"], info.storage.precision, device)
+    images = network_input(batch["images"], device)
+    classes, epsilon = (to_device(batch[key], device) for key in ("target_class", "epsilon"))
+    _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=info.explainer.rule)
     return heatmap_loss(student, teacher)
 
 
@@ -146,12 +166,12 @@ def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, de
     """The mean heatmap loss over the validation split, each sample by its first draw; evaluation mode."""
     model.eval()
     total = 0.0
-    for shard in range(cache.info.shards):
-        start, stop = cache.info.shard_range(shard)
-        block = explained_block(split, cache, shard, np.zeros(stop - start, np.int64))
-        for first in range(0, stop - start, batch_size):
-            batch = {key: values[first : first + batch_size] for key, values in block.items()}
-            total += _losses(model, batch, cache.info.explainer.rule, device, create_graph=False).sum().item()
+    source = explained_source(split, cache)
+    for shard in range(source.blocks):
+        block = read_block(source, shard, draw=0)
+        for first in range(0, len(block["images"]), batch_size):
+            batch = {name: values[first : first + batch_size] for name, values in block.items()}
+            total += _losses(model, batch, cache.info, device, create_graph=False).sum().item()
     model.train()
     return total / len(split)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from tqdm import tqdm
 from data import open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS, build_classifier, save_weights
-from pipeline.device import as_input, as_mask, pick_device, place
+from pipeline.device import pick_device, place
 from trainer.run_dir import RunDir, check_free
-from trainer.stream import BLOCK_SAMPLES, read_labelled, stream
+from trainer.stream import labelled_source, stream, to_device
 from trainer.training import (
     LOG_EVERY,
     TEACHER,
+    Timed,
     TrainingError,
     bias_free_summary,
     finite,
+    network_input,
     optimiser,
     seed_torch,
     total_steps,
@@ -42,12 +45,15 @@ def train_teacher(
     lr: float = 4e-3,
     seed: int = 0,
     device: str = "auto",
+    workers: int = 2,
+    memory_budget: int | None = None,
 ) -> dict[str, Any]:
     """Train a classifier with cross-entropy on the train split alone and save it in ``out``.
 
     Adam, one-cycle schedule of peak ``lr``; 1,000 steps unless ``steps`` or ``epochs`` is given.
     ``bias_free`` None means: for ``small-cnn`` only. The last weights are kept; no other split is looked at.
-    Returns the result that it writes: last loss, steps, seconds.
+    ``workers`` and ``memory_budget`` are those of `trainer.stream.stream` and change no result. Returns the result
+    that it writes: last loss, steps, seconds, and how many of these it waited for data.
 
     Raises DatasetError, ModelError, FileExistsError, TrainingError.
     """
@@ -78,27 +84,36 @@ def train_teacher(
     run = RunDir(out, config)
     started = time.perf_counter()
 
-    batches = stream(read_labelled(train), len(train), BLOCK_SAMPLES, batch_size=batch_size, seed=seed)
-    bar = tqdm(islice(batches, steps), total=steps, unit="step", desc=f"training {run.path.name}", disable=None)
-    for step, batch in enumerate(bar, start=1):
-        images = as_input(batch["images"], torch_device)
-        masks = as_mask(batch["masks"], torch_device) if "masks" in batch else None
-        labels = torch.from_numpy(batch["labels"]).long().to(torch_device)
-        loss = F.cross_entropy(model(images, masks), labels)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        schedule.step()
-        if step % LOG_EVERY == 0 or step == steps:
-            value = finite(loss, step)
-            run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
-            bar.set_postfix(loss=f"{value:.3f}")
-    batches.close()
+    batches = stream(
+        labelled_source(train),
+        batch_size=batch_size,
+        seed=seed,
+        workers=workers,
+        memory_budget=memory_budget,
+        pin_memory=torch_device.type == "cuda",
+    )
+    with closing(batches):
+        timed = Timed(batches)
+        bar = tqdm(islice(timed, steps), total=steps, unit="step", desc=f"training {run.path.name}", disable=None)
+        for step, batch in enumerate(bar, start=1):
+            images = network_input(batch["images"], torch_device)
+            masks = to_device(batch["masks"], torch_device).ne(0).to(torch.float32) if "masks" in batch else None
+            labels = to_device(batch["labels"], torch_device).long()
+            loss = F.cross_entropy(model(images, masks), labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            schedule.step()
+            if step % LOG_EVERY == 0 or step == steps:
+                value = finite(loss, step)
+                run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
+                bar.set_postfix(loss=f"{value:.3f}")
 
     save_weights(run.path, model)
     return run.finish(
         loss=value,
         steps=steps,
         seconds=time.perf_counter() - started,
+        seconds_waiting=timed.seconds_waiting,
         bias_free=bias_free_summary(model, batch["images"], torch_device),
     )

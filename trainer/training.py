@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import Classifier, homogeneity_error
-from pipeline.device import as_input
+from trainer.order import steps_per_epoch
+from trainer.stream import Batch, to_device
 
 LOG_EVERY = 20  # steps
 MAX_STEPS = 10**9
@@ -32,7 +35,7 @@ def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float 
     if steps is None and epochs is None:
         return default
     if epochs is not None:
-        steps = math.ceil(min(epochs, 1e12) * max(1, samples // batch_size)) if epochs > 0 else 0
+        steps = math.ceil(min(epochs, 1e12) * steps_per_epoch(samples, batch_size)) if epochs > 0 else 0
     assert steps is not None
     if steps > MAX_STEPS:
         raise TrainingError(f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer --steps or --epochs")
@@ -60,7 +63,7 @@ def optimiser(
     return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
 
 
-def bias_free_summary(model: Classifier, images: np.ndarray, device: torch.device) -> dict[str, Any] | None:
+def bias_free_summary(model: Classifier, images: Tensor, device: torch.device) -> dict[str, Any] | None:
     """For ``result.json``: what the bias-free form changed and could not, and how homogeneous the network is.
 
     ``homogeneity_error`` is max |f(2·x) − 2·f(x)| relative to max |2·f(x)| on some images: near 0, heatmaps account
@@ -72,8 +75,32 @@ def bias_free_summary(model: Classifier, images: np.ndarray, device: torch.devic
     return {
         "changed": report.changed,
         "could_not": report.could_not,
-        "homogeneity_error": homogeneity_error(model.network, as_input(images, device)),
+        "homogeneity_error": homogeneity_error(model.network, network_input(images, device)),
     }
+
+
+class Timed:
+    """Hands batches on; ``seconds_waiting`` is the time that their consumer has waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+        self.seconds_waiting = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
+
+
+def network_input(images: Tensor, device: torch.device) -> Tensor:
+    """A batch of images uint8 (N, C, H, W) as `pipeline.device.as_input` makes it, without waiting for the copy."""
+    floats = to_device(images, device).to(torch.float32).div_(255)
+    return floats.contiguous(memory_format=torch.channels_last)
 
 
 def finite(loss: torch.Tensor, step: int) -> float:
