@@ -46,10 +46,10 @@ class Source:
     samples: int
     block_samples: int
     fields: Mapping[str, Field]
-    read: Callable[[int, Arrays], None]
+    read: Callable[[int, Arrays], object]
     draws: int = 1
     draw_fields: Mapping[str, Field] = field(default_factory=dict)
-    read_draw: Callable[[int, int, Arrays], None] = _nothing
+    read_draw: Callable[[int, int, Arrays], object] = _nothing
 
     @property
     def blocks(self) -> int:
@@ -145,7 +145,7 @@ class Slots:
         self,
         source: Source,
         fields: Mapping[str, Field],
-        read: Callable[..., None],
+        read: Callable[..., object],
         slots: int,
         key: Callable[[int, int], Key],
     ):
@@ -197,7 +197,7 @@ class Held(NamedTuple):
 
     keys: list[Key]
     rows: np.ndarray
-    reads: list[Future[None]]
+    reads: list[Future[object]]
 
 
 def _batches(
