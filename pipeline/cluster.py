@@ -6,6 +6,8 @@ Dask itself sends the tasks of a lost worker to another one. Not here: what a ta
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +51,14 @@ def connected(address: str) -> Iterator[Client]:
             f"no Dask scheduler answers at {address!r} ({reason}): give --scheduler the address that `dask scheduler` "
             "prints, such as tcp://10.0.0.1:8786, or leave it out to run on this machine alone"
         ) from None
-    with client:
-        yield client
+    log = logging.getLogger("distributed.client")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it prints tracebacks of what is raised as a ClusterError
+    try:
+        with client:
+            yield client
+    finally:
+        log.setLevel(level)
 
 
 def _greet(address: str, patience: float) -> None:
@@ -91,8 +99,17 @@ def run_on_cluster(
     run = uuid.uuid4().hex  # what an earlier run with this name left on the scheduler is another task
     outstanding: dict[Future[int], int] = {}
 
+    pickled = pickle.dumps(task)
+
+    def unpickled(shard: int) -> int:  # nested, so it travels by value: the scheduler need not have our packages
+        try:
+            there = pickle.loads(pickled)
+        except Exception as error:  # no such module, or one of another version
+            raise ImportError(str(error)) from error
+        return there(shard)
+
     def submit(shard: int) -> Future[int]:
-        future = client.submit(task, shard, key=(f"explain {name}-{run}", shard), pure=False)
+        future = client.submit(unpickled, shard, key=(f"explain {name}-{run}", shard), pure=False)
         outstanding[future] = shard
         return future
 
@@ -122,7 +139,7 @@ def _result(future: Future[int], shard: int, where: str) -> int:
             "--batch-size needs less); the same command continues where it stopped"
         ) from None
     except (CancelledError, CommClosedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "reason", "") or type(error).__name__
         raise ClusterError(
             f"{where} was lost, or cancelled the task of shard {shard} ({reason}): see that it runs, then give the "
             "same command, which continues where it stopped"
@@ -130,7 +147,7 @@ def _result(future: Future[int], shard: int, where: str) -> int:
     except ImportError as error:
         raise ClusterError(
             f"a worker of {where} cannot run this program ({error}): install the same version of "
-            "explanation-distillation in the environment of its scheduler and of every worker"
+            "explanation-distillation in the environment of every worker"
         ) from None
 
 
