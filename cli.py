@@ -92,11 +92,11 @@ class Commands(click.Group):
 
 def _user_errors() -> tuple[type[Exception], ...]:
     from data import DatasetError
-    from pipeline import ModelError, RelevanceError
+    from pipeline import ClusterError, ModelError, RelevanceError
     from teacher_cache import CacheError
     from trainer import TrainingError
 
-    return DatasetError, CacheError, ModelError, RelevanceError, TrainingError
+    return DatasetError, CacheError, ClusterError, ModelError, RelevanceError, TrainingError
 
 
 def _version() -> str:
@@ -172,9 +172,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 @main.command(name="cache-explanations")
 @DATA
 @click.option("--teacher", required=True, type=click.Path(path_type=Path), help="A folder of train-teacher.")
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The store to write, or to continue writing."
-)
+@click.option("--out", required=True, help="The store to write, or to continue writing.")
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
 @click.option("--draws", default=4, show_default=True, type=click.IntRange(1, 10_000), help="Heatmaps for each sample.")
 @click.option(
@@ -190,6 +188,11 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     show_default=True,
     type=click.Choice(["flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"]),
     help="How relevance is propagated, see docs/engine.md; students of the store do the same.",
+)
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this machine.",
 )
 @BATCH_SIZE
 @SEED

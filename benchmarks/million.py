@@ -56,16 +56,14 @@ def generate(path: Path, samples: int) -> None:
         writer.finish(name=f"{samples} generated images", class_names=["a", "b"])
 
 
-def stub(model: Any, split: Any, info: Any, shard: int, batch_size: int, device: Any, **_: Any) -> Any:
+def stub(model: Any, images: np.ndarray, masks: Any, info: Any, start: int, batch_size: int, device: Any) -> Any:
     """In place of `pipeline.stage_one.explain_shard`: each draw's map is the image times noise."""
     from teacher_cache import Shard
 
-    start, stop = info.shard_range(shard)
-    rng, draws = np.random.default_rng(shard), info.explainer.draws
-    images = np.asarray(split.images[start:stop]).astype(np.float32)[:, None] / 255
-    maps = images * rng.standard_normal((stop - start, draws, *SHAPE), np.float32)
-    rows = (stop - start, draws)
-    return Shard(maps, np.zeros(rows, np.int64), np.ones(rows, np.float32), np.zeros((stop - start, 2), np.float32))
+    rows = (len(images), info.explainer.draws)
+    noise = np.random.default_rng(start).standard_normal((*rows, *SHAPE), np.float32)
+    maps = images[:, None].astype(np.float32) / 255 * noise
+    return Shard(maps, np.zeros(rows, np.int64), np.ones(rows, np.float32), np.zeros((len(images), 2), np.float32))
 
 
 def explain(data: Path, teacher: Path, cache: Path) -> None:

@@ -24,11 +24,11 @@ import torch
 import zarr
 from report import processor, table
 
-from data import DatasetWriter, make_coloured_mnist, open_dataset
+from data import DatasetWriter, Split, make_coloured_mnist, open_dataset
 from pipeline import load_classifier
 from pipeline.device import pick_device, place
 from pipeline.stage_one import cache_explanations, explain_shard
-from teacher_cache import Cache, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
+from teacher_cache import Cache, CacheInfo, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
 from teacher_cache.codec import LEVELS, SHUFFLES, Compression, average_pool, dequantise, quantise
 from trainer import evaluate, train_student, train_teacher
 
@@ -89,10 +89,15 @@ def stores(data: Path, teacher: Path, work: Path, device: torch.device) -> dict[
     for shard in range(info.shards):
         missing = [cache for cache in list(caches.values())[1:] if not cache.is_committed(shard)]
         if missing:
-            content = explain_shard(model, split, info, shard, 128, device)
+            content = explain_shard(model, *piece(split, info, shard), 128, device)
             for cache in missing:
                 cache.write_shard(shard, content)
     return caches
+
+
+def piece(split: Split, info: CacheInfo, shard: int) -> tuple[np.ndarray, None, CacheInfo, int]:
+    start, stop = info.shard_range(shard)
+    return np.asarray(split.images[start:stop]), None, info, start
 
 
 def maps_of(data: Path, teacher: Path, cache: Cache, device: torch.device) -> np.ndarray:
@@ -100,7 +105,9 @@ def maps_of(data: Path, teacher: Path, cache: Cache, device: torch.device) -> np
     split, (model, _) = open_dataset(data).split("train"), load_classifier(teacher)
     place(model, device)
     shards = range(-(-SAMPLES // cache.info.storage.shard_samples))
-    return np.concatenate([explain_shard(model, split, cache.info, k, 128, device).heatmaps[:, 0] for k in shards])
+    return np.concatenate(
+        [explain_shard(model, *piece(split, cache.info, k), 128, device).heatmaps[:, 0] for k in shards]
+    )
 
 
 def codec_lines(maps: np.ndarray) -> Iterator[list[str]]:

@@ -1,6 +1,7 @@
 """How an explanation is made: the relevance engine, teachers, and stage one, which writes heatmaps to a store."""
 
 from pipeline.classifier import Classifier, ModelConfig, load_classifier
+from pipeline.cluster import ClusterError
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.relevance import Trace, explain
@@ -12,6 +13,7 @@ __all__ = [
     "BiasFreeReport",
     "CacheSummary",
     "Classifier",
+    "ClusterError",
     "ModelConfig",
     "ModelError",
     "RelevanceError",

@@ -1,10 +1,22 @@
-"""Stage one: run the teacher over a dataset split once and write its heatmaps to a store, shard by shard."""
+"""Stage one: run the teacher over a dataset split once and write its heatmaps to a store, shard by shard.
+
+One task computes one shard, on threads of this process or on the workers of a Dask cluster (`cluster.py`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +24,43 @@ from dask.base import compute
 from dask.delayed import delayed
 from tqdm import tqdm
 
-from data import Split, open_dataset
+from data import DatasetError, Split, open_dataset
+from data.storage import Location
 from pipeline.classifier import Classifier, check_fits, load_classifier, versions, weights_sha256
+from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
-from pipeline.models import last_linear
+from pipeline.models import ModelError, last_linear
 from pipeline.relevance import Trace
 from pipeline.rules import RelevanceError, rule_set
 from teacher_cache import (
+    COMPRESSORS,
+    Cache,
+    CacheError,
     CacheInfo,
+    Claims,
     DatasetInfo,
     ExplainerInfo,
     Shard,
     TeacherInfo,
+    average_pool,
+    choose_compression,
+    claim_writing,
     create_cache,
     head_sha256,
+    open_cache,
     plan_storage,
 )
+
+# While one thread computes, the other reads and writes; more would keep more shards in memory and compute no faster.
+THREADS = 2
+# Tasks given to Dask's threads at once. The more there are, the more each costs: 0.5 ms of 1,000, 0.8 ms of 10,000,
+# and 100,000, as many as ImageNet has shards, did not end in five minutes, as measured with tasks that do nothing.
+AT_ONCE = 1000
+LOOKED_AT = 16  # samples that are explained before anything is written
+SHARED_PAUSE = 1.0  # seconds between two looks at what the others still do
+# A network file system may show one machine what another one wrote only after its attribute cache expired (NFS: 60 s).
+PAUSES_BEFORE_MISSED = (0, 1, 4, 15, 45)  # seconds
 
 
 @dataclass(frozen=True)
@@ -41,10 +73,25 @@ class CacheSummary:
     computed_shards: int
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to compute shards of a store; it can be pickled, and is a key.
+
+    ``data``, ``teacher`` and ``out`` are absolute paths or URLs. ``device`` is chosen by the process that computes.
+    """
+
+    data: Location
+    teacher: str
+    out: Location
+    info: CacheInfo = field(hash=False)
+    batch_size: int
+    device: str
+
+
 def cache_explanations(
-    data: str | Path,
+    data: Location,
     teacher: str | Path,
-    out: str | Path,
+    out: Location,
     *,
     split: str = "train",
     draws: int = 4,
@@ -53,6 +100,11 @@ def cache_explanations(
     batch_size: int = 128,
     seed: int = 0,
     device: str = "auto",
+    precision: str = "float16",
+    codec: str = "auto",
+    resolution: int = 1,
+    share: bool = False,
+    scheduler: str | None = None,
 ) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or continue one that was interrupted.
 
@@ -61,9 +113,87 @@ def cache_explanations(
     shard is written whole, then committed. The draws depend on the seed and the sample alone, the heatmaps on
     nothing else but float rounding (bit for bit at equal batch size).
 
-    Shards that are damaged are computed anew. Raises DatasetError, ModelError, CacheError, FileExistsError,
-    RelevanceError.
+    Maps are stored with a ``precision`` of `teacher_cache.PRECISIONS`, average-pooled by ``resolution``, and compressed
+    with the ``codec``: a compressor, ``lz4`` or ``zstd``, with the shuffle that makes the first maps smallest,
+    ``auto``, the default compressor of the precision, or all of it, as in ``blosc-zstd-9-bitshuffle``.
+
+    One process writes a store at a time; with ``share`` several divide the shards between them, and each returns when
+    the store is complete.
+
+    ``scheduler`` is the address of a Dask cluster whose workers, on their own ``device``, run the tasks; all of them
+    must find ``data``, ``teacher`` and ``out`` where this process does. A worker computes one shard at a time, with
+    the threads that its environment allows PyTorch. Shards that the store has a commit record of are not computed
+    again. Memory does not grow with the number of samples.
+
+    Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError, ClusterError.
     """
+    _check_options(draws, epsilon_range, batch_size, codec, share, scheduler)
+    settings = ExplainerInfo(explainer, draws, *epsilon_range, CLASS_POLICY, seed)
+    rule_set(explainer)
+    with nullcontext() if scheduler is None else connected(scheduler) as client:
+        # the workers' device may be one that this machine does not have
+        planning = device if client is None else "cpu"
+        info, head = _plan(data, teacher, out, split, settings, (precision, codec, resolution), planning)
+        cache = create_cache(out, info, head)
+        job = Job(absolute(data), str(absolute(teacher)), absolute(out), info, batch_size, device)
+        with (
+            claim_writing(cache, share=share) as claims,
+            tqdm(total=info.dataset.samples, unit="image", desc=f"explaining {split}", disable=None) as bar,
+        ):
+            try:
+                if client is None:
+                    computed = _run_here(job, cache, claims, share, bar)
+                else:
+                    missing = _missing(cache, bar)
+                    run_on_cluster(client, partial(compute_shard, job), missing, str(job.out), bar.update)
+                    computed = len(missing)
+            finally:
+                forget(job)
+                if client is not None:
+                    on_every_worker(client, forget, job)
+    _check_all_there(out, PAUSES_BEFORE_MISSED if computed and scheduler is not None else (0,))
+    return CacheSummary(str(out), info.dataset.samples, info.shards, computed)
+
+
+def _run_here(job: Job, cache: Cache, claims: Claims, share: bool, bar: Any) -> int:
+    """Compute what is missing on threads of this process, beside others if the work is shared; returns how many."""
+    computed = 0
+
+    def task(shard: int) -> int:
+        nonlocal computed
+        if not claims.take(shard):
+            return 0
+        try:
+            if share and cache.is_committed(shard):
+                return 0
+            samples = compute_shard(job, shard)
+            computed += 1
+            return samples
+        finally:
+            claims.drop(shard)
+
+    while missing := _missing(cache, bar):
+        before = computed
+        run_on_threads(task, missing, bar.update)
+        if not share:
+            break
+        if computed == before:
+            time.sleep(SHARED_PAUSE)  # others are at the last ones; where they die, we take them
+    return computed
+
+
+def _missing(cache: Cache, bar: Any) -> list[int]:
+    """The shards without a commit record; the bar says how far the others are."""
+    missing = np.flatnonzero(~cache.committed()).tolist()
+    ranges = map(cache.info.shard_range, missing)
+    bar.n = cache.info.dataset.samples - sum(stop - start for start, stop in ranges)
+    bar.refresh()
+    return missing
+
+
+def _check_options(
+    draws: int, epsilon_range: tuple[float, float], batch_size: int, codec: str, share: bool, scheduler: str | None
+) -> None:
     low, high = epsilon_range
     with np.errstate(over="ignore"):
         if not 0 < np.float32(low) <= np.float32(high) < np.inf:
@@ -73,15 +203,43 @@ def cache_explanations(
     for name, value in (("--draws", draws), ("--batch-size", batch_size)):
         if value < 1:
             raise RelevanceError(f"{name} must be at least 1, got {value}")
-    rule_set(explainer)
+    if share and scheduler is not None:
+        raise RelevanceError("give --share or --scheduler, not both: a cluster divides the shards by itself")
+
+
+def absolute(location: Location) -> Location:
+    """A location that means the same in every process: URLs and stores as they are, paths made absolute."""
+    if not isinstance(location, str | Path):
+        return location
+    text = os.fspath(location)
+    return text if "://" in text else os.path.abspath(text)
+
+
+def _plan(
+    data: Location,
+    teacher: str | Path,
+    out: Location,
+    split: str,
+    explainer: ExplainerInfo,
+    stored: tuple[str, str, int],
+    device: str,
+) -> tuple[CacheInfo, dict[str, np.ndarray]]:
+    """What the store will say of itself, and the teacher's last layer; all inputs are checked, nothing is written.
+
+    ``stored`` is (precision, codec, resolution), as in `cache_explanations`. The first samples are explained now: a
+    network that cannot be is refused, and the codec is chosen by their maps.
+    """
+    precision, codec, resolution = stored
     dataset = open_dataset(data)
     chosen = dataset.split(split)
     chosen.verify()
     model, config = load_classifier(teacher)
     check_fits(config, dataset.class_names, chosen.image_shape, teacher)
     head = _head_arrays(model, len(config.class_names))
+    torch_device = pick_device(device)
+    place(model, torch_device)
     info = CacheInfo(
-        explainer=ExplainerInfo(explainer, draws, low, high, CLASS_POLICY, seed),
+        explainer=explainer,
         teacher=TeacherInfo(
             arch=config.arch,
             debias=config.debias,
@@ -91,39 +249,149 @@ def cache_explanations(
             head_sha256=head_sha256(head),
         ),
         dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), chosen.image_shape),
-        storage=plan_storage(draws, chosen.image_shape),
+        storage=plan_storage(explainer.draws, chosen.image_shape, precision, resolution=resolution),
         written_by=versions(),
     )
-    torch_device = pick_device(device)
-    place(model, torch_device)
-    _explain_one(model, chosen, explainer, torch_device)
-    cache = create_cache(out, info, head)
-    missing = np.flatnonzero(~cache.committed()).tolist()
+    images = np.asarray(chosen.images[:LOOKED_AT])
+    masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
+    maps = explain_shard(model, images, masks, info, 0, LOOKED_AT, torch_device).heatmaps
+    codec = _choose_codec(codec, out, average_pool(maps, resolution), precision)
+    storage = plan_storage(explainer.draws, chosen.image_shape, precision, codec, resolution)
+    return dataclasses.replace(info, storage=storage), head
 
-    def task(shard: int) -> None:
-        cache.write_shard(shard, explain_shard(model, chosen, info, shard, batch_size, torch_device))
-        start, stop = info.shard_range(shard)
-        bar.update(stop - start)
 
-    # one task at a time where torch itself uses every core; on a GPU a second one reads and compresses meanwhile
-    workers = 1 if torch_device.type == "cpu" else 2
-    there = len(chosen) - sum(stop - start for start, stop in map(info.shard_range, missing))
-    with tqdm(total=len(chosen), initial=there, unit="image", desc=f"explaining {split}", disable=None) as bar:
-        tasks = [delayed(task, pure=False)(shard) for shard in missing]
-        compute(tasks, scheduler="threads", num_workers=workers)
-    return CacheSummary(str(out), len(chosen), cache.info.shards, len(missing))
+def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:
+    """In full, by the first maps, float32 (n, D, C, h, w), where not given so; a store that is continued keeps its."""
+    if codec == "auto":
+        try:
+            return open_cache(out).info.storage.codec
+        except CacheError:
+            pass
+    if codec not in ("auto", *COMPRESSORS):
+        return codec
+    flat = maps.reshape(-1, *maps.shape[2:])
+    return str(choose_compression(flat, precision, None if codec == "auto" else codec))
+
+
+def run_on_threads(task: Callable[[int], int], shards: Sequence[int], done: Callable[[int], object]) -> None:
+    """Run ``task(shard)`` on two threads for every shard, and tell ``done`` each result, one at a time.
+
+    When it ends, by whatever way, no thread is at work any more.
+    """
+    counting = threading.Lock()
+
+    def counted(shard: int) -> None:
+        result = task(shard)
+        with counting:
+            done(result)
+
+    one = delayed(counted, pure=False, traverse=False)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, len(shards), AT_ONCE):
+            compute([one(shard) for shard in shards[first : first + AT_ONCE]], scheduler="threads", pool=pool)
+
+
+def _check_all_there(out: Location, pauses: Sequence[float]) -> None:
+    """Raise CacheError unless this process sees every shard committed, if need be after some pauses in seconds."""
+    missed: list[int] = []
+    for pause in pauses:
+        time.sleep(pause)
+        missed = np.flatnonzero(~open_cache(out).committed()).tolist()
+        if not missed:
+            return
+    raise CacheError(
+        f"every shard was computed and written, but {len(missed)} of them, shard {missed[0]} first, are not in the "
+        f"store {out} as this machine ({platform.node()}) sees it: do the workers see another disk under the same "
+        "path? Give an --out that all machines share; the same command computes what is missing"
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a process keeps between the shards of a job."""
+
+    model: Classifier
+    split: Split
+    cache: Cache
+    device: torch.device
+
+
+_opening, _computing = threading.Lock(), threading.Lock()
+_opened: dict[Job, _Opened] = {}  # at most one: the last model is gone before the next one takes its memory
+
+
+def compute_shard(job: Job, shard: int) -> int:
+    """Compute one shard, write and commit it: the task of stage one. Returns the number of its samples.
+
+    The first shard of a job opens what the process needs for all of them, see `_open` for its errors. A process
+    computes one shard at a time, as it takes every core or the one GPU, and reads and writes others meanwhile.
+    """
+    with _opening:
+        if job not in _opened:
+            _opened.clear()
+            _opened[job] = _open(job)
+        opened = _opened[job]
+    start, stop = job.info.shard_range(shard)
+    images = np.asarray(opened.split.images[start:stop])
+    masks = None if opened.split.masks is None else np.asarray(opened.split.masks[start:stop])
+    with _computing:
+        content = explain_shard(opened.model, images, masks, job.info, start, job.batch_size, opened.device)
+    opened.cache.write_shard(shard, content)
+    return stop - start
+
+
+def forget(job: Job) -> None:
+    """Let go of what the process kept for a job: its model, on its GPU, above all."""
+    _opened.pop(job, None)
+
+
+def _open(job: Job) -> _Opened:
+    """Open dataset, teacher and store, and check that they are the job's: another machine may see another disk.
+
+    Raises DatasetError, ModelError or CacheError that names the machine, the path and what differs.
+    """
+    here, remedy = f"as {platform.node()} sees it", "every machine must see the same files under the same path"
+    try:
+        split = open_dataset(job.data).split(job.info.dataset.split)
+        model, _ = load_classifier(job.teacher)
+        cache = open_cache(job.out, writable=True)
+    except (DatasetError, ModelError, CacheError) as error:
+        raise type(error)(f"{error} ({here}; {remedy})") from error
+    if split.fingerprint != job.info.dataset.fingerprint:
+        raise DatasetError(
+            f"the dataset {job.data}, {here}, is another one: the fingerprint of its split '{split.name}' is "
+            f"{split.fingerprint[:12]}…, and not {job.info.dataset.fingerprint[:12]}…; {remedy}"
+        )
+    found = weights_sha256(job.teacher)
+    if found != job.info.teacher.weights_sha256:
+        raise ModelError(
+            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights.pt is {found[:12]}…, and "
+            f"not {job.info.teacher.weights_sha256[:12]}…; {remedy}"
+        )
+    if differences := cache.info.differences(job.info):
+        raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
+    device = pick_device(job.device)
+    place(model, device)
+    return _Opened(model, split, cache, device)
 
 
 def explain_shard(
-    model: Classifier, split: Split, info: CacheInfo, shard: int, batch_size: int, device: torch.device
+    model: Classifier,
+    images: np.ndarray,
+    masks: np.ndarray | None,
+    info: CacheInfo,
+    start: int,
+    batch_size: int,
+    device: torch.device,
 ) -> Shard:
-    """Compute the content of one shard: the teacher, in evaluation mode, over its samples in batches."""
-    start, stop = info.shard_range(shard)
+    """The content of a shard whose first sample is ``start``: the teacher, in evaluation mode, over its batches.
+
+    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None. Raises RelevanceError where all heatmaps are zero.
+    """
+    stop = start + len(images)
     explainer = info.explainer
     epsilon = epsilons(explainer.epsilon_low, explainer.epsilon_high, explainer.seed, explainer.draws, start, stop)
-    images = np.asarray(split.images[start:stop])
-    masks = None if split.masks is None else np.asarray(split.masks[start:stop])
-    heatmaps = np.empty((stop - start, explainer.draws, *split.image_shape), np.float32)
+    heatmaps = np.empty((stop - start, explainer.draws, *images.shape[1:]), np.float32)
     logits, targets = [], []
     for first in range(0, stop - start, batch_size):
         rows = slice(first, min(first + batch_size, stop - start))
@@ -147,12 +415,6 @@ def explain_shard(
             "its activations"
         )
     return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
-
-
-def _explain_one(model: Classifier, split: Split, rules: str, device: torch.device) -> None:
-    """Raise RelevanceError now, before anything is written, for a network that cannot be explained."""
-    masks = None if split.masks is None else as_mask(np.asarray(split.masks[:1]), device)
-    Trace(partial(model, masks=masks), as_input(np.asarray(split.images[:1]), device), rules)
 
 
 def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """The heatmap store: layout, writer and reader. Usable alone: it needs NumPy and Zarr, no model and no PyTorch."""
 
 from teacher_cache.claims import Claims, claim_writing
-from teacher_cache.codec import PRECISIONS, choose_compression
+from teacher_cache.codec import COMPRESSORS, PRECISIONS, average_pool, choose_compression
 from teacher_cache.inspection import damaged_shards, inspect_cache, repair
 from teacher_cache.layout import (
     CacheError,
@@ -15,6 +15,7 @@ from teacher_cache.layout import (
 from teacher_cache.store import Cache, Shard, check_complete, create_cache, head_sha256, open_cache
 
 __all__ = [
+    "COMPRESSORS",
     "PRECISIONS",
     "Cache",
     "CacheError",
@@ -25,6 +26,7 @@ __all__ = [
     "Shard",
     "StorageInfo",
     "TeacherInfo",
+    "average_pool",
     "check_complete",
     "choose_compression",
     "claim_writing",

@@ -16,6 +16,7 @@ from numcodecs import Blosc
 PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # the type that each has in Zarr
 SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 LEVELS = {"lz4": 5, "zstd": 3}
+COMPRESSORS = tuple(LEVELS)
 DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast, but small where small was asked for
 MISSING = np.iinfo(np.uint64).max  # in an index: no such chunk
 
@@ -86,7 +87,10 @@ class Compression:
         kind, compressor, level, shuffle = (text.split("-") + [""] * 4)[:4]
         compression = cls(compressor, int(level) if level.isdecimal() else -1, shuffle)
         if kind != "blosc" or compressor not in LEVELS or not 0 <= compression.level <= 9 or shuffle not in SHUFFLES:
-            raise ValueError(f"its codec is '{text}', this program knows blosc-lz4|zstd-LEVEL-SHUFFLE")
+            raise ValueError(
+                f"no codec is called '{text}': they are blosc-COMPRESSOR-LEVEL-SHUFFLE, of {', '.join(LEVELS)}; 0 to 9; "
+                f"{', '.join(SHUFFLES)}"
+            )
         return compression if str(compression) == text else cls.parse("")
 
     def blosc(self) -> Blosc:

@@ -212,8 +212,19 @@ def plan_storage(
     codec: str = "blosc-lz4-5-bitshuffle",
     resolution: int = 1,
 ) -> StorageInfo:
-    """Shards of at most 32 MiB and 1,024 samples, a power of two; chunks of at most 64 samples of one draw."""
+    """Shards of at most 32 MiB and 1,024 samples, a power of two; chunks of at most 64 samples of one draw.
+
+    Raises CacheError for a precision, codec or resolution that there is not.
+    """
     channels, height, width = image_shape
+    if precision not in PRECISIONS:
+        raise CacheError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
+    if not 1 <= resolution <= min(height, width):
+        raise CacheError(f"--resolution {resolution} leaves nothing of images of {height}×{width}: choose 1, 2 or 4")
+    try:
+        Compression.parse(codec)
+    except ValueError as error:
+        raise CacheError(str(error)) from None
     fitting = max(1, SHARD_BYTES // (draws * channels * height * width * 2))
     shard = min(MAX_SHARD_SAMPLES, 2 ** (fitting.bit_length() - 1))
     return StorageInfo(precision, codec, resolution, shard, min(MAX_CHUNK_SAMPLES, shard))
