@@ -355,7 +355,9 @@ def _read_head(store: Store) -> dict[str, np.ndarray]:
         if read(store, f"head/{name}/{GROUP}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
-            except (ValueError, TypeError, KeyError, RuntimeError):  # what Zarr says of broken metadata and chunks
+            except Exception as error:  # what Zarr says of broken metadata and chunks is of every kind
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise
                 return {}
     return head
 
