@@ -212,6 +212,48 @@ def cache_explanations_command(**options: Any) -> None:
     )
 
 
+@main.command(name="inspect-cache")
+@click.argument("cache")
+@click.option("--verify", is_flag=True, help="Read everything and name what is damaged; exit code 1 if anything is.")
+@click.option("--repair", is_flag=True, help="Verify, and take what is damaged out, so that it is computed anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_cache_command(cache: str, verify: bool, repair: bool, as_json: bool) -> None:
+    """What a heatmap store is, how far, and whether it is what was committed.
+
+    CACHE is a path or a URL.
+    """
+    from tqdm import tqdm
+
+    import teacher_cache
+
+    store = teacher_cache.open_cache(cache, writable=repair)
+    damaged: dict[int, str] = {}
+    there = teacher_cache.committed_shards(store)
+    if verify or repair:
+        check = teacher_cache.repair if repair else teacher_cache.damaged_shards
+        with tqdm(there, unit="shard", desc="reading", disable=None) as bar:
+            damaged = check(store, bar)
+    found = teacher_cache.inspect_cache(store)
+    if verify or repair:
+        found["damaged"] = [
+            {"shard": shard, "samples": list(store.info.shard_range(shard)), "problem": problem}
+            for shard, problem in damaged.items()
+        ]
+        found["repaired"] = repair
+    click.echo(json.dumps(found) if as_json else teacher_cache.describe(found))
+    if not as_json and (verify or repair):
+        for problem in damaged.values():
+            click.echo(problem)
+        click.echo(f"{len(damaged)} of {len(there)} shards are damaged")
+        if repair and damaged:
+            click.echo(
+                "they are taken out: run the command that made the store again, and it computes just what is missing: "
+                f"{teacher_cache.continuing(store)}, with its own --data, --teacher and the rest"
+            )
+    if damaged and not repair:
+        raise click.exceptions.Exit(1)
+
+
 @main.command(name="train-student")
 @DATA
 @click.option("--cache", required=True, type=click.Path(path_type=Path), help="A store of the train split.")

@@ -7,21 +7,26 @@ Zarr below raise OSError, which names the place, for everything that can go wron
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
+import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from zarr.abc.store import ByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 Location = str | Path | Store  # a path, a URL of fsspec (s3://bucket/name), or a store of Zarr
 T = TypeVar("T")
 PARTIAL = ".partial"
+VANISHED = "the folder that is being written to has vanished"
+AT_ONCE = 64  # requests to a remote store
 
 
 def open_store(location: Location, *, writable: bool = False) -> Store:
@@ -61,51 +66,72 @@ class Folder(LocalStore):
     async def _open(self, *, mode: Any = None) -> None:
         self._is_open = True
 
+    def _ensure_open_sync(self) -> None:
+        self._is_open = True
+
     def make(self) -> None:
-        """Create the folder itself."""
+        """Create the folder itself; what a writer that was killed made in it, and did not sync, is synced."""
         _make_folder(self.root)
+        _sync_folder(self.root.parent)
+        _sync_folder(self.root)
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes | None:
         try:
             with (self.root / key).open("rb", buffering=0) as file:
                 if start:
                     file.seek(start)
-                return file.read() if stop is None else file.read(stop - start)
+                if stop is None:
+                    return file.read()
+                found = file.read(stop - start)
+                while len(found) < stop - start and (more := file.read(stop - start - len(found))):
+                    found += more  # some file systems answer in parts
+                return found
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
+        except OSError as error:  # what a read says names no file
+            raise OSError(error.errno, error.strerror, str(self.root / key)) from error
 
     def write(self, key: str, value: Any, *, exclusive: bool = False) -> bool:
         """False where ``exclusive`` and there is one already."""
         self._check_writable()
-        if not self.root.is_dir():
-            raise FileNotFoundError(errno.ENOENT, "the folder that is being written to has vanished", str(self.root))
         path = self.root / key
-        _make_folder(path.parent)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
-            with partial.open("xb", buffering=0) as file:
-                rest = memoryview(value).cast("B")
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            if not exclusive:
-                os.replace(partial, path)
-            elif not _link(partial, path):
-                return False
-            _sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+            _make_folder(path.parent, below=self.root)
+            try:
+                with partial.open("xb", buffering=0) as file:
+                    rest = memoryview(value).cast("B")
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                    os.fsync(file.fileno())
+                if not exclusive:
+                    os.replace(partial, path)
+                elif not _link(partial, path):
+                    return False
+                _sync_folder(path.parent)
+            finally:
+                with contextlib.suppress(OSError):  # that it could not be removed is not what went wrong
+                    partial.unlink()
+        except OSError as error:
+            if not self.root.is_dir():
+                raise FileNotFoundError(errno.ENOENT, VANISHED, str(self.root)) from error
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return True
 
-    def sweep(self) -> None:
-        """Remove what writers that were killed left half-written; nobody may be writing."""
+    def sweep(self, older_than: float = 0.0) -> None:
+        """Remove what writers that were killed left half-written, some seconds ago; nobody may be writing that."""
         for path in self.root.rglob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if not older_than or time.time() - path.stat().st_mtime > older_than:
+                    path.unlink()
+
+    def delete_sync(self, key: str) -> None:
+        super().delete_sync(key)
+        if (self.root / key).parent.is_dir():
+            _sync_folder((self.root / key).parent)
 
     async def delete(self, key: str) -> None:
-        await super().delete(key)
-        if (self.root / key).parent.is_dir():
-            await asyncio.to_thread(_sync_folder, (self.root / key).parent)
+        await asyncio.to_thread(self.delete_sync, key)
 
     async def set(self, key: str, value: Buffer) -> None:
         await asyncio.to_thread(self.write, key, value.as_buffer_like())
@@ -132,16 +158,22 @@ def _link(partial: Path, path: Path) -> bool:
     return True
 
 
-def _make_folder(path: Path) -> None:
-    """Create a folder with its parents, so that they survive a loss of power."""
-    if not path.is_dir():
-        _make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+def _make_folder(path: Path, below: Path | None = None) -> None:
+    """Create a folder with its parents (only those ``below`` another), so that they survive a loss of power."""
+    if path.is_dir():
+        return
+    if path == below or path == path.parent:  # the second where the working directory is no more
+        raise FileNotFoundError(errno.ENOENT, VANISHED, str(path))
+    _make_folder(path.parent, below)
+    path.mkdir(exist_ok=True)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder that may be entered and not read, above ours, can only be trusted
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -215,6 +247,18 @@ def read(store: Store, key: str, start: int = 0, stop: int | None = None) -> byt
     return None if found is None else found.to_bytes()
 
 
+def read_all(store: Store, wanted: Iterable[str]) -> list[bytes | None]:
+    """What `read` says of each key; from a remote store, many at once."""
+    if isinstance(store, Folder):
+        return [store.read(key) for key in wanted]
+
+    async def get(key: str) -> bytes | None:
+        found = await store.get(key, default_buffer_prototype())
+        return None if found is None else found.to_bytes()
+
+    return sync(concurrent_map([(key,) for key in wanted], get, limit=AT_ONCE))
+
+
 def write(store: Store, key: str, value: Any) -> None:
     """Write one key, whole or not at all; ``value`` is any contiguous buffer."""
     if isinstance(store, Folder):
@@ -259,5 +303,11 @@ def clear(store: Store) -> None:
 
 
 def size(store: Store) -> int:
-    """Bytes of everything in it, as stored."""
+    """Bytes of everything in it, as stored; somebody may be writing."""
+    if isinstance(store, Folder):
+        total = 0
+        for path in store.root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size if path.is_file() else 0
+        return total
     return int(sync(store.getsize_prefix("")))

@@ -2,7 +2,7 @@
 
 from teacher_cache.claims import Claims, claim_writing
 from teacher_cache.codec import COMPRESSORS, PRECISIONS, average_pool, choose_compression
-from teacher_cache.inspection import damaged_shards, inspect_cache, repair
+from teacher_cache.inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair
 from teacher_cache.layout import (
     CacheError,
     CacheInfo,
@@ -30,8 +30,11 @@ __all__ = [
     "check_complete",
     "choose_compression",
     "claim_writing",
+    "committed_shards",
+    "continuing",
     "create_cache",
     "damaged_shards",
+    "describe",
     "head_sha256",
     "inspect_cache",
     "open_cache",

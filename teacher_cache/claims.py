@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import struct
@@ -21,15 +22,17 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from zarr.abc.store import Store
 
 from data.storage import Folder, delete, names, read, write, write_new
 from teacher_cache.layout import CacheError
-from teacher_cache.store import GROUP, Cache
+from teacher_cache.store import CONTINUE, GROUP, Cache
 
 LEASE_SECONDS, RENEWED_EVERY, SETTLING = 60.0, 15.0, 1.0
+HERE = 2**62  # the byte that every process that shares holds, so that none begins alone beside it
+ABANDONED = 3600.0  # seconds after which what is half-written is nobody's
 
 
 class Claims(Protocol):
@@ -68,7 +71,7 @@ def _locks(cache: Cache, share: bool) -> Locks | None:
         return None
     locks = Locks(cache, share)
     try:
-        held = share or locks.lock(fcntl.F_WRLCK, 0, 0)
+        held = locks.lock(fcntl.F_RDLCK, HERE, 1) if share else locks.lock(fcntl.F_WRLCK, 0, 0)
     except OSError as error:
         locks.close()
         if error.errno in (errno.ENOLCK, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
@@ -77,8 +80,7 @@ def _locks(cache: Cache, share: bool) -> Locks | None:
     if not held:
         locks.close()
         raise _refusal(cache.path)
-    if not share:
-        cache.store.sweep()
+    cache.store.sweep(ABANDONED if share else 0)
     return locks
 
 
@@ -87,7 +89,8 @@ class Locks:
 
     def __init__(self, cache: Cache, share: bool):
         assert isinstance(cache.store, Folder)
-        self._share, self._file = share, os.open(cache.store.root / GROUP, os.O_RDWR | os.O_CLOEXEC)
+        self._share, self._path = share, cache.store.root / GROUP
+        self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def lock(self, kind: int, start: int, length: int) -> bool:
         """Lock a byte range; a length of 0 is to the end. False where another one holds some of it."""
@@ -100,6 +103,12 @@ class Locks:
         return True
 
     def take(self, shard: int) -> bool:
+        try:
+            same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise CacheError(f"the store {self._path.parent} was removed while it was being written: {CONTINUE}")
         return not self._share or self.lock(fcntl.F_WRLCK, shard, 1)
 
     def drop(self, shard: int) -> None:
@@ -122,30 +131,27 @@ class Lease:
 
 class Leases:
     """Claims by objects ``claims/…`` in the store. A lease that was not renewed for a minute, or whose process on this
-    machine is gone, is void."""
+    machine is gone, is void; so is one that is a minute ahead of our clock, as nobody could say when it ends."""
 
     def __init__(self, store: Store, path: str, share: bool):
         self._store, self._path, self._share = store, path, share
         self._me = uuid.uuid4().hex
         self._held: set[str] = set()
-        self._lost: set[str] = set()
         self._lock, self._closed = threading.Lock(), threading.Event()
-        self._renewer = threading.Thread(target=self._renew, name="leases", daemon=True)
+        self._renewer = threading.Thread(target=self._renew_all, name="leases", daemon=True)
+        try:
+            if other := self._other_writer():
+                raise _refusal(path, _who(self._read(other)))
+        except BaseException:
+            self.close()
+            raise
         self._renewer.start()
-        if not share:
-            other = None if self._take(WRITER) else WRITER
-            other = other or next((name for name in names(store, CLAIMS) if name != WRITER and self._alive(name)), None)
-            if other:
-                seen = self._read(other)
-                self.close()
-                age = "" if seen is None else f" (seen {max(0, time.time() - seen.renewed):.0f} s ago"
-                by = "" if seen is None else f" on {seen.host}, process {seen.pid})"
-                raise _refusal(path, age + by)
 
     def take(self, shard: int) -> bool:
         if not self._share:
-            if WRITER in self._lost:
-                raise _refusal(self._path, ", as this one had not been heard of for a while")
+            seen = self._read(WRITER)
+            if seen is not None and seen.owner != self._me:
+                raise _refusal(self._path, f"{_who(seen)}, as this one had not been heard of for a while")
             return True
         name = f"shard-{shard}"
         if not self._take(name):
@@ -161,10 +167,35 @@ class Leases:
 
     def close(self) -> None:
         self._closed.set()
-        self._renewer.join()
+        if self._renewer.ident is not None:
+            self._renewer.join()
         for name in list(self._held):
             with contextlib.suppress(OSError):  # it is void in a minute
                 self._drop(name)
+
+    def renew(self) -> None:
+        """Say that the claims are still held; one that somebody else has taken meanwhile no longer is."""
+        for name in list(self._held):
+            with self._lock, contextlib.suppress(OSError):  # the next round tries again
+                if name not in self._held:
+                    continue
+                seen = self._read(name)
+                if seen is not None and seen.owner != self._me:
+                    self._held.discard(name)
+                else:
+                    write(self._store, f"{CLAIMS}/{name}", self._lease())
+
+    def _renew_all(self) -> None:
+        while not self._closed.wait(RENEWED_EVERY):
+            self.renew()
+
+    def _other_writer(self) -> str | None:
+        """The claim of somebody else that this one cannot be beside; claims the whole store unless it is shared."""
+        if self._share:
+            return WRITER if self._alive(WRITER) else None
+        if not self._take(WRITER):
+            return WRITER
+        return next((name for name in names(self._store, CLAIMS) if name != WRITER and self._alive(name)), None)
 
     def _take(self, name: str) -> bool:
         mine = self._lease()
@@ -184,36 +215,36 @@ class Leases:
         with self._lock:
             if name in self._held:
                 self._held.discard(name)
-                delete(self._store, f"{CLAIMS}/{name}")
+                seen = self._read(name)
+                if seen is not None and seen.owner == self._me:
+                    delete(self._store, f"{CLAIMS}/{name}")
 
     def _lease(self) -> bytes:
         lease = Lease(self._me, socket.gethostname(), os.getpid(), time.time())
         return json.dumps(dataclasses.asdict(lease)).encode()
 
     def _read(self, name: str) -> Lease | None:
+        """None for no lease, and for what is none."""
         try:
-            return Lease(**json.loads(read(self._store, f"{CLAIMS}/{name}") or b""))
+            found = Lease(**json.loads(read(self._store, f"{CLAIMS}/{name}") or b""))
         except (ValueError, TypeError):
             return None
+        kinds: tuple[Any, ...] = (str, str, int, (int, float))
+        if not all(isinstance(value, kind) for value, kind in zip(dataclasses.astuple(found), kinds, strict=True)):
+            return None
+        return found if math.isfinite(found.renewed) else None
 
     def _alive(self, name: str) -> bool:
         lease = self._read(name)
-        if lease is None or time.time() - lease.renewed > LEASE_SECONDS:
+        if lease is None or abs(time.time() - lease.renewed) > LEASE_SECONDS:
             return False
         return lease.host != socket.gethostname() or _runs(lease.pid)
 
-    def _renew(self) -> None:
-        while not self._closed.wait(RENEWED_EVERY):
-            for name in list(self._held):
-                with self._lock, contextlib.suppress(OSError):  # the next round tries again
-                    if name not in self._held:
-                        continue
-                    seen = self._read(name)
-                    if seen is not None and seen.owner != self._me:
-                        self._held.discard(name)
-                        self._lost.add(name)
-                    else:
-                        write(self._store, f"{CLAIMS}/{name}", self._lease())
+
+def _who(lease: Lease | None) -> str:
+    if lease is None:
+        return ""
+    return f" (seen {max(0, time.time() - lease.renewed):.0f} s ago on {lease.host}, process {lease.pid})"
 
 
 CLAIMS, WRITER = "claims", "writer"
@@ -223,8 +254,8 @@ def _runs(pid: int) -> bool:
     """Whether a process of this machine runs."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass
-    return True
+    return pid > 0

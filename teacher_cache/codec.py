@@ -28,27 +28,37 @@ class DamageError(ValueError):
 def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """Maps float32 (…, C, H, W) as stored, and their ``scale`` float32 (…): each map's largest absolute value.
 
-    - ``float16``: map / scale, rounded to 9 bits of mantissa: the tenth is noise that does not compress; relative
-      error at most 2⁻¹⁰;
-    - ``bfloat16``: map / scale, its bits as uint16, relative error at most 2⁻⁸;
-    - ``int8``: √|map / scale| in 127 steps, with its sign: a companding curve, as relevance is heavy-tailed.
+    - ``float16``: r = map / scale, rounded to 9 bits of mantissa: the tenth is noise that does not compress;
+      error at most 2⁻¹⁰ · |map|, and 2⁻²⁵ · scale where float16 is subnormal;
+    - ``bfloat16``: r, its bits as uint16, error at most 2⁻⁸ · |map|;
+    - ``int8``: √|r| in 127 steps, with its sign: a companding curve, as relevance is heavy-tailed; error at most
+      (√|r| / 127 + 127⁻² / 4) · scale.
+
+    Float32 adds its own rounding, a few parts in 2²⁴, or 2⁻¹⁴⁹ where that is more. Zeros stay zeros; negative ones
+    become positive, as both mean the same and a mixture does not compress.
     """
     maps = np.asarray(maps, np.float32)
     scale = np.abs(maps).max(axis=(-3, -2, -1), initial=0)
     relative = maps / np.where(scale > 0, scale, 1)[..., None, None, None]
-    if precision == "float16":
-        return (_round_off(relative.astype(np.float16).view(np.uint16), 1) & 0xFFFE).view(np.float16), scale
+    if precision == "float16":  # rounded once, and not to float16 first: two roundings are worse than either
+        stored = (_round_off(relative.view(np.uint32), 14) & np.uint32(0xFFFFC000)).view(np.float32).astype(np.float16)
+        return _without_negative_zeros(stored.view(np.uint16)).view(np.float16), scale
     if precision == "bfloat16":
-        return (_round_off(relative.view(np.uint32), 16) >> 16).astype(np.uint16), scale
+        return _without_negative_zeros((_round_off(relative.view(np.uint32), 16) >> 16).astype(np.uint16)), scale
     if precision == "int8":
         return np.rint(np.copysign(np.sqrt(np.abs(relative)), relative) * 127).astype(np.int8), scale
     raise ValueError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
 
 
 def _round_off(bits: np.ndarray, last: int) -> np.ndarray:
-    """Round to nearest even before ``last`` bits are cut off."""
-    half, one = bits.dtype.type((1 << last - 1) - 1), bits.dtype.type(1)
-    return bits + half + (bits >> bits.dtype.type(last) & one)
+    """Round uint32 to nearest even before ``last`` bits are cut off."""
+    return bits + np.uint32((1 << last - 1) - 1) + (bits >> np.uint32(last) & np.uint32(1))
+
+
+def _without_negative_zeros(bits: np.ndarray) -> np.ndarray:
+    """Of 16-bit floats as uint16, in place."""
+    bits[bits == 0x8000] = 0
+    return bits
 
 
 def dequantise(stored: np.ndarray, scale: np.ndarray, precision: str) -> np.ndarray:
@@ -67,7 +77,8 @@ def average_pool(maps: np.ndarray, factor: int) -> np.ndarray:
         return maps
     height, width = maps.shape[-2] // factor, maps.shape[-1] // factor
     cut = maps[..., : height * factor, : width * factor]
-    return cut.reshape(*maps.shape[:-2], height, factor, width, factor).mean((-3, -1), dtype=np.float32)
+    means = cut.reshape(*maps.shape[:-2], height, factor, width, factor).mean((-3, -1), dtype=np.float64)
+    return means.astype(np.float32)  # a sum in float32 could overflow
 
 
 @dataclass(frozen=True)
@@ -86,12 +97,13 @@ class Compression:
         """Raises ValueError for what is none."""
         kind, compressor, level, shuffle = (text.split("-") + [""] * 4)[:4]
         compression = cls(compressor, int(level) if level.isdecimal() else -1, shuffle)
-        if kind != "blosc" or compressor not in LEVELS or not 0 <= compression.level <= 9 or shuffle not in SHUFFLES:
+        known = kind == "blosc" and compressor in LEVELS and 0 <= compression.level <= 9 and shuffle in SHUFFLES
+        if not known or str(compression) != text:
             raise ValueError(
-                f"no codec is called '{text}': they are blosc-COMPRESSOR-LEVEL-SHUFFLE, of {', '.join(LEVELS)}; 0 to 9; "
-                f"{', '.join(SHUFFLES)}"
+                f"no codec is called '{text}': in full they are blosc-COMPRESSOR-LEVEL-SHUFFLE, one of "
+                f"{', '.join(COMPRESSORS)}, 0 to 9, and one of {', '.join(SHUFFLES)}"
             )
-        return compression if str(compression) == text else cls.parse("")
+        return compression
 
     def blosc(self) -> Blosc:
         return Blosc(self.compressor, self.level, SHUFFLES[self.shuffle], blocksize=0)
@@ -166,6 +178,8 @@ def index_bytes(chunks: int, draws: int) -> int:
 def draw_range(index: bytes, chunks: int, draws: int, draw: int, samples_chunks: int) -> tuple[int, int, np.ndarray]:
     """Where in a shard's file one draw lies: [start, stop), and (position, length) of its chunks, int64 (chunks, 2).
 
+    ``samples_chunks`` are the chunks that there are, fewer than ``chunks`` in a last shard that is not full.
+
     Raises DamageError for an index that is none.
     """
     if len(index) != index_bytes(chunks, draws):
@@ -191,6 +205,8 @@ def unpack(
         encoded = unseal(view[position : position + length], int(checksums[chunk]))
         maps = out[chunk * chunk_samples : (chunk + 1) * chunk_samples]
         whole = maps if len(maps) == chunk_samples else np.empty((chunk_samples, *out.shape[1:]), out.dtype)
+        if int.from_bytes(encoded[4:8].tobytes(), "little") != whole.nbytes:  # as Blosc's header has it
+            raise DamageError("a chunk has another size")
         try:
             blosc.decode(encoded, out=whole)
         except (RuntimeError, ValueError) as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from data.storage import size
+from teacher_cache.claims import claim_writing
 from teacher_cache.layout import CacheError
 from teacher_cache.store import Cache
 
@@ -47,7 +49,7 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
     for shard in shards:
         try:
             content = cache.read_shard(shard)
-        except CacheError:
+        except (CacheError, OSError):
             continue
         maps, top = content.heatmaps, content.teacher_logits.argmax(1)
         absolute = np.abs(maps).sum((-3, -2, -1))
@@ -69,17 +71,90 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
 
 
 def damaged_shards(cache: Cache, shards: Iterable[int] | None = None) -> dict[int, str]:
-    """Read every committed shard, or those given, and say what is wrong with each that is not what was committed."""
+    """Read every committed shard, or those given, and say what is wrong with each that is not what was committed.
+
+    Raises OSError for a store that cannot be read, unless it is the disk that cannot read just this shard.
+    """
     damaged = {}
-    for shard in np.flatnonzero(cache.committed()).tolist() if shards is None else shards:
+    for shard in committed_shards(cache) if shards is None else shards:
         try:
             cache.read_shard(shard)
         except CacheError as error:
             damaged[shard] = str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            damaged[shard] = f"shard {shard} of {cache.path} cannot be read: {error.filename}: {error.strerror}"
     return damaged
 
 
-def repair(cache: Cache, damaged: Iterable[int]) -> None:
-    """Uncommit shards, so that the next cache-explanations computes just them. The store is opened ``writable``."""
-    for shard in damaged:
-        cache.uncommit(shard)
+def repair(cache: Cache, shards: Iterable[int] | None = None) -> dict[int, str]:
+    """Uncommit each shard that `damaged_shards` names, so that the next cache-explanations computes just them.
+
+    The store is opened ``writable``, and nobody else may be writing it (CacheError).
+    """
+    with claim_writing(cache):  # before looking: what is being written again looks like damage
+        damaged = damaged_shards(cache, shards)
+        for shard in damaged:
+            cache.uncommit(shard)
+    return damaged
+
+
+def committed_shards(cache: Cache) -> list[int]:
+    """The numbers of the shards that are there."""
+    return np.flatnonzero(cache.committed()).tolist()
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What `inspect_cache` found, for people: aligned lines."""
+    teacher, explainer, dataset, storage = (found[key] for key in ("teacher", "explainer", "dataset", "storage"))
+    channels, height, width = dataset["image_shape"]
+    bias = "without biases" if teacher["bias_free"] else "with biases"
+    done = "complete" if found["complete"] else f"{found['committed_samples'] / found['samples']:.1%} done"
+    pooled = "" if storage["resolution"] == 1 else f", average-pooled by {storage['resolution']}"
+    lines = {
+        "store": found["path"],
+        "teacher": f"{teacher['arch']} {bias}, debiasing {teacher['debias']}, weights {teacher['weights_sha256'][:12]}",
+        "classes": f"{len(teacher['class_names'])}: {_few(teacher['class_names'])}",
+        "explainer": f"{explainer['rule']}, {explainer['draws']} draws a sample, "
+        f"ε from {explainer['epsilon_low']:g} to {explainer['epsilon_high']:g}, "
+        f"classes {explainer['class_policy']}, seed {explainer['seed']}",
+        "dataset": f"{dataset['name']}, split {dataset['split']}: {dataset['samples']:,} images of "
+        f"{channels} × {height} × {width}, fingerprint {dataset['fingerprint'][:12]}",
+        "storage": f"{storage['precision']}, {storage['codec']}{pooled}, shards of {storage['shard_samples']} samples "
+        f"in chunks of {storage['chunk_samples']}",
+        "state": f"{done}: {found['committed_shards']:,} of {found['shards']:,} shards, "
+        f"{found['committed_samples']:,} of {found['samples']:,} samples",
+        "size": _megabytes(found["bytes"])
+        + (f", {1 / found['ratio']:.1f} times smaller than the maps in float32" if found["ratio"] else ""),
+    }
+    if maps := found["maps"]:
+        lines["maps"] = (
+            f"{maps['zeros']:.1%} zeros, {maps['empty']:.1%} empty, mean relevance {maps['relevance']:.3g} of which "
+            f"{maps['positive']:.0%} positive, largest {maps['largest']:.3g}"
+        )
+        lines["draws"] = (
+            f"{maps['top_class']:.1%} explain the top class, ε from {maps['epsilon_low']:.3g} to "
+            f"{maps['epsilon_high']:.3g}"
+        )
+        lines["looked at"] = f"{maps['shards']} of {found['committed_shards']:,} shards, for maps and draws"
+    lines["written by"] = ", ".join(f"{name} {version}" for name, version in found["written_by"].items())
+    return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+
+
+def continuing(cache: Cache) -> str:
+    """The options that the command which made a store had, as far as the store knows."""
+    explainer, dataset = cache.info.explainer, cache.info.dataset
+    return (
+        f"cache-explanations --split {dataset.split} --draws {explainer.draws} --epsilon-range "
+        f"{explainer.epsilon_low!r} {explainer.epsilon_high!r} --explainer {explainer.rule} --seed {explainer.seed} "
+        f"--out {cache.path}"
+    )
+
+
+def _few(names: Sequence[str], shown: int = 10) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
-from teacher_cache.codec import PRECISIONS, Compression
+from teacher_cache.codec import PRECISIONS, Compression, checksum
 
 KIND = "explanation-distillation cache"
 FORMAT_VERSION = 2
@@ -97,7 +98,7 @@ class CacheInfo:
             for key, hint in get_type_hints(kind).items():
                 wanted: Any = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
                 wanted = int | float if wanted is float else wanted
-                if not isinstance(values[key], wanted) or (wanted is int and isinstance(values[key], bool)):
+                if not isinstance(values[key], wanted) or (wanted is not bool and isinstance(values[key], bool)):
                     raise CacheError(f"its attribute '{section}.{key}' is {values[key]!r}, expected {hint}")
             parts[section] = kind(**values)
         written_by = attributes.get("written_by")
@@ -135,6 +136,12 @@ class CacheInfo:
         start = shard * self.storage.shard_samples
         return start, min(start + self.storage.shard_samples, self.dataset.samples)
 
+    def identity(self, shard: int) -> int:
+        """CRC-32C of all that decides what a shard holds: equal for the same shard of the same store alone."""
+        sections = {section: dataclasses.asdict(getattr(self, section)) for section in _SECTIONS}
+        del sections["dataset"]["name"]
+        return checksum(json.dumps([sections, shard], sort_keys=True).encode())
+
     def differences(self, other: CacheInfo) -> list[str]:
         """What the two would hold differently, as ``section.field: this one's, the other's`` lines."""
         lines = []
@@ -158,12 +165,15 @@ _SECTIONS: dict[str, Any] = {
 def _check(info: CacheInfo) -> None:
     """Raise CacheError for values that no store has."""
     storage, shape = info.storage, info.dataset.image_shape
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in (*shape, info.dataset.samples)):
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in (*shape, info.dataset.samples)):
         raise CacheError(f"its attribute 'dataset' has no sizes of images: {info.dataset}")
     if min(storage.shard_samples, storage.chunk_samples, storage.resolution, info.explainer.draws) < 1:
         raise CacheError(f"its attributes have a size under 1: {storage}, {info.explainer}")
     if storage.shard_samples % storage.chunk_samples:
         raise CacheError(f"its shards are no whole number of chunks: {storage}")
+    names = info.teacher.class_names
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CacheError(f"its attribute 'teacher.class_names' is {names!r}, expected names of classes")
     if storage.precision not in PRECISIONS:
         raise CacheError(f"its precision is '{storage.precision}', this program knows {', '.join(PRECISIONS)}")
     if min(info.map_shape) < 1:
@@ -188,7 +198,7 @@ def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
     rows = (info.dataset.samples, info.explainer.draws)
     maps = (*rows, *info.map_shape)
     logits = (rows[0], len(info.teacher.class_names))
-    record = len(ROWS) + info.chunks * info.explainer.draws
+    record = 1 + len(ROWS) + info.chunks * info.explainer.draws
     return {
         "heatmaps": ArrayPlan(maps, PRECISIONS[info.storage.precision], ("sample", "draw", "channel", "y", "x")),
         "scale": ArrayPlan(rows, "float32", ("sample", "draw")),

@@ -20,7 +20,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import Folder, Location, delete, keys, names, open_store, read, write, write_new
+from data.storage import Folder, Location, delete, keys, names, open_store, read, read_all, write, write_new
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
 from teacher_cache.layout import FORMAT_VERSION, KIND, ROWS, CacheError, CacheInfo, plan_arrays
@@ -62,15 +62,23 @@ class Cache:
         }
 
     def committed(self) -> np.ndarray:
-        """Which shards exist: bool (number of shards,)."""
+        """Which shards exist, as they have a commit record that is whole: bool (number of shards,)."""
         found = np.zeros(self.info.shards, bool)
-        for name in names(self.store, "commits"):
-            if name.startswith("c.") and (shard := int(name.split(".")[1])) < len(found):
-                found[shard] = True
+        listed = set(names(self.store, "commits"))
+        there = [shard for shard in range(len(found)) if self._key("commits", shard).split("/")[1] in listed]
+        records = read_all(self.store, [self._key("commits", shard) for shard in there])
+        found[there] = [self._is_record(record) for record in records]
         return found
 
     def is_committed(self, shard: int) -> bool:
-        return read(self.store, self._key("commits", shard)) is not None
+        return self._is_record(read(self.store, self._key("commits", shard)))
+
+    def _is_record(self, raw: bytes | None) -> bool:
+        """Not for what is missing, or was half written where writes are not atomic."""
+        try:
+            return raw is not None and len(codec.unseal(raw)) == 4 * self._plan["commits"].shape[1]
+        except DamageError:
+            return False
 
     def uncommit(self, shard: int) -> None:
         """From here on there is no such shard, whatever the arrays hold."""
@@ -87,11 +95,13 @@ class Cache:
         found = tuple(np.shape(getattr(content, field.name)) for field in dataclasses.fields(content))
         if found != expected:
             raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {found}")
-        if not (np.isfinite(content.heatmaps).all() and np.isfinite(content.teacher_logits).all()):
+        if not all(np.isfinite(values).all() for values in (content.heatmaps, content.epsilon, content.teacher_logits)):
             raise CacheError(
-                f"the heatmaps or logits of shard {shard} (samples {start} to {stop - 1}) are not finite: the teacher "
-                "overflows on some of these images; train it with a smaller --lr, or look for damaged images"
+                f"the heatmaps, ε or logits of shard {shard} (samples {start} to {stop - 1}) are not finite: the "
+                "teacher overflows on some of these images; train it with a smaller --lr, or look for damaged images"
             )
+        if np.any(content.target_class < 0) or np.any(content.target_class >= classes[1]):
+            raise ValueError(f"shard {shard} explains classes that there are not: there are {classes[1]}, from 0")
         storage = self.info.storage
         maps, scale = codec.quantise(codec.average_pool(content.heatmaps, storage.resolution), storage.precision)
         file, checksums = codec.pack(maps, self._compression, storage.shard_samples, storage.chunk_samples)
@@ -102,7 +112,8 @@ class Cache:
             "teacher_logits": content.teacher_logits,
         }
         sealed = {name: codec.seal(self._whole_chunk(name, rows[name])) for name in ROWS}
-        record = np.array([*(codec.checksum(sealed[name][:-4]) for name in ROWS), *checksums], "<u4")
+        rows_checksums = [int.from_bytes(sealed[name][-4:], "little") for name in ROWS]
+        record = np.array([self.info.identity(shard), *rows_checksums, *checksums], "<u4")
         self.uncommit(shard)
         for name in ROWS:
             write(self.store, self._key(name, shard), sealed[name])
@@ -115,15 +126,24 @@ class Cache:
         ``heatmaps`` (n, C, h, w) as `teacher_cache.codec.quantise` made them; ``scale``, ``target_class``, ``epsilon``
         (n,). With ``out``, arrays of these shapes are filled in place. Reads no other draw.
 
-        Raises CacheError, naming the shard, where it is not committed or its content is not what was committed.
+        Raises CacheError, naming the shard, where it is not committed or its content is not what was committed,
+        IndexError, and ValueError for an ``out`` of other shapes.
         """
         start, stop = self.info.shard_range(shard)
+        if not 0 <= draw < self.info.explainer.draws:
+            raise IndexError(f"there is no draw {draw}: the store has {self.info.explainer.draws}, counted from 0")
         if out is None:
             out = {name: np.empty((stop - start, *shape), dtype) for name, (shape, dtype) in self.draw_fields.items()}
+        maps, expected = out["heatmaps"], (stop - start, *self.info.map_shape)
+        if maps.shape != expected or maps.dtype != self._plan["heatmaps"].dtype or not maps.flags.c_contiguous:
+            raise ValueError(
+                f"draws of shard {shard} are read into C-contiguous {self._plan['heatmaps'].dtype} {expected}, "
+                f"not {maps.dtype} {maps.shape}"
+            )
         with self._reading(shard) as record:
             for name in ("scale", "target_class", "epsilon"):
                 out[name][:] = self._rows(name, shard, record)[:, draw]
-            self._maps(shard, draw, record, out["heatmaps"])
+            self._maps(shard, draw, record, maps)
         return out
 
     def read_shard(self, shard: int) -> Shard:
@@ -140,17 +160,17 @@ class Cache:
 
     @contextmanager
     def _reading(self, shard: int) -> Iterator[np.ndarray]:
-        """The commit record, uint32; turns damage that is found inside into CacheError."""
+        """The checksums of the commit record, uint32; turns damage that is found inside into CacheError."""
         start, stop = self.info.shard_range(shard)
         where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
             raw = read(self.store, self._key("commits", shard))
-            if raw is None:
+            if not self._is_record(raw):
                 raise CacheError(f"{where} is not there yet: {CONTINUE}")
-            record = codec.unseal(raw).view("<u4")
-            if len(record) != self._plan["commits"].shape[1]:
-                raise DamageError("its commit record has another length")
-            yield record
+            record = codec.unseal(raw or b"").view("<u4")
+            if record[0] != self.info.identity(shard):
+                raise DamageError("its commit record is that of another shard or store")
+            yield record[1:]
         except DamageError as error:
             raise CacheError(
                 f"{where} is damaged: its content is not what was committed ({error}); run inspect-cache --repair "
@@ -201,7 +221,8 @@ def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
 def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
     """Create the store with every shard uncommitted, or open the one that the same settings made.
 
-    The attributes are written first, and at once: they claim the place. A creation that was interrupted is completed.
+    The attributes are written first, and at once: they claim the place. A creation that was interrupted is completed,
+    and metadata that is no JSON, as half of it was written, is written again.
     Raises CacheError for a store made with other settings, FileExistsError for a place that holds anything else.
     """
     store = open_store(location, writable=True)
@@ -211,10 +232,13 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
             raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
         store.make()
     files = _files(info, head or {})
-    if read(store, GROUP) is None:
+    group = read(store, GROUP)
+    if group is None:
         if set(names(store)) - {key.split("/")[0] for key in files}:
             raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
         write_new(store, GROUP, files[GROUP])
+    elif len(group) < len(files[GROUP]) and files[GROUP].startswith(group):
+        write(store, GROUP, files[GROUP])  # half of just this was written, where writes are not atomic
     attributes = _attributes(store) or {}
     if attributes.get("kind") != KIND:
         raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
@@ -225,7 +249,8 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
         )
     head_is_whole = head_sha256(_read_head(store)) == info.teacher.head_sha256
     for key, value in files.items():
-        if read(store, key) is None or (key.startswith("head/") and not head_is_whole):
+        is_whole = _json(read(store, key)) is not None if key.endswith(GROUP) else head_is_whole
+        if not is_whole or (key.startswith("head/") and not head_is_whole):
             write(store, key, value)
     return open_cache(location, writable=True)
 
@@ -238,15 +263,22 @@ def open_cache(location: Location, *, writable: bool = False) -> Cache:
     path, store = str(location), open_store(location, writable=writable)
     attributes = _attributes(store)
     if attributes is None or attributes.get("kind") != KIND:
-        found = "there is no Zarr group" if attributes is None else f"its 'kind' is {attributes.get('kind')!r}"
+        group = read(store, GROUP)
+        found = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {GROUP} has no attributes"
+        if group is None:
+            found = "there is no Zarr group"
+        elif _json(group) is None:
+            found = f"its {GROUP} is cut off or damaged"
         raise CacheError(f"no heatmap store at {path}: {found}; {REMEDY}")
     info = _info(path, attributes)
     for key, value in _files(info, {}).items():
         if not key.endswith("/" + GROUP):
             continue
-        found_layout, expected = _layout(read(store, key)), _layout(value)
-        if found_layout is None:
-            raise CacheError(f"the store {path} is not finished, or damaged: {key} is missing; {CONTINUE}")
+        raw = read(store, key)
+        if _json(raw) is None:
+            what = "missing" if raw is None else "cut off or damaged"
+            raise CacheError(f"the store {path} is not finished, or damaged: {key} is {what}; {CONTINUE}")
+        found_layout, expected = _layout(raw), _layout(value)
         if found_layout != expected:
             raise CacheError(
                 f"the store {path} is damaged: {key} says {found_layout}, its attributes promise {expected}; "
@@ -302,13 +334,19 @@ def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     return {key: raw for key in keys(memory) if (raw := read(memory, key)) is not None}
 
 
-def _layout(metadata: bytes | None) -> dict[str, Any] | None:
-    """What of an array's metadata decides where its bytes lie; None for none."""
+def _layout(metadata: bytes | None) -> dict[str, Any]:
+    """What of an array's metadata decides where its bytes lie."""
+    values = _json(metadata) or {}
+    return {key: values.get(key) for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding")}
+
+
+def _json(metadata: bytes | None) -> dict[str, Any] | None:
+    """None for what is no JSON object: missing, cut off or damaged."""
     try:
         values = json.loads(metadata or b"")
-        return {key: values[key] for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding")}
-    except (ValueError, TypeError, KeyError):
+    except ValueError:
         return None
+    return values if isinstance(values, dict) else None
 
 
 def _read_head(store: Store) -> dict[str, np.ndarray]:
@@ -317,18 +355,18 @@ def _read_head(store: Store) -> dict[str, np.ndarray]:
         if read(store, f"head/{name}/{GROUP}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
-            except (ValueError, TypeError, KeyError, RuntimeError):  # what Zarr says of broken metadata and chunks
+            except Exception as error:  # what Zarr says of broken metadata and chunks is of every kind
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise
                 return {}
     return head
 
 
 def _attributes(store: Store) -> dict[str, Any] | None:
-    """Of the group; empty for one that cannot be read, None where there is none."""
-    raw = read(store, GROUP)
-    try:
-        return None if raw is None else dict(json.loads(raw)["attributes"])
-    except (ValueError, TypeError, KeyError):
-        return {}
+    """Of the group; empty for one that has none, None where there is no group, or none that can be read."""
+    group = _json(read(store, GROUP))
+    found = None if group is None else group.get("attributes")
+    return found if group is None or isinstance(found, dict) else {}
 
 
 def _info(path: str, attributes: dict[str, Any]) -> CacheInfo:

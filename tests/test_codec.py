@@ -1,0 +1,279 @@
+"""What the codecs promise: error bounds of every precision, and that our bytes are Zarr's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from stores import CLASSES, HEAD, content, filled, info
+from zarr.storage import MemoryStore
+
+from data.storage import keys, read
+from teacher_cache import PRECISIONS, CacheError, CacheInfo, choose_compression, create_cache, plan_storage
+from teacher_cache.codec import (
+    MISSING,
+    Compression,
+    DamageError,
+    average_pool,
+    dequantise,
+    index_bytes,
+    quantise,
+    seal,
+    unpack,
+    unseal,
+)
+
+FLOAT_ROUNDING, SMALLEST = 2.0**-22, 2.0**-148  # of a division and a product in float32, and of subnormal results
+SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+ANY_MAPS = hnp.arrays(np.float32, SHAPES, elements=st.floats(width=32, allow_nan=False, allow_infinity=False))
+LIKELY_MAPS = st.builds(
+    lambda seed, size, exponent: (
+        np.random.default_rng(seed).standard_cauchy((2, 3, size, size)).clip(-1e3, 1e3) * 10.0**exponent
+    ).astype(np.float32),
+    st.integers(0, 2**32),
+    st.integers(1, 6),
+    st.integers(-44, 35),
+)
+
+
+def error_bound(maps: np.ndarray, scale: np.ndarray, precision: str) -> np.ndarray:
+    """What `quantise` says of its error, in float64."""
+    size = np.abs(maps.astype(np.float64))
+    largest = scale.astype(np.float64)[..., None, None, None]
+    if precision == "float16":
+        bound = size * 2.0**-10 + largest * 2.0**-25
+    elif precision == "bfloat16":
+        bound = size * 2.0**-8
+    else:
+        relative = size / np.where(largest > 0, largest, 1)
+        bound = (np.sqrt(relative) / 127 + 127.0**-2 / 4) * largest
+    return bound * (1 + FLOAT_ROUNDING) + size * FLOAT_ROUNDING + largest * 2.0**-133 + SMALLEST
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@given(maps=st.one_of(ANY_MAPS, LIKELY_MAPS))
+@settings(deadline=None, max_examples=200)
+def test_every_precision_keeps_its_error_bound_at_every_magnitude(precision, maps):
+    stored, scale = quantise(maps, precision)
+    found = dequantise(stored, scale, precision)
+    assert found.dtype == scale.dtype == np.float32
+    assert np.isfinite(found).all()
+    assert (np.abs(found.astype(np.float64) - maps) <= error_bound(maps, scale, precision)).all()
+    assert np.array_equal(scale, np.abs(maps).max((-3, -2, -1)))
+    assert (found[maps == 0] == 0).all()
+    assert (found * np.sign(maps) >= 0).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_largest_value_of_a_map_is_kept_and_a_single_pixel_is_exact(precision):
+    for value in (1.0, -3.7, 1e-38, 1e38, -1e-45, 0.0):
+        maps = np.full((1, 1, 1, 1), value, np.float32)
+        assert dequantise(*quantise(maps, precision), precision) == pytest.approx(maps, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_negative_zeros_are_stored_as_zeros(precision):
+    maps = np.array([-0.0, 0.0, 1.0, -1e-30, 1e-30, -1.0], np.float32).reshape(1, 1, 2, 3)
+    stored, _ = quantise(maps, precision)
+    assert not stored.view(np.uint8).reshape(6, -1)[:2].any()
+    assert not quantise(maps * 0 * -1, precision)[0].view(np.uint8).any()
+
+
+def test_float16_is_rounded_once():
+    """1 + 2⁻¹⁰ + 2⁻¹² rounds to 1 + 2⁻⁹ in 9 bits; by way of float16 it would be a tie, and go to 1."""
+    maps = np.array([2.0, 1 + 2**-10 + 2**-12], np.float32).reshape(1, 1, 1, 2)
+    assert dequantise(*quantise(maps, "float16"), "float16").ravel()[1] == 1 + 2**-9
+
+
+def test_an_unknown_precision_and_codec_are_refused():
+    with pytest.raises(ValueError, match="no precision is called 'float8': choose one of float16, bfloat16, int8"):
+        quantise(np.zeros((1, 1, 1)), "float8")
+    for text in ("", "blosc", "blosc-lz4-10-shuffle", "blosc-lz4-05-shuffle", "blosc-snappy-1-shuffle", "gzip-1"):
+        with pytest.raises(ValueError, match=f"its codec is '{text}', this program knows"):
+            Compression.parse(text)
+
+
+@given(
+    maps=hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(4, 9), st.integers(4, 9)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    ),
+    factor=st.sampled_from([1, 2, 3, 4]),
+)
+@settings(deadline=None, max_examples=50)
+def test_average_pooling_is_pytorchs(maps, factor):
+    expected = torch.nn.functional.avg_pool2d(torch.from_numpy(maps).double(), factor).float().numpy()
+    found = average_pool(maps, factor)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-44)
+
+
+def test_pooling_the_largest_of_numbers_does_not_overflow():
+    assert (average_pool(np.full((1, 4, 4), 3e38, np.float32), 2) == np.float32(3e38)).all()
+
+
+@given(
+    precision=st.sampled_from(sorted(PRECISIONS)),
+    compressor=st.sampled_from([None, "lz4", "zstd"]),
+    sparse=st.booleans(),
+)
+@settings(deadline=None, max_examples=20)
+def test_the_chosen_compression_is_the_smallest_and_one_that_can_be_parsed(precision, compressor, sparse):
+    maps = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+    maps[:, :, 1:] *= not sparse
+    chosen = choose_compression(maps, precision, compressor)
+    assert Compression.parse(str(chosen)) == chosen
+    assert compressor in (None, chosen.compressor)
+    stored = quantise(maps, precision)[0]
+    sizes = {
+        shuffle: len(dataclasses.replace(chosen, shuffle=shuffle).blosc().encode(stored))
+        for shuffle in ("noshuffle", "shuffle", "bitshuffle")
+    }
+    assert sizes[chosen.shuffle] == min(sizes.values())
+
+
+@st.composite
+def stores(draw) -> CacheInfo:
+    """Every kind of store: precision, compression, resolution, sizes of shards and chunks, a last one not full."""
+    chunk = draw(st.integers(1, 3))
+    return info(
+        samples=draw(st.integers(1, 11)),
+        draws=draw(st.integers(1, 3)),
+        image_shape=draw(st.tuples(st.integers(1, 3), st.integers(4, 9), st.integers(4, 9))),
+        precision=draw(st.sampled_from(sorted(PRECISIONS))),
+        codec=f"blosc-{draw(st.sampled_from(['lz4-5', 'zstd-3', 'lz4-0']))}"
+        f"-{draw(st.sampled_from(['shuffle', 'bitshuffle', 'noshuffle']))}",
+        resolution=draw(st.sampled_from([1, 2, 4])),
+        chunk_samples=chunk,
+        shard_samples=chunk * draw(st.integers(1, 3)),
+    )
+
+
+@given(of=stores())
+@settings(deadline=None, max_examples=60)
+def test_what_we_write_plain_zarr_reads(of):
+    cache = filled(MemoryStore(), of)
+    root = zarr.open_group(cache.store, mode="r")
+    for shard in range(of.shards):
+        rows, given_content = slice(*of.shard_range(shard)), content(of, shard)
+        whole = cache.read_shard(shard)
+        maps, scale = np.asarray(root["heatmaps"][rows]), np.asarray(root["scale"][rows])
+        pooled = average_pool(given_content.heatmaps, of.storage.resolution)
+        assert np.array_equal(maps, quantise(pooled, of.storage.precision)[0])
+        assert np.array_equal(dequantise(maps, scale, of.storage.precision), whole.heatmaps)
+        for name in ("target_class", "epsilon", "teacher_logits"):
+            assert np.array_equal(np.asarray(root[name][rows]), getattr(given_content, name).astype(root[name].dtype))
+            assert np.array_equal(getattr(whole, name), getattr(given_content, name))
+        for draw in range(of.explainer.draws):
+            one = cache.read_draw(shard, draw)
+            assert {name: (values.shape[1:], values.dtype) for name, values in one.items()} == cache.draw_fields
+            for name, values in one.items():
+                assert np.array_equal(values, np.asarray(root[name][rows, draw]))
+
+
+@given(of=stores())
+@settings(deadline=None, max_examples=40)
+def test_what_zarr_writes_we_decode(of):
+    """Shards that Zarr itself encoded, chunk by chunk through our codec; Zarr has its own order of chunks."""
+    written = filled(MemoryStore(), of)
+    values = np.asarray(zarr.open_group(written.store, mode="r")["heatmaps"][...])
+    empty = create_cache(MemoryStore(), of, HEAD)
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_group(empty.store, mode="r+")["heatmaps"][...] = values
+    storage, compression = of.storage, Compression.parse(of.storage.codec)
+    for shard in range(of.shards):
+        start, stop = of.shard_range(shard)
+        raw = read(empty.store, f"heatmaps/c.{shard}.0.0.0.0")
+        assert raw is not None
+        index = unseal(raw[: index_bytes(of.chunks, of.explainer.draws)]).view("<u8").reshape(of.chunks, -1, 2)
+        for first in range(start, stop, storage.chunk_samples):
+            for draw in range(of.explainer.draws):
+                position, length = index[(first - start) // storage.chunk_samples, draw].tolist()
+                assert position != MISSING
+                chunk = raw[position : position + length]
+                expected = values[first : min(first + storage.chunk_samples, stop), draw]
+                out = np.empty_like(expected)
+                checksum = np.frombuffer(chunk[-4:], "<u4")
+                unpack(chunk, np.array([[0, length]]), checksum, compression, storage.chunk_samples, out)
+                assert np.array_equal(out, expected)
+
+
+def test_rows_that_zarr_writes_have_our_bytes():
+    """Without Blosc there is one way to write a chunk, so everything but heatmaps is equal to the byte."""
+    ours = filled(MemoryStore())
+    theirs = create_cache(MemoryStore(), info(), HEAD)
+    source, target = zarr.open_group(ours.store, mode="r"), zarr.open_group(theirs.store, mode="r+")
+    for name in ("scale", "target_class", "epsilon", "teacher_logits", "commits"):
+        target[name][...] = source[name][...]
+    compared = [key for key in keys(ours.store) if not key.startswith("heatmaps/c")]
+    assert len(compared) > 5 * 3
+    assert all(read(ours.store, key) == read(theirs.store, key) for key in compared)
+
+
+def test_a_draw_is_read_into_place_as_one_range_of_the_file():
+    of = info(samples=9, draws=3)
+    cache = filled(MemoryStore(), of)
+    buffers = {name: np.empty((20, *shape), dtype) for name, (shape, dtype) in cache.draw_fields.items()}
+    out = {name: values[5:9] for name, values in buffers.items()}
+    cache.read_draw(1, 2, out)
+    for name, values in cache.read_draw(1, 2).items():
+        assert np.array_equal(buffers[name][5:9], values)
+    for wrong in (
+        np.empty((3, 3, 6, 5), np.float16),
+        np.empty((4, 3, 6, 5), np.float32),
+        np.empty((4, 3, 5, 6), "f2").mT,
+    ):
+        with pytest.raises(ValueError, match="draws of shard 1 are read into C-contiguous float16"):
+            cache.read_draw(1, 2, {**out, "heatmaps": wrong})
+    for draw in (-1, 3):
+        with pytest.raises(IndexError, match=f"there is no draw {draw}: the store has 3"):
+            cache.read_draw(1, draw)
+
+
+def test_unsealing_notices_every_flipped_bit():
+    sealed = seal(b"some bytes")
+    assert unseal(sealed).tobytes() == b"some bytes"
+    for bit in range(8 * len(sealed)):
+        flipped = bytearray(sealed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamageError):
+            unseal(bytes(flipped))
+    for length in range(len(sealed)):
+        with pytest.raises(DamageError):
+            unseal(sealed[:length])
+
+
+@pytest.mark.parametrize("field", ["heatmaps", "epsilon", "teacher_logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_refused(field, value):
+    cache = create_cache(MemoryStore(), info(), HEAD)
+    shard = content(info(), 0)
+    getattr(shard, field).flat[3] = value
+    with pytest.raises(CacheError, match=r"shard 0 \(samples 0 to 3\) are not finite"):
+        cache.write_shard(0, shard)
+    assert not cache.committed().any()
+
+
+@pytest.mark.parametrize("value", [-1, len(CLASSES)])
+def test_classes_that_there_are_not_are_refused(value):
+    cache = create_cache(MemoryStore(), info(), HEAD)
+    shard = content(info(), 0)
+    shard.target_class[1, 1] = value
+    with pytest.raises(ValueError, match="shard 0 explains classes that there are not: there are 3, from 0"):
+        cache.write_shard(0, shard)
+
+
+@given(draws=st.integers(1, 64), side=st.integers(1, 512), channels=st.integers(1, 4))
+@settings(deadline=None)
+def test_planned_shards_are_bounded_and_made_of_whole_chunks(draws, side, channels):
+    plan = plan_storage(draws, (channels, side, side))
+    assert 1 <= plan.chunk_samples <= plan.shard_samples <= 1024
+    assert plan.shard_samples % plan.chunk_samples == 0
+    assert plan.shard_samples == 1 or plan.shard_samples * draws * channels * side * side * 2 <= 2**25
