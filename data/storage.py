@@ -49,7 +49,9 @@ def _remote(url: str, writable: bool) -> Store:
             "or the fsspec implementation of that protocol"
         ) from None
     except (ValueError, TypeError) as error:
-        raise OSError(f"{url} cannot be opened: {error}") from None
+        raise OSError(f"{url} cannot be opened ({error}): give a folder, or a URL such as s3://bucket/name") from None
+    if not found.path.strip("/"):
+        raise OSError(f"{url} names no place: give a folder, or a URL such as s3://bucket/name")
     return Remote(found.fs, url, found.path, read_only=not writable)
 
 
@@ -181,12 +183,13 @@ class Remote(FsspecStore):
         return await self._try(super().exists(key))
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        await self._try(super().set(key, value, byte_range))
+        await self._try(super().set(key, value, byte_range), writes=True)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Atomic where the protocol has conditional writes (S3, GCS); else it looks, then writes."""
         try:
-            await self._try(self.fs._pipe_file(f"{self.path}/{key}", value.to_bytes(), mode="create"))
+            content = value.to_bytes()
+            await self._try(self.fs._pipe_file(f"{self.path}/{key}", content, mode="create"), writes=True)
         except FileExistsError:
             pass
         except (TypeError, NotImplementedError):
@@ -228,11 +231,11 @@ class Remote(FsspecStore):
             return {}
         return {path.removeprefix(f"{self.path}/"): int(info["size"] or 0) for path, info in found.items()}
 
-    async def _try(self, operation: Awaitable[T]) -> T:
+    async def _try(self, operation: Awaitable[T], *, writes: bool = False) -> T:
         try:
             return await operation
         except MISSING as error:
-            if _code(error) == "NoSuchBucket":
+            if writes or _code(error) == "NoSuchBucket":
                 raise OSError(f"{self.url}: there is no such bucket: create it, or correct the URL") from error
             raise
         except (TypeError, NotImplementedError, FileExistsError):
@@ -240,8 +243,8 @@ class Remote(FsspecStore):
         except Exception as error:  # each protocol's client has exceptions of its own
             if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise FileExistsError(f"{self.url}: {error}") from error
-            what = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
-            raise OSError(f"{self.url}: {what}; {_remedy(error)}") from error
+            what = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise OSError(f"{self.url}: {' '.join(what.split())}; {_remedy(error)}") from error
 
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
