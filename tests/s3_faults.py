@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import logging
 import socket
 import struct
 import threading
@@ -68,6 +69,7 @@ class S3:
 @contextlib.contextmanager
 def serve() -> Iterator[S3]:
     """Start both servers on free ports; stop them in the end."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     moto.start()
     backend, s3 = moto.get_host_and_port(), S3()

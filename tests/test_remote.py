@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import importlib
 import json
 import os
 import signal
@@ -11,8 +13,10 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
+import boto3
 import fsspec
 import numpy as np
 import pytest
@@ -57,7 +61,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
     monkeypatch.setattr("botocore.retryhandler.random", types.SimpleNamespace(random=lambda: 0.02))  # its delays
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 3)
     connect(monkeypatch, server)
-    put(server, "bucket")
+    other_client(server.url).create_bucket(Bucket="bucket")
     return server
 
 
@@ -89,12 +93,14 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def put(server: S3, path: str, content: bytes = b"") -> None:
-    """Write past every client's caches, as another process would."""
-    address = urlparse(server.url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port)
-    connection.request("PUT", f"/{path}", content)
-    assert connection.getresponse().status == 200
-    connection.close()
+    """Write past fsspec's caches, as another process would."""
+    bucket, key = path.split("/", 1)
+    other_client(server.url).put_object(Bucket=bucket, Key=key, Body=content)
+
+
+@functools.cache
+def other_client(url: str) -> Any:
+    return boto3.client("s3", endpoint_url=url, aws_access_key_id="other", aws_secret_access_key="other")
 
 
 def run(*arguments: object) -> Result:
@@ -180,16 +186,22 @@ def test_every_kind_of_request_survives_every_fault(s3, url, fault):
 def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url, local, fault):
     cache = f"{url}/cache.zarr"
     command = ["cache-explanations", "--data", local / "data.zarr", "--teacher", local / "teacher", "--draws", 2]
-    with s3.failing(lambda request: fault if request.method == "PUT" and "heatmaps/c.2." in request.path else None):
+    written: set[str] = set()
+
+    def after_two_shards(request: Request) -> int | str | None:
+        if request.method != "PUT" or "/heatmaps/c." not in request.path:
+            return None
+        written.add(request.path)
+        return fault if len(written) > 2 else None
+
+    with s3.failing(after_two_shards):
         refused(run(*command, "--out", cache), cache)
-    committed = open_cache(cache).committed()
-    assert committed[:2].all()
-    assert not committed[2]
     reader = open_cache(cache)
+    assert reader.committed().sum() == 2
     assert damaged_shards(reader) == {}
     with pytest.raises(CacheError, match="is not there yet"):
-        reader.read_shard(2)
-    with pytest.raises(CacheError, match="incomplete"):
+        reader.read_shard(int(reader.committed().argmin()))
+    with pytest.raises(CacheError, match="incomplete: 2 of 4"):
         check_complete(reader)
     assert (result := run(*command, "--out", cache)).exit_code == 0, result.output
     assert "found there" in result.output
@@ -289,7 +301,7 @@ def environment(s3: S3, **changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "FSSPEC_S3_ENDPOINT_URL": s3.url, **changes}
 
 
-@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "FSSPEC_S3_ENDPOINT_URL"])
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "FSSPEC_S3_ENDPOINT_URL"])
 def test_the_servers_address_comes_from_the_clients_own_settings(s3, url, name):
     variables = {key: value for key, value in environment(s3).items() if not key.startswith("FSSPEC_")}
     command = [sys.executable, "cli.py", "make-data", "coloured-mnist", "--limit", "5", "--out", url]
@@ -384,11 +396,11 @@ class TestWhatIsWrong:
     def test_nobody_answers(self, s3, url, evaluate, monkeypatch):
         connect(monkeypatch, s3, config_kwargs={"read_timeout": 0.1, "retries": {"max_attempts": 0}})
         with s3.failing(lambda request: 0.5):
-            refused(run(*evaluate, url), f"{url}: ReadTimeoutError", "check the network")
+            refused(run(*evaluate, url), f"{url}: Read timeout", "check the network")
 
     def test_a_package_is_missing(self, s3, url, evaluate, monkeypatch):
         monkeypatch.setitem(sys.modules, "s3fs", None)
-        monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+        monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3")
         refused(run(*evaluate, url), f"{url} needs a package", "pip install 'explanation-distillation[remote]'")
 
     @pytest.mark.parametrize("place", ["s3://", "s4://bucket/x", "memory://"])
