@@ -76,6 +76,7 @@ def serve() -> Iterator[S3]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # it would hold back every body until the headers are acknowledged
 
         def handle_one_request(self) -> None:
             with contextlib.suppress(ConnectionError):

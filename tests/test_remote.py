@@ -28,7 +28,7 @@ from zarr.storage import MemoryStore
 
 from cli import main
 from data import DatasetError, DatasetWriter, make_coloured_mnist, open_dataset
-from data.storage import keys, names, open_store, read, write, write_new
+from data.storage import Location, keys, names, open_store, read, write, write_new
 from pipeline import cache_explanations
 from teacher_cache import CacheError, check_complete, claims, damaged_shards, inspect_cache, open_cache
 from trainer import train_student, train_teacher
@@ -107,10 +107,20 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def contents(location: object) -> dict[str, bytes | None]:
+def contents(location: Location) -> dict[str, bytes | None]:
     """Every key with its bytes, but for what says who is writing."""
     store = open_store(location)
     return {key: read(store, key) for key in sorted(keys(store)) if not key.startswith("claims/")}
+
+
+def make_small(location: Location) -> None:
+    """A dataset of two splits, with fewer requests than those of COLOURED MNIST take."""
+    rng = np.random.default_rng(0)
+    with DatasetWriter(location) as writer:
+        for split in ("train", "ood"):
+            images = rng.integers(0, 256, (600, 3, 8, 8), np.uint8)
+            writer.write_split(split, images=images, labels=rng.integers(0, 3, 600))
+        writer.finish(name="small", class_names=["a", "b", "c"])
 
 
 def refused(result: Result, *words: str) -> None:
@@ -152,11 +162,14 @@ def now_and_then(request: Request) -> int | str | float | None:
 
 def test_passing_errors_are_survived_and_change_nothing(s3, url, local, tmp_path):
     with s3.failing(now_and_then):
-        make_coloured_mnist(f"{url}/data.zarr", limit=SAMPLES)
-        cache_explanations(f"{url}/data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2)
-        train_student(f"{url}/data.zarr", f"{url}/cache.zarr", tmp_path / "student", steps=2, batch_size=32)
-        assert s3.faults > 30
-    assert contents(f"{url}/data.zarr") == contents(local / "data.zarr")
+        make_small(f"{url}/data.zarr")
+        for split in open_dataset(f"{url}/data.zarr").splits.values():
+            split.verify()
+        cache_explanations(local / "data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2)
+        train_student(local / "data.zarr", f"{url}/cache.zarr", tmp_path / "student", steps=2, batch_size=32)
+        assert s3.faults > 20
+    make_small(tmp_path / "data.zarr")
+    assert contents(f"{url}/data.zarr") == contents(tmp_path / "data.zarr")
     assert contents(f"{url}/cache.zarr") == contents(local / "cache.zarr")
 
 
@@ -208,20 +221,27 @@ def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url,
     assert contents(cache) == contents(local / "cache.zarr")
 
 
-def test_a_dataset_that_could_not_be_written_is_removed_or_marked_and_made_anew(s3, url, local):
-    command = ["make-data", "coloured-mnist", "--limit", SAMPLES, "--out", f"{url}/data.zarr"]
-    with s3.failing(lambda request: 403 if request.method == "PUT" and "/ood/images" in request.path else None):
-        refused(run(*command), f"{url}/data.zarr: ", "check the credentials")
-    assert contents(f"{url}/data.zarr") == {}
-    with s3.failing(lambda request: 403 if request.number > 40 else None):
-        refused(run(*command), f"{url}/data.zarr: ", "check the credentials")
+def test_a_dataset_that_could_not_be_written_is_removed_or_marked_and_made_anew(s3, url, tmp_path):
+    data = f"{url}/data.zarr"
+    refusal = pytest.raises(OSError, match=f"{data}: injected AccessDenied; check the credentials")
+    with (
+        s3.failing(lambda request: 403 if request.method == "PUT" and "/ood/images" in request.path else None),
+        refusal,
+    ):
+        make_small(data)
+    assert contents(data) == {}
+    with s3.failing(lambda request: 403 if request.number > 30 else None), refusal:
+        make_small(data)
     with pytest.raises(DatasetError, match="was not finished, or is still being written: run make-data again"):
-        open_dataset(f"{url}/data.zarr")
-    assert (result := run(*command)).exit_code == 0, result.output
-    assert contents(f"{url}/data.zarr") == contents(local / "data.zarr")
-    refused(run(*command), "exists and is not empty: choose another --out")
-    refused(run(*command[:-1], url), "exists and is not empty: choose another --out")
-    assert contents(f"{url}/data.zarr") == contents(local / "data.zarr")
+        open_dataset(data)
+    make_small(data)
+    make_small(tmp_path / "data.zarr")
+    expected = contents(tmp_path / "data.zarr")
+    assert contents(data) == expected
+    for taken in (data, url):
+        with pytest.raises(FileExistsError, match="exists and is not empty: choose another --out"):
+            make_small(taken)
+    assert contents(data) == expected
 
 
 def test_a_removal_that_the_server_only_pretends_is_noticed(s3, url, monkeypatch):
