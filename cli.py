@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,30 @@ import click
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
-DATA = click.option("--data", required=True, type=click.Path(path_type=Path), help="A dataset in our layout.")
+
+class Location(click.ParamType):
+    """A folder, or a URL of fsspec, of which ``pathlib`` would make something else."""
+
+    name = "folder or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not (text := os.fspath(value)):
+            self.fail("it is empty: give a folder, or a URL such as s3://bucket/name", param, ctx)
+        return text
+
+
+class LocalFolder(click.Path):
+    """A folder of this machine, for models and trainings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"'{value}' is a URL: only datasets and stores can be at one, give a local folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+DATA = click.option("--data", required=True, type=Location(), help="A dataset in our layout.")
 OUT = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Where to write: nothing, or an unfinished training."
+    "--out", required=True, type=LocalFolder(path_type=Path), help="Where to write: nothing, or an unfinished training."
 )
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -121,10 +143,10 @@ def make_data() -> None:
 
 
 @make_data.command(name="coloured-mnist")
-@OUT
+@click.option("--out", required=True, type=Location(), help="The dataset to write.")
 @SEED
 @click.option("--limit", type=click.IntRange(1), help="At most so many samples of each split.")
-def coloured_mnist(out: Path, seed: int, limit: int | None) -> None:
+def coloured_mnist(out: str, seed: int, limit: int | None) -> None:
     """MNIST digits whose colour tells the class in train, validation and iid, and misleads in ood and shift."""
     from data import make_coloured_mnist
 
@@ -171,8 +193,8 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 
 @main.command(name="cache-explanations")
 @DATA
-@click.option("--teacher", required=True, type=click.Path(path_type=Path), help="A folder of train-teacher.")
-@click.option("--out", required=True, help="The store to write, or to continue writing.")
+@click.option("--teacher", required=True, type=LocalFolder(path_type=Path), help="A folder of train-teacher.")
+@click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing.")
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
 @click.option("--draws", default=4, show_default=True, type=click.IntRange(1, 10_000), help="Heatmaps for each sample.")
 @click.option(
@@ -213,11 +235,11 @@ def cache_explanations_command(**options: Any) -> None:
 
 
 @main.command(name="inspect-cache")
-@click.argument("cache")
+@click.argument("cache", type=Location())
 @click.option("--verify", is_flag=True, help="Read everything and name what is damaged; exit code 1 if anything is.")
 @click.option("--repair", is_flag=True, help="Verify, and take what is damaged out, so that it is computed anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def inspect_cache_command(cache: str, verify: bool, repair: bool, as_json: bool) -> None:
+def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool) -> None:
     """What a heatmap store is, how far, and whether it is what was committed.
 
     CACHE is a path or a URL.
@@ -256,10 +278,10 @@ def inspect_cache_command(cache: str, verify: bool, repair: bool, as_json: bool)
 
 @main.command(name="train-student")
 @DATA
-@click.option("--cache", required=True, type=click.Path(path_type=Path), help="A store of the train split.")
+@click.option("--cache", required=True, type=Location(), help="A store of the train split.")
 @click.option(
     "--validation-cache",
-    type=click.Path(path_type=Path),
+    type=Location(),
     help="A store of the validation split, to choose the weights by; without it the last are kept.",
 )
 @OUT
@@ -285,10 +307,10 @@ def train_student_command(**options: Any) -> None:
 
 @main.command(name="evaluate")
 @DATA
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="A teacher's or student's folder.")
+@click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A teacher's or student's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @DEVICE
-def evaluate_command(data: Path, model: Path, as_json: bool, device: str) -> None:
+def evaluate_command(data: str, model: Path, as_json: bool, device: str) -> None:
     """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals."""
     from trainer import evaluate
 
@@ -307,7 +329,7 @@ def evaluate_command(data: Path, model: Path, as_json: bool, device: str) -> Non
 
 
 @main.command(name="quickstart")
-@click.option("--out", default="quickstart", show_default=True, type=click.Path(path_type=Path))
+@click.option("--out", default="quickstart", show_default=True, type=LocalFolder(path_type=Path))
 @SEED
 def quickstart_command(out: Path, seed: int) -> None:
     """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""

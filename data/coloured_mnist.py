@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from data.idx import read_mnist
 from data.layout import DatasetWriter
+from data.storage import Location
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 BIASING_COLOURS = np.array(  # RGB of class 0 … 9
@@ -29,7 +28,7 @@ MIN_SQUARED_DISTANCE = 2500  # of an unseen colour from every biasing colour
 VALIDATION_SAMPLES = 5000
 
 
-def make_coloured_mnist(out: str | Path, seed: int = 0, limit: int | None = None) -> dict[str, int]:
+def make_coloured_mnist(out: Location, seed: int = 0, limit: int | None = None) -> dict[str, int]:
     """Write COLOURED MNIST, 100 % biased, in the dataset layout; returns the number of samples a split.
 
     MNIST binarised at 0.5, the digit in a colour on black, uint8 (N, 3, 28, 28). ``train`` (55,000),

@@ -6,10 +6,14 @@ where there are any, ``groups`` and ``masks``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
+import json
+import math
+import os
+import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,16 @@ from typing import Any
 import numpy as np
 import zarr
 import zarr.errors
+from zarr.abc.store import Store
+
+from data.storage import ROOT, Folder, Location, clear, names, open_store, read, write, write_new
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
-CHUNK_BYTES = 2**21  # of images; other arrays follow the images' chunks
+UNFINISHED = "unfinished"  # the attribute that marks a dataset which is being written, or was left so
+CHUNK_BYTES, SHARD_BYTES = 2**21, 2**26  # of images and masks, at most
+MAX_CHUNKS = 4096  # of an array, each a file; above it they are put together in shards, which read a little slower
+CHUNK_ROWS = 2**16  # of labels and groups
 REMEDY = "build one with: python cli.py make-data"
 
 
@@ -91,14 +101,14 @@ class Dataset:
         return self.group_names[group] if 0 <= group < len(self.group_names) else str(group)
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Open and check a dataset in our layout; images are not read.
+def open_dataset(location: Location) -> Dataset:
+    """Open and check a dataset in our layout, in a folder, at a URL or in a store of Zarr; images are not read.
 
-    Raises DatasetError where there is none, it is damaged, or its arrays do not fit together.
+    Raises DatasetError where there is none, it is damaged, or its arrays do not fit together; OSError.
     """
-    path = str(path)
+    path, store = str(location), open_store(location)
     try:
-        root = zarr.open_group(path, mode="r", zarr_format=3)
+        root = zarr.open_group(store, mode="r", zarr_format=3)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, NotADirectoryError):
         raise DatasetError(f"no dataset at {path}: there is no Zarr group; {REMEDY}") from None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -109,6 +119,8 @@ def open_dataset(path: str | Path) -> Dataset:
             f"{path} is a Zarr group but no dataset of ours: its attribute 'kind' is "
             f"{attributes.get('kind')!r}, not {KIND!r}; {REMEDY}"
         )
+    if UNFINISHED in attributes:
+        raise DatasetError(f"the dataset {path} was not finished, or is still being written: run make-data again")
     if attributes.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
             f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads "
@@ -148,11 +160,8 @@ def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
     arrays = {key: array for key, array in group.arrays() if key in ARRAYS}
     _check_arrays(where, arrays)
     labels = arrays["labels"]
-    values = np.asarray(labels[:])
-    if values.min() < 0 or values.max() >= classes:
-        raise DatasetError(
-            f"{where}: labels run from {values.min()} to {values.max()}, but there are {classes} class names"
-        )
+    for piece in _pieces(labels):
+        _check_labels(where, int(piece.min()), int(piece.max()), classes)
     found = group.attrs.get("fingerprint") or fingerprint(arrays)
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(found))
 
@@ -166,11 +175,11 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
         if required not in arrays:
             raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
     images = arrays["images"]
-    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
+    if len(images.shape) != 4 or images.dtype != np.uint8 or 0 in images.shape:
         raise DatasetError(f"{where}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, C, H, W)")
     samples, _, height, width = images.shape
     for key in ("labels", "groups"):
-        if key in arrays and (arrays[key].shape != (samples,) or arrays[key].dtype.kind not in "iu"):
+        if key in arrays and (arrays[key].shape != (samples,) or np.dtype(arrays[key].dtype).kind not in "iu"):
             found = f"{arrays[key].dtype} {arrays[key].shape}"
             raise DatasetError(f"{where}: '{key}' is {found}, expected integers ({samples},)")
     masks, expected = arrays.get("masks"), (samples, 1, height, width)
@@ -178,61 +187,185 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
         raise DatasetError(f"{where}: 'masks' is {masks.dtype} {masks.shape}, expected uint8 {expected}")
 
 
-def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 over names, types, shapes and values of a split's arrays, read in pieces of bounded size."""
+def _check_labels(where: str, lowest: int, highest: int, classes: int) -> None:
+    if lowest < 0 or highest >= classes:
+        raise DatasetError(f"{where}: labels run from {lowest} to {highest}, but there are {classes} class names")
+
+
+def fingerprint(
+    arrays: Mapping[str, Any], copy: Callable[[str, int, np.ndarray], None] = lambda name, start, piece: None
+) -> str:
+    """SHA-256 over names, types, shapes and values of a split's arrays, read once, in pieces of bounded size.
+
+    ``copy`` is called with every piece: the array's name, the piece's first row, its values.
+    """
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         dtype = np.dtype(array.dtype).newbyteorder("<")
         digest.update(f"{name} {dtype.str} {tuple(array.shape)};".encode())
-        rows = _rows_per_chunk(array.shape, dtype.itemsize)
-        for start in range(0, array.shape[0], rows):
-            piece = np.asarray(array[start : start + rows]).astype(dtype, copy=False)
-            digest.update(np.ascontiguousarray(piece).data)
+        start = 0
+        for piece in _pieces(array):
+            digest.update(piece.data)
+            copy(name, start, piece)
+            start += len(piece)
     return digest.hexdigest()
 
 
-def _rows_per_chunk(shape: tuple[int, ...], itemsize: int = 1) -> int:
-    return max(1, min(shape[0], CHUNK_BYTES // (int(np.prod(shape[1:])) * itemsize)))
+def _pieces(array: Any) -> Iterator[np.ndarray]:
+    """The rows of anything with a shape, a dtype and slices, in order, little-endian and contiguous.
+
+    A piece is of many whole chunks, which Zarr reads and writes at the same time, or of one whole shard.
+    """
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    rows = _power_of_two(array.shape[0], SHARD_BYTES // _row_bytes(array))
+    for start in range(0, array.shape[0], rows):
+        stop = min(start + rows, array.shape[0])
+        piece = np.ascontiguousarray(array[start:stop], dtype)
+        if piece.shape != (stop - start, *array.shape[1:]):
+            raise DatasetError(f"an array of shape {tuple(array.shape)} gives {piece.shape} for rows {start} to {stop}")
+        yield piece
+
+
+def _chunk_rows(array: Any) -> tuple[int, ...]:
+    """Rows of a chunk and, for an array of many, of a shard: powers of two, as those of the heatmap store are."""
+    samples, row = array.shape[0], _row_bytes(array)
+    if len(array.shape) == 1:
+        return (_power_of_two(samples, CHUNK_ROWS),)
+    chunk, shard = (_power_of_two(samples, limit // row) for limit in (CHUNK_BYTES, SHARD_BYTES))
+    return (chunk,) if samples <= MAX_CHUNKS * chunk else (chunk, shard)
+
+
+def _row_bytes(array: Any) -> int:
+    return math.prod(array.shape[1:]) * np.dtype(array.dtype).itemsize
+
+
+def _power_of_two(samples: int, most: int) -> int:
+    """The largest one that is at most ``most``, but none beyond what holds all samples."""
+    return 2 ** min(max(1, most).bit_length() - 1, (max(1, samples) - 1).bit_length())
 
 
 class DatasetWriter:
-    """Writes a dataset split by split, in a hidden folder beside ``path`` that `finish` moves there.
+    """Writes a dataset split by split, in a folder, at a URL or in a store of Zarr.
 
-    Use as a context manager: what is not finished is removed. Raises FileExistsError for a path that is taken.
+    The place is claimed at once, with attributes that say "unfinished"; `finish` makes it a dataset. Use as a context
+    manager: what is not finished is removed. What a writer that was killed has left is removed by the next one.
+
+    Raises FileExistsError for a place that holds anything else, or that another process is writing to.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._check_free()
-        self._partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
-        self._root = zarr.create_group(str(self._partial), zarr_format=3)
+    def __init__(self, location: Location):
+        self.path = str(location)
+        self._store = open_store(location, writable=True)
+        self._mark = {"writer": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self._made_folder = isinstance(self._store, Folder) and not self._store.root.exists()
+        self._finished = False
+        self._labels: dict[str, tuple[int, int]] = {}  # the lowest and the highest of each split
+        self._claim()
+        self._root = zarr.open_group(self._store, mode="r+", zarr_format=3)
+
+    def _claim(self) -> None:
+        taken = f"{self.path} exists and is not empty: choose another --out, or remove it first"
+        if isinstance(self._store, Folder):
+            if self._store.root.exists() and not self._store.root.is_dir():
+                raise FileExistsError(taken)
+            self._store.make()
+        if names(self._store):
+            mark = _mark(self._store)
+            if mark is None:
+                raise FileExistsError(taken)
+            if mark.get("host") == socket.gethostname() and _another_runs(mark.get("pid")):
+                raise FileExistsError(
+                    f"{self.path} is being written by process {mark.get('pid')}: let it finish, or choose another --out"
+                )
+            clear(self._store)
+            if isinstance(self._store, Folder):
+                self._store.make()
+        if not write_new(self._store, ROOT, _root({UNFINISHED: self._mark})):
+            raise FileExistsError(f"{self.path} is being written by another process: choose another --out")
 
     def __enter__(self) -> DatasetWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if self._finished:
+            return
+        with contextlib.suppress(OSError):  # what cannot be removed is marked, and the next writer removes it
+            if _mark(self._store) == self._mark:
+                clear(self._store)
+                if self._made_folder and isinstance(self._store, Folder):
+                    self._store.root.rmdir()
 
-    def write_split(self, name: str, **arrays: np.ndarray) -> None:
+    def write_split(self, name: str, **arrays: Any) -> None:
         """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``.
 
-        Raises DatasetError for arrays that are not as the layout says.
+        Each is anything with ``shape``, ``dtype`` and slices of rows: an array of NumPy, Zarr, Dask or h5py, a
+        ``numpy.memmap``, or an object that makes its rows when asked. It is read once, in order, in pieces of at most
+        64 MiB. Raises DatasetError for arrays that are not as the layout says.
         """
         if unknown := sorted(set(arrays) - set(ARRAYS)):
             raise DatasetError(f"a split has no array {', '.join(unknown)}: choose from {', '.join(ARRAYS)}")
+        if name in self._labels:
+            raise DatasetError(f"the split '{name}' for {self.path} is written already: give each its own name")
         _check_arrays(f"the split '{name}' for {self.path}", arrays)
+        self._check_ours()
         group = self._root.create_group(name)
-        rows = _rows_per_chunk(arrays["images"].shape)
-        for key, values in arrays.items():
-            group.create_array(key, data=values, chunks=(rows, *values.shape[1:]))
-        group.attrs["fingerprint"] = fingerprint(arrays)
+        targets = {key: _create(group, key, values) for key, values in arrays.items()}
+        ranges: list[tuple[int, int]] = []
+
+        def copy(key: str, start: int, piece: np.ndarray) -> None:
+            targets[key][start : start + len(piece)] = piece
+            if key == "labels":
+                ranges.append((int(piece.min()), int(piece.max())))
+
+        group.attrs["fingerprint"] = fingerprint(arrays, copy)
+        self._labels[name] = min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def finish(self, **attributes: Any) -> None:
-        """Write the attributes (``name``, ``class_names``, ``bias_attribute``, …): the dataset now exists."""
-        self._root.attrs.put({"kind": KIND, "format_version": FORMAT_VERSION, **attributes})
-        self._check_free()
-        self._partial.rename(self.path)
+        """Write the attributes (``name``, ``class_names``, ``bias_attribute``, …): the dataset now exists.
 
-    def _check_free(self) -> None:
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise FileExistsError(f"{self.path} exists and is not empty: choose another --out, or remove it first")
+        Raises DatasetError for labels without a class name, and where another process took the place over.
+        """
+        for name, (lowest, highest) in self._labels.items():
+            _check_labels(f"the split '{name}' for {self.path}", lowest, highest, len(attributes["class_names"]))
+        self._check_ours()
+        write(self._store, ROOT, _root(attributes))
+        self._finished = True
+
+    def _check_ours(self) -> None:
+        if _mark(self._store) != self._mark:
+            raise DatasetError(f"{self.path} was taken over by another process: choose another --out for one of them")
+
+
+def _create(group: zarr.Group, name: str, values: Any) -> zarr.Array:
+    shape, dtype = tuple(values.shape), np.dtype(values.dtype).newbyteorder("<")
+    chunk, *shard = _chunk_rows(values)
+    shards = (shard[0], *shape[1:]) if shard else None
+    return group.create_array(name, shape=shape, dtype=dtype, chunks=(chunk, *shape[1:]), shards=shards)
+
+
+def _root(attributes: Mapping[str, Any]) -> bytes:
+    """The metadata of the dataset's group, as the specification of Zarr format 3 has it."""
+    ours = {"kind": KIND, "format_version": FORMAT_VERSION, **attributes}
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": ours}, indent=2).encode()
+
+
+def _mark(store: Store) -> dict[str, Any] | None:
+    """Who left a dataset unfinished here; None where there is no such thing."""
+    try:
+        attributes = json.loads(read(store, ROOT) or b"")["attributes"]
+        return dict(attributes[UNFINISHED]) if attributes["kind"] == KIND else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _another_runs(pid: Any) -> bool:
+    """Whether another process of this machine has this number."""
+    try:
+        if pid != os.getpid():
+            os.kill(int(pid), 0)
+            return True
+    except PermissionError:
+        return True
+    except (OSError, ValueError, TypeError, OverflowError):
+        pass
+    return False

@@ -16,17 +16,18 @@ from collections.abc import AsyncIterator, Awaitable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zarr.abc.store import ByteRequest, RangeByteRequest, Store
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore
 
 Location = str | Path | Store  # a path, a URL of fsspec (s3://bucket/name), or a store of Zarr
 T = TypeVar("T")
 PARTIAL = ".partial"
 VANISHED = "the folder that is being written to has vanished"
 AT_ONCE = 64  # requests to a remote store
+ROOT = "zarr.json"  # the metadata of the root
 
 
 def open_store(location: Location, *, writable: bool = False) -> Store:
@@ -44,16 +45,18 @@ def open_store(location: Location, *, writable: bool = False) -> Store:
 def _remote(url: str, writable: bool) -> Store:
     # Other processes write too, so no listing may come from memory; options of a protocol, such as the address of an
     # S3 server, are fsspec's own configuration (its files, or FSSPEC_S3_ENDPOINT_URL and the like)
-    options = {"use_listings_cache": False}
     try:
-        return Remote(FsspecStore.from_url(url, storage_options=options, read_only=not writable), url)
+        found = FsspecStore.from_url(url, storage_options={"use_listings_cache": False})
     except ImportError as error:
         raise OSError(
             f"{url} needs a package that is not installed ({error}): pip install 'explanation-distillation[remote]', "
             "or the fsspec implementation of that protocol"
         ) from None
     except (ValueError, TypeError) as error:
-        raise OSError(f"{url} cannot be opened: {error}") from None
+        raise OSError(f"{url} cannot be opened ({error}): give a folder, or a URL such as s3://bucket/name") from None
+    if not found.path.strip("/"):
+        raise OSError(f"{url} names no place: give a folder, or a URL such as s3://bucket/name")
+    return Remote(found.fs, url, found.path, read_only=not writable)
 
 
 class Folder(LocalStore):
@@ -94,7 +97,7 @@ class Folder(LocalStore):
     def write(self, key: str, value: Any, *, exclusive: bool = False) -> bool:
         """False where ``exclusive`` and there is one already."""
         self._check_writable()
-        path = self.root / key
+        path = self._place(key)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             _make_folder(path.parent, below=self.root)
@@ -126,9 +129,20 @@ class Folder(LocalStore):
                     path.unlink()
 
     def delete_sync(self, key: str) -> None:
+        path = self._place(key)
         super().delete_sync(key)
-        if (self.root / key).parent.is_dir():
-            _sync_folder((self.root / key).parent)
+        if path.parent.is_dir():
+            _sync_folder(path.parent)
+
+    async def delete_dir(self, prefix: str) -> None:
+        await asyncio.to_thread(self.delete_sync, prefix)
+
+    def _place(self, key: str) -> Path:
+        """Where a key lies, to write or to delete: below the folder, never the folder itself or a place outside it."""
+        parts = Path(key).parts
+        if not parts or ".." in parts or Path(key).is_absolute():
+            raise ValueError(f"'{key}' is no key of {self.root}")
+        return self.root / key
 
     async def delete(self, key: str) -> None:
         await asyncio.to_thread(self.delete_sync, key)
@@ -183,32 +197,41 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-class Remote(WrapperStore[FsspecStore]):
-    """A store behind a URL, whose every failure is an OSError that names it."""
+class Remote(FsspecStore):
+    """A store behind a URL, whose every failure is an OSError that names it and says what to do.
 
-    def __init__(self, store: FsspecStore, url: str):
-        super().__init__(store)
+    What is transient is tried again by the protocol's own client: S3's does so after every kind of interruption.
+    """
+
+    def __init__(self, fs: Any, url: str, path: str, read_only: bool = False):
+        super().__init__(fs, read_only, path, allowed_exceptions=())
         self.url = url
 
-    def _with_store(self, store: FsspecStore) -> Remote:
-        return type(self)(store, self.url)
+    def with_read_only(self, read_only: bool = False) -> Remote:
+        return type(self)(self.fs, self.url, self.path, read_only)
 
     def __str__(self) -> str:
         return self.url
 
     async def get(self, key: str, prototype: Any = None, byte_range: ByteRequest | None = None) -> Buffer | None:
-        return await self._try(self._store.get(key, prototype or default_buffer_prototype(), byte_range))
+        # s3fs asks for the size of a whole object before it asks for its bytes, but not for that of a range
+        wanted = byte_range or OffsetByteRequest(0)
+        try:
+            return await self._try(super().get(key, prototype or default_buffer_prototype(), wanted))
+        except MISSING:
+            return None
 
     async def exists(self, key: str) -> bool:
-        return await self._try(self._store.exists(key))
+        return await self._try(super().exists(key))
 
-    async def set(self, key: str, value: Buffer) -> None:
-        await self._try(self._store.set(key, value))
+    async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
+        await self._try(super().set(key, value, byte_range), writes=True)
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Atomic where the protocol has conditional writes (S3, GCS); else it looks, then writes."""
         try:
-            await self._try(self._store.fs._pipe_file(f"{self._store.path}/{key}", value.to_bytes(), mode="create"))
+            content = value.to_bytes()
+            await self._try(self.fs._pipe_file(f"{self.path}/{key}", content, mode="create"), writes=True)
         except FileExistsError:
             pass
         except (TypeError, NotImplementedError):
@@ -216,22 +239,75 @@ class Remote(WrapperStore[FsspecStore]):
                 await self.set(key, value)
 
     async def delete(self, key: str) -> None:
-        await self._try(self._store.delete(key))
+        self._check_writable()
+        with contextlib.suppress(*MISSING):
+            await self._try(self.fs._rm_file(f"{self.path}/{key}"))
 
     async def delete_dir(self, prefix: str) -> None:
-        await self._try(self._store.delete_dir(prefix))
+        with contextlib.suppress(*MISSING):
+            await self._try(super().delete_dir(prefix))
+        if left := [key async for key in self.list_prefix(f"{prefix}/")]:  # S3 removes many at once, or says nothing
+            raise OSError(f"{self.url}: {left[0]} could not be removed: check whether the credentials permit it")
 
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        for name in await self._try(_collect(self._store.list_dir(prefix))):
+    async def list(self) -> AsyncIterator[str]:
+        for name in await self._find(""):
             yield name
 
-    async def _try(self, operation: Awaitable[T]) -> T:
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        for name in await self._find(prefix):
+            yield name
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        with contextlib.suppress(*MISSING):
+            for name in await self._try(_collect(super().list_dir(prefix))):
+                yield name
+
+    async def getsize_prefix(self, prefix: str) -> int:
+        return sum((await self._find(prefix)).values())
+
+    async def _find(self, prefix: str) -> dict[str, int]:
+        """The keys under a prefix, with their sizes, in one listing."""
+        try:
+            found = await self._try(self.fs._find(f"{self.path}/{prefix}".rstrip("/"), detail=True))
+        except MISSING:
+            return {}
+        return {path.removeprefix(f"{self.path}/"): int(info["size"] or 0) for path, info in found.items()}
+
+    async def _try(self, operation: Awaitable[T], *, writes: bool = False) -> T:
         try:
             return await operation
-        except (OSError, TypeError, NotImplementedError, KeyboardInterrupt):
+        except MISSING as error:
+            if writes or _code(error) == "NoSuchBucket":
+                raise OSError(f"{self.url}: there is no such bucket: create it, or correct the URL") from error
+            raise
+        except (TypeError, NotImplementedError, FileExistsError):
             raise
         except Exception as error:  # each protocol's client has exceptions of its own
-            raise OSError(f"{self.url}: {type(error).__name__}: {error}") from error
+            if _code(error) in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise FileExistsError(f"{self.url}: {error}") from error
+            what = (error.strerror or str(error)) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise OSError(f"{self.url}: {' '.join(what.split())}; {_remedy(error)}") from error
+
+
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+def _code(error: BaseException) -> str | None:
+    """The code that an S3 server gave, where there is one."""
+    response = getattr(error.__cause__, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+
+
+def _remedy(error: Exception) -> str:
+    kind = type(error).__name__
+    if isinstance(error, PermissionError) or "Credentials" in kind or "Token" in kind:
+        return (
+            "check the credentials (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role) and what "
+            "they permit"
+        )
+    if isinstance(error, TimeoutError | ConnectionError) or any(word in kind for word in ("Connect", "Timeout")):
+        return "check the network and the server's address (for S3 AWS_ENDPOINT_URL), then run the command again"
+    return "where the fault was a passing one, run the same command again: it continues"
 
 
 async def _collect(items: AsyncIterator[T]) -> list[T]:
@@ -295,9 +371,11 @@ def keys(store: Store) -> list[str]:
 
 
 def clear(store: Store) -> None:
-    """Remove everything."""
-    for name in names(store):
-        if not isinstance(store, Folder):
+    """Remove everything. The metadata of the root goes last: while it is there, the place is known to be ours."""
+    if isinstance(store, Folder):
+        store.sweep()
+    for name in sorted(names(store), key=lambda name: name == ROOT):
+        if not isinstance(store, Folder) and name != ROOT:
             sync(store.delete_dir(name))
         delete(store, name)
 

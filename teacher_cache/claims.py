@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 from zarr.abc.store import Store
 
-from data.storage import Folder, delete, names, read, write, write_new
+from data.storage import ROOT, Folder, delete, names, read, write, write_new
 from teacher_cache.layout import CacheError
-from teacher_cache.store import CONTINUE, GROUP, Cache
+from teacher_cache.store import CONTINUE, Cache
 
 LEASE_SECONDS, RENEWED_EVERY, SETTLING = 60.0, 15.0, 1.0
 HERE = 2**62  # the byte that every process that shares holds, so that none begins alone beside it
@@ -89,7 +89,7 @@ class Locks:
 
     def __init__(self, cache: Cache, share: bool):
         assert isinstance(cache.store, Folder)
-        self._share, self._path = share, cache.store.root / GROUP
+        self._share, self._path = share, cache.store.root / ROOT
         self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def lock(self, kind: int, start: int, length: int) -> bool:

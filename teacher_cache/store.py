@@ -20,7 +20,7 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import Folder, Location, delete, keys, names, open_store, read, read_all, write, write_new
+from data.storage import ROOT, Folder, Location, delete, keys, names, open_store, read, read_all, write, write_new
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
 from teacher_cache.layout import FORMAT_VERSION, KIND, ROWS, CacheError, CacheInfo, plan_arrays
@@ -232,13 +232,13 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
             raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
         store.make()
     files = _files(info, head or {})
-    group = read(store, GROUP)
+    group = read(store, ROOT)
     if group is None:
         if set(names(store)) - {key.split("/")[0] for key in files}:
             raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
-        write_new(store, GROUP, files[GROUP])
-    elif len(group) < len(files[GROUP]) and files[GROUP].startswith(group):
-        write(store, GROUP, files[GROUP])  # half of just this was written, where writes are not atomic
+        write_new(store, ROOT, files[ROOT])
+    elif len(group) < len(files[ROOT]) and files[ROOT].startswith(group):
+        write(store, ROOT, files[ROOT])  # half of just this was written, where writes are not atomic
     attributes = _attributes(store) or {}
     if attributes.get("kind") != KIND:
         raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
@@ -249,7 +249,7 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
         )
     head_is_whole = head_sha256(_read_head(store)) == info.teacher.head_sha256
     for key, value in files.items():
-        is_whole = _json(read(store, key)) is not None if key.endswith(GROUP) else head_is_whole
+        is_whole = _json(read(store, key)) is not None if key.endswith(ROOT) else head_is_whole
         if not is_whole or (key.startswith("head/") and not head_is_whole):
             write(store, key, value)
     return open_cache(location, writable=True)
@@ -263,16 +263,16 @@ def open_cache(location: Location, *, writable: bool = False) -> Cache:
     path, store = str(location), open_store(location, writable=writable)
     attributes = _attributes(store)
     if attributes is None or attributes.get("kind") != KIND:
-        group = read(store, GROUP)
-        found = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {GROUP} has no attributes"
+        group = read(store, ROOT)
+        found = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {ROOT} has no attributes"
         if group is None:
             found = "there is no Zarr group"
         elif _json(group) is None:
-            found = f"its {GROUP} is cut off or damaged"
+            found = f"its {ROOT} is cut off or damaged"
         raise CacheError(f"no heatmap store at {path}: {found}; {REMEDY}")
     info = _info(path, attributes)
     for key, value in _files(info, {}).items():
-        if not key.endswith("/" + GROUP):
+        if not key.endswith("/" + ROOT):
             continue
         raw = read(store, key)
         if _json(raw) is None:
@@ -297,9 +297,6 @@ def check_complete(cache: Cache) -> None:
         raise CacheError(
             f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; {CONTINUE}"
         )
-
-
-GROUP = "zarr.json"
 
 
 def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
@@ -352,7 +349,7 @@ def _json(metadata: bytes | None) -> dict[str, Any] | None:
 def _read_head(store: Store) -> dict[str, np.ndarray]:
     head = {}
     for name in ("weight", "bias"):
-        if read(store, f"head/{name}/{GROUP}") is not None:
+        if read(store, f"head/{name}/{ROOT}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
             except Exception as error:  # what Zarr says of broken metadata and chunks is of every kind
@@ -364,7 +361,7 @@ def _read_head(store: Store) -> dict[str, np.ndarray]:
 
 def _attributes(store: Store) -> dict[str, Any] | None:
     """Of the group; empty for one that has none, None where there is no group, or none that can be read."""
-    group = _json(read(store, GROUP))
+    group = _json(read(store, ROOT))
     found = None if group is None else group.get("attributes")
     return found if group is None or isinstance(found, dict) else {}
 

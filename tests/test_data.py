@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data import DatasetError, DatasetWriter, idx, make_coloured_mnist, open_dataset
+from data import DatasetError, DatasetWriter, idx, layout, make_coloured_mnist, open_dataset
 from data.coloured_mnist import BIASING_COLOURS
 
 
@@ -164,17 +172,147 @@ def test_what_is_wrong_with_a_dataset_is_said(tmp_path, changes, message):
 
 
 def test_a_dataset_appears_whole_or_not_at_all(tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError("the power is gone")
+    for step in ("write_split", "finish"):
 
-    with monkeypatch.context() as patched:
-        patched.setattr(DatasetWriter, "finish", fail)
-        patched.setattr("data.layout.fingerprint", fail)
-        with pytest.raises(OSError, match="the power is gone"):
-            make_coloured_mnist(tmp_path / "data.zarr", limit=20)
-    assert list(tmp_path.iterdir()) == []
+        def fail(*args, **kwargs):
+            with pytest.raises(DatasetError, match="was not finished, or is still being written"):
+                open_dataset(tmp_path / "data.zarr")
+            raise OSError("the power is gone")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DatasetWriter, step, fail)
+            with pytest.raises(OSError, match="the power is gone"):
+                make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+        assert list(tmp_path.iterdir()) == []
     make_coloured_mnist(tmp_path / "data.zarr", limit=20)
     assert [path.name for path in tmp_path.iterdir()] == ["data.zarr"]
+
+
+def test_what_a_killed_writer_left_is_refused_and_made_anew(tmp_path):
+    code = (
+        "import os, signal, sys; from data import DatasetWriter, make_coloured_mnist\n"
+        "def killed(self, **attributes): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "DatasetWriter.finish = killed; make_coloured_mnist(sys.argv[1], limit=20)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "data.zarr"], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    (tmp_path / "data.zarr" / "train" / ".zarr.json.half.partial").write_text("{")
+    with pytest.raises(DatasetError, match="was not finished"):
+        open_dataset(tmp_path / "data.zarr")
+    make_coloured_mnist(tmp_path / "data.zarr", limit=20)
+    make_coloured_mnist(tmp_path / "other.zarr", limit=20)
+    assert files(tmp_path / "data.zarr") == files(tmp_path / "other.zarr")
+
+
+def test_two_writers_do_not_mix(tmp_path, monkeypatch):
+    split = {"images": np.zeros((4, 3, 8, 8), np.uint8), "labels": np.zeros(4, np.int64)}
+    first = DatasetWriter(tmp_path / "d.zarr")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", lambda: 1)  # which runs, and is not the first one
+        with pytest.raises(FileExistsError, match="is being written by process"):
+            DatasetWriter(tmp_path / "d.zarr")
+    with DatasetWriter(tmp_path / "d.zarr") as second:  # the same process began anew
+        second.write_split("train", **split)
+        with pytest.raises(DatasetError, match="was taken over by another process"), first:
+            first.write_split("train", **split)
+        second.finish(class_names=["a"])
+    open_dataset(tmp_path / "d.zarr").split("train").verify()
+
+
+class Rows:
+    """Rows that exist when they are asked for, and note what was asked."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, most: int):
+        self.shape, self.dtype, self.asked, self._most = shape, np.dtype(dtype), [], most
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        self.asked.append((rows.start, rows.stop))
+        assert np.prod((rows.stop - rows.start, *self.shape[1:])) * self.dtype.itemsize <= self._most
+        numbers = np.arange(rows.start, rows.stop).reshape(-1, *[1] * (len(self.shape) - 1))
+        return np.broadcast_to(numbers % 7, (len(numbers), *self.shape[1:])).astype(self.dtype)
+
+
+def test_a_split_is_read_once_in_order_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "SHARD_BYTES", 2**14)
+    monkeypatch.setattr(layout, "CHUNK_BYTES", 2**11)
+    monkeypatch.setattr(layout, "MAX_CHUNKS", 8)
+    samples, shape = 1000, (3, 8, 8)
+    arrays = {
+        "images": Rows((samples, *shape), "uint8", 2**14),
+        "labels": Rows((samples,), "int64", 2**14),
+        "masks": Rows((samples, 1, 8, 8), "uint8", 2**14),
+    }
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", **arrays)
+        writer.finish(class_names=list("abcdefg"))
+    for array in arrays.values():
+        assert [start for start, _ in array.asked] == [0, *(stop for _, stop in array.asked[:-1])]
+        assert array.asked[-1][1] == samples
+    split = open_dataset(tmp_path / "d.zarr").split("train")
+    assert (split.images.chunks[0], split.images.shards[0]) == (8, 64)
+    assert len(list((tmp_path / "d.zarr" / "train" / "images" / "c").iterdir())) == -(-samples // 64)
+    assert np.array_equal(
+        split.images[5:700], np.broadcast_to(np.arange(5, 700).reshape(-1, 1, 1, 1) % 7, (695, *shape))
+    )
+    split.verify()
+
+
+@given(samples=st.integers(1, 10**7), side=st.integers(1, 2048), channels=st.integers(1, 4))
+@settings(deadline=None)
+def test_chunks_are_powers_of_two_of_bounded_size_and_number(samples, side, channels):
+    images = np.broadcast_to(np.uint8(0), (samples, channels, side, side))
+    chunk, *shard = layout._chunk_rows(images)
+    image = channels * side * side
+    whole = shard[0] if shard else chunk
+    assert all(rows & (rows - 1) == 0 for rows in (chunk, whole))
+    assert chunk == 1 or chunk * image <= layout.CHUNK_BYTES
+    assert whole == 1 or whole * image <= layout.SHARD_BYTES
+    assert -(-samples // whole) <= max(4096, samples * image // (layout.SHARD_BYTES // 2) + 1)
+    assert layout._chunk_rows(np.broadcast_to(np.int64(0), samples))[0] <= 65536
+
+
+def test_the_fingerprint_is_that_of_all_bytes_in_the_order_of_names(tmp_path):
+    arrays = {
+        "images": np.random.default_rng(0).integers(0, 256, (12, 3, 16, 16), dtype=np.uint8),
+        "labels": np.arange(12) % 2,
+        "groups": np.arange(12, dtype=">i2"),
+    }
+    expected = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        array = array.astype(array.dtype.newbyteorder("<"))
+        expected.update(f"{name} {array.dtype.str} {array.shape};".encode() + array.tobytes())
+    opened = open_dataset(by_hand(tmp_path / "hand.zarr", arrays={"groups": arrays["groups"]}))
+    with DatasetWriter(tmp_path / "written.zarr") as writer:
+        writer.write_split("train", **arrays)
+        writer.finish(class_names=["a", "b"])
+    assert opened.split("train").fingerprint == expected.hexdigest()
+    assert open_dataset(tmp_path / "written.zarr").split("train").fingerprint == expected.hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "memmap", "zarr", "dask", "h5py"])
+def test_a_split_is_written_from_any_kind_of_array(tmp_path, kind):
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    labels: Any = np.arange(40, dtype=np.int32) % 4
+    given_images: Any = images
+    if kind == "memmap":
+        np.save(tmp_path / "images.npy", images)
+        given_images = np.load(tmp_path / "images.npy", mmap_mode="r")
+    elif kind == "zarr":
+        given_images, labels = (zarr.array(array, chunks=7) for array in (images, labels))
+    elif kind == "dask":
+        dask_array = pytest.importorskip("dask.array")
+        given_images, labels = (dask_array.from_array(array, chunks=7) for array in (images, labels))
+    elif kind == "h5py":
+        file = pytest.importorskip("h5py").File(tmp_path / "data.h5", "w")
+        given_images, labels = file.create_dataset("images", data=images), file.create_dataset("labels", data=labels)
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=given_images, labels=labels)
+        writer.finish(class_names=list("abcd"))
+    split = open_dataset(tmp_path / "d.zarr").split("train")
+    assert np.array_equal(split.images[:], images)
+    assert split.labels.dtype == np.int32
+    split.verify()
 
 
 @pytest.mark.parametrize("harm", ["removed", "cut", "changed"])
@@ -213,6 +351,12 @@ def test_a_writer_takes_only_what_can_be_opened(tmp_path):
     ):
         with DatasetWriter(tmp_path / "d.zarr") as writer, pytest.raises(DatasetError):
             writer.write_split("train", **wrong)
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=images, labels=labels + 2)
+        with pytest.raises(DatasetError, match="is written already"):
+            writer.write_split("train", images=images, labels=labels)
+        with pytest.raises(DatasetError, match="labels run from 2 to 2, but there are 2 class names"):
+            writer.finish(class_names=["a", "b"])
 
 
 @pytest.mark.parametrize("occupied", ["file", "folder", "dataset"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Dataset, Split, open_dataset
+from data import Dataset, Location, Split, open_dataset
 from pipeline import Classifier, ModelConfig, Trace, explain
 from pipeline.classifier import HeadSpec, build_classifier, save_weights
 from pipeline.device import as_input, pick_device, place
@@ -40,11 +40,11 @@ VALIDATIONS = 5  # times in a training that a model is chosen from
 
 
 def train_student(
-    data: str | Path,
-    cache: str | Path,
+    data: Location,
+    cache: Location,
     out: str | Path,
     *,
-    validation_cache: str | Path | None = None,
+    validation_cache: Location | None = None,
     arch: str = "small-cnn",
     bias_free: bool | None = None,
     steps: int | None = None,
@@ -183,7 +183,7 @@ def _copy_head(model: Classifier, head: Any) -> None:
     layer.load_state_dict({key: torch.from_numpy(value) for key, value in head.items()})
 
 
-def _open_paired(path: str | Path, dataset: Dataset, split: str) -> Cache:
+def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:
     """Open a complete store of one split of this very dataset, or raise CacheError."""
     cache = open_cache(path)
     info = cache.info.dataset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data import Dataset, DatasetError, Split, open_dataset
+from data import Dataset, DatasetError, Location, Split, open_dataset
 from pipeline import Classifier, load_classifier
 from pipeline.classifier import check_fits
 from pipeline.device import as_input, as_mask, pick_device, place
@@ -17,7 +17,7 @@ from pipeline.device import as_input, as_mask, pick_device, place
 BATCH_SIZE = 512
 
 
-def evaluate(data: str | Path, model: str | Path, *, device: str = "auto") -> dict[str, Any]:
+def evaluate(data: Location, model: str | Path, *, device: str = "auto") -> dict[str, Any]:
     """Accuracy, in %, of a teacher or student on every split that is neither trained nor chosen on.
 
     ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples`` and the ``worst_group``

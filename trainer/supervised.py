@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import open_dataset
+from data import Location, open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS, build_classifier, save_weights
 from pipeline.device import pick_device, place
@@ -33,7 +33,7 @@ from trainer.training import (
 
 
 def train_teacher(
-    data: str | Path,
+    data: Location,
     out: str | Path,
     *,
     arch: str = "small-cnn",
