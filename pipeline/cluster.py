@@ -106,7 +106,11 @@ def run_on_cluster(
             there = pickle.loads(pickled)
         except Exception as error:  # no such module, or one of another version
             raise ImportError(str(error)) from error
-        return there(shard)
+        try:
+            return there(shard)
+        except Exception as error:
+            error.__cause__ = error.__context__ = None  # which the journey might not let through, and the error with it
+            raise
 
     def submit(shard: int) -> Future[int]:
         future = client.submit(unpickled, shard, key=(f"explain {name}-{run}", shard), pure=False)

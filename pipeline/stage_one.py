@@ -160,21 +160,21 @@ def _run_here(job: Job, cache: Cache, claims: Claims, share: bool, bar: Any) -> 
     computed = 0
 
     def task(shard: int) -> int:
-        nonlocal computed
         if not claims.take(shard):
             return 0
         try:
-            if share and cache.is_committed(shard):
-                return 0
-            samples = compute_shard(job, shard)
-            computed += 1
-            return samples
+            return 0 if share and cache.is_committed(shard) else compute_shard(job, shard)
         finally:
             claims.drop(shard)
 
+    def done(samples: int) -> None:
+        nonlocal computed
+        computed += samples > 0
+        bar.update(samples)
+
     while missing := _missing(cache, bar):
         before = computed
-        run_on_threads(task, missing, bar.update)
+        run_on_threads(task, missing, done)
         if not share:
             break
         if computed == before:

@@ -70,6 +70,14 @@ def compute_slowly() -> None:
     stage_one.explain_shard = slow
 
 
+def compute_nothing() -> None:
+    def zero(*args):
+        content = EXPLAIN_SHARD(*args)
+        raise CacheError(f"{content.heatmaps.shape[0]} maps, and none is any good")
+
+    stage_one.explain_shard = zero
+
+
 def count_of_loads() -> int:
     return len(loads)
 
@@ -183,7 +191,7 @@ def test_interrupted_it_leaves_no_task_and_the_same_command_continues(dataset, t
         stderr=subprocess.PIPE,
         text=True,
     )
-    while process.poll() is None and not (out.exists() and open_cache(out).committed().any()):
+    while process.poll() is None and not list(out.glob("commits/c.*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -255,9 +263,10 @@ def test_a_scheduler_that_is_lost_is_said(dataset, teacher, tmp_path, free_addre
 
 
 def test_what_is_wrong_with_a_task_reaches_the_user_as_in_a_local_run(dataset, teacher, client, tmp_path):
+    client.run(compute_nothing)
     paths = ["--data", dataset, "--teacher", teacher, "--out", tmp_path / "c.zarr"]
-    result = command(*paths, "--epsilon-range", "1e30", "1e38", "--scheduler", client.scheduler.address)
-    assert_one_paragraph(result, "to 63 is zero, so there is nothing to learn from")
+    result = command(*paths, "--scheduler", client.scheduler.address)
+    assert_one_paragraph(result, "64 maps, and none is any good")
 
 
 def swap_after_the_store_is_created(monkeypatch, first: Path, second: Path | None) -> None:

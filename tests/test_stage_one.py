@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import teacher_cache.layout
 from data import DatasetWriter, make_coloured_mnist, open_dataset
 from pipeline import RULE_SETS, Classifier, ModelError, RelevanceError, cache_explanations, explain, load_classifier
 from pipeline.device import as_input
-from teacher_cache import CacheError, check_complete, claim_writing, open_cache, repair
+from teacher_cache import CacheError, check_complete, open_cache, repair
 from trainer import train_student, train_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +99,7 @@ def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_pat
 
     def failing(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the first is to see whether it can be explained
             raise OSError("the power is gone")
         return explain_shard(*args)
 
@@ -223,6 +224,61 @@ def test_stage_one_runs_on_every_device(dataset, teacher, cache, tmp_path, devic
     mine, theirs = arrays(tmp_path / "c.zarr"), arrays(cache)
     assert np.array_equal(mine["epsilon"], theirs["epsilon"])
     assert (mine["target_class"] == theirs["target_class"]).mean() > 0.99
+
+
+def test_two_processes_that_share_divide_the_shards_and_one_alone_is_refused_beside_them(larger, teacher, tmp_path):
+    whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
+    subprocess.run(command(larger, teacher, whole), cwd=ROOT, check=True, capture_output=True)
+    share = [*command(larger, teacher, shared), "--share"]
+    processes = [subprocess.Popen(share, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    while not list(shared.glob("commits/c.*")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.001)
+    alone = subprocess.run(command(larger, teacher, shared), cwd=ROOT, capture_output=True, text=True)
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert (alone.returncode == 1 and "another process is writing" in alone.stderr) or "found there" in alone.stdout
+    assert_equal_bit_for_bit(shared, whole)
+    found = [re.search(r"in 32 shards(?:, (\d+) of them found there)?", output) for output in outputs]
+    assert sum(32 - int(match.group(1) or 0) for match in found if match) == 32  # none was computed twice
+
+
+def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset, teacher, tmp_path):
+    kinds = {"plain": {}, "small": {"precision": "int8", "resolution": 2}, "full": {"codec": "blosc-zstd-1-shuffle"}}
+    stores = {}
+    for name, options in kinds.items():
+        cache_explanations(dataset, teacher, tmp_path / name, draws=1, **options)
+        stores[name] = open_cache(tmp_path / name)
+    codecs = {name: store.info.storage.codec for name, store in stores.items()}
+    assert codecs["plain"].startswith("blosc-lz4-")
+    assert codecs["small"].startswith("blosc-zstd-")
+    assert codecs["full"] == "blosc-zstd-1-shuffle"
+    maps = {name: store.read_shard(0).heatmaps for name, store in stores.items()}
+    assert maps["small"].shape == (300, 1, 3, 14, 14)
+    pooled = torch.nn.functional.avg_pool2d(torch.from_numpy(maps["plain"][:, 0]), 2)
+    largest = pooled.abs().amax((1, 2, 3), keepdim=True)
+    assert ((torch.from_numpy(maps["small"][:, 0]) - pooled).abs() <= 0.02 * largest).all()
+    open_cache(tmp_path / "full", writable=True).uncommit(0)
+    assert cache_explanations(dataset, teacher, tmp_path / "full", draws=1).computed_shards == 1
+    with pytest.raises(CacheError, match=r"storage\.precision: 'float16', 'bfloat16'"):
+        cache_explanations(dataset, teacher, tmp_path / "full", draws=1, precision="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codec": "gzip"}, "no codec is called 'gzip'"),
+        ({"precision": "float64"}, "no precision is called 'float64': choose one of float16, bfloat16, int8"),
+        ({"resolution": 40}, "--resolution 40 leaves nothing of images of 28×28"),
+        ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "--share or --scheduler, not both"),
+    ],
+)
+def test_ways_of_storing_that_there_are_not_are_refused_before_anything_is_written(
+    dataset, teacher, tmp_path, options, message
+):
+    with pytest.raises((CacheError, RelevanceError), match=message):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", **options)
+    assert not (tmp_path / "c.zarr").exists()
 
 
 @pytest.mark.parametrize("explainer", RULE_SETS)
