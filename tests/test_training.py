@@ -53,7 +53,7 @@ def test_a_student_sees_neither_labels_nor_outputs(dataset, cache, tmp_path):
     root = zarr.open_group(str(blind_cache), mode="r+")
     root.attrs["dataset"] = {**root.attrs["dataset"], "fingerprint": fingerprint}
     store = open_cache(blind_cache, writable=True)
-    shard = store.read_shard(0)
+    shard = open_cache(cache).read_shard(0)  # the copy's own is refused, as it was committed for another fingerprint
     # the maps as they are stored would be rounded a second time: write what rounds to the same
     store.write_shard(0, type(shard)(shard.heatmaps, shard.target_class, shard.epsilon, shard.teacher_logits * 0 + 7))
     for name, data, path in (("a", dataset, cache), ("b", blind_data, blind_cache)):
