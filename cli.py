@@ -212,6 +212,30 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     help="How relevance is propagated, see docs/engine.md; students of the store do the same.",
 )
 @click.option(
+    "--precision",
+    default="float16",
+    show_default=True,
+    type=click.Choice(["float16", "bfloat16", "int8"]),
+    help="How maps are stored; int8 takes less than half of float16 (docs/results/storage.md).",
+)
+@click.option(
+    "--codec",
+    default="auto",
+    show_default=True,
+    help="lz4 (fast) or zstd (small), with the shuffle that makes the first maps smallest; or in full, as "
+    "blosc-zstd-9-bitshuffle. auto is lz4, and zstd for int8.",
+)
+@click.option(
+    "--resolution",
+    default=1,
+    show_default=True,
+    type=click.Choice([1, 2, 4]),
+    help="Store maps average-pooled by it; students are compared from there on.",
+)
+@click.option(
+    "--share", is_flag=True, help="Divide the shards with other processes that write this store with --share."
+)
+@click.option(
     "--scheduler",
     metavar="ADDRESS",
     help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this machine.",
