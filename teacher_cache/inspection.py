@@ -144,11 +144,11 @@ def describe(found: dict[str, Any]) -> str:
 
 def continuing(cache: Cache) -> str:
     """The options that the command which made a store had, as far as the store knows."""
-    explainer, dataset = cache.info.explainer, cache.info.dataset
+    explainer, dataset, storage = cache.info.explainer, cache.info.dataset, cache.info.storage
     return (
         f"cache-explanations --split {dataset.split} --draws {explainer.draws} --epsilon-range "
         f"{explainer.epsilon_low!r} {explainer.epsilon_high!r} --explainer {explainer.rule} --seed {explainer.seed} "
-        f"--out {cache.path}"
+        f"--precision {storage.precision} --codec {storage.codec} --resolution {storage.resolution} --out {cache.path}"
     )
 
 
