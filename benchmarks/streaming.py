@@ -174,11 +174,13 @@ def write_rivals(arrays: dict[str, np.ndarray], samples: int, work: Path) -> tup
             for name, array in arrays.items():
                 file.create_dataset(name, data=array[:samples])
     if not files.exists():
-        files.mkdir()
+        partial_files = work / "files.partial"
+        partial_files.mkdir(exist_ok=True)
         for sample in range(samples):
             for draw in range(arrays["scale"].shape[1]):
-                values = {name: torch.from_numpy(array[sample, draw].copy()) for name, array in arrays.items()}
-                torch.save(values, files / f"{sample}-{draw}.pt")
+                values = {name: torch.from_numpy(np.array(array[sample, draw])) for name, array in arrays.items()}
+                torch.save(values, partial_files / f"{sample}-{draw}.pt")
+        partial_files.rename(files)
     return hdf5, files
 
 

@@ -124,10 +124,19 @@ def command(data: Path, teacher: Path, out: Path) -> list[str]:
     return [sys.executable, "-c", SMALL_SHARDS, "cache-explanations", *paths]
 
 
+@pytest.fixture(scope="module")
+def whole(larger, teacher, tmp_path_factory) -> Path:
+    """The store that the command makes when nothing interrupts it."""
+    path = tmp_path_factory.mktemp("whole") / "whole.zarr"
+    subprocess.run(command(larger, teacher, path), cwd=ROOT, check=True, capture_output=True)
+    return path
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_killed_at_random_moments_and_run_again_the_store_equals_an_uninterrupted_one(larger, teacher, tmp_path, sent):
-    whole, cut = tmp_path / "whole.zarr", tmp_path / "cut.zarr"
-    subprocess.run(command(larger, teacher, whole), cwd=ROOT, check=True, capture_output=True)
+def test_killed_at_random_moments_and_run_again_the_store_equals_an_uninterrupted_one(
+    larger, teacher, whole, tmp_path, sent
+):
+    cut = tmp_path / "cut.zarr"
 
     def commits() -> int:
         return len(list(cut.glob("commits/c.*")))
@@ -226,9 +235,10 @@ def test_stage_one_runs_on_every_device(dataset, teacher, cache, tmp_path, devic
     assert (mine["target_class"] == theirs["target_class"]).mean() > 0.99
 
 
-def test_two_processes_that_share_divide_the_shards_and_one_alone_is_refused_beside_them(larger, teacher, tmp_path):
-    whole, shared = tmp_path / "whole.zarr", tmp_path / "shared.zarr"
-    subprocess.run(command(larger, teacher, whole), cwd=ROOT, check=True, capture_output=True)
+def test_two_processes_that_share_divide_the_shards_and_one_alone_is_refused_beside_them(
+    larger, teacher, whole, tmp_path
+):
+    shared = tmp_path / "shared.zarr"
     share = [*command(larger, teacher, shared), "--share"]
     processes = [subprocess.Popen(share, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     while not list(shared.glob("commits/c.*")):
