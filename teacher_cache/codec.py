@@ -175,41 +175,33 @@ def index_bytes(chunks: int, draws: int) -> int:
     return chunks * draws * 16 + 4
 
 
-def draw_range(index: bytes, chunks: int, draws: int, draw: int, samples_chunks: int) -> tuple[int, int, np.ndarray]:
-    """Where in a shard's file one draw lies: [start, stop), and (position, length) of its chunks, int64 (chunks, 2).
+def draw_range(index: bytes, chunks: int, draws: int, draw: int, there: int) -> tuple[int, list[int]]:
+    """Where in a shard's file a draw begins, and how long its chunks are, one after the other.
 
-    ``samples_chunks`` are the chunks that there are, fewer than ``chunks`` in a last shard that is not full.
-
-    Raises DamageError for an index that is none.
+    ``there`` chunks are there, fewer than ``chunks`` in a last shard that is not full. Raises DamageError for an index
+    that is none.
     """
     if len(index) != index_bytes(chunks, draws):
         raise DamageError("its index is cut off")
-    places = unseal(index).view("<u8").reshape(chunks, draws, 2)[:samples_chunks, draw]
+    places = unseal(index).view("<u8").reshape(chunks, draws, 2)[:there, draw]
     if (places == MISSING).any():
         raise DamageError("a chunk is missing")
-    places = places.astype(np.int64)
-    start, stop = int(places[:, 0].min()), int(places.sum(1).max())
-    if start < 0 or stop - start != places[:, 1].sum():
+    positions, lengths = places.astype(np.int64).T
+    if positions[0] < 0 or (lengths < 0).any() or (positions != positions[0] + np.cumsum(lengths) - lengths).any():
         raise DamageError("its chunks do not lie one after the other")
-    return start, stop, places - [start, 0]
+    return int(positions[0]), lengths.tolist()
 
 
-def unpack(
-    raw: bytes, places: np.ndarray, checksums: np.ndarray, compression: Compression, chunk_samples: int, out: np.ndarray
-) -> None:
-    """Decode the chunks of one draw into ``out`` (n, C, H, W). Raises DamageError where they are not as committed."""
-    if len(raw) != places[:, 1].sum():
-        raise DamageError("it is cut off")
-    blosc, view = compression.blosc(), np.frombuffer(raw, np.uint8)
-    for chunk, (position, length) in enumerate(places.tolist()):
-        encoded = unseal(view[position : position + length], int(checksums[chunk]))
-        maps = out[chunk * chunk_samples : (chunk + 1) * chunk_samples]
-        whole = maps if len(maps) == chunk_samples else np.empty((chunk_samples, *out.shape[1:]), out.dtype)
-        if int.from_bytes(encoded[4:8].tobytes(), "little") != whole.nbytes:  # as Blosc's header has it
-            raise DamageError("a chunk has another size")
-        try:
-            blosc.decode(encoded, out=whole)
-        except (RuntimeError, ValueError) as error:
-            raise DamageError(str(error)) from None
-        if whole is not maps:
-            maps[:] = whole[: len(maps)]
+def unpack(sealed: np.ndarray, checksum: int, blosc: Blosc, chunk_samples: int, out: np.ndarray) -> None:
+    """Decode a chunk into ``out`` (n, C, H, W), of its samples the first n. Raises DamageError where it is not the one
+    that was committed."""
+    encoded = unseal(sealed, checksum)
+    whole = out if len(out) == chunk_samples else np.empty((chunk_samples, *out.shape[1:]), out.dtype)
+    if int.from_bytes(encoded[4:8].tobytes(), "little") != whole.nbytes:  # as Blosc's header has it
+        raise DamageError("a chunk has another size")
+    try:
+        blosc.decode(encoded, out=whole)
+    except (RuntimeError, ValueError) as error:
+        raise DamageError(str(error)) from None
+    if whole is not out:
+        out[:] = whole[: len(out)]

@@ -20,7 +20,20 @@ from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import ROOT, Folder, Location, delete, keys, names, open_store, read, read_all, write, write_new
+from data.storage import (
+    ROOT,
+    Folder,
+    Location,
+    delete,
+    keys,
+    names,
+    open_store,
+    read,
+    read_all,
+    read_pieces,
+    write,
+    write_new,
+)
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
 from teacher_cache.layout import FORMAT_VERSION, KIND, ROWS, CacheError, CacheInfo, plan_arrays
@@ -192,10 +205,10 @@ class Cache:
         index = read(self.store, key, 0, codec.index_bytes(chunks, draws))
         if index is None:
             raise DamageError("its heatmaps are missing")
-        start, stop, places = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
-        raw = read(self.store, key, start, stop)
-        checksums = record[len(ROWS) + draw * chunks :]
-        codec.unpack(raw or b"", places, checksums, self._compression, size, out)
+        start, lengths = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
+        blosc, first = self._compression.blosc(), len(ROWS) + draw * chunks
+        for chunk, sealed in enumerate(read_pieces(self.store, key, start, lengths)):
+            codec.unpack(sealed, int(record[first + chunk]), blosc, size, out[chunk * size : (chunk + 1) * size])
 
     def _whole_chunk(self, name: str, values: np.ndarray) -> bytes:
         """The rows of a shard as Zarr keeps them: a whole chunk, whatever the last shard holds."""
