@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
@@ -138,9 +139,13 @@ class CacheInfo:
 
     def identity(self, shard: int) -> int:
         """CRC-32C of all that decides what a shard holds: equal for the same shard of the same store alone."""
+        return checksum(f"[{self._deciding}, {shard}]".encode())
+
+    @cached_property
+    def _deciding(self) -> str:
         sections = {section: dataclasses.asdict(getattr(self, section)) for section in _SECTIONS}
         del sections["dataset"]["name"]
-        return checksum(json.dumps([sections, shard], sort_keys=True).encode())
+        return json.dumps(sections, sort_keys=True)
 
     def differences(self, other: CacheInfo) -> list[str]:
         """What the two would hold differently, as ``section.field: this one's, the other's`` lines."""
