@@ -35,7 +35,12 @@ def absolute(location: Location) -> Location:
     if isinstance(location, Store):
         return location
     text = str(location).removeprefix("file://")
-    return text if "://" in text else str(Path(text).absolute())  # "link/.." stays: it is not always here
+    if "://" in text:
+        return text
+    try:
+        return str(Path(text).absolute())  # "link/.." stays, as it is not always here
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "the working directory has vanished", text) from None
 
 
 def open_store(location: Location, *, writable: bool = False) -> Store:

@@ -197,6 +197,11 @@ def test_a_store_is_where_the_system_finds_its_path(dataset, teacher, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert store.read_shard(0).heatmaps.any()
     assert (tmp_path / "far" / "c.zarr").is_dir()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"the working directory has vanished: 'c\.zarr'"):
+        open_cache("c.zarr")
 
 
 def assert_only_whole_shards_can_be_read(path: Path) -> None:
