@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +24,18 @@ import zarr
 import zarr.errors
 from zarr.abc.store import Store
 
-from data.storage import ROOT, Folder, Location, clear, names, open_store, read, write, write_new
+from data.storage import PARTIAL, ROOT, Folder, Location, clear, keys, names, open_store, read, write, write_new
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
+ARRAYS = ("images", "labels", "groups", "masks")
 UNFINISHED = "unfinished"  # the attribute that marks a dataset which is being written, or was left so
 CHUNK_BYTES, SHARD_BYTES = 2**21, 2**26  # of images and masks, at most
 MAX_CHUNKS = 4096  # of an array, each a file; above it they are put together in shards, which read a little slower
 CHUNK_ROWS = 2**16  # of labels and groups
+WRITTEN = re.compile(
+    rf"{ROOT}|[^/]+/{ROOT}|[^/]+/({'|'.join(ARRAYS)})/({ROOT}|c/[0-9/]+)|(.*/)?\.[^/]+\.[0-9a-f]{{32}}\{PARTIAL}"
+)
 REMEDY = "build one with: python cli.py make-data"
 
 
@@ -166,9 +171,6 @@ def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(found))
 
 
-ARRAYS = ("images", "labels", "groups", "masks")
-
-
 def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
     """Raise DatasetError unless a split's arrays have the types of the layout and fit together."""
     for required in ("images", "labels"):
@@ -277,11 +279,20 @@ class DatasetWriter:
                 raise FileExistsError(
                     f"{self.path} is being written by process {mark.get('pid')}: let it finish, or choose another --out"
                 )
-            clear(self._store)
+            self._clear()
             if isinstance(self._store, Folder):
                 self._store.make()
         if not write_new(self._store, ROOT, _root({UNFINISHED: self._mark})):
             raise FileExistsError(f"{self.path} is being written by another process: choose another --out")
+
+    def _clear(self) -> None:
+        """Remove what a writer wrote. Raises FileExistsError, before anything is removed, where there is more."""
+        if foreign := [key for key in keys(self._store) if not WRITTEN.fullmatch(key)]:
+            raise FileExistsError(
+                f"{self.path} is a dataset that was not finished, and holds {foreign[0]}, which is no part of one: "
+                "take it out first, or choose another --out"
+            )
+        clear(self._store)
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -291,7 +302,7 @@ class DatasetWriter:
             return
         with contextlib.suppress(OSError):  # what cannot be removed is marked, and the next writer removes it
             if _mark(self._store) == self._mark:
-                clear(self._store)
+                self._clear()
                 if self._made_folder and isinstance(self._store, Folder):
                     self._store.root.rmdir()
 
@@ -304,6 +315,8 @@ class DatasetWriter:
         """
         if unknown := sorted(set(arrays) - set(ARRAYS)):
             raise DatasetError(f"a split has no array {', '.join(unknown)}: choose from {', '.join(ARRAYS)}")
+        if not name or set(name) & set("/\\") or name in (".", "..", ROOT) or name.endswith(PARTIAL):
+            raise DatasetError(f"no split of {self.path} can be called {name!r}: give it a plain name, such as 'train'")
         if name in self._labels:
             raise DatasetError(f"the split '{name}' for {self.path} is written already: give each its own name")
         _check_arrays(f"the split '{name}' for {self.path}", arrays)

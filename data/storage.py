@@ -32,16 +32,27 @@ AT_ONCE = 64  # requests to a remote store
 ROOT = "zarr.json"  # the metadata of the root
 
 
-def open_store(location: Location, *, writable: bool = False) -> Store:
-    """The Zarr store at a location, which need not exist. Raises OSError for a URL that nothing here can open."""
+def absolute(location: Location) -> Location:
+    """What means the same in every process and working directory: URLs and stores as they are, paths made absolute."""
     if isinstance(location, Store):
         return location
-    text = str(location)
-    if text.startswith("file://"):
-        location = text.removeprefix("file://")
-    elif "://" in text:
+    text = str(location).removeprefix("file://")
+    if "://" in text:
+        return text
+    try:
+        return str(Path(text).absolute())  # "link/.." stays, as it is not always here
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, "the working directory has vanished", text) from None
+
+
+def open_store(location: Location, *, writable: bool = False) -> Store:
+    """The Zarr store at a location, which need not exist. Raises OSError for a URL that nothing here can open."""
+    location = absolute(location)
+    if isinstance(location, Store):
+        return location
+    if "://" in (text := str(location)):
         return _remote(text, writable)
-    return Folder(Path(location), read_only=not writable)
+    return Folder(Path(text), read_only=not writable)
 
 
 def _remote(url: str, writable: bool) -> Store:
@@ -143,7 +154,7 @@ class Folder(LocalStore):
 
     def sweep(self, older_than: float = 0.0) -> None:
         """Remove what writers that were killed left half-written, some seconds ago; nobody may be writing that."""
-        for path in self.root.rglob(f".*{PARTIAL}"):
+        for path in self.root.rglob(f".*.{'[0-9a-f]' * 32}{PARTIAL}"):  # as `write` names them
             with contextlib.suppress(FileNotFoundError):
                 if not older_than or time.time() - path.stat().st_mtime > older_than:
                     path.unlink()

@@ -6,13 +6,12 @@ One task computes one shard, on threads of this process or on the workers of a D
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from dask.delayed import delayed
 from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
-from data.storage import Location
+from data.storage import Location, absolute
 from pipeline.classifier import Classifier, check_fits, load_classifier, versions, weights_sha256
 from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
@@ -35,6 +34,7 @@ from pipeline.relevance import Trace
 from pipeline.rules import RelevanceError, rule_set
 from teacher_cache import (
     COMPRESSORS,
+    LEVELS,
     Cache,
     CacheError,
     CacheInfo,
@@ -207,14 +207,6 @@ def _check_options(
         raise RelevanceError("give --share or --scheduler, not both: a cluster divides the shards by itself")
 
 
-def absolute(location: Location) -> Location:
-    """A location that means the same in every process: URLs and stores as they are, paths made absolute."""
-    if not isinstance(location, str | Path):
-        return location
-    text = os.fspath(location)
-    return text if "://" in text else os.path.abspath(text)
-
-
 def _plan(
     data: Location,
     teacher: str | Path,
@@ -255,6 +247,13 @@ def _plan(
     images = np.asarray(chosen.images[:LOOKED_AT])
     masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
     maps = explain_shard(model, images, masks, info, 0, LOOKED_AT, torch_device).heatmaps
+    seen = images if masks is None or config.debias != "mask" else images * (masks != 0)
+    if seen.any() and not maps.any():  # maps of black images are zero, whatever the teacher
+        raise RelevanceError(
+            f"every heatmap of samples 0 to {len(images) - 1} is zero, so there is nothing to learn from: the "
+            "teacher's logits do not depend on the images (train it again, with a smaller --lr), or --epsilon-range is "
+            "far above its activations"
+        )
     codec = _choose_codec(codec, out, average_pool(maps, resolution), precision)
     storage = plan_storage(explainer.draws, chosen.image_shape, precision, codec, resolution)
     return dataclasses.replace(info, storage=storage), head
@@ -262,13 +261,12 @@ def _plan(
 
 def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:
     """In full, by the first maps, float32 (n, D, C, h, w), where not given so; a store that is continued keeps its."""
-    if codec == "auto":
-        try:
-            return open_cache(out).info.storage.codec
-        except CacheError:
-            pass
     if codec not in ("auto", *COMPRESSORS):
         return codec
+    with suppress(CacheError):
+        found = open_cache(out).info.storage.codec
+        if codec == "auto" or found.startswith(f"blosc-{codec}-{LEVELS[codec]}-"):
+            return found
     flat = maps.reshape(-1, *maps.shape[2:])
     return str(choose_compression(flat, precision, None if codec == "auto" else codec))
 
@@ -386,7 +384,7 @@ def explain_shard(
 ) -> Shard:
     """The content of a shard whose first sample is ``start``: the teacher, in evaluation mode, over its batches.
 
-    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None. Raises RelevanceError where all heatmaps are zero.
+    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None.
     """
     stop = start + len(images)
     explainer = info.explainer
@@ -408,12 +406,6 @@ def explain_shard(
                 keep_graph=draw + 1 < explainer.draws,
             )
             heatmaps[rows, draw] = maps.float().cpu().numpy()
-    if not heatmaps.any():
-        raise RelevanceError(
-            f"every heatmap of samples {start} to {stop - 1} is zero, so there is nothing to learn from: the teacher's "
-            "logits do not depend on the images (train it again, with a smaller --lr), or --epsilon-range is far above "
-            "its activations"
-        )
     return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
 
 

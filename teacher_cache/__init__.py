@@ -1,7 +1,7 @@
 """The heatmap store: layout, writer and reader. Usable alone: it needs NumPy and Zarr, no model and no PyTorch."""
 
 from teacher_cache.claims import Claims, claim_writing
-from teacher_cache.codec import COMPRESSORS, PRECISIONS, average_pool, choose_compression
+from teacher_cache.codec import COMPRESSORS, LEVELS, PRECISIONS, average_pool, choose_compression
 from teacher_cache.inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair
 from teacher_cache.layout import (
     CacheError,
@@ -16,6 +16,7 @@ from teacher_cache.store import Cache, Shard, check_complete, create_cache, head
 
 __all__ = [
     "COMPRESSORS",
+    "LEVELS",
     "PRECISIONS",
     "Cache",
     "CacheError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -143,12 +144,13 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def continuing(cache: Cache) -> str:
-    """The options that the command which made a store had, as far as the store knows."""
+    """The options that the command which made a store had, as far as the store knows, as a shell takes them."""
     explainer, dataset, storage = cache.info.explainer, cache.info.dataset, cache.info.storage
     return (
-        f"cache-explanations --split {dataset.split} --draws {explainer.draws} --epsilon-range "
+        f"cache-explanations --split {shlex.quote(dataset.split)} --draws {explainer.draws} --epsilon-range "
         f"{explainer.epsilon_low!r} {explainer.epsilon_high!r} --explainer {explainer.rule} --seed {explainer.seed} "
-        f"--precision {storage.precision} --codec {storage.codec} --resolution {storage.resolution} --out {cache.path}"
+        f"--precision {storage.precision} --codec {storage.codec} --resolution {storage.resolution} "
+        f"--out {shlex.quote(cache.path)}"
     )
 
 

@@ -172,7 +172,7 @@ def test_two_processes_at_full_speed_write_every_shard_once(path):
 
 
 def test_what_a_killed_writer_left_half_written_is_removed_by_the_next_one(path):
-    litter = path / "heatmaps" / ".c.0.0.0.0.0.abc.partial"
+    litter = path / "heatmaps" / f".c.0.0.0.0.0.{'0f' * 16}.partial"
     litter.write_bytes(b"half")
     with claim_writing(open_cache(path, writable=True), share=True):
         assert litter.exists()  # perhaps somebody who shares is just writing it

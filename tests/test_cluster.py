@@ -322,4 +322,5 @@ def test_shards_that_this_machine_does_not_see_in_the_end_are_missed(dataset, te
 def test_locations_reach_other_processes_as_urls_or_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert stage_one.absolute("s3://bucket/x.zarr") == "s3://bucket/x.zarr"
-    assert stage_one.absolute(Path("a/../c.zarr")) == str(tmp_path / "c.zarr")
+    for here in ("c.zarr", Path("c.zarr/"), "./c.zarr", "file://c.zarr", f"file://{tmp_path}/c.zarr"):
+        assert stage_one.absolute(here) == str(tmp_path / "c.zarr")

@@ -197,12 +197,31 @@ def test_what_a_killed_writer_left_is_refused_and_made_anew(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "data.zarr"], env=environment)
     assert done.returncode == -signal.SIGKILL
-    (tmp_path / "data.zarr" / "train" / ".zarr.json.half.partial").write_text("{")
+    (tmp_path / "data.zarr" / "train" / f".zarr.json.{'0f' * 16}.partial").write_text("{")
     with pytest.raises(DatasetError, match="was not finished"):
         open_dataset(tmp_path / "data.zarr")
     make_coloured_mnist(tmp_path / "data.zarr", limit=20)
     make_coloured_mnist(tmp_path / "other.zarr", limit=20)
     assert files(tmp_path / "data.zarr") == files(tmp_path / "other.zarr")
+
+
+@pytest.mark.parametrize("place", ["notes/n.txt", "train/photo.png", "train/images/c/notes.txt", "train/.mine.partial"])
+def test_a_writer_removes_only_what_a_writer_wrote(tmp_path, place):
+    split = {"images": np.zeros((4, 3, 8, 8), np.uint8), "labels": np.zeros(4, np.int64)}
+    DatasetWriter(tmp_path / "d.zarr").write_split("train", **split)  # left unfinished
+    mine = tmp_path / "d.zarr" / place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match=f"was not finished, and holds {place}, which is no part of one"):
+        DatasetWriter(tmp_path / "d.zarr")
+    assert files(tmp_path) == before
+    mine.unlink()
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", **split)
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+    assert mine.read_text() == "mine"
 
 
 def test_two_writers_do_not_mix(tmp_path, monkeypatch):
@@ -355,6 +374,9 @@ def test_a_writer_takes_only_what_can_be_opened(tmp_path):
         writer.write_split("train", images=images, labels=labels + 2)
         with pytest.raises(DatasetError, match="is written already"):
             writer.write_split("train", images=images, labels=labels)
+        for name in ("", "a/b", "a\\b", "..", "/train", "train/", "zarr.json", "a.partial"):
+            with pytest.raises(DatasetError, match=r"no split of .* can be called"):
+                writer.write_split(name, images=images, labels=labels)
         with pytest.raises(DatasetError, match="labels run from 2 to 2, but there are 2 class names"):
             writer.finish(class_names=["a", "b"])
 

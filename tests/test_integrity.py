@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from teacher_cache import (
     CacheError,
     check_complete,
     claim_writing,
+    continuing,
     create_cache,
     damaged_shards,
     inspect_cache,
@@ -199,10 +201,7 @@ def section(name: str, **fields: object) -> dict[str, object]:
         (section("storage", shard_samples="4"), "'storage.shard_samples' is '4'"),
         (section("storage", chunk_samples=3), "its shards are no whole number of chunks"),
         (section("storage", precision="float8"), "its precision is 'float8', this program knows float16, bfloat16"),
-        (
-            section("storage", codec="gzip-1"),
-            "no codec is called 'gzip-1': in full they are blosc-COMPRESSOR-LEVEL-SHUFFLE, one of lz4, zstd",
-        ),
+        (section("storage", codec="gzip-1"), "no codec is called 'gzip-1'"),
         (section("dataset", samples=11), "is damaged: heatmaps/zarr.json says .* its attributes promise"),
         (section("dataset", image_shape=[3, 6]), "has no sizes of images"),
         (section("dataset", image_shape=[3, 6, "5"]), "has no sizes of images"),
@@ -309,10 +308,11 @@ def test_inspect_cache_verifies_repairs_and_the_shards_can_be_written_again(path
     assert [(each["shard"], each["samples"]) for each in found["damaged"]] == [(1, [4, 8]), (2, [8, 10])]
     repaired = inspect(path, "--repair")
     assert "state       40.0% done: 1 of 3 shards" in repaired
-    assert "cache-explanations --split train --draws 2 --epsilon-range 0.01 1.0 --explainer flex --seed 0 " in repaired
-    assert (
-        f" --precision {INFO.storage.precision} --codec {INFO.storage.codec} --resolution 1 --out {path}," in repaired
-    )
+    same = "--explainer flex --seed 0 --precision float16 --codec blosc-lz4-5-bitshuffle --resolution 1"
+    assert f"cache-explanations --split train --draws 2 --epsilon-range 0.01 1.0 {same} --out {path}," in repaired
+    moved = path.rename(path.with_name("my store.zarr"))
+    assert shlex.split(continuing(open_cache(moved)))[-2:] == ["--out", str(moved)]
+    moved.rename(path)
     assert inspect(path, "--verify").endswith("0 of 1 shards are damaged\n")
     cache = create_cache(path, INFO, HEAD)
     assert cache.committed().tolist() == [True, False, False]

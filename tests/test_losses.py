@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 
+from teacher_cache import average_pool
 from trainer import heatmap_loss
 
 
@@ -18,11 +19,14 @@ def test_it_equals_the_formula_written_as_loops(shape):
         assert abs(found[i].item() - oracles.heatmap_loss(student[i], teacher[i])) < 1e-10
 
 
-@pytest.mark.parametrize(("side", "factor"), [(28, 2), (33, 2), (28, 4), (64, 4), (10, 2)])
-def test_smaller_maps_of_a_teacher_begin_the_pyramid_at_their_level(side, factor):
-    student, teacher = torch.randn(2, 3, side, side + 2), torch.randn(2, 3, side, side + 2)
-    pooled = [torch.nn.functional.avg_pool2d(maps, factor) for maps in (student, teacher)]
-    assert torch.equal(heatmap_loss(student, pooled[1]), heatmap_loss(*pooled))
+@pytest.mark.parametrize("resolution", [2, 4])
+@pytest.mark.parametrize("shape", [(28, 30), (33, 35), (64, 66), (10, 12), (11, 11), (7, 30), (30, 7), (5, 5), (4, 4)])
+def test_smaller_maps_of_a_teacher_begin_the_pyramid_at_their_level(shape, resolution):
+    """At every size: of 11 pixels that were pooled by 4 there are 2, which is not a fifth of them."""
+    student, teacher = torch.randn(2, 3, *shape), torch.randn(2, 3, *shape)
+    pooled = [torch.nn.functional.avg_pool2d(maps, resolution) for maps in (student, teacher)]
+    stored = torch.from_numpy(average_pool(teacher.numpy(), resolution))
+    torch.testing.assert_close(heatmap_loss(student, stored, resolution), heatmap_loss(*pooled))
 
 
 def test_maps_that_do_not_fit_are_refused():

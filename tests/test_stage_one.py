@@ -17,7 +17,16 @@ import zarr
 
 import teacher_cache.layout
 from data import DatasetWriter, make_coloured_mnist, open_dataset
-from pipeline import RULE_SETS, Classifier, ModelError, RelevanceError, cache_explanations, explain, load_classifier
+from pipeline import (
+    RULE_SETS,
+    Classifier,
+    ModelError,
+    RelevanceError,
+    cache_explanations,
+    explain,
+    load_classifier,
+    stage_one,
+)
 from pipeline.device import as_input
 from teacher_cache import CacheError, check_complete, open_cache, repair
 from trainer import train_student, train_teacher
@@ -92,7 +101,6 @@ def test_the_same_command_twice_computes_nothing_the_second_time(dataset, teache
 
 
 def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_path, small_shards, monkeypatch):
-    import pipeline.stage_one as stage_one
 
     cache_explanations(dataset, teacher, tmp_path / "whole.zarr", draws=2)
     explain_shard, calls = stage_one.explain_shard, []
@@ -167,6 +175,42 @@ def test_killed_at_random_moments_and_run_again_the_store_equals_an_uninterrupte
 def test_a_teacher_that_explains_nothing_is_refused(dataset, teacher, tmp_path):
     with pytest.raises(RelevanceError, match="every heatmap of samples 0 to 15 is zero"):
         cache_explanations(dataset, teacher, tmp_path / "c.zarr", epsilon_range=(1e30, 1e38))
+
+
+@pytest.mark.parametrize("black", [slice(8, 12), slice(0, 20)], ids=["a whole shard", "the first ones"])
+def test_black_images_have_maps_of_zeros_and_stop_nothing(tmp_path, monkeypatch, black):
+    """As X-rays that failed, or empty masks: with large images a shard is one sample."""
+    monkeypatch.setattr(teacher_cache.layout, "MAX_SHARD_SAMPLES", 4)
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 8, 8), dtype=np.uint8)
+    images[black] = 0
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=images, labels=np.arange(24) % 2)
+        writer.finish(class_names=["a", "b"])
+    train_teacher(tmp_path / "d.zarr", tmp_path / "t", debias="none", steps=2, batch_size=8)
+    done = cache_explanations(tmp_path / "d.zarr", tmp_path / "t", tmp_path / "c.zarr", draws=2)
+    assert done.computed_shards == 6
+    store = open_cache(tmp_path / "c.zarr")
+    maps = np.concatenate([store.read_shard(shard).heatmaps for shard in range(6)])
+    assert not maps[black].any()
+    assert maps[20:].any()
+
+
+def test_a_store_is_where_the_system_finds_its_path(dataset, teacher, tmp_path, monkeypatch):
+    """Behind a link ".." is another folder than the text says; and a path means the same when the process moves on."""
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "far" / "away")
+    monkeypatch.chdir(tmp_path / "here")
+    cache_explanations(dataset, teacher, "link/../c.zarr", draws=1)
+    store = open_cache("link/../c.zarr")
+    monkeypatch.chdir(tmp_path)
+    assert store.read_shard(0).heatmaps.any()
+    assert (tmp_path / "far" / "c.zarr").is_dir()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"the working directory has vanished: 'c\.zarr'"):
+        open_cache("c.zarr")
 
 
 def assert_only_whole_shards_can_be_read(path: Path) -> None:
@@ -253,7 +297,7 @@ def test_two_processes_that_share_divide_the_shards_and_one_alone_is_refused_bes
     assert sum(32 - int(match.group(1) or 0) for match in found if match) == 32  # none was computed twice
 
 
-def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset, teacher, tmp_path):
+def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset, teacher, tmp_path, monkeypatch):
     kinds = {"plain": {}, "small": {"precision": "int8", "resolution": 2}, "full": {"codec": "blosc-zstd-1-shuffle"}}
     stores = {}
     for name, options in kinds.items():
@@ -270,6 +314,14 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
     assert ((torch.from_numpy(maps["small"][:, 0]) - pooled).abs() <= 0.02 * largest).all()
     open_cache(tmp_path / "full", writable=True).uncommit(0)
     assert cache_explanations(dataset, teacher, tmp_path / "full", draws=1).computed_shards == 1
+    with monkeypatch.context() as patch:  # another device rounds otherwise, and chooses otherwise by the first maps
+        patch.setattr(stage_one, "choose_compression", lambda *_: "blosc-zstd-3-noshuffle")
+        cache_explanations(dataset, teacher, tmp_path / "zstd", draws=1, codec="zstd")
+    open_cache(tmp_path / "zstd", writable=True).uncommit(0)
+    assert cache_explanations(dataset, teacher, tmp_path / "zstd", draws=1, codec="zstd").computed_shards == 1
+    for other in ("lz4", "blosc-zstd-9-noshuffle"):
+        with pytest.raises(CacheError, match=r"storage\.codec: 'blosc-zstd-3-noshuffle', 'blosc-"):
+            cache_explanations(dataset, teacher, tmp_path / "zstd", draws=1, codec=other)
     with pytest.raises(CacheError, match=r"storage\.precision: 'float16', 'bfloat16'"):
         cache_explanations(dataset, teacher, tmp_path / "full", draws=1, precision="bfloat16")
 

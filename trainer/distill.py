@@ -159,7 +159,7 @@ def _losses(model: Classifier, batch: Batch, info: CacheInfo, device: torch.devi
     images = network_input(batch["images"], device)
     classes, epsilon = (to_device(batch[key], device) for key in ("target_class", "epsilon"))
     _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=info.explainer.rule)
-    return heatmap_loss(student, teacher)
+    return heatmap_loss(student, teacher, info.storage.resolution)
 
 
 def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, device: torch.device) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor
 SMALLEST_SIDE = 8
 
 
-def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def heatmap_loss(student: Tensor, teacher: Tensor, resolution: int = 1) -> Tensor:
     """Geometric-mean L1 over a pyramid (Bassi et al., arXiv 2407.09788), one number for each sample.
 
     Both maps (N, C, H, W) are divided by ``sqrt(mean|S| · mean|T|)`` of the sample, and the mean absolute
@@ -18,12 +18,11 @@ def heatmap_loss(student: Tensor, teacher: Tensor) -> Tensor:
     geometric mean keeps a student from winning by an all-zero or an exploding map. A teacher's map of zeros, as
     from a logit behind a closed ReLU, explains nothing and has no scale: its loss is 0, and so is its gradient.
 
-    A teacher's maps that are smaller by a whole factor, average-pooled, begin the pyramid at their level. Raises
-    ValueError for maps that are not.
+    A teacher's maps that were average-pooled by ``resolution`` begin the pyramid at their level. Raises ValueError
+    for maps whose shapes do not fit.
     """
-    factor = student.shape[-1] // teacher.shape[-1]
-    if factor > 1:
-        student = F.avg_pool2d(student, factor)
+    if resolution > 1:
+        student = F.avg_pool2d(student, resolution)
     if student.shape != teacher.shape:
         raise ValueError(f"the student's maps are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}")
     levels = []
