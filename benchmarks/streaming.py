@@ -38,7 +38,7 @@ from trainer.stream import Source, stream
 ROOF, COLD, WARM = "memory map", "stream, from compressed shards", "stream, from RAM"
 NAMES = ("heatmaps", "scale", "target_class", "epsilon")
 RIVAL_SAMPLES = 4096  # in the formats of the rivals that are slow to write
-LIMIT = 4.0  # seconds that a slow one is given in a round, after its first batch
+LIMIT = 2.0  # seconds that a slow one is given in a round, after its first batch
 
 Batch = dict[str, Any]
 
