@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Sequence
@@ -39,6 +40,8 @@ def absolute(location: Location) -> Location:
     text = str(location).removeprefix("file://")
     if "://" in text:
         return text
+    if isinstance(location, Path) and re.match(r"\w+:/", text):  # "s3://bucket" is "s3:/bucket" as a Path
+        raise OSError(f"{text} was a URL before it became a pathlib.Path: give it as a str")
     try:
         return str(Path(text).absolute())  # "link/.." stays, as it is not always here
     except FileNotFoundError:

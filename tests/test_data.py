@@ -395,3 +395,9 @@ def test_nothing_that_exists_is_overwritten(tmp_path, occupied):
     with pytest.raises(FileExistsError, match="choose another --out"):
         make_coloured_mnist(out, limit=10)
     assert files(tmp_path) == before
+
+
+def test_a_url_that_became_a_path_is_refused_and_not_taken_for_a_folder():
+    for url in ("s3://bucket/data.zarr", "memory://data.zarr"):
+        with pytest.raises(OSError, match="was a URL before it became a pathlib.Path: give it as a str"):
+            open_dataset(Path(url))
