@@ -35,10 +35,10 @@ from teacher_cache import Cache, open_cache
 from trainer import order, train_student, train_teacher
 from trainer.stream import Source, stream
 
-ROOF, COLD, WARM = "memory map", "stream, from compressed shards", "stream, from RAM"
+ROOF, COLD, WARM = "memory map, taken into place", "stream, from compressed shards", "stream, from RAM"
 NAMES = ("heatmaps", "scale", "target_class", "epsilon")
 RIVAL_SAMPLES = 4096  # in the formats of the rivals that are slow to write
-LIMIT = 2.0  # seconds that a slow one is given in a round, after its first batch
+LIMIT = 1.5  # seconds that a slow one is given in a round, after its first batch
 
 Batch = dict[str, Any]
 
@@ -164,6 +164,17 @@ def write_memory_map(cache: Cache, folder: Path) -> dict[str, np.ndarray]:
 def from_memory_map(
     arrays: dict[str, np.ndarray], source: Source, batch: int, seed: int
 ) -> Generator[Batch, None, None]:
+    """As fast as NumPy can: rows of a flat array, taken straight into the batch."""
+    flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
+    for samples, draws in rows_in_order(source, seed, batch):
+        found = {name: np.empty((len(samples), *array.shape[1:]), array.dtype) for name, array in flat.items()}
+        for name, array in flat.items():
+            array.take(samples * source.draws + draws, axis=0, out=found[name], mode="clip")
+        yield {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+def by_indexing(arrays: dict[str, np.ndarray], source: Source, batch: int, seed: int) -> Iterator[Batch]:
+    """As one would write it."""
     for samples, draws in rows_in_order(source, seed, batch):
         yield {name: torch.from_numpy(array[samples, draws]) for name, array in arrays.items()}
 
@@ -202,6 +213,7 @@ def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
         Rival(ROOF, partial(from_memory_map, arrays, source, batch)),
         Rival(COLD, cold, ROOF, 0.5),
         Rival(WARM, lambda seed: held, ROOF, 0.9),
+        Rival("memory map, array[samples, draws]", partial(by_indexing, arrays, source, batch)),
     ]
     formats = {
         "Zarr, a row an item": (partial(open_zarr, cache.path), 10.0),
@@ -300,7 +312,7 @@ def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
         rivals = contenders(cache, files, batch_size)
         most = 3 * cache.info.dataset.samples
         speeds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-        for rival in rivals[:3]:  # so that what they read is in memory
+        for rival in rivals[:4]:  # so that what they read is in memory
             samples_per_second(rival, 0, most)
         for seed in range(rounds):
             for rival in random.sample(rivals, len(rivals)):
