@@ -38,15 +38,20 @@ def place(model: nn.Module, device: torch.device) -> None:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def as_input(images: np.ndarray, device: torch.device) -> Tensor:
+def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    """On the device; the caller does not wait for the copy where the tensor is pinned and the device is CUDA."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def as_input(images: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Stored images uint8 (N, C, H, W) as a network's input: float32 in [0, 1], channels last in memory."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    return tensor.to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
+    return to_device(images, device).to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def as_mask(masks: np.ndarray, device: torch.device) -> Tensor:
+def as_mask(masks: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """Stored masks uint8 (N, 1, H, W) as float32: 1 on the object, 0 on the background."""
-    return torch.from_numpy(np.ascontiguousarray(masks)).to(device).ne(0).to(torch.float32)
+    return to_device(masks, device).ne(0).to(torch.float32)
 
 
 def keep_freed_memory() -> None:

@@ -17,19 +17,18 @@ from tqdm import tqdm
 from data import Dataset, Location, Split, open_dataset
 from pipeline import Classifier, ModelConfig, Trace, explain
 from pipeline.classifier import HeadSpec, build_classifier, save_weights
-from pipeline.device import as_input, pick_device, place
+from pipeline.device import as_input, pick_device, place, to_device
 from pipeline.models import last_linear
 from teacher_cache import Cache, CacheError, CacheInfo, check_complete, open_cache
 from trainer.losses import heatmap_loss
 from trainer.run_dir import RunDir, check_free
-from trainer.stream import Batch, explained_source, read_block, stored_heatmaps, stream, to_device
+from trainer.stream import Batch, explained_source, read_block, stored_heatmaps, stream
 from trainer.training import (
     LOG_EVERY,
     STUDENT,
     Timed,
     bias_free_summary,
     finite,
-    network_input,
     optimiser,
     seed_torch,
     total_steps,
@@ -156,7 +155,7 @@ def train_student(
 def _losses(model: Classifier, batch: Batch, info: CacheInfo, device: torch.device, *, create_graph: bool) -> Tensor:
     """The heatmap loss of each sample, (N,), between the student's maps and the stored ones."""
     teacher = stored_heatmaps(batch["heatmaps"], batch["scale"], info.storage.precision, device)
-    images = network_input(batch["images"], device)
+    images = as_input(batch["images"], device)
     classes, epsilon = (to_device(batch[key], device) for key in ("target_class", "epsilon"))
     _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=info.explainer.rule)
     return heatmap_loss(student, teacher, info.storage.resolution)

@@ -18,6 +18,7 @@ import zarr
 from torch import Tensor
 
 from data import Split
+from pipeline.device import to_device
 from teacher_cache import Cache
 from trainer import order
 from trainer.memory import free_memory
@@ -319,11 +320,6 @@ def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: tor
     if precision == "int8":
         maps = maps * maps.abs() / 127**2
     return maps * to_device(scale, device)[:, None, None, None]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; the caller does not wait for the copy where the tensor is pinned and the device is CUDA."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _bytes(fields: Mapping[str, Field]) -> int:

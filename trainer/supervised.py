@@ -8,16 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Location, open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS, build_classifier, save_weights
-from pipeline.device import pick_device, place
+from pipeline.device import as_input, as_mask, pick_device, place, to_device
 from trainer.run_dir import RunDir, check_free
-from trainer.stream import labelled_source, stream, to_device
+from trainer.stream import labelled_source, stream
 from trainer.training import (
     LOG_EVERY,
     TEACHER,
@@ -25,7 +24,6 @@ from trainer.training import (
     TrainingError,
     bias_free_summary,
     finite,
-    network_input,
     optimiser,
     seed_torch,
     total_steps,
@@ -96,8 +94,8 @@ def train_teacher(
         timed = Timed(batches)
         bar = tqdm(islice(timed, steps), total=steps, unit="step", desc=f"training {run.path.name}", disable=None)
         for step, batch in enumerate(bar, start=1):
-            images = network_input(batch["images"], torch_device)
-            masks = to_device(batch["masks"], torch_device).ne(0).to(torch.float32) if "masks" in batch else None
+            images = as_input(batch["images"], torch_device)
+            masks = as_mask(batch["masks"], torch_device) if "masks" in batch else None
             labels = to_device(batch["labels"], torch_device).long()
             loss = F.cross_entropy(model(images, masks), labels)
             adam.zero_grad()

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import Classifier, homogeneity_error
+from pipeline.device import as_input
 from trainer.order import steps_per_epoch
-from trainer.stream import Batch, to_device
+from trainer.stream import Batch
 
 LOG_EVERY = 20  # steps
 MAX_STEPS = 10**9
@@ -75,7 +76,7 @@ def bias_free_summary(model: Classifier, images: Tensor, device: torch.device) -
     return {
         "changed": report.changed,
         "could_not": report.could_not,
-        "homogeneity_error": homogeneity_error(model.network, network_input(images, device)),
+        "homogeneity_error": homogeneity_error(model.network, as_input(images, device)),
     }
 
 
@@ -95,12 +96,6 @@ class Timed:
             return next(self._batches)
         finally:
             self.seconds_waiting += time.perf_counter() - started
-
-
-def network_input(images: Tensor, device: torch.device) -> Tensor:
-    """A batch of images uint8 (N, C, H, W) as `pipeline.device.as_input` makes it, without waiting for the copy."""
-    floats = to_device(images, device).to(torch.float32).div_(255)
-    return floats.contiguous(memory_format=torch.channels_last)
 
 
 def finite(loss: torch.Tensor, step: int) -> float:
