@@ -24,7 +24,20 @@ import zarr
 import zarr.errors
 from zarr.abc.store import Store
 
-from data.storage import PARTIAL, ROOT, Folder, Location, clear, keys, names, open_store, read, write, write_new
+from data.storage import (
+    PARTIAL,
+    ROOT,
+    Folder,
+    Location,
+    clear,
+    keys,
+    names,
+    open_store,
+    process_runs,
+    read,
+    write,
+    write_new,
+)
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
@@ -373,12 +386,4 @@ def _mark(store: Store) -> dict[str, Any] | None:
 
 def _another_runs(pid: Any) -> bool:
     """Whether another process of this machine has this number."""
-    try:
-        if pid != os.getpid():
-            os.kill(int(pid), 0)
-            return True
-    except PermissionError:
-        return True
-    except (OSError, ValueError, TypeError, OverflowError):
-        pass
-    return False
+    return isinstance(pid, int) and pid != os.getpid() and process_runs(pid)

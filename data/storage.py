@@ -31,6 +31,7 @@ PARTIAL = ".partial"
 VANISHED = "the folder that is being written to has vanished"
 AT_ONCE = 64  # requests to a remote store
 ROOT = "zarr.json"  # the metadata of the root
+MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # what says that there is no such key
 
 
 def absolute(location: Location) -> Location:
@@ -103,7 +104,7 @@ class Folder(LocalStore):
                 while len(found) < stop - start and (more := file.read(stop - start - len(found))):
                     found += more  # some file systems answer in parts
                 return found
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except MISSING:
             return None
 
     def read_pieces(self, key: str, start: int, lengths: Sequence[int]) -> Iterator[np.ndarray]:
@@ -123,7 +124,7 @@ class Folder(LocalStore):
                 if start:
                     file.seek(start)
                 yield file
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        except MISSING:
             raise
         except OSError as error:  # what a read says names no file
             raise OSError(error.errno, error.strerror, str(self.root / key)) from error
@@ -323,9 +324,6 @@ class Remote(FsspecStore):
             raise OSError(f"{self.url}: {' '.join(what.split())}; {_remedy(error)}") from error
 
 
-MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-
-
 def _code(error: BaseException) -> str | None:
     """The code that an S3 server gave, where there is one."""
     response = getattr(error.__cause__, "response", None)
@@ -425,6 +423,17 @@ def clear(store: Store) -> None:
         if not isinstance(store, Folder) and name != ROOT:
             sync(store.delete_dir(name))
         delete(store, name)
+
+
+def process_runs(pid: int) -> bool:
+    """Whether a process of this machine runs, for those who find its mark where they want to write."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return pid > 0
 
 
 def size(store: Store) -> int:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from zarr.abc.store import Store
 
-from data.storage import ROOT, Folder, delete, names, read, write, write_new
+from data.storage import ROOT, Folder, delete, names, process_runs, read, write, write_new
 from teacher_cache.layout import CacheError
 from teacher_cache.store import CONTINUE, Cache
 
@@ -238,7 +238,7 @@ class Leases:
         lease = self._read(name)
         if lease is None or abs(time.time() - lease.renewed) > LEASE_SECONDS:
             return False
-        return lease.host != socket.gethostname() or _runs(lease.pid)
+        return lease.host != socket.gethostname() or process_runs(lease.pid)
 
 
 def _who(lease: Lease | None) -> str:
@@ -248,14 +248,3 @@ def _who(lease: Lease | None) -> str:
 
 
 CLAIMS, WRITER = "claims", "writer"
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process of this machine runs."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    return pid > 0

@@ -74,7 +74,7 @@ def _metadata_is_made_once():
 @pytest.fixture(autouse=True)
 def _killed_processes_are_gone(monkeypatch):
     """Their leases are this process's, which lives on."""
-    monkeypatch.setattr(claims, "_runs", lambda pid: False)
+    monkeypatch.setattr(claims, "process_runs", lambda pid: False)
     monkeypatch.setattr(claims, "SETTLING", 0)
 
 
