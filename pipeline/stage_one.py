@@ -127,7 +127,7 @@ def cache_explanations(
 
     Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError, ClusterError.
     """
-    _check_options(draws, epsilon_range, batch_size, codec, share, scheduler)
+    _check_options(draws, epsilon_range, batch_size, share, scheduler)
     settings = ExplainerInfo(explainer, draws, *epsilon_range, CLASS_POLICY, seed)
     rule_set(explainer)
     with nullcontext() if scheduler is None else connected(scheduler) as client:
@@ -192,7 +192,7 @@ def _missing(cache: Cache, bar: Any) -> list[int]:
 
 
 def _check_options(
-    draws: int, epsilon_range: tuple[float, float], batch_size: int, codec: str, share: bool, scheduler: str | None
+    draws: int, epsilon_range: tuple[float, float], batch_size: int, share: bool, scheduler: str | None
 ) -> None:
     low, high = epsilon_range
     with np.errstate(over="ignore"):

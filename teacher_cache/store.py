@@ -80,18 +80,19 @@ class Cache:
         listed = set(names(self.store, "commits"))
         there = [shard for shard in range(len(found)) if self._key("commits", shard).split("/")[1] in listed]
         records = read_all(self.store, [self._key("commits", shard) for shard in there])
-        found[there] = [self._is_record(record) for record in records]
+        found[there] = [self._record(record) is not None for record in records]
         return found
 
     def is_committed(self, shard: int) -> bool:
-        return self._is_record(read(self.store, self._key("commits", shard)))
+        return self._record(read(self.store, self._key("commits", shard))) is not None
 
-    def _is_record(self, raw: bytes | None) -> bool:
-        """Not for what is missing, or was half written where writes are not atomic."""
+    def _record(self, raw: bytes | None) -> np.ndarray | None:
+        """A commit record, uint32; None for what is missing, or was half written where writes are not atomic."""
         try:
-            return raw is not None and len(codec.unseal(raw)) == 4 * self._plan["commits"].shape[1]
+            record = codec.unseal(raw or b"")
         except DamageError:
-            return False
+            return None
+        return record.view("<u4") if len(record) == 4 * self._plan["commits"].shape[1] else None
 
     def uncommit(self, shard: int) -> None:
         """From here on there is no such shard, whatever the arrays hold."""
@@ -177,10 +178,9 @@ class Cache:
         start, stop = self.info.shard_range(shard)
         where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
-            raw = read(self.store, self._key("commits", shard))
-            if not self._is_record(raw):
+            record = self._record(read(self.store, self._key("commits", shard)))
+            if record is None:
                 raise CacheError(f"{where} is not there yet: {CONTINUE}")
-            record = codec.unseal(raw or b"").view("<u4")
             if record[0] != self.info.identity(shard):
                 raise DamageError("its commit record is that of another shard or store")
             yield record[1:]
