@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -65,30 +66,131 @@ class Bytes(click.ParamType[int]):
         return size
 
 
-def training_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every training takes besides its data."""
-    options = [
-        click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model."),
-        click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
-        click.option("--steps", type=click.IntRange(1), help="Length in optimiser steps."),
-        click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Length in passes over the data."),
-        click.option("--lr", default=4e-3, show_default=True, type=click.FloatRange(0, min_open=True)),
-        BATCH_SIZE,
-        SEED,
-        DEVICE,
-        click.option(
-            "--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that read the data."
-        ),
-        click.option(
-            "--memory-budget",
-            type=Bytes(),
-            help="Memory for decoded data, such as 4GB; half of what is free unless given. What fits is read once; "
-            "two windows of samples, 512 MiB as a rule at most, are always held.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+class Option(click.ParamType):
+    """NAME=VALUE, the value a number, true, false or text."""
+
+    name = "name=value"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = value.partition("=")
+        if not name.isidentifier() or not equals:
+            self.fail(f"'{value}' is no NAME=VALUE: give one such as width=64", param, ctx)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = text
+        return name, found if isinstance(found, bool | int | float | str) else text
+
+
+class Names(click.ParamType):
+    """Some names, separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+POSITIVE = click.FloatRange(0, min_open=True)
+ARCH = click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model.")
+FACTORY = click.option(
+    "--student-factory",
+    metavar="PACKAGE.MODULE:FUNCTION",
+    help="Your own network: what this function returns for num_classes. Its code is run.",
+)
+HOW_IT_LEARNS = [
+    click.option(
+        "--arch-option", "arch_options", multiple=True, type=Option(), help="Of the architecture, as width=64. Repeatable."
+    ),
+    click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
+    click.option("--steps", type=click.IntRange(1), help="Length in optimizer steps."),
+    click.option("--epochs", type=POSITIVE, help="Length in passes over the data."),
+    click.option(
+        "--batch-size", default=128, show_default=True, type=click.IntRange(1), help="Samples of a step, over all processes."
+    ),
+    click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a batch is shown in."),
+    click.option("--lr", default=4e-3, show_default=True, type=POSITIVE, help="The peak of the learning rate."),
+    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"])),
+    click.option("--momentum", default=0.9, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."),
+    click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0)),
+    click.option(
+        "--schedule", default="one-cycle", show_default=True, type=click.Choice(["one-cycle", "cosine", "constant"])
+    ),
+    click.option("--warmup", type=click.IntRange(0), help="Steps in which the learning rate rises."),
+    click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Keep the moving average of weights, of this decay, such as 0.999."),
+    click.option(
+        "--augment", type=Names(), default=(), help="flip, shift, crop: image and heatmap are moved together. Separated by commas."
+    ),
+    click.option(
+        "--precision", default="auto", show_default=True, type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
+        help="auto is tf32 on CUDA, and float32 elsewhere.",
+    ),
+]  # fmt: skip
+HOW_IT_IS_RUN = [
+    DEVICE,
+    click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that read the data."),
+    click.option(
+        "--memory-budget",
+        type=Bytes(),
+        help="Memory for decoded data, such as 4GB; half of what is free unless given. What fits is read once; "
+        "two windows of samples, 512 MiB as a rule at most, are always held.",
+    ),
+    click.option("--checkpoint-steps", type=click.IntRange(1), help="Write a checkpoint every so many steps."),
+    click.option(
+        "--checkpoint-minutes", default=10.0, show_default=True, type=POSITIVE, help="Write one every so many minutes."
+    ),
+    click.option("--keep-checkpoints", default=2, show_default=True, type=click.IntRange(1), help="The last ones stay."),
+    click.option("--log-steps", default=20, show_default=True, type=click.IntRange(1), help="A line in metrics.jsonl every so many steps."),
+    click.option("--profile", is_flag=True, help="Write a torch profiler trace of some steps."),
+]  # fmt: skip
+CLIP_NORM = click.option(
+    "--clip-norm", default=1.0, show_default=True, type=POSITIVE, help="Gradients are scaled down to this norm."
+)
+WHAT_IT_MATCHES = [
+    click.option(
+        "--validation-cache",
+        type=Location(),
+        help="A store of the validation split, to choose the weights by; without it the last are kept.",
+    ),
+    click.option(
+        "--loss", metavar="METHOD=WEIGHT,…", help="A sum of methods, as in lrp=1,output=0.1, in place of --method."
+    ),
+    click.option(
+        "--map-loss",
+        default="l1",
+        show_default=True,
+        type=click.Choice(["l1", "cosine", "mse", "huber", "kl"]),
+        help="How heatmaps are compared.",
+    ),
+    click.option(
+        "--pyramid/--flat", default=True, show_default=True, help="Compare them at several resolutions, or at one."
+    ),
+    click.option(
+        "--head",
+        default="frozen",
+        show_default=True,
+        type=click.Choice(["frozen", "free"]),
+        help="The student's last layer: the teacher's, or its own.",
+    ),
+    FACTORY,
+]
+METHODS = ["lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention", "features", "output", "erm"]
+
+
+def options(*lists: Any) -> Callable[..., Any]:
+    """Give a command all of these options, in their order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for part in lists for option in (part if isinstance(part, list) else [part])]):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _main_process() -> bool:
+    """Whether this is the one process, or of those that torchrun started the first, which speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class Commands(click.Group):
@@ -99,8 +201,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except KeyboardInterrupt:
-            raise click.Abort from None
+        except KeyboardInterrupt as interrupt:
+            if (signum := getattr(interrupt, "signum", None)) is None:
+                raise click.Abort from None
+            if _main_process():
+                click.echo(str(interrupt), err=True)
+            raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
             if isinstance(error, FileExistsError) and error.errno is None:
                 raise click.ClickException(str(error)) from None
@@ -135,6 +241,8 @@ def main() -> None:
 
     A teacher that cannot see the shortcut explains its decisions once; a student learns from the heatmaps alone.
     """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("trainer").setLevel(logging.INFO)
 
 
 @main.group(name="make-data")
@@ -155,26 +263,34 @@ def coloured_mnist(out: str, seed: int, limit: int | None) -> None:
 
 
 @main.command(name="train-teacher")
-@DATA
-@OUT
-@click.option(
-    "--debias",
-    default="grayscale",
-    show_default=True,
-    type=click.Choice(["grayscale", "mask", "none"]),
-    help="What the network does not see; none is the ERM baseline.",
+@options(
+    DATA,
+    OUT,
+    click.option(
+        "--debias",
+        default="grayscale",
+        show_default=True,
+        type=click.Choice(["grayscale", "mask", "none"]),
+        help="What the network does not see; none is the ERM baseline.",
+    ),
+    ARCH,
+    HOW_IT_LEARNS,
+    click.option("--clip-norm", type=POSITIVE, help="Gradients are scaled down to this norm; not at all unless given."),
+    SEED,
+    HOW_IT_IS_RUN,
 )
-@training_options
-def train_teacher_command(**options: Any) -> None:
+def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Train a teacher behind a debiasing front, with labels, on the train split alone.
 
-    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn only.
+    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn only. Stopped in whatever way, the
+    same command goes on.
     """
     from trainer import train_teacher
 
-    result = train_teacher(**options)
-    click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
-    _echo_bias_free(result["bias_free"])
+    result = train_teacher(arch_options=dict(arch_options), **options)
+    if _main_process():
+        click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
+        _echo_bias_free(result["bias_free"])
 
 
 def _time(result: dict[str, Any]) -> str:
@@ -301,32 +417,92 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
 
 
 @main.command(name="train-student")
-@DATA
-@click.option("--cache", required=True, type=Location(), help="A store of the train split.")
-@click.option(
-    "--validation-cache",
-    type=Location(),
-    help="A store of the validation split, to choose the weights by; without it the last are kept.",
+@options(
+    DATA,
+    click.option("--cache", type=Location(), help="A store of the train split. Only --method erm needs none."),
+    OUT,
+    click.option("--method", type=click.Choice(METHODS), help="What the student matches; lrp unless --loss is given."),
+    WHAT_IT_MATCHES,
+    ARCH,
+    HOW_IT_LEARNS,
+    CLIP_NORM,
+    SEED,
+    HOW_IT_IS_RUN,
 )
-@OUT
-@training_options
-def train_student_command(**options: Any) -> None:
+def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Stage two: train a student to make its own heatmaps match the stored ones.
 
-    3,000 steps unless --steps or --epochs is given; --bias-free is as in the teacher.
+    3,000 steps unless --steps or --epochs is given; --bias-free is as in the teacher. Stopped in whatever way, the same
+    command goes on. On several GPUs: torchrun --nproc-per-node=N cli.py train-student …
     """
     from trainer import train_student
 
-    result = train_student(**options)
-    _echo_bias_free(result["bias_free"])
-    click.echo(
-        f"{options['out']}: heatmap loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}"
-        + (
-            "; no --validation-cache, so the last weights are kept"
-            if result["validation_loss"] is None
-            else f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
+    result = train_student(arch_options=dict(arch_options), **options)
+    if _main_process():
+        _echo_bias_free(result["bias_free"])
+        click.echo(
+            f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}"
+            + (
+                "; no --validation-cache, so the last weights are kept"
+                if result["validation_loss"] is None
+                else f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
+            )
         )
-    )
+
+
+@main.command(name="train-students")
+@click.argument("sweep", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@options(
+    click.option("--data", type=Location(), help="A dataset in our layout."),
+    click.option("--cache", type=Location(), help="A store of the train split."),
+    click.option("--out", type=LocalFolder(path_type=Path), help="The folder of the students' folders."),
+    click.option("--method", type=click.Choice(METHODS), multiple=True, help="Repeatable."),
+    WHAT_IT_MATCHES,
+    click.option("--arch", multiple=True, help="small-cnn, or a torchvision model. Repeatable."),
+    HOW_IT_LEARNS,
+    CLIP_NORM,
+    click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),
+    click.option("--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."),
+    HOW_IT_IS_RUN[1:],
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
+@click.pass_context
+def train_students_command(
+    context: click.Context,
+    sweep: Path | None,
+    arch_options: tuple[tuple[str, Any], ...],
+    devices: tuple[str, ...] | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train many students of one store, test them all, and tabulate them.
+
+    Every combination of the --arch, --method and --seed given; or those of the YAML file SWEEP, whose options are those
+    of train-student, for all of them at the top and for each under 'students'. What is given here counts for all. Run
+    again, it goes on.
+    """
+    from trainer.sweep import plan_sweep, read_sweep, sweep_table, train_students
+
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+    }
+    given = {name: list(value) if name in ("arch", "method", "seed") else value for name, value in given.items()}
+    if arch_options:
+        given["arch_options"] = dict(arch_options)
+    common = read_sweep(sweep) if sweep is not None else {}
+    students = common.pop("students", [])
+    common |= {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
+    out = common.pop("out", None)
+    for name, value in (("data", common.get("data")), ("out", out)):
+        if value is None:
+            raise click.UsageError(f"Missing option '--{name}', and the sweep has no '{name}' either.")
+    planned = plan_sweep(common, students)
+    rows = train_students(Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True))
+    click.echo(json.dumps(rows) if as_json else sweep_table(rows))
+    if any("error" in row for row in rows):
+        raise click.exceptions.Exit(1)
 
 
 @main.command(name="evaluate")

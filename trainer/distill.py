@@ -1,185 +1,139 @@
-"""Stage two: a student learns from stored heatmaps alone. The teacher's network is neither loaded nor run."""
+"""Stage two: a student learns from what a store holds. The teacher's network is neither loaded nor run."""
 
 from __future__ import annotations
 
-import math
-import time
-from contextlib import closing
-from itertools import islice
+import shlex
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from data import Dataset, Location, Split, open_dataset
-from pipeline import Classifier, ModelConfig, Trace, explain
-from pipeline.classifier import HeadSpec, build_classifier, save_weights
-from pipeline.device import as_input, pick_device, place, to_device
-from pipeline.models import last_linear
-from teacher_cache import Cache, CacheError, CacheInfo, check_complete, open_cache
-from trainer.losses import heatmap_loss
-from trainer.run_dir import RunDir, check_free
-from trainer.stream import Batch, explained_source, read_block, stored_heatmaps, stream
-from trainer.training import (
-    LOG_EVERY,
-    STUDENT,
-    Timed,
-    bias_free_summary,
-    finite,
-    optimiser,
-    seed_torch,
-    total_steps,
-)
-
-GRADIENT_NORM = 1.0
-VALIDATIONS = 5  # times in a training that a model is chosen from
+from data import Dataset, Location, open_dataset
+from pipeline import ModelConfig
+from pipeline.classifier import HeadSpec
+from teacher_cache import Cache, CacheError, check_complete, open_cache
+from trainer.augmentation import check_augmentations
+from trainer.methods import METHODS, missing_from, moves, needs, parse_terms
+from trainer.run_dir import TrainingError, check_free
+from trainer.settings import split_options, total_steps
+from trainer.stream import explained_source, labelled_source
+from trainer.training import STUDENT, Material, train
 
 
 def train_student(
     data: Location,
-    cache: Location,
+    cache: Location | None,
     out: str | Path,
     *,
     validation_cache: Location | None = None,
+    method: str | None = None,
+    loss: str | None = None,
     arch: str = "small-cnn",
+    arch_options: dict[str, Any] | None = None,
+    student_factory: str | None = None,
+    head: str = "frozen",
     bias_free: bool | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 128,
-    lr: float = 4e-3,
-    seed: int = 0,
-    device: str = "auto",
-    workers: int = 2,
-    memory_budget: int | None = None,
+    clip_norm: float | None = 1.0,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train a student to make its own LRP heatmaps match the stored ones and save it in ``out``.
+    """Train a student to match what the teacher's store holds, and save it in ``out``; or continue such a training.
 
-    The method of Bassi et al., arXiv 2407.09788. The loss is on heatmaps alone: no label and no output is looked
-    at. Each step shows one stored draw of each sample, explained by the student for the same class with the same ε.
-    The teacher's last layer is copied and frozen, behind a learnt adapter where widths differ. Adam, one-cycle
-    schedule of peak ``lr``, gradients clipped to norm 1; 3,000 steps unless ``steps`` or ``epochs`` is given.
-    ``bias_free`` None means: as the teacher. With ``validation_cache`` the weights of the lowest heatmap loss on the
-    validation split are kept, without it the last ones. ``workers`` and ``memory_budget`` are those of
-    `trainer.stream.stream` and change no result. Returns the result that it writes.
+    The method of Bassi et al., arXiv 2407.09788, unless another one is named: the loss is on heatmaps alone, and no
+    label and no output is looked at. Each step shows one stored draw of each sample, explained by the student for the
+    same class with the same ε. ``method`` is one of `trainer.methods.METHODS`; ``loss`` a sum of some, as in
+    ``lrp=1,output=0.1``. ``erm`` alone needs no ``cache`` (None).
 
-    Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError.
+    The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns. Its
+    last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"`` leaves
+    it its own. ``bias_free`` None means: as the teacher. Length: 3,000 steps unless ``steps`` or ``epochs`` is given.
+    With ``validation_cache`` the weights of the lowest loss on the validation split are kept, without it the last
+    ones. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`. Returns the result that
+    it writes.
+
+    Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError, TrainingInterrupted.
     """
     check_free(Path(out))
+    terms = parse_terms(method, loss)
     dataset = open_dataset(data)
-    explained = _open_paired(cache, dataset, "train")
-    validation = None if validation_cache is None else _open_paired(validation_cache, dataset, "validation")
-    if validation is not None:
-        _check_validation(explained, validation)
-    train = dataset.split("train")
-    info = explained.info
-    steps = total_steps(len(train), batch_size, steps, epochs, default=3000)
-    head = explained.head
+    train_split = dataset.split("train")
+    steps = total_steps(len(train_split), batch_size, steps, epochs, default=3000)
+    settings, runtime = split_options(options, loss=terms, steps=steps, batch_size=batch_size, clip_norm=clip_norm)
+    if head not in ("frozen", "free"):
+        raise TrainingError(f"--head is frozen or free, not '{head}'")
+    explained = validation = None
+    if set(terms) == {"erm"}:
+        for option, given in (("--cache", cache), ("--validation-cache", validation_cache)):
+            if given is not None:
+                raise TrainingError(f"--method erm learns from labels alone: leave {option} {given} out")
+        train_split.verify()
+    elif cache is None:
+        raise TrainingError(
+            f"--method {'+'.join(terms)} needs --cache: make a store with "
+            f"{_command(dataset, 'train', missing_from(terms, None, ()))}"
+        )
+    else:
+        explained = _open_paired(cache, dataset, "train")
+        _check_holds(explained, dataset, terms)
+        if validation_cache is not None:
+            validation = _open_paired(validation_cache, dataset, "validation")
+            _check_validation(explained, validation)
+            _check_holds(validation, dataset, terms)
+    info = None if explained is None else explained.info
+    map_shape = None if info is None or "heatmaps" not in needs(terms) else info.map_shape
+    check_augmentations(settings.augment, map_shape, train_split.image_shape, moves(terms))
+
+    layer = {} if explained is None or head == "free" else explained.head
+    if bias_free is None:
+        bias_free = info.teacher.bias_free if info else arch == "small-cnn" and student_factory is None
+    decided = {
+        **settings.to_dict(),
+        "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},
+        "validation": validation and {key: validation.info.to_dict()[key] for key in ("explainer", "storage")},
+    }
     config = ModelConfig(
         kind="student",
-        arch=arch,
-        bias_free=info.teacher.bias_free if bias_free is None else bias_free,
+        arch=student_factory or arch,
+        arch_options=arch_options or {},
+        bias_free=bias_free,
         debias="none",
         class_names=dataset.class_names,
-        image_shape=train.image_shape,
-        dataset={"name": dataset.name, "fingerprint": train.fingerprint},
-        training={
-            "loss": "heatmaps",
-            "steps": steps,
-            "batch_size": batch_size,
-            "lr": lr,
-            "seed": seed,
-            "cache": {key: value for key, value in info.to_dict().items() if key != "dataset"},
-        },
-        head=HeadSpec(head["weight"].shape[1], "bias" in head) if head else None,
+        image_shape=train_split.image_shape,
+        dataset={"name": dataset.name, "fingerprint": train_split.fingerprint},
+        training=decided,
+        head=HeadSpec(layer["weight"].shape[1], "bias" in layer) if layer else None,
     )
-    torch_device = pick_device(device)
-    seed_torch(seed, STUDENT)
-    model = build_classifier(config)
-    if head:
-        _copy_head(model, head)
-    place(model, torch_device)
-    # fails now where a rule is missing
-    Trace(model.eval(), as_input(np.asarray(train.images[:1]), torch_device), info.explainer.rule)
-    model.train()
-    adam, schedule = optimiser(model, lr, steps)
-    run = RunDir(out, config)
-    started = time.perf_counter()
-
-    best_loss, best_step, best_weights = float("inf"), 0, None
-    batches = stream(
-        explained_source(train, explained),
-        batch_size=batch_size,
-        seed=seed,
-        workers=workers,
-        memory_budget=memory_budget,
-        pin_memory=torch_device.type == "cuda",
+    paths = {"data": data, "cache": cache, "validation_cache": validation_cache}
+    material = Material(
+        source=labelled_source(train_split) if explained is None else explained_source(train_split, explained, needs(terms)),
+        store=info,
+        head=layer,
+        validation=validation and explained_source(dataset.split("validation"), validation, needs(terms)),
+        paths={name: str(path) for name, path in paths.items() if path is not None},
     )
-    with closing(batches):
-        timed = Timed(batches)
-        bar = tqdm(islice(timed, steps), total=steps, unit="step", desc=f"distilling {run.path.name}", disable=None)
-        for step, batch in enumerate(bar, start=1):
-            loss = _losses(model, batch, info, torch_device, create_graph=True).mean()
-            adam.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
-            adam.step()
-            schedule.step()
-            if step % LOG_EVERY == 0 or step == steps:
-                value = finite(loss, step)
-                run.log(step=step, loss=value, lr=schedule.get_last_lr()[0])
-                bar.set_postfix(loss=f"{value:.3f}")
-            if validation is not None and (step % math.ceil(steps / VALIDATIONS) == 0 or step == steps):
-                validation_loss = _validate(model, dataset.split("validation"), validation, batch_size, torch_device)
-                run.log(step=step, validation_loss=validation_loss)
-                if validation_loss < best_loss:
-                    best_loss, best_step = validation_loss, step
-                    best_weights = {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    return train(out, config, material, settings, runtime, purpose=STUDENT, student_factory=student_factory)
 
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
-    save_weights(run.path, model)
-    return run.finish(
-        loss=value,
-        validation_loss=None if best_weights is None else best_loss,
-        kept_step=steps if best_weights is None else best_step,
-        steps=steps,
-        seconds=time.perf_counter() - started,
-        seconds_waiting=timed.seconds_waiting,
-        bias_free=bias_free_summary(model, batch["images"], torch_device),
+
+def _command(dataset: Dataset, split: str, options: str) -> str:
+    """The command that makes a store with these options."""
+    return (
+        f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split} "
+        f"{options} --out NEW.zarr"
     )
 
 
-def _losses(model: Classifier, batch: Batch, info: CacheInfo, device: torch.device, *, create_graph: bool) -> Tensor:
-    """The heatmap loss of each sample, (N,), between the student's maps and the stored ones."""
-    teacher = stored_heatmaps(batch["heatmaps"], batch["scale"], info.storage.precision, device)
-    images = as_input(batch["images"], device)
-    classes, epsilon = (to_device(batch[key], device) for key in ("target_class", "epsilon"))
-    _, student = explain(model, images, classes, epsilon, create_graph=create_graph, rules=info.explainer.rule)
-    return heatmap_loss(student, teacher, info.storage.resolution)
-
-
-def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, device: torch.device) -> float:
-    """The mean heatmap loss over the validation split, each sample by its first draw; evaluation mode."""
-    model.eval()
-    total = 0.0
-    source = explained_source(split, cache)
-    for shard in range(source.blocks):
-        block = read_block(source, shard, draw=0)
-        for first in range(0, len(block["images"]), batch_size):
-            batch = {name: values[first : first + batch_size] for name, values in block.items()}
-            total += _losses(model, batch, cache.info, device, create_graph=False).sum().item()
-    model.train()
-    return total / len(split)
-
-
-def _copy_head(model: Classifier, head: Any) -> None:
-    name = last_linear(model.network, len(head["weight"]))
-    assert name is not None  # build_classifier has put it there
-    layer = model.network.get_submodule(name)
-    layer.load_state_dict({key: torch.from_numpy(value) for key, value in head.items()})
+def _check_holds(cache: Cache, dataset: Dataset, terms: dict[str, float]) -> None:
+    """Raise CacheError, with the command that makes another one, unless the store has what the methods need."""
+    info = cache.info
+    lacking = missing_from(terms, info.explainer.rule, tuple(cache.sample_fields))
+    if lacking:
+        wanted = [f"maps of {' or '.join(METHODS[name].explainers)}" for name in terms if METHODS[name].explainers]
+        wanted += ["the teacher's features"] if "features" in needs(terms) else []
+        has = f"maps of {info.explainer.rule}" + (" and features" if "features" in cache.sample_fields else "")
+        raise CacheError(
+            f"--method {'+'.join(terms)} needs {' and '.join(wanted)}, and the store {cache.path} has {has}: make one "
+            f"with {_command(dataset, info.dataset.split, lacking)}"
+        )
 
 
 def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:

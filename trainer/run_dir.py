@@ -1,65 +1,193 @@
-"""The folder of one training: ``config.json`` first, ``metrics.jsonl`` on the way, ``result.json`` last."""
+"""The folder of one training: ``config.json`` first, ``metrics.jsonl`` and checkpoints on the way, ``result.json`` last.
+
+Every file is written whole or not at all; a line of a log may be cut off, and is then dropped by who continues.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
+import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from pipeline import ModelConfig
+import torch
+
+from data.storage import PARTIAL, Folder
+from pipeline import ModelConfig, ModelError
+
+FILES = {
+    *("config.json", "starts.jsonl", "metrics.jsonl", "failure.json", "weights.pt", "model.pt", "result.json"),
+    *(".lock", "checkpoints", "tensorboard", "profile"),
+}
+
+
+class TrainingError(ValueError):
+    """A training that cannot start, or must stop; the text says why and what to change."""
 
 
 class RunDir:
-    """Claims ``out`` for one training. Without a ``result.json`` it is unfinished, and a new training may take it.
+    """One training's folder, claimed for this process as long as that lives; close it after the last look at it.
 
-    Raises FileExistsError for a path that holds anything else.
+    Found unfinished, with the same configuration, it is continued: `checkpoint` is what from. With another
+    configuration and without any checkpoint it begins anew, as nothing is lost.
+
+    Raises FileExistsError for a path that holds anything else, TrainingError for an unfinished training with another
+    configuration, and for one that another process is at.
     """
 
     def __init__(self, out: str | Path, config: ModelConfig):
         self.path = Path(out)
         check_free(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "config.json", config.to_dict())
-        (self.path / "weights.pt").unlink(missing_ok=True)
-        (self.path / "metrics.jsonl").write_text("")
+        self._folder = Folder(self.path)
+        self._folder.make()
+        self._lock = self._claim()
+        try:
+            check_free(self.path)  # again, as somebody may have finished it just now
+            self._folder.sweep()
+            found = self.path / "config.json"
+            differences = _differences(json.loads(found.read_text()), config.to_dict()) if found.exists() else []
+            if differences and self.checkpoints():
+                raise TrainingError(
+                    f"{self.path} holds an unfinished training with other options ({'; '.join(differences)}; its "
+                    "first, this command's second): give the same ones to continue it, or choose another --out"
+                )
+            if differences or not found.exists():
+                self._write_json("config.json", config.to_dict())
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self) -> BinaryIO:
+        file = (self.path / ".lock").open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise TrainingError(
+                f"another process is training in {self.path}: let it finish, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return file
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._lock.close()
+
+    # --- checkpoints ------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Path]:
+        """What is there of them, the oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.pt"))
+
+    def checkpoint(self) -> tuple[dict[str, Any] | None, list[Path]]:
+        """The newest one that can be read, None where there is none; and the newer ones, which are damaged."""
+        damaged = []
+        for path in reversed(self.checkpoints()):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True), damaged
+            except OSError:
+                raise
+            except Exception:  # torch raises many kinds for a file that is cut or foreign
+                damaged.append(path)
+        return None, damaged
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write one, then remove all but the last ``keep``."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._folder.write(f"checkpoints/step-{step:09}.pt", buffer.getbuffer())
+        for path in self.checkpoints()[:-keep]:
+            path.unlink()
+
+    # --- logs and results -------------------------------------------------------------------------------
+
+    def begin(self, step: int, **how: Any) -> None:
+        """Note in ``starts.jsonl`` how the training goes on, and from which step, and forget what came after that."""
+        metrics = self.path / "metrics.jsonl"
+        kept = []
+        for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
+            try:
+                values = json.loads(line)
+            except ValueError:  # the last line of a process that was killed
+                continue
+            if values["step"] <= step:
+                kept.append(line)
+        self._folder.write("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
+        for name in ("weights.pt", "model.pt", "failure.json"):
+            (self.path / name).unlink(missing_ok=True)
+        with (self.path / "starts.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **how, "revision": revision()}) + "\n")
 
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def finish(self, **result: Any) -> dict[str, Any]:
-        """Write ``result.json``, which makes the training finished, and return what it says."""
-        write_json(self.path / "result.json", result)
-        return result
+    def fail(self, **failure: Any) -> None:
+        """Write ``failure.json``: what a training that had to stop knows of why."""
+        self._write_json("failure.json", failure)
+
+    def save_model(self, name: str, state: Any) -> None:
+        """Write ``weights.pt`` or ``model.pt``."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._folder.write(name, buffer.getbuffer())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``, which makes the training finished."""
+        self._write_json("result.json", result)
+
+    def _write_json(self, name: str, values: Any) -> None:
+        self._folder.write(name, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def check_free(path: Path) -> None:
     """Raise FileExistsError unless a training may write here: nothing, an empty folder, an unfinished training."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if "result.json" in names and "config.json" in names:
         raise FileExistsError(f"{path} holds a finished training: choose another --out, or remove it first")
-    ours = {"config.json", "metrics.jsonl", "weights.pt", "result.json"}
-    parts = {name.removesuffix(".partial") for name in names}
-    if "config.json" not in parts or not parts <= ours or not _is_config(path / "config.json"):
+    there = {name for name in names if not (name.startswith(".") and name.endswith(PARTIAL))} - {".lock"}
+    if there and ("config.json" not in there or there - FILES or not _is_config(path / "config.json")):
         raise FileExistsError(f"{path} exists and is not empty: choose another --out, or remove it first")
 
 
 def _is_config(path: Path) -> bool:
-    """Whether a training wrote this file; it did where only the partial one is there yet."""
+    """Whether a training wrote this file."""
     try:
         ModelConfig.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError:
-        return True
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, ModelError):
         return False
     return True
 
 
+def _differences(found: Any, given: Any, name: str = "") -> list[str]:
+    """What decides a training's result and is not alike, as ``name: found, given``; versions do not count."""
+    found, given = (json.loads(json.dumps(values)) for values in (found, given))
+    if not (isinstance(found, dict) and isinstance(given, dict)):
+        return [] if found == given else [f"{name}: {found!r}, {given!r}"]
+    lines: list[str] = []
+    for key in sorted({*found, *given} - ({"versions"} if not name else set())):
+        lines += _differences(found.get(key), given.get(key), f"{name}.{key}" if name else key)
+    return lines
+
+
+def revision() -> str | None:
+    """The git revision that this program runs from, with a + where files differ from it; None where there is none."""
+    folder = Path(__file__).resolve().parent
+    git = ["git", "-C", str(folder)]
+    try:  # not that of a repository in whose folder this program is merely installed
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10, check=True)
+        describe = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    Folder(path.parent).write(path.name, (json.dumps(values, indent=2) + "\n").encode())

@@ -1,70 +1,394 @@
-"""What every training shares: its length, its seed, its optimiser, and when to stop because the numbers are wrong."""
+"""The training loop, for teachers and students alike: it reads from top to bottom in the order in which things happen.
+
+python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN
+torchrun --nproc-per-node=2 cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from pipeline import Classifier, homogeneity_error
-from pipeline.device import as_input
-from trainer.order import steps_per_epoch
-from trainer.stream import Batch
+from pipeline import Classifier, Forward, ModelConfig, homogeneity_error, plain, resize, synchronise_batch_norm
+from pipeline.classifier import build_classifier, copy_head
+from pipeline.device import as_input, as_mask, pick_device, place, to_device
+from teacher_cache import CacheInfo
+from trainer.augmentation import augment
+from trainer.clock import Clock, Timed
+from trainer.distributed import LostProcess, Ranks, connect
+from trainer.interruption import Interruption, TrainingInterrupted
+from trainer.losses import heatmap_loss
+from trainer.methods import METHODS, needs
+from trainer.run_dir import RunDir, TrainingError
+from trainer.schedule import make_ema, make_optimizer, make_schedule
+from trainer.settings import Runtime, Settings
+from trainer.stream import Batch, Source, read_block, stored_heatmaps, stream
+from trainer.watch import Watch
 
-LOG_EVERY = 20  # steps
-MAX_STEPS = 10**9
+log = logging.getLogger(__name__)
+
+TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
+VALIDATIONS = 5  # times in a training that a model is chosen from
+PROFILED = {"wait": 1, "warmup": 1, "active": 3}  # steps
 
 
-class TrainingError(ValueError):
-    """A training that cannot start, or must stop; the text says why and what to change."""
+@dataclass(frozen=True)
+class Material:
+    """What a training learns from: samples, the store that their maps come from, the teacher's last layer.
 
-
-def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float | None, default: int) -> int:
-    """The number of optimiser steps: ``steps``, or ``epochs`` passes over the samples, or the default.
-
-    Raises TrainingError for both at once, for less than one step, and for a batch size under 1.
+    ``validation`` chooses the weights, where it is there. ``paths`` say where it all lies, for the record.
     """
-    if batch_size < 1:
-        raise TrainingError(f"--batch-size must be at least 1, got {batch_size}")
-    if steps is not None and epochs is not None:
-        raise TrainingError(f"give --steps ({steps}) or --epochs ({epochs:g}), not both")
-    if steps is None and epochs is None:
-        return default
-    if epochs is not None:
-        steps = math.ceil(min(epochs, 1e12) * steps_per_epoch(samples, batch_size)) if epochs > 0 else 0
-    assert steps is not None
-    if steps > MAX_STEPS:
-        raise TrainingError(f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer --steps or --epochs")
-    if steps < 1:
-        given = f"--steps {steps}" if epochs is None else f"--epochs {epochs:g}"
-        raise TrainingError(f"{given} is less than one step: give at least 1 step, or more than 0 epochs")
-    return steps
+
+    source: Source
+    store: CacheInfo | None = None
+    head: Mapping[str, np.ndarray] = field(default_factory=dict)
+    validation: Source | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def seed_torch(seed: int, purpose: int) -> None:
+def train(
+    out: str | Path,
+    config: ModelConfig,
+    material: Material,
+    settings: Settings,
+    runtime: Runtime,
+    *,
+    purpose: int,
+    student_factory: str | None = None,
+) -> dict[str, Any]:
+    """Train the classifier that ``config`` describes and save it in ``out``; or continue where it was stopped.
+
+    However often it was stopped, by whatever way, the weights are those of a training that was not: bit for bit on a
+    CPU, with as many threads. SIGTERM and Ctrl-C write a checkpoint first. Under torchrun every process has its share
+    of each batch, and batch norms see all of it. ``purpose`` is part of the seed of the initial weights. Returns what
+    it writes to ``result.json``.
+
+    Raises TrainingError, ModelError, RelevanceError, FileExistsError, CacheError, DatasetError, TrainingInterrupted.
+    """
+    with ExitStack() as cleanup:
+        # the processes, the device, the network
+        ranks, device_name = cleanup.enter_context(connect(runtime.device))
+        cleanup.enter_context(_lost_process_said(out))
+        device = pick_device(device_name)
+        if settings.batch_size % ranks.ranks:
+            raise TrainingError(
+                f"--batch-size {settings.batch_size}, which all processes share, is no multiple of their number, "
+                f"{ranks.ranks}: give one that is"
+            )
+        autocast, precision = choose_precision(settings.precision, device)
+        seed_torch(settings.seed, purpose)
+        model = build_classifier(config, student_factory)
+        if config.head is not None:
+            copy_head(model, material.head)
+        place(model, device)
+        _try_out(model, material, settings, device)
+        if ranks.ranks > 1:
+            synchronise_batch_norm(model)
+
+        # how it learns
+        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(
+            model, settings.optimizer, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        schedule = make_schedule(optimizer, settings.schedule, settings.steps, lr=settings.lr, warmup=settings.warmup)
+        ema = None if settings.ema is None else make_ema(model, settings.ema)
+        averaged: nn.Module = model if ema is None else ema.module
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+        if ema is not None:
+            parts["ema"] = ema
+        progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None}
+
+        # where it was stopped
+        run = cleanup.enter_context(closing(RunDir(out, config))) if ranks.main else None
+        state = None if run is None else _newest(run)
+        if ranks.ranks > 1:
+            state = ranks.share(state or _state(parts, progress))
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            progress = state["progress"]
+        start: int = progress["step"]
+        if run is not None:
+            how = {"device": processor(device), "processes": ranks.ranks, "threads": torch.get_num_threads()}
+            run.begin(start, **how, precision=precision, **dataclasses.asdict(runtime), **material.paths)
+            log.info(
+                f"{run.path}: {config.arch}, {sum(p.numel() for p in learnt):,} parameters to learn by "
+                f"{' + '.join(f'{weight:g}·{name}' for name, weight in settings.loss.items())}; {how['device']}, "
+                f"{ranks.ranks} process{'es' * (ranks.ranks > 1)} of {how['threads']} threads, {precision}"
+                + (f"; goes on after step {start} of {settings.steps}" if start else "")
+            )
+
+        # the loop
+        watch = Watch(ranks, settings.loss, progress)
+        show = cleanup.enter_context(_display(run, start, settings.steps))
+        profiler = cleanup.enter_context(_profiler(run if runtime.profile else None, device))
+        interruption = cleanup.enter_context(Interruption())
+        batches = stream(
+            material.source,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            start_step=start,
+            rank=ranks.rank,
+            ranks=ranks.ranks,
+            workers=runtime.workers,
+            memory_budget=runtime.memory_budget,
+            pin_memory=device.type == "cuda",
+        )
+        timed = Timed(cleanup.enter_context(closing(batches)))
+        clock = Clock(progress, timed)
+        model.train()
+        for step in range(start, settings.steps):
+            batch = next(timed)
+            size = len(batch["sample"])
+            seed_torch(settings.seed, STEP, step, ranks.rank)  # dropout and the like
+            losses: list[dict[str, Tensor]] = []
+            for rows in torch.arange(size).chunk(settings.accumulate):
+                part = {name: values[rows[0] : rows[-1] + 1] for name, values in batch.items()}
+                place_in_batch = (step, ranks.rank * size + int(rows[0]), ranks.ranks * size)
+                with autocast():
+                    losses.append(losses_of(model, part, material.store, settings, device, place_in_batch))
+                (weighted(losses[-1], settings.loss).sum() / size).backward()
+            ranks.average_gradients(learnt)
+            norm = nn.utils.clip_grad_norm_(learnt, settings.clip_norm or math.inf)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if ema is not None:
+                ema.update_parameters(model)
+            done = progress["step"] = step + 1
+            watch.add(done, {name: torch.cat([part[name] for part in losses]) for name in settings.loss},
+                      batch["sample"], norm)  # fmt: skip
+            profiler()
+
+            # what is seen of it
+            last = done == settings.steps
+            if done % runtime.log_steps == 0 or last:
+                show(step=done, **watch.check(run), lr=schedule.get_last_lr()[0], **clock.lap(ranks.ranks * size))
+            if material.validation is not None and (done % math.ceil(settings.steps / VALIDATIONS) == 0 or last):
+                loss = validate(averaged, material.validation, material.store, settings, device, ranks)
+                show(step=done, validation_loss=loss)
+                if progress["best"] is None or loss < progress["best"]["loss"]:
+                    weights = {name: value.cpu().clone() for name, value in averaged.state_dict().items()}
+                    progress["best"] = {"loss": loss, "step": done, "weights": weights}
+
+            # what is kept of it
+            asked = ranks.agree(interruption.signal is not None)
+            due = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
+            minutes = runtime.checkpoint_minutes or math.inf
+            if last or asked or due or ranks.agree(clock.minutes_since_checkpoint() >= minutes):
+                watch.check(run)  # what is wrong is not kept
+                clock.update()
+                if run is not None:
+                    run.save_checkpoint(done, _state(parts, progress), runtime.keep_checkpoints)
+                clock.checkpointed()
+            if asked and not last:
+                raise TrainingInterrupted(
+                    f"stopped after step {done} of {settings.steps}: the same command goes on from there, in {out}",
+                    interruption.signal,
+                )
+
+        # what comes of it
+        best = progress["best"]
+        if best is not None:
+            averaged.load_state_dict(best["weights"])
+        result = {
+            "loss": progress["loss"],
+            "validation_loss": None if best is None else best["loss"],
+            "kept_step": settings.steps if best is None else best["step"],
+            "steps": settings.steps,
+            "seconds": progress["seconds"],
+            "seconds_waiting": progress["seconds_waiting"],
+            "processes": ranks.ranks,
+            "precision": precision,
+            "bias_free": None,
+        }
+        if run is not None:
+            finished = build_classifier(config, student_factory).eval()
+            finished.load_state_dict({name: value.cpu() for name, value in averaged.state_dict().items()})
+            result["bias_free"] = bias_free_summary(finished, read_block(material.source, 0, 0)["images"][:64])
+            run.save_model("weights.pt", finished.state_dict())
+            if config.debias == "none":
+                run.save_model("model.pt", plain(finished))
+            run.finish(result)
+        ranks.wait()
+        return result
+
+
+def losses_of(
+    model: Classifier,
+    batch: Batch,
+    store: CacheInfo | None,
+    settings: Settings,
+    device: torch.device,
+    place_in_batch: tuple[int, int, int] | None = None,
+) -> dict[str, Tensor]:
+    """The loss (n,) of each method and each sample, of one forward pass.
+
+    ``place_in_batch`` is what augmentation needs: the step, the first sample's place in the batch of all processes,
+    and the size of that. None is without augmentation.
+    """
+    images = as_input(batch["images"], device)
+    masks = as_mask(batch["masks"], device) if "masks" in batch else None
+    target = {name: to_device(batch[name], device) for name in _PLAIN & set(batch)}
+    explainer = None
+    if store is not None and "heatmaps" in batch:
+        explainer, storage = store.explainer.rule, store.storage
+        target["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], storage.precision, device)
+    if "labels" in batch:
+        target["labels"] = to_device(batch["labels"], device).long()
+    if settings.augment and place_in_batch is not None:
+        step, first, of = place_in_batch
+        images, target["heatmaps"], masks = augment(
+            images, target.get("heatmaps"), settings.augment, masks=masks, seed=settings.seed, step=step, first=first, of=of
+        )
+    forward = Forward(model, images, explainer, masks)
+
+    def compare(ours: Tensor, theirs: Tensor) -> Tensor:
+        assert store is not None
+        ours, resolution = ours.float(), store.storage.resolution
+        if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
+            ours = resize(ours, theirs.shape[2:])
+        return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
+
+    return {name: METHODS[name].loss(forward, target, compare) for name in settings.loss}
+
+
+_PLAIN = {"target_class", "epsilon", "teacher_logits", "features"}  # what needs no more than to be on the device
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The loss of each sample, (n,)."""
+    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum(0)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, source: Source, store: CacheInfo | None, settings: Settings, device: torch.device, ranks: Ranks
+) -> float:
+    """The mean loss over a split, each sample by its first draw; evaluation mode. Each process takes its blocks."""
+    assert isinstance(model, Classifier)
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for shard in range(ranks.rank, source.blocks, ranks.ranks):
+        block = read_block(source, shard, draw=0)
+        for first in range(0, len(block["images"]), settings.batch_size):
+            batch = {name: values[first : first + settings.batch_size] for name, values in block.items()}
+            total += weighted(losses_of(model, batch, store, settings, device), settings.loss).sum().cpu()
+    model.train()
+    return float(ranks.mean(total)) * ranks.ranks / source.samples
+
+
+def _try_out(model: Classifier, material: Material, settings: Settings, device: torch.device) -> None:
+    """One sample through network and loss, which fails now where the network has no rule, map or feature for it."""
+    some = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
+    model.eval()
+    with torch.no_grad():
+        losses_of(model, some, material.store, settings, device)
+    model.train()
+
+
+def _newest(run: RunDir) -> dict[str, Any] | None:
+    state, damaged = run.checkpoint()
+    for path in damaged:
+        log.warning(f"{path} is damaged and left out: an older checkpoint is taken, or none")
+    return state
+
+
+def _state(parts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
+    """All that a training goes on from."""
+    return {**{name: part.state_dict() for name, part in parts.items()}, "progress": dict(progress)}
+
+
+def seed_torch(*seeds: int) -> None:
     """Seed PyTorch for one purpose, so that a student and its teacher with the same seed start differently."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, purpose]).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
 
-TEACHER, STUDENT = 0, 1  # purposes
+def choose_precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
+    """What a forward pass is to run in, and what that is, for the log; sets how CUDA multiplies matrices."""
+    if name == "auto":
+        name = "tf32" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = name == "tf32"
+    elif name == "tf32":
+        raise TrainingError(f"--precision tf32 is of CUDA, and this trains on {device.type}: give float32 or bfloat16")
+    if name == "bfloat16":
+        return lambda: torch.autocast(device.type, torch.bfloat16), "bfloat16 layers, channels last"
+    return nullcontext, f"{name}, channels last"
 
 
-def optimiser(
-    model: nn.Module, lr: float, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam over what is not frozen, with a one-cycle schedule of peak ``lr``."""
-    if not (0 < lr < math.inf):
-        raise TrainingError(f"--lr must be a positive number, got {lr:g}")
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
-    return adam, torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps)
+def processor(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def bias_free_summary(model: Classifier, images: Tensor, device: torch.device) -> dict[str, Any] | None:
+@contextmanager
+def _lost_process_said(out: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except LostProcess as error:
+        raise TrainingError(
+            f"{error}: this training ends. The same command goes on from the last checkpoint in {out}"
+        ) from error
+
+
+@contextmanager
+def _display(run: RunDir | None, start: int, steps: int) -> Iterator[Callable[..., None]]:
+    """What shows the numbers of a step: metrics.jsonl, TensorBoard, and the bar."""
+    if run is None:
+        yield lambda **metrics: None
+        return
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
+
+    with (
+        SummaryWriter(str(run.path / "tensorboard"), purge_step=start + 1) as writer,
+        tqdm(total=steps, initial=start, unit="step", desc=f"training {run.path.name}", disable=None) as bar,
+    ):
+
+        def show(step: int, **metrics: float) -> None:
+            run.log(step=step, **metrics)
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+            bar.update(step - bar.n)
+            if "samples_per_second" in metrics:
+                rate, waiting = metrics["samples_per_second"], 100 * metrics["waiting"]
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {waiting:.1f} % waiting for data")
+
+        yield show
+
+
+@contextmanager
+def _profiler(run: RunDir | None, device: torch.device) -> Iterator[Callable[[], None]]:
+    """To be called after each step; writes a trace of the first ones for Perfetto and chrome://tracing."""
+    if run is None:
+        yield lambda: None
+        return
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    (run.path / "profile").mkdir(exist_ok=True)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+    def write(profiler: Any) -> None:
+        profiler.export_chrome_trace(str(run.path / "profile" / "trace.json"))
+        log.info(f"{run.path / 'profile' / 'trace.json'}: a trace of {PROFILED['active']} steps, for ui.perfetto.dev")
+
+    with profile(activities=activities, schedule=schedule(**PROFILED, repeat=1), on_trace_ready=write) as profiler:
+        yield profiler.step
+
+
+def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | None:
     """For ``result.json``: what the bias-free form changed and could not, and how homogeneous the network is.
 
     ``homogeneity_error`` is max |f(2·x) − 2·f(x)| relative to max |2·f(x)| on some images: near 0, heatmaps account
@@ -76,31 +400,5 @@ def bias_free_summary(model: Classifier, images: Tensor, device: torch.device) -
     return {
         "changed": report.changed,
         "could_not": report.could_not,
-        "homogeneity_error": homogeneity_error(model.network, as_input(images, device)),
+        "homogeneity_error": homogeneity_error(model.network, as_input(images, torch.device("cpu"))),
     }
-
-
-class Timed:
-    """Hands batches on; ``seconds_waiting`` is the time that their consumer has waited for them."""
-
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches = batches
-        self.seconds_waiting = 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        started = time.perf_counter()
-        try:
-            return next(self._batches)
-        finally:
-            self.seconds_waiting += time.perf_counter() - started
-
-
-def finite(loss: torch.Tensor, step: int) -> float:
-    """The loss as a number. Raises TrainingError where it is not finite."""
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"the loss became {value} at step {step}: train with a smaller --lr")
-    return value

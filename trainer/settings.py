@@ -1,0 +1,115 @@
+"""What a training is told: what decides its weights, and how it is run. Data only; what they mean is elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.losses import MAP_LOSSES
+from trainer.order import steps_per_epoch
+from trainer.run_dir import TrainingError
+
+MAX_STEPS = 10**9
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the weights, besides data, store and network; it is in ``config.json`` under ``training``.
+
+    loss: the weight of each method (`trainer.methods`). batch_size: samples of a step, over all processes.
+    lr (the peak), optimizer, momentum, weight_decay, schedule, warmup (steps), ema (decay): see `trainer.schedule`.
+    clip_norm: gradients are scaled down to it, None for not at all. accumulate: parts that a batch is shown in.
+    augment: names of `trainer.augmentation`. map_loss, pyramid: how maps are compared (`trainer.losses`).
+    precision: float32, tf32 (in the matrix products of CUDA), bfloat16 (layers, while heatmaps and parameters stay in
+    float32); auto is tf32 on CUDA and float32 elsewhere.
+    """
+
+    loss: Mapping[str, float]
+    steps: int
+    batch_size: int = 128
+    lr: float = 4e-3
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: str = "one-cycle"
+    warmup: int | None = None
+    clip_norm: float | None = None
+    ema: float | None = None
+    accumulate: int = 1
+    augment: tuple[str, ...] = ()
+    map_loss: str = "l1"
+    pyramid: bool = True
+    precision: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value in (("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
+            if value < 1:
+                raise TrainingError(f"{option} must be at least 1, got {value}")
+        if self.map_loss not in MAP_LOSSES:
+            raise TrainingError(f"unknown --map-loss '{self.map_loss}': choose one of {', '.join(MAP_LOSSES)}")
+        if self.precision not in PRECISIONS:
+            raise TrainingError(f"unknown --precision '{self.precision}': choose one of {', '.join(PRECISIONS)}")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise TrainingError(f"--clip-norm must be a positive number, got {self.clip_norm:g}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a training is run, which decides nothing of its result but rounding.
+
+    device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream`. checkpoint_steps,
+    checkpoint_minutes: how often there is a checkpoint, None for not by that; the last keep_checkpoints stay.
+    log_steps: every so many steps there is a line in ``metrics.jsonl``. profile: write a trace of some steps.
+    """
+
+    device: str = "auto"
+    workers: int = 2
+    memory_budget: int | None = None
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = 10.0
+    keep_checkpoints: int = 2
+    log_steps: int = 20
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        for option in ("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "log_steps"):
+            value = getattr(self, option)
+            if value is not None and not value > 0:
+                raise TrainingError(f"--{option.replace('_', '-')} must be more than 0, got {value:g}")
+
+
+def split_options(options: Mapping[str, Any], **settled: Any) -> tuple[Settings, Runtime]:
+    """Options by name, each to where it belongs. Raises TypeError for one that neither has, TrainingError."""
+    of_runtime = {field.name for field in dataclasses.fields(Runtime)}
+    runtime = Runtime(**{name: value for name, value in options.items() if name in of_runtime})
+    return Settings(**{name: value for name, value in options.items() if name not in of_runtime}, **settled), runtime
+
+
+def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float | None, default: int) -> int:
+    """The number of optimizer steps: ``steps``, or ``epochs`` passes over the samples, or the default.
+
+    Raises TrainingError for both at once, for less than one step, and for a batch size under 1.
+    """
+    if batch_size < 1:
+        raise TrainingError(f"--batch-size must be at least 1, got {batch_size}")
+    if steps is not None and epochs is not None:
+        raise TrainingError(f"give --steps ({steps}) or --epochs ({epochs:g}), not both")
+    if steps is None and epochs is None:
+        return default
+    if epochs is not None:
+        steps = math.ceil(min(epochs, 1e12) * steps_per_epoch(samples, batch_size)) if epochs > 0 else 0
+    assert steps is not None
+    if steps > MAX_STEPS:
+        raise TrainingError(f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer --steps or --epochs")
+    if steps < 1:
+        given = f"--steps {steps}" if epochs is None else f"--epochs {epochs:g}"
+        raise TrainingError(f"{given} is less than one step: give at least 1 step, or more than 0 epochs")
+    return steps

@@ -1,0 +1,204 @@
+"""Many students of one store: a list of options for `train_student`, trained one after another or one on each device.
+
+Each is trained in a process of its own, so that one that fails stops no other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from trainer.distill import train_student
+from trainer.evaluation import evaluate
+from trainer.interruption import Interruption, TrainingInterrupted
+from trainer.run_dir import TrainingError, write_json
+from trainer.settings import Runtime, Settings
+
+PLACES = ("data", "cache", "validation_cache", "out")
+POLL = 0.2  # seconds between two looks at the processes
+
+
+def read_sweep(path: str | Path) -> dict[str, Any]:
+    """A sweep from a YAML file: options of train-student for all, and under ``students`` those of each.
+
+    Raises TrainingError for a file that says anything else.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("students", []), list):
+        raise TrainingError(f"{path} must hold options, and under 'students' a list of options; see docs/training.md")
+    return {str(key).replace("-", "_"): value for key, value in found.items()}
+
+
+def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options of each student by its name, with every combination where an option has a list of values.
+
+    A student's name is what it was given, or what tells it from the others. Raises TrainingError.
+    """
+    known = {*inspect.signature(train_student).parameters, *_fields(Settings), *_fields(Runtime)} - {"options", "loss_"}
+    planned: list[dict[str, Any]] = []
+    for student in students or [{}]:
+        if not isinstance(student, Mapping):
+            raise TrainingError(f"a student of the sweep is {student!r}: give options, such as {{arch: resnet18, seed: [0, 1]}}")
+        options = {**common, **{str(key).replace("-", "_"): value for key, value in student.items()}}
+        if unknown := sorted(set(options) - known - {"name"}):
+            raise TrainingError(f"the sweep has options that train-student does not: {', '.join(unknown)}")
+        for key in PLACES[:3]:
+            if isinstance(options.get(key), list):
+                raise TrainingError(f"the sweep has several values for {key}: all students are of one store")
+        lists = {key: value for key, value in options.items() if isinstance(value, list) and key != "augment"}
+        for values in itertools.product(*lists.values()):
+            planned.append({**options, **dict(zip(lists, values, strict=True))})
+    differing = [key for key in _in_order(planned) if len({json.dumps(one.get(key)) for one in planned}) > 1]
+    named: dict[str, dict[str, Any]] = {}
+    for one in planned:
+        parts = [str(one["name"])] if "name" in one else []
+        keys = [key for key in differing if key != "name" and (not parts or isinstance(common.get(key), list))]
+        name = re.sub(r"[^\w.=-]+", "-", "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])) or "student"
+        if name in named:
+            raise TrainingError(f"two students of the sweep are alike, or both called '{name}': give them names")
+        named[name] = {key: value for key, value in one.items() if key != "name"}
+    return named
+
+
+def _fields(kind: Any) -> set[str]:
+    return set(kind.__dataclass_fields__)
+
+
+def _in_order(planned: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for one in planned for key in one))
+
+
+def _label(key: str, value: Any) -> str:
+    return f"{key}={value}" if not isinstance(value, str) else value.rpartition(":")[2]
+
+
+def train_students(
+    out: str | Path,
+    students: Mapping[str, Mapping[str, Any]],
+    *,
+    devices: Sequence[str] | None = None,
+    echo: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train every student of `plan_sweep` into ``out/NAME``, test it, and tabulate them in ``out/students.json``.
+
+    ``devices``: at each of them one student at a time; None is every CUDA device, or the CPU. Run again it goes on:
+    what is finished stays, what was interrupted continues. Returns a row for each student: ``name``, ``loss``,
+    ``seconds``, ``iid``, ``ood``, ``shift``, ``gap``, or what its ``error`` was.
+
+    Raises TrainingError for a folder that has other students of the same names, TrainingInterrupted.
+    """
+    out = Path(out)
+    plan = {name: {"device": "auto", **options} for name, options in students.items()}
+    _claim(out, plan)
+    if devices is None:
+        devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    context = multiprocessing.get_context("spawn")
+    waiting = [name for name in plan if not (out / name / "result.json").exists()]
+    total, free, running = len(waiting), list(devices), {}
+    with Interruption() as interruption:
+        while waiting or running:
+            while waiting and free and interruption.signal is None:
+                name, device = waiting.pop(0), free.pop(0)
+                echo(f"{total - len(waiting)}/{total} {name}, on {device}")
+                (out / f"{name}.error").unlink(missing_ok=True)
+                options = {**plan[name], "device": device}
+                process = context.Process(target=_train_one, args=(out / name, options, len(devices) > 1))
+                process.start()
+                running[name] = process, device
+            for name, (process, device) in list(running.items()):
+                process.join(POLL)
+                if process.exitcode is not None:
+                    free.append(device)
+                    del running[name]
+            if interruption.signal is not None:
+                for process, _ in running.values():
+                    if process.pid is not None:
+                        os.kill(process.pid, signal.SIGTERM)
+                for process, _ in running.values():
+                    process.join()
+                finished = sum((out / name / "result.json").exists() for name in plan)
+                raise TrainingInterrupted(
+                    f"stopped with {finished} of {len(plan)} students finished in {out}: the same command goes on",
+                    interruption.signal,
+                )
+    rows = [_row(out, name, plan[name]) for name in plan]
+    write_json(out / "students.json", rows)
+    return rows
+
+
+def _train_one(out: Path, options: dict[str, Any], quiet: bool) -> None:
+    """In a process of its own. What goes wrong is in ``OUT.error``."""
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C goes to all; the parent passes it on
+    try:
+        train_student(**{"cache": None, **options}, out=out)
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except Exception as error:
+        out.with_name(f"{out.name}.error").write_text(str(error) or type(error).__name__)
+        if not isinstance(error, ValueError | OSError):
+            raise
+        sys.exit(1)
+
+
+def _row(out: Path, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": name}
+    try:
+        result = json.loads((out / name / "result.json").read_text())
+    except FileNotFoundError:
+        error = out / f"{name}.error"
+        return {**row, "error": error.read_text() if error.exists() else "its process ended without a word"}
+    scores = evaluate(options["data"], out / name, student_factory=options.get("student_factory"))
+    kept = {key: result[key] for key in ("loss", "validation_loss", "steps", "seconds", "seconds_waiting")}
+    return {**row, **kept, **{key: scores[key] for key in ("iid", "ood", "shift", "gap", "worst_group")}}
+
+
+def _claim(out: Path, plan: Mapping[str, Any]) -> None:
+    """Note the plan in ``out/sweep.json``; more students may come later, but not others of the same name."""
+    marker = out / "sweep.json"
+    before: dict[str, Any] = {}
+    if marker.exists():
+        try:
+            before = json.loads(marker.read_text())
+        except ValueError:
+            raise TrainingError(f"{marker} is damaged: remove it if {out} is to be continued") from None
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
+    for name, options in plan.items():
+        if name in before and before[name] != json.loads(json.dumps(options)):
+            raise TrainingError(
+                f"{out} has a student '{name}' with other options ({before[name]}): give the same, or choose another --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {**before, **plan})
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The students as a text table, the best on unseen bias first."""
+    width = max(len("student"), *(len(row["name"]) for row in rows))
+    columns = ("iid", "ood", "shift", "gap")
+    lines = [f"{'student':<{width}}{'loss':>10}" + "".join(f"{name:>8}" for name in columns) + f"{'seconds':>10}"]
+    for row in sorted(rows, key=lambda row: (row.get("ood") is None, -(row.get("ood") or 0.0))):
+        if "error" in row:
+            lines.append(f"{row['name']:<{width}}  failed: {row['error']}")
+            continue
+        scores = "".join(f"{'–' if row[name] is None else format(row[name], '.2f'):>8}" for name in columns)
+        lines.append(f"{row['name']:<{width}}{row['loss']:>10.4f}{scores}{row['seconds']:>10.0f}")
+    return "\n".join(lines)
