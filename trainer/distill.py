@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from data import Dataset, Location, Split, open_dataset
 from pipeline import Classifier, ModelConfig, Trace, explain
-from pipeline.classifier import HeadSpec, build_classifier, save_weights
+from pipeline.classifier import HeadSpec, build_classifier, copy_head, save_weights
 from pipeline.device import as_input, pick_device, place, to_device
-from pipeline.models import last_linear
 from teacher_cache import Cache, CacheError, CacheInfo, check_complete, open_cache
 from trainer.losses import heatmap_loss
 from trainer.run_dir import RunDir, check_free
@@ -99,7 +98,7 @@ def train_student(
     seed_torch(seed, STUDENT)
     model = build_classifier(config)
     if head:
-        _copy_head(model, head)
+        copy_head(model, head)
     place(model, torch_device)
     # fails now where a rule is missing
     Trace(model.eval(), as_input(np.asarray(train.images[:1]), torch_device), info.explainer.rule)
@@ -173,13 +172,6 @@ def _validate(model: Classifier, split: Split, cache: Cache, batch_size: int, de
             total += _losses(model, batch, cache.info, device, create_graph=False).sum().item()
     model.train()
     return total / len(split)
-
-
-def _copy_head(model: Classifier, head: Any) -> None:
-    name = last_linear(model.network, len(head["weight"]))
-    assert name is not None  # build_classifier has put it there
-    layer = model.network.get_submodule(name)
-    layer.load_state_dict({key: torch.from_numpy(value) for key, value in head.items()})
 
 
 def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:
