@@ -175,7 +175,8 @@ def attach_head(
     linear layer. Behind global average pooling a 1×1 convolution in front of the pooling is the very same function
     as that linear layer, at more cost.
 
-    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution.
+    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution, or does not work with
+    another module in that place.
     """
     name = last_layer(network, num_classes)
     if name is None:
@@ -188,6 +189,14 @@ def attach_head(
     adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
     frozen.requires_grad_(False)
     network.set_submodule(name, frozen if adapter is None else nn.Sequential(adapter, frozen))
+    try:
+        _pass(network, image_shape)
+    except Exception as error:
+        raise ModelError(
+            f"this student does not work with the teacher's last layer in place of its own '{name}' "
+            f"({type(error).__name__}: {error}): its forward must only call '{name}', or let it keep its own "
+            "(--head free)"
+        ) from error
 
 
 def _adapter_and_head(
@@ -214,19 +223,23 @@ def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape
     """(C, h, w) of the map that a layer sees flattened, found by a pass; (in_features, 1, 1) where it sees none."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    modes = {module: module.training for module in network.modules()}
-    image = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))  # the seed's own draws stay its own
-    try:
-        with torch.no_grad(), _Flattenings(layer.in_features) as flattenings:
-            network.eval()(image)
-    finally:
-        hook.remove()
-        for module, training in modes.items():
-            module.training = training
+    with _Flattenings(layer.in_features) as flattenings:
+        _pass(network, image_shape)
+    hook.remove()
     for flat, shape in reversed(flattenings.found):
         if any(torch.equal(flat, x) for x in seen):
             return shape
     return layer.in_features, 1, 1
+
+
+@torch.no_grad()
+def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
+    """The logits of two images in evaluation mode; the network's mode and the draws of PyTorch's seed stay theirs."""
+    modes = {module: module.training for module in network.modules()}
+    logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
+    for module, training in modes.items():
+        module.training = training
+    return logits
 
 
 class _Flattenings(TorchFunctionMode):
@@ -303,11 +316,11 @@ def load_classifier(directory: str | Path, student_factory: str | None = None) -
         check_factory(config.arch, student_factory)
     except ModelError as error:
         raise ModelError(f"the model {directory} was not loaded: {error}") from None
-    again = f"train it again{f', or with the {student_factory} that it was made with' if student_factory else ''}"
+    again = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
     try:
         model = build_classifier(config, student_factory)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"the config.json in {directory} describes no model ({error}); {again}") from error
+        raise ModelError(f"what the config.json in {directory} describes cannot be built ({error}); {again}") from error
     try:
         model.load_state_dict(torch.load(directory / "weights.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a file that is cut or foreign

@@ -62,6 +62,8 @@ class FunctionalCNN(nn.Module):
         x = F.adaptive_max_pool2d(F.relu(self.conv(x)), 2)
         x = torch.flatten(input=x, start_dim=1) if self.after == "by name" else x.reshape(len(x), -1)
         x = F.dropout(x, 0.5, self.training)
+        if self.after == "weight":
+            return F.linear(x, self.head.weight)
         return self.head(x - 1 if self.after == "changed" else x)
 
 
@@ -176,6 +178,11 @@ def test_a_student_that_ends_otherwise_is_refused_with_what_to_do():
     network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(ModelError, match=r"neither a linear layer nor a 1×1 convolution with 10 outputs.*--head free"):
         attach_head(network, HeadSpec(4, False), 10, SHAPE, adapter_bias=False)
+
+
+def test_a_student_that_looks_into_its_last_layer_is_refused_before_it_is_trained():
+    with pytest.raises(ModelError, match=r"in place of its own 'head' \(AttributeError: .*its forward must only call"):
+        attach_head(FunctionalCNN(10, "weight"), HeadSpec(20, True), 10, SHAPE, adapter_bias=True)
 
 
 def test_without_a_head_the_student_learns_its_own_last_layer():
@@ -419,7 +426,7 @@ def test_a_factory_that_has_changed_since_is_said(tiny, tmp_path):
     path = save(tmp_path / "s", config(arch=tiny), tiny)
     changed = dataclasses.replace(config(arch=tiny), arch_options={"width": 9})
     (path / "config.json").write_text(json.dumps(changed.to_dict()))
-    with pytest.raises(ModelError, match=f"do not load .*or with the {tiny} that it was made with"):
+    with pytest.raises(ModelError, match=f"do not load .*or give the {tiny} that it was made with"):
         load_classifier(path, tiny)
 
 
