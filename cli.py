@@ -46,6 +46,11 @@ OUT = click.option(
 )
 SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+FACTORY = click.option(
+    "--student-factory",
+    metavar="MODULE:FUNCTION",
+    help="Your own network: what this function of yours returns. Its code is run.",
+)
 BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 
 
@@ -93,11 +98,6 @@ class Names(click.ParamType):
 
 POSITIVE = click.FloatRange(0, min_open=True)
 ARCH = click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model.")
-FACTORY = click.option(
-    "--student-factory",
-    metavar="PACKAGE.MODULE:FUNCTION",
-    help="Your own network: what this function returns for num_classes. Its code is run.",
-)
 HOW_IT_LEARNS = [
     click.option(
         "--arch-option", "arch_options", multiple=True, type=Option(), help="Of the architecture, as width=64. Repeatable."
@@ -509,12 +509,13 @@ def train_students_command(
 @DATA
 @click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A teacher's or student's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@FACTORY
 @DEVICE
-def evaluate_command(data: str, model: Path, as_json: bool, device: str) -> None:
+def evaluate_command(data: str, model: Path, as_json: bool, student_factory: str | None, device: str) -> None:
     """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals."""
     from trainer import evaluate
 
-    result = evaluate(data, model, device=device)
+    result = evaluate(data, model, device=device, student_factory=student_factory)
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -526,6 +527,28 @@ def evaluate_command(data: str, model: Path, as_json: bool, device: str) -> None
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+
+
+@main.command(name="export")
+@click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A student's folder.")
+@click.option(
+    "--format",
+    "form",
+    required=True,
+    type=click.Choice(["torch-export", "onnx", "state-dict"]),
+    help="A .pt2 file for torch.export.load, an ONNX file, or the weights alone.",
+)
+@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The file to write.")
+@FACTORY
+def export_command(model: Path, form: str, out: Path, student_factory: str | None) -> None:
+    """A trained student as a file that needs nothing of this program, checked against it.
+
+    It takes float32 images (N, C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes).
+    """
+    from pipeline import export_model
+
+    difference = export_model(model, out, form, student_factory=student_factory)
+    click.echo(f"{out}: its logits differ from the model's by {difference:.2g} at most")
 
 
 @main.command(name="quickstart")

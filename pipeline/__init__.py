@@ -2,6 +2,7 @@
 
 from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.cluster import ClusterError
+from pipeline.export import export_model, plain, save_plain
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.relevance import Trace, explain
@@ -25,8 +26,11 @@ __all__ = [
     "build_network",
     "cache_explanations",
     "explain",
+    "export_model",
     "homogeneity_error",
     "load_classifier",
+    "plain",
     "rule_for",
+    "save_plain",
     "stop_relevance",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ import torchvision
 import zarr
 from torch import Tensor, nn
 
+from data.storage import Folder
+from torch.overrides import TorchFunctionMode
+
 from pipeline.homogeneous import BiasFreeReport
-from pipeline.models import ImageShape, ModelError, build_network, last_linear
+from pipeline.models import ImageShape, ModelError, build_network, check_factory, last_layer
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
@@ -57,12 +60,20 @@ DEBIAS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"grayscale": gra
 class Classifier(nn.Module):
     """``network`` behind the front called ``debias``: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → (N, K).
 
-    ``bias_free_report`` says what was done to the network, where it is in its bias-free form.
+    ``bias_free_report`` says what was done to the network, where it is in its bias-free form, and ``image_shape``
+    which images (C, H, W) it was built for.
     """
 
-    def __init__(self, network: nn.Module, debias: str = "none", bias_free_report: BiasFreeReport | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        debias: str = "none",
+        bias_free_report: BiasFreeReport | None = None,
+        image_shape: ImageShape | None = None,
+    ):
         super().__init__()
         self.network, self.debias, self.bias_free_report = network, debias, bias_free_report
+        self.image_shape = image_shape
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         return self.network(DEBIAS[self.debias](images, masks))
@@ -78,7 +89,10 @@ class HeadSpec:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to build a saved classifier again, and what it was trained on."""
+    """All that is needed to build a saved classifier again, and what it was trained on.
+
+    ``arch`` and ``arch_options`` are those of `build_network`. Without a ``head`` the last layer is the network's own.
+    """
 
     kind: str  # "teacher", which includes the ERM baseline, or "student"
     arch: str
@@ -89,6 +103,7 @@ class ModelConfig:
     dataset: dict[str, str]  # name and fingerprint of the training split
     training: dict[str, Any]
     head: HeadSpec | None = None
+    arch_options: dict[str, int | float | bool | str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
@@ -100,16 +115,21 @@ class ModelConfig:
         """Raises ModelError where the fields are not those of this format version."""
         if values.get("format_version") != FORMAT_VERSION:
             raise ModelError(f"its format version is {values.get('format_version')!r}, not {FORMAT_VERSION}")
+        values = {"arch_options": {}, **values}  # which older files do not have
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(values) != expected:
             raise ModelError(f"its fields differ from the expected ones in {sorted(set(values) ^ expected)}")
-        values = dict(values)
         try:
             values["head"] = HeadSpec(**values["head"]) if values["head"] else None
             values["class_names"] = tuple(values["class_names"])
             values["image_shape"] = tuple(map(int, values["image_shape"]))
         except (TypeError, ValueError) as error:
             raise ModelError(f"its head, class_names or image_shape cannot be read ({error})") from None
+        if not isinstance(values["arch"], str):
+            raise ModelError(f"its arch is {values['arch']!r}, not a name")
+        options = values["arch_options"]
+        if not isinstance(options, dict) or not all(isinstance(v, int | float | str) for v in options.values()):
+            raise ModelError(f"its arch_options are {options!r}, not numbers, switches and words by name")
         if values["debias"] not in DEBIAS:
             raise ModelError(f"its debias is {values['debias']!r}, not one of {', '.join(DEBIAS)}")
         return cls(**values)
@@ -126,50 +146,153 @@ def versions() -> dict[str, str]:
     }
 
 
-def build_classifier(config: ModelConfig) -> Classifier:
-    """The classifier that the configuration describes, freshly initialised."""
+def build_classifier(config: ModelConfig, student_factory: str | None = None) -> Classifier:
+    """The classifier that the configuration describes, freshly initialised.
+
+    ``student_factory`` as in `load_classifier`. Raises ModelError, see `build_network` and `attach_head`.
+    """
     network, report = build_network(
-        config.arch, len(config.class_names), config.image_shape, free_of_biases=config.bias_free
+        config.arch,
+        len(config.class_names),
+        config.image_shape,
+        free_of_biases=config.bias_free,
+        options=config.arch_options,
+        factory=student_factory,
     )
     if config.head is not None:
-        attach_head(network, config.head, len(config.class_names), adapter_bias=not config.bias_free)
-    return Classifier(network, config.debias, report)
+        attach_head(
+            network, config.head, len(config.class_names), config.image_shape, adapter_bias=not config.bias_free
+        )
+    return Classifier(network, config.debias, report, config.image_shape)
 
 
-def attach_head(network: nn.Module, head: HeadSpec, num_classes: int, *, adapter_bias: bool) -> None:
-    """Put a frozen last layer of the teacher's shape in place of the network's own.
+def attach_head(
+    network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, *, adapter_bias: bool
+) -> None:
+    """Put a frozen last layer of the teacher's shape in place of the network's own, as a layer of the same kind.
 
-    Where the network's feature width differs, a learnt linear adapter stands in front of it. Raises
-    ModelError where the network does not end in a linear layer.
+    Where the network's feature width differs, a learnt adapter stands in front of it, and the two take the place
+    as an `nn.Sequential`: a 1×1 convolution in front of a convolution; a 1×1 convolution on the positions where a
+    linear layer sees a flattened map of several, and the teacher's width is a multiple of their number; else a
+    linear layer. Behind global average pooling a 1×1 convolution in front of the pooling is the very same function
+    as that linear layer, at more cost.
+
+    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution, or does not work with
+    another module in that place.
     """
-    name = last_linear(network, num_classes)
+    name = last_layer(network, num_classes)
     if name is None:
         raise ModelError(
-            "this student's architecture does not end in a linear layer, so the teacher's cannot take its place: "
-            "choose another --arch, such as small-cnn or resnet18"
+            f"this student ends in neither a linear layer nor a 1×1 convolution with {num_classes} outputs, so the "
+            "teacher's last layer cannot take its place: choose another network, such as small-cnn or resnet18, or "
+            "let it keep its own (--head free)"
         )
-
     own = network.get_submodule(name)
+    adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
+    frozen.requires_grad_(False)
+    network.set_submodule(name, frozen if adapter is None else nn.Sequential(adapter, frozen))
+    try:
+        _pass(network, image_shape)
+    except Exception as error:
+        raise ModelError(
+            f"this student does not work with the teacher's last layer in place of its own '{name}' "
+            f"({type(error).__name__}: {error}): its forward must only call '{name}', or let it keep its own "
+            "(--head free)"
+        ) from error
+
+
+def _adapter_and_head(
+    network: nn.Module, own: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
+) -> tuple[nn.Module | None, nn.Module]:
+    if isinstance(own, nn.Conv2d):
+        frozen: nn.Module = nn.Conv2d(head.features, num_classes, 1, bias=head.bias)
+        if own.in_channels == head.features:
+            return None, frozen
+        return nn.Conv2d(own.in_channels, head.features, 1, bias=adapter_bias), frozen
     assert isinstance(own, nn.Linear)
-    replacement: nn.Module = nn.Linear(head.features, num_classes, bias=head.bias).requires_grad_(False)
-    if own.in_features != head.features:
-        replacement = nn.Sequential(nn.Linear(own.in_features, head.features, bias=adapter_bias), replacement)
-    network.set_submodule(name, replacement)
+    frozen = nn.Linear(head.features, num_classes, bias=head.bias)
+    if own.in_features == head.features:
+        return None, frozen
+    channels, height, width = _flattened_map(network, own, image_shape)
+    positions = height * width
+    if positions > 1 and head.features % positions == 0:
+        convolution = nn.Conv2d(channels, head.features // positions, 1, bias=adapter_bias)
+        return nn.Sequential(nn.Unflatten(1, (channels, height, width)), convolution, nn.Flatten()), frozen
+    return nn.Linear(own.in_features, head.features, bias=adapter_bias), frozen
+
+
+def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape) -> ImageShape:
+    """(C, h, w) of the map that a layer sees flattened, found by a pass; (in_features, 1, 1) where it sees none."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    with _Flattenings(layer.in_features) as flattenings:
+        _pass(network, image_shape)
+    hook.remove()
+    for flat, shape in reversed(flattenings.found):
+        if any(torch.equal(flat, x) for x in seen):
+            return shape
+    return layer.in_features, 1, 1
+
+
+@torch.no_grad()
+def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
+    """The logits of two images in evaluation mode; the network's mode and the draws of PyTorch's seed stay theirs."""
+    modes = {module: module.training for module in network.modules()}
+    logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
+    for module, training in modes.items():
+        module.training = training
+    return logits
+
+
+class _Flattenings(TorchFunctionMode):
+    """Notes every (N, features) that is made of an (N, C, h, w) by a change of shape alone, and its (C, h, w)."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+        self.found: list[tuple[Tensor, ImageShape]] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _RESHAPES and output.ndim == 2 and output.shape[1] == self.features:
+            batch, *shape = (*args, *(kwargs or {}).values())[0].shape
+            if len(shape) == 3 and batch == len(output):
+                self.found.append((output, (shape[0], shape[1], shape[2])))
+        return output
+
+
+_RESHAPES = {torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view}
+
+
+def copy_head(model: Classifier, head: Mapping[str, np.ndarray]) -> None:
+    """Give the frozen last layer of `build_classifier` the teacher's values: ``weight`` (K, F), ``bias`` (K,)."""
+    name = last_layer(model.network, len(head["weight"]))
+    assert name is not None  # attach_head has put it there
+    layer = model.network.get_submodule(name)
+    state = layer.state_dict()
+    layer.load_state_dict({key: torch.from_numpy(head[key]).view_as(value) for key, value in state.items()})
 
 
 def save_weights(directory: Path, model: nn.Module) -> None:
     """Write ``weights.pt``, whole or not at all."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
-    partial = directory / "weights.pt.partial"
-    partial.write_bytes(buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
-    partial.replace(directory / "weights.pt")
+    write_whole(directory / "weights.pt", buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
 
 
-def load_classifier(directory: str | Path) -> tuple[Classifier, ModelConfig]:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file, whole and on the disk, or not at all."""
+    Folder(path.parent).write(path.name, content)
+
+
+def load_classifier(directory: str | Path, student_factory: str | None = None) -> tuple[Classifier, ModelConfig]:
     """A saved teacher or student, in evaluation mode on the CPU; no code from the files is run.
 
-    Raises ModelError where the folder is missing, holds none, or its training was not finished.
+    A student that was built by a function of somebody's own is built by it again if ``student_factory``,
+    ``package.module:function``, names the same.
+
+    Raises ModelError where the folder is missing, holds none, its training was not finished, or its factory was not
+    given.
     """
     directory = Path(directory)
     hint = "give the --out folder of train-teacher or train-student"
@@ -186,13 +309,18 @@ def load_classifier(directory: str | Path) -> tuple[Classifier, ModelConfig]:
     if not (directory / "weights.pt").exists():
         raise ModelError(f"the training of {directory} was not finished: there is no weights.pt; train it again")
     try:
-        model = build_classifier(config)
+        check_factory(config.arch, student_factory)
+    except ModelError as error:
+        raise ModelError(f"the model {directory} was not loaded: {error}") from None
+    again = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
+    try:
+        model = build_classifier(config, student_factory)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"the config.json in {directory} describes no model ({error}); train it again") from error
+        raise ModelError(f"what the config.json in {directory} describes cannot be built ({error}); {again}") from error
     try:
         model.load_state_dict(torch.load(directory / "weights.pt", map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many kinds for a file that is cut or foreign
-        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); train it again") from error
+        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {again}") from error
     return model.eval(), config
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from dask.base import compute
 from dask.delayed import delayed
+from torch import nn
 from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
@@ -29,7 +30,7 @@ from pipeline.classifier import Classifier, check_fits, load_classifier, version
 from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
-from pipeline.models import ModelError, last_linear
+from pipeline.models import ModelError, last_layer
 from pipeline.relevance import Trace
 from pipeline.rules import RelevanceError, rule_set
 from teacher_cache import (
@@ -410,9 +411,11 @@ def explain_shard(
 
 
 def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:
-    """The parameters of the teacher's last layer; none where it does not end in a linear one."""
-    name = last_linear(model.network, classes)
+    """The teacher's last layer: ``weight`` (K, F), ``bias`` (K,) if it has one; none if it is of no kind we know."""
+    name = last_layer(model.network, classes)
     if name is None:
         return {}
     head = model.network.get_submodule(name)
-    return {key: value.detach().float().cpu().numpy() for key, value in head.named_parameters()}
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    arrays = {"weight": head.weight.flatten(1), "bias": head.bias}
+    return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}

@@ -20,9 +20,17 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+def save_files(page: Path) -> None:
+    """A block of Python that begins with the comment ``# name.py`` is that file, in the current folder."""
+    for block in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", block):
+            Path(name[1]).write_text(block)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    save_files(page)
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {"__name__": "__docs__"})
 
@@ -30,6 +38,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    save_files(page)
     for line in "\n".join(blocks(page, "bash")).splitlines():
         if line.startswith("python cli.py ") and "quickstart" not in line:
             arguments = shlex.split(line)[2:]

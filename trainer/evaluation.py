@@ -17,19 +17,22 @@ from pipeline.device import as_input, as_mask, pick_device, place
 BATCH_SIZE = 512
 
 
-def evaluate(data: Location, model: str | Path, *, device: str = "auto") -> dict[str, Any]:
+def evaluate(
+    data: Location, model: str | Path, *, device: str = "auto", student_factory: str | None = None
+) -> dict[str, Any]:
     """Accuracy, in %, of a teacher or student on every split that is neither trained nor chosen on.
 
     ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples`` and the ``worst_group``
     (by the dataset's bias attribute); ``iid``, ``ood``, ``shift`` and ``gap`` = iid − ood stand at the top
-    (None without such a split), as does the worst ``worst_group`` of all.
+    (None without such a split), as does the worst ``worst_group`` of all. ``student_factory`` as in
+    `pipeline.load_classifier`.
 
     Raises DatasetError, ModelError.
     """
     dataset = open_dataset(data)
     if not dataset.test_splits:
         raise DatasetError(f"the dataset {data} has no test split besides train and validation: add one, such as 'ood'")
-    classifier, config = load_classifier(model)
+    classifier, config = load_classifier(model, student_factory)
     check_fits(config, dataset.class_names, dataset.test_splits[0].image_shape, model)
     torch_device = pick_device(device)
     place(classifier, torch_device)

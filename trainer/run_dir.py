@@ -130,12 +130,6 @@ class RunDir:
         """Write ``failure.json``: what a training that had to stop knows of why."""
         self._write_json("failure.json", failure)
 
-    def save_model(self, name: str, state: Any) -> None:
-        """Write ``weights.pt`` or ``model.pt``."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self._folder.write(name, buffer.getbuffer())
-
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, which makes the training finished."""
         self._write_json("result.json", result)

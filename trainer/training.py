@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import Classifier, Forward, ModelConfig, homogeneity_error, plain, resize, synchronise_batch_norm
-from pipeline.classifier import build_classifier, copy_head
+from pipeline import Classifier, Forward, ModelConfig, ModelError, homogeneity_error, resize, save_plain, synchronise_batch_norm
+from pipeline.classifier import build_classifier, copy_head, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place, to_device
 from teacher_cache import CacheInfo
 from trainer.augmentation import augment
@@ -218,9 +218,9 @@ def train(
             finished = build_classifier(config, student_factory).eval()
             finished.load_state_dict({name: value.cpu() for name, value in averaged.state_dict().items()})
             result["bias_free"] = bias_free_summary(finished, read_block(material.source, 0, 0)["images"][:64])
-            run.save_model("weights.pt", finished.state_dict())
+            save_weights(run.path, finished)
             if config.debias == "none":
-                run.save_model("model.pt", plain(finished))
+                _save_plain(run, finished)
             run.finish(result)
         ranks.wait()
         return result
@@ -297,6 +297,13 @@ def _try_out(model: Classifier, material: Material, settings: Settings, device: 
     with torch.no_grad():
         losses_of(model, some, material.store, settings, device)
     model.train()
+
+
+def _save_plain(run: RunDir, model: Classifier) -> None:
+    try:
+        save_plain(run.path / "model.pt", model)
+    except ModelError as error:  # of a network of the user's own, and no reason to lose the training
+        log.warning(f"{run.path} gets no model.pt: {error}")
 
 
 def _newest(run: RunDir) -> dict[str, Any] | None:
