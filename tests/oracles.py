@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -87,15 +88,39 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def heatmap_loss(student: Tensor, teacher: Tensor) -> float:
+def heatmap_loss(
+    student: Tensor, teacher: Tensor, kind: str = "l1", resolution: int = 1, pyramid: bool = True
+) -> float:
     """The loss of one pair of maps (C, H, W), by loops over values and windows."""
     levels, side = [], 1
-    while min(student.shape[1:]) // side >= 8 or side == 1:
-        s, t = _pooled(student, side), _pooled(teacher, side)
-        g = (sum(abs(v) for v in s) / len(s) * sum(abs(v) for v in t) / len(t)) ** 0.5
-        levels.append(sum(abs(a / g - b / g) for a, b in zip(s, t, strict=True)) / len(s))
+    while side == 1 or (pyramid and min(teacher.shape[1:]) // side >= 8):
+        s, t = _pooled(student, resolution * side), _pooled(teacher, side)
+        levels.append(_distance(s, t, kind) if any(t) else 0.0)
         side *= 2
     return sum(levels) / len(levels)
+
+
+def _distance(s: list[float], t: list[float], kind: str) -> float:
+    """The distance of two lists of values, neither of them all zeros."""
+    if kind == "cosine":
+        product = sum(a * b for a, b in zip(s, t, strict=True))
+        return 1 - product / math.sqrt(sum(a * a for a in s)) / math.sqrt(sum(b * b for b in t))
+    if kind == "kl":
+        q, p = _distribution(s), _distribution(t)
+        return sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
+    g = (sum(abs(v) for v in s) / len(s) * sum(abs(v) for v in t) / len(t)) ** 0.5
+    costs = {
+        "l1": abs,
+        "mse": lambda d: d * d,
+        "huber": lambda d: d * d / 2 if abs(d) <= 1 else abs(d) - 1 / 2,
+    }
+    return sum(costs[kind](a / g - b / g) for a, b in zip(s, t, strict=True)) / len(s)
+
+
+def _distribution(values: list[float]) -> list[float]:
+    """|values|, a thousandth of their mean added to each, normalised to sum 1."""
+    total = sum(abs(v) for v in values)
+    return [(abs(v) + total / len(values) / 1000) / (1.001 * total) for v in values]
 
 
 def _pooled(heatmap: Tensor, side: int) -> list[float]:
