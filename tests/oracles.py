@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -131,3 +132,42 @@ def _pooled(heatmap: Tensor, side: int) -> list[float]:
         for y in range(0, height - side + 1, side)
         for x in range(0, width - side + 1, side)
     ]
+
+
+def flipped(image: Tensor) -> Tensor:
+    """(C, H, W), left and right exchanged, value by value."""
+    out, width = torch.zeros_like(image), image.shape[2]
+    for c, y, x in _indices(image):
+        out[c, y, x] = image[c, y, width - 1 - x]
+    return out
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """(C, H, W), moved by whole pixels, value by value; zeros come in."""
+    out = torch.zeros_like(image)
+    for c, y, x in _indices(image):
+        if 0 <= y - down < image.shape[1] and 0 <= x - right < image.shape[2]:
+            out[c, y, x] = image[c, y - down, x - right]
+    return out
+
+
+def cropped(image: Tensor, top: float, left: float, side: float, nearest: bool = False) -> Tensor:
+    """The box of (C, H, W) from ``top`` and ``left``, in pixels, with ``side`` of each side, resized to (C, H, W)."""
+    out = torch.zeros_like(image)
+    height, width = image.shape[1:]
+    for c, y, x in _indices(image):
+        # pixel i reaches from i to i + 1, its value is that of its centre
+        v = min(max(top + side * (y + 0.5) - 0.5, 0), height - 1)
+        u = min(max(left + side * (x + 0.5) - 0.5, 0), width - 1)
+        if nearest:
+            out[c, y, x] = image[c, round(v), round(u)]
+            continue
+        for i, down in ((math.floor(v), math.floor(v) + 1 - v), (math.floor(v) + 1, v - math.floor(v))):
+            for j, right in ((math.floor(u), math.floor(u) + 1 - u), (math.floor(u) + 1, u - math.floor(u))):
+                if down * right > 0:
+                    out[c, y, x] += down * right * image[c, i, j]
+    return out
+
+
+def _indices(image: Tensor) -> Iterable[tuple[int, ...]]:
+    return itertools.product(*map(range, image.shape))
