@@ -108,15 +108,16 @@ def test_a_coarse_heatmap_is_flipped_with_its_image():
     channels=st.integers(1, 3),
     height=st.integers(1, 33),
     width=st.integers(1, 33),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last]),
     names=st.sampled_from(SUBSETS),
     seed=st.integers(0, 2**63 - 1),
     step=st.integers(0, 2**40),
 )
 @settings(deadline=None)
 def test_processes_with_a_part_of_the_batch_each_do_exactly_what_one_does(
-    cuts, channels, height, width, names, seed, step
+    cuts, channels, height, width, layout, names, seed, step
 ):
-    images, maps = patterns(2, 12, channels, height, width)
+    images, maps = (values.contiguous(memory_format=layout) for values in patterns(2, 12, channels, height, width))
     masks = maps[:, :1] > 0.5
     edges = [0, *sorted(cuts), 12]
     parts = [slice(first, stop) for first, stop in pairwise(edges)]

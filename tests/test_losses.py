@@ -74,6 +74,12 @@ def test_its_gradient_is_that_of_finite_differences(kind):
     assert torch.autograd.gradcheck(lambda maps: heatmap_loss(maps, teacher, kind=kind), student)
 
 
+def test_the_default_is_the_geometric_mean_l1_over_the_pyramid():
+    student, teacher = torch.randn(2, 3, 33, 28), torch.randn(2, 3, 33, 28)
+    for i, found in enumerate(heatmap_loss(student, teacher)):
+        assert found.item() == pytest.approx(oracles.heatmap_loss(student[i], teacher[i], "l1"), rel=1e-5)
+
+
 def test_maps_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"student's maps are \(1, 3, 16, 16\), the teacher's \(1, 1, 16, 16\)"):
         heatmap_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
