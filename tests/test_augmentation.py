@@ -77,6 +77,16 @@ def test_crop_resizes_a_box_within_the_image_of_60_to_100_percent_of_its_area_an
     assert 0.9 < max(shares) <= 1
 
 
+def test_the_boxes_of_crop_have_any_size_and_lie_anywhere():
+    images, _ = moved(ramps(10, 14).expand(600, -1, -1, -1), None, "crop")
+    drawn = torch.tensor([box(image)[:3] for image in images], dtype=torch.float64)
+    side = drawn[:, 2]
+    numbers = torch.stack([(side**2 - 0.6) / 0.4, *(drawn[:, :2] / (1 - side[:, None]) / torch.tensor([10, 14])).T])
+    assert (numbers.mean(1) - 1 / 2).abs().max() < 0.06  # five standard deviations
+    assert (numbers.var(1) - 1 / 12).abs().max() < 0.015
+    assert (torch.corrcoef(numbers) - torch.eye(3)).abs().max() < 0.2
+
+
 def test_crop_keeps_the_sum_of_the_relevance_in_its_box():
     # what lies within the middle 54 % of each side is in every box
     blob = torch.exp(-(((ramps(48, 56) - torch.tensor([24.0, 28.0]).view(2, 1, 1)) / 3.5) ** 2).sum(0))
