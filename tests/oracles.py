@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -87,15 +89,39 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def heatmap_loss(student: Tensor, teacher: Tensor) -> float:
+def heatmap_loss(
+    student: Tensor, teacher: Tensor, kind: str = "l1", resolution: int = 1, pyramid: bool = True
+) -> float:
     """The loss of one pair of maps (C, H, W), by loops over values and windows."""
     levels, side = [], 1
-    while min(student.shape[1:]) // side >= 8 or side == 1:
-        s, t = _pooled(student, side), _pooled(teacher, side)
-        g = (sum(abs(v) for v in s) / len(s) * sum(abs(v) for v in t) / len(t)) ** 0.5
-        levels.append(sum(abs(a / g - b / g) for a, b in zip(s, t, strict=True)) / len(s))
+    while side == 1 or (pyramid and min(teacher.shape[1:]) // side >= 8):
+        s, t = _pooled(student, resolution * side), _pooled(teacher, side)
+        levels.append(_distance(s, t, kind) if any(t) else 0.0)
         side *= 2
     return sum(levels) / len(levels)
+
+
+def _distance(s: list[float], t: list[float], kind: str) -> float:
+    """The distance of two lists of values, neither of them all zeros."""
+    if kind == "cosine":
+        product = sum(a * b for a, b in zip(s, t, strict=True))
+        return 1 - product / math.sqrt(sum(a * a for a in s)) / math.sqrt(sum(b * b for b in t))
+    if kind == "kl":
+        q, p = _distribution(s), _distribution(t)
+        return sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
+    g = (sum(abs(v) for v in s) / len(s) * sum(abs(v) for v in t) / len(t)) ** 0.5
+    costs = {
+        "l1": abs,
+        "mse": lambda d: d * d,
+        "huber": lambda d: d * d / 2 if abs(d) <= 1 else abs(d) - 1 / 2,
+    }
+    return sum(costs[kind](a / g - b / g) for a, b in zip(s, t, strict=True)) / len(s)
+
+
+def _distribution(values: list[float]) -> list[float]:
+    """|values|, a thousandth of their mean added to each, normalised to sum 1."""
+    total = sum(abs(v) for v in values)
+    return [(abs(v) + total / len(values) / 1000) / (1.001 * total) for v in values]
 
 
 def _pooled(heatmap: Tensor, side: int) -> list[float]:
@@ -106,3 +132,42 @@ def _pooled(heatmap: Tensor, side: int) -> list[float]:
         for y in range(0, height - side + 1, side)
         for x in range(0, width - side + 1, side)
     ]
+
+
+def flipped(image: Tensor) -> Tensor:
+    """(C, H, W), left and right exchanged, value by value."""
+    out, width = torch.zeros_like(image), image.shape[2]
+    for c, y, x in _indices(image):
+        out[c, y, x] = image[c, y, width - 1 - x]
+    return out
+
+
+def shifted(image: Tensor, down: int, right: int) -> Tensor:
+    """(C, H, W), moved by whole pixels, value by value; zeros come in."""
+    out = torch.zeros_like(image)
+    for c, y, x in _indices(image):
+        if 0 <= y - down < image.shape[1] and 0 <= x - right < image.shape[2]:
+            out[c, y, x] = image[c, y - down, x - right]
+    return out
+
+
+def cropped(image: Tensor, top: float, left: float, side: float, nearest: bool = False) -> Tensor:
+    """The box of (C, H, W) from ``top`` and ``left``, in pixels, with ``side`` of each side, resized to (C, H, W)."""
+    out = torch.zeros_like(image)
+    height, width = image.shape[1:]
+    for c, y, x in _indices(image):
+        # pixel i reaches from i to i + 1, its value is that of its centre
+        v = min(max(top + side * (y + 0.5) - 0.5, 0), height - 1)
+        u = min(max(left + side * (x + 0.5) - 0.5, 0), width - 1)
+        if nearest:
+            out[c, y, x] = image[c, round(v), round(u)]
+            continue
+        for i, down in ((math.floor(v), math.floor(v) + 1 - v), (math.floor(v) + 1, v - math.floor(v))):
+            for j, right in ((math.floor(u), math.floor(u) + 1 - u), (math.floor(u) + 1, u - math.floor(u))):
+                if down * right > 0:
+                    out[c, y, x] += down * right * image[c, i, j]
+    return out
+
+
+def _indices(image: Tensor) -> Iterable[tuple[int, ...]]:
+    return itertools.product(*map(range, image.shape))
