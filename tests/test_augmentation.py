@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.augmentation import AUGMENTATIONS, AugmentationError, augment, augment_masks, check_augmentations
+from trainer import TrainingError
+from trainer.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 
@@ -190,9 +191,9 @@ def test_what_is_unknown_or_does_not_fit_is_refused_with_the_reason():
             "--augment shift needs heatmaps of the images' size, 28×30, these are 7×9: leave it out, or",
         ),
     ):
-        with pytest.raises(AugmentationError, match=message):
+        with pytest.raises(TrainingError, match=message):
             check_augmentations(names, map_shape, (3, 28, 30), valid)
-    with pytest.raises(AugmentationError, match="--augment crop needs heatmaps of the images' size"):
+    with pytest.raises(TrainingError, match="--augment crop needs heatmaps of the images' size"):
         moved(torch.ones(2, 3, 28, 28), torch.ones(2, 3, 14, 14), "crop")
     with pytest.raises(ValueError, match="rows 4 to 8 are not all within a batch of 6"):
         moved(torch.ones(4, 3, 28, 28), None, "flip", first=4, of=6)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.schedule import OPTIMIZERS, SCHEDULES, ScheduleError, make_ema, make_optimizer, make_schedule
+from trainer import TrainingError
+from trainer.schedule import OPTIMIZERS, SCHEDULES, make_ema, make_optimizer, make_schedule
 
 STEPS = 10
 
@@ -240,5 +241,5 @@ def test_what_cannot_be_right_is_refused_with_its_option_and_value(options, mess
         make_ema(model, ema)
 
     make()
-    with pytest.raises(ScheduleError, match=message):
+    with pytest.raises(TrainingError, match=message):
         make(**options)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.device import to_device
+from trainer.errors import TrainingError
 
 Kind = Literal["image", "map", "mask"]
 
@@ -25,30 +26,26 @@ _STREAM = 16  # a random stream of the seed; those of trainer.order count from 1
 _FLIP, _SHIFT, _CROP, _NUMBERS = 0, slice(1, 3), slice(3, 6), 6  # a sample's uniform numbers, whatever is asked for
 
 
-class AugmentationError(ValueError):
-    """An augmentation that there is not, or that does not fit the method or its maps; the text says why."""
-
-
 def check_augmentations(
     names: Collection[str],
     map_shape: tuple[int, ...] | None,
     image_shape: tuple[int, ...],
     valid: Collection[str],
 ) -> None:
-    """Raise AugmentationError for a name that is unknown, not ``valid`` for the method, or not possible at this size.
+    """Raise TrainingError for a name that is unknown, not ``valid`` for the method, or not possible at this size.
 
     ``map_shape`` (c, h, w) is that of the teacher's maps, None where there are none; ``image_shape`` is (C, H, W).
     Maps smaller than the image cannot be shifted by its pixels, nor cropped; they can be flipped.
     """
     for name in names:
         if name not in AUGMENTATIONS:
-            raise AugmentationError(f"unknown --augment '{name}': choose from {', '.join(AUGMENTATIONS)}")
+            raise TrainingError(f"unknown --augment '{name}': choose from {', '.join(AUGMENTATIONS)}")
         if name not in valid:
             remedy = f"it can have {', '.join(valid)}" if valid else "it can have none"
-            raise AugmentationError(f"--augment {name} is not valid for this method: {remedy}")
+            raise TrainingError(f"--augment {name} is not valid for this method: {remedy}")
         if name != "flip" and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
             (h, w), (height, width) = map_shape[-2:], image_shape[-2:]
-            raise AugmentationError(
+            raise TrainingError(
                 f"--augment {name} needs heatmaps of the images' size, {height}×{width}, these are {h}×{w}: "
                 "leave it out, or make a store of full resolution"
             )
@@ -73,7 +70,7 @@ def augment(
     Heatmaps smaller than the image can be flipped alone. Where they leave out its last columns, which do not fill a
     pixel of theirs, a flipped one lies beside its image by as many.
 
-    Raises AugmentationError as `check_augmentations` does, and ValueError for rows that the global batch lacks.
+    Raises TrainingError as `check_augmentations` does, and ValueError for rows that the global batch lacks.
     """
     check_augmentations(names, None if maps is None else maps.shape, images.shape, tuple(AUGMENTATIONS))
     uniforms = _uniforms(seed, step, first, len(images), of)

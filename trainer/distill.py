@@ -12,7 +12,8 @@ from pipeline.classifier import HeadSpec
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.augmentation import check_augmentations
 from trainer.methods import METHODS, missing_from, moves, needs, parse_terms
-from trainer.run_dir import TrainingError, check_free
+from trainer.errors import TrainingError
+from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream import explained_source, labelled_source
 from trainer.training import STUDENT, Material, train

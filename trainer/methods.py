@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import EXPLAINERS, Forward
-from trainer.run_dir import TrainingError
+from trainer.errors import TrainingError
+
 
 Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
 Compare = Callable[[Tensor, Tensor], Tensor]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)

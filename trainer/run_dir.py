@@ -16,15 +16,12 @@ import torch
 
 from data.storage import PARTIAL, Folder
 from pipeline import ModelConfig, ModelError
+from trainer.errors import TrainingError
 
 FILES = {
     *("config.json", "starts.jsonl", "metrics.jsonl", "failure.json", "weights.pt", "model.pt", "result.json"),
     *(".lock", "checkpoints", "tensorboard", "profile"),
 }
-
-
-class TrainingError(ValueError):
-    """A training that cannot start, or must stop; the text says why and what to change."""
 
 
 class RunDir:

@@ -19,10 +19,6 @@ OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 
 
-class ScheduleError(ValueError):
-    """A value that an optimiser, a schedule or a moving average cannot have; the text names the option."""
-
-
 def make_optimizer(
     model: nn.Module, name: str, lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0
 ) -> Optimizer:
@@ -32,14 +28,14 @@ def make_optimizer(
     dimension alone: not biases, nor the scales of norms. It is decoupled from the gradient in ``adamw``, and added to
     it in the others.
 
-    Raises ScheduleError for an unknown name, ``lr`` not positive, ``momentum`` outside [0, 1), ``weight_decay`` < 0.
+    Raises TrainingError for an unknown name, ``lr`` not positive, ``momentum`` outside [0, 1), ``weight_decay`` < 0.
     """
     _check_known("--optimizer", name, OPTIMIZERS)
     _check_lr(lr)
     if not 0 <= momentum < 1:
-        raise ScheduleError(f"--momentum must be at least 0 and less than 1, got {momentum:g}")
+        raise TrainingError(f"--momentum must be at least 0 and less than 1, got {momentum:g}")
     if not 0 <= weight_decay < math.inf:
-        raise ScheduleError(f"--weight-decay must be a number of at least 0, got {weight_decay:g}")
+        raise TrainingError(f"--weight-decay must be a number of at least 0, got {weight_decay:g}")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if weight_decay:
@@ -61,13 +57,13 @@ def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, war
     It moves Adam's β₁ from 0.95 to 0.85 and back. SGD's momentum stays the one that was asked for: PyTorch would put
     0.85 to 0.95 in its place, and the 0.99 of Bassi et al., arXiv 2407.09788, is not that.
 
-    Raises ScheduleError for an unknown name, ``lr`` not positive, and ``warmup`` that is negative or not less than
+    Raises TrainingError for an unknown name, ``lr`` not positive, and ``warmup`` that is negative or not less than
     ``steps``.
     """
     _check_known("--schedule", name, SCHEDULES)
     _check_lr(lr)
     if warmup is not None and not 0 <= warmup < steps:
-        raise ScheduleError(
+        raise TrainingError(
             f"--warmup must be at least 0 and less than the {steps} steps of the training, got {warmup}"
         )
     if name != "one-cycle":
@@ -95,18 +91,18 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     model's. Buffers, such as the running statistics of norms, are the model's own of the last update, copied. The
     averaged model is ``.module``, of the type of ``model`` (which is bare, not wrapped for several processes).
 
-    Raises ScheduleError for a ``decay`` that is not between 0 and 1.
+    Raises TrainingError for a ``decay`` that is not between 0 and 1.
     """
     if not 0 < decay < 1:
-        raise ScheduleError(f"--ema must be more than 0 and less than 1, got {decay:g}")
+        raise TrainingError(f"--ema must be more than 0 and less than 1, got {decay:g}")
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def _check_lr(lr: float) -> None:
     if not 0 < lr < math.inf:
-        raise ScheduleError(f"--lr must be a positive number, got {lr:g}")
+        raise TrainingError(f"--lr must be a positive number, got {lr:g}")
 
 
 def _check_known(option: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise ScheduleError(f"unknown {option} '{name}': choose one of {', '.join(known)}")
+        raise TrainingError(f"unknown {option} '{name}': choose one of {', '.join(known)}")

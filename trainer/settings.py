@@ -10,7 +10,8 @@ from typing import Any
 
 from trainer.losses import MAP_LOSSES
 from trainer.order import steps_per_epoch
-from trainer.run_dir import TrainingError
+from trainer.errors import TrainingError
+
 
 MAX_STEPS = 10**9
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")

@@ -10,7 +10,8 @@ from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS
 from trainer.augmentation import check_augmentations
 from trainer.methods import moves
-from trainer.run_dir import TrainingError, check_free
+from trainer.errors import TrainingError
+from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream import labelled_source
 from trainer.training import TEACHER, Material, train

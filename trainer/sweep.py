@@ -24,7 +24,8 @@ import yaml
 from trainer.distill import train_student
 from trainer.evaluation import evaluate
 from trainer.interruption import Interruption, TrainingInterrupted
-from trainer.run_dir import TrainingError, write_json
+from trainer.errors import TrainingError
+from trainer.run_dir import write_json
 from trainer.settings import Runtime, Settings
 
 PLACES = ("data", "cache", "validation_cache", "out")

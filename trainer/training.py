@@ -25,13 +25,14 @@ from pipeline import Classifier, Forward, ModelConfig, ModelError, homogeneity_e
 from pipeline.classifier import build_classifier, copy_head, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place, to_device
 from teacher_cache import CacheInfo
-from trainer.augmentation import augment
+from trainer.augmentation import augment, augment_masks
 from trainer.clock import Clock, Timed
 from trainer.distributed import LostProcess, Ranks, connect
 from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.losses import heatmap_loss
 from trainer.methods import METHODS, needs
-from trainer.run_dir import RunDir, TrainingError
+from trainer.errors import TrainingError
+from trainer.run_dir import RunDir
 from trainer.schedule import make_ema, make_optimizer, make_schedule
 from trainer.settings import Runtime, Settings
 from trainer.stream import Batch, Source, read_block, stored_heatmaps, stream
@@ -250,9 +251,12 @@ def losses_of(
         target["labels"] = to_device(batch["labels"], device).long()
     if settings.augment and place_in_batch is not None:
         step, first, of = place_in_batch
-        images, target["heatmaps"], masks = augment(
-            images, target.get("heatmaps"), settings.augment, masks=masks, seed=settings.seed, step=step, first=first, of=of
-        )
+        where: dict[str, Any] = {"seed": settings.seed, "step": step, "first": first, "of": of}
+        if masks is not None:
+            masks = augment_masks(masks, settings.augment, **where)
+        images, maps = augment(images, target.get("heatmaps"), settings.augment, **where)
+        if maps is not None:
+            target["heatmaps"] = maps
     forward = Forward(model, images, explainer, masks)
 
     def compare(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from trainer.distributed import Ranks
-from trainer.run_dir import RunDir, TrainingError
+from trainer.errors import TrainingError
+from trainer.run_dir import RunDir
 
 EXPLODED = 1000.0  # times the first loss
 NAMED = 8  # samples in an error
