@@ -15,6 +15,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from trainer.errors import TrainingError
+
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 
