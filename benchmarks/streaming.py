@@ -91,9 +91,9 @@ def rows_in_order(source: Source, seed: int, batch_size: int) -> Iterator[tuple[
     for window in windows:
         if window.epoch:
             break
-        samples.append(window.blocks * source.block_samples + window.rows)
+        samples.append(window.samples)
         shown = [order.draw_of_block(block, source.draws, seed, 0) for block in range(source.blocks)]
-        draws.append(np.array(shown)[window.blocks])
+        draws.append(np.array(shown)[window.samples // source.block_samples])
     whole, drawn = np.concatenate(samples), np.concatenate(draws)
     for first in range(0, len(whole), batch_size):
         yield whole[first : first + batch_size], drawn[first : first + batch_size]

@@ -77,22 +77,25 @@ def stream(
     memory_budget: int | None = None,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Shuffled batches of exactly ``batch_size`` samples of this rank's part, epoch after epoch without end.
+    """Shuffled batches: this rank's part of each step of ``batch_size`` samples, epoch after epoch without end.
 
-    Each batch has every field as a new tensor (batch_size, …) of the stored dtype. What is left over at the end of
-    an epoch is dropped, unless the epoch is smaller than one batch, which then has all of it. From ``start_step`` on
-    it is exactly what an uninterrupted stream yields. The order depends on the source's sizes, the seed and the ranks.
+    A batch has every field as a new tensor (batch_size / ranks, …) of the stored dtype, and as ``sample``, int64
+    (batch_size / ranks,), the index of each sample. The ranks' batches of a step, one after the other, are the batch
+    of one rank alone: the order depends on the source's sizes, ``batch_size`` and the seed. What is left over at the
+    end of an epoch is dropped, unless there are fewer samples than ``batch_size``: then a step has all of them, as far
+    as the ranks can share them. From ``start_step`` on it is exactly what an uninterrupted stream yields.
 
     ``workers`` threads read the window ahead. ``memory_budget`` is in bytes, for this rank; None means half of the
-    free memory, shared by the ranks. Two windows, of 256 MiB at most or one block, are always held. What was once
-    decoded stays as long as the budget has room. Close the generator to stop the threads.
+    free memory, shared by the ranks. The rank's blocks of two windows, each of 256 MiB at most or one block, and of
+    a batch, are always held. What was once decoded stays as long as the budget has room. Close the generator to stop
+    the threads.
 
-    Raises ValueError for a rank that there is not, or more ranks than samples.
+    Raises ValueError for a rank that there is not, more ranks than samples, or a batch that they cannot share.
     """
+    batch_size = order.step_samples(source.samples, batch_size, rank, ranks)
     if memory_budget is None:
         memory_budget = free_memory() // (2 * ranks)
-    slots, draw_slots = plan_slots(source, memory_budget, ranks)
-    batch_size = min(batch_size, order.samples_of_rank(source.samples, rank, ranks))
+    slots, draw_slots = plan_slots(source, memory_budget, batch_size, rank, ranks)
     windows = order.windows(
         samples=source.samples,
         block_samples=source.block_samples,
@@ -113,15 +116,17 @@ def stream(
     shared = Slots(source, source.fields, source.read, slots, block_alone)
     drawn = Slots(source, source.draw_fields, source.read_draw, draw_slots, block_and_draw)
     tables = [table for table in (shared, drawn) if table.arrays]
-    return _batches(windows, tables, batch_size, workers, pin_memory)
+    return _batches(windows, tables, batch_size // ranks, workers, pin_memory)
 
 
-def plan_slots(source: Source, memory_budget: int, ranks: int = 1) -> tuple[int, int]:
+def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
     """How many slots there are for ``fields`` and for ``draw_fields``: for two windows, and more within the budget.
 
     ``fields`` come first: they are needed in every epoch, one draw only in every ``draws``-th.
     """
-    window_blocks = order.window_blocks(source.samples, source.block_samples, source.window_samples, ranks)
+    window_blocks = order.window_blocks(
+        source.samples, source.block_samples, source.window_samples, batch_size, rank, ranks
+    )
     left, counts = memory_budget, []
     tables = ((source.fields, source.blocks), (source.draw_fields, source.blocks * source.draws))
     least = [min(2 * window_blocks, most) for _, most in tables]
@@ -159,7 +164,8 @@ class Slots:
 
     def hold(self, window: order.Window, pool: Executor) -> Held:
         """Hold the slots of a window's blocks; those that are not there are being read when this returns."""
-        blocks = np.flatnonzero(np.bincount(window.blocks))
+        block_of, row_of = np.divmod(window.samples, self._source.block_samples)
+        blocks = np.flatnonzero(np.bincount(block_of))
         keys = [self._key(block, window.epoch) for block in blocks.tolist()]
         for key in keys:  # first, lest one takes the slot of another
             self._idle.pop(key, None)
@@ -170,7 +176,7 @@ class Slots:
         ]
         starts = np.empty(blocks[-1] + 1, np.int64)  # by block, as far as there are any
         starts[blocks] = [self._slot_of[key] * self._source.slot_rows for key in keys]
-        return Held(keys, starts[window.blocks] + window.rows, reads)
+        return Held(keys, starts[block_of] + row_of, reads)
 
     def let_go(self, keys: Iterable[Key]) -> None:
         """Give up slots that were held. What is in them stays there until their place is needed."""
@@ -204,40 +210,33 @@ class Held(NamedTuple):
 def _batches(
     windows: Iterator[order.Window], tables: Sequence[Slots], batch_size: int, workers: int, pin_memory: bool
 ) -> Generator[Batch, None, None]:
-    """Gather batches from the windows, one after the other; one that crosses a window's end is filled from both."""
+    """Gather batches from the windows, one after the other."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
     try:
-        filled = 0
-        for rows_of_tables in _loaded(windows, tables, pool):
-            first, size = 0, len(rows_of_tables[0])
-            while first < size:
-                if filled == 0:
-                    batch = {
-                        name: _empty((batch_size, *array.shape[1:]), array.dtype, pin_memory)
-                        for table in tables
-                        for name, array in table.arrays.items()
-                    }
-                taken = min(batch_size - filled, size - first)
+        for samples, rows_of_tables in _loaded(windows, tables, pool):
+            for first in range(0, len(samples), batch_size):
+                part = slice(first, first + batch_size)
+                batch: Batch = {}
+                batch["sample"], out = _empty((batch_size,), samples.dtype, pin_memory)
+                out[...] = samples[part]
                 for table, rows in zip(tables, rows_of_tables, strict=True):
-                    chosen = rows[first : first + taken]
                     for name, array in table.arrays.items():
+                        batch[name], out = _empty((batch_size, *array.shape[1:]), array.dtype, pin_memory)
                         # mode "clip" as "raise", the default, goes through a buffer; all rows are in range
-                        array.take(chosen, axis=0, out=batch[name][1][filled : filled + taken], mode="clip")
-                first, filled = first + taken, (filled + taken) % batch_size
-                if filled == 0:
-                    yield {name: tensor for name, (tensor, _) in batch.items()}
+                        array.take(rows[part], axis=0, out=out, mode="clip")
+                yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _loaded(
     windows: Iterator[order.Window], tables: Sequence[Slots], pool: Executor
-) -> Generator[list[np.ndarray], None, None]:
-    """For each window its rows in the arrays of each table, once they are read; the next window is being read.
+) -> Generator[tuple[np.ndarray, list[np.ndarray]], None, None]:
+    """For each window its samples and, once they are read, its rows in the arrays of each table.
 
-    Its slots are held until the following one is asked for.
+    By then the next window is being read. A window's slots are held until the following one is asked for.
     """
-    ahead: list[Held] = []
+    samples, ahead = np.empty(0, np.int64), list[Held]()
     for window in windows:
         # the window before the last has been let go, so two are held at most, and its slots are free for this one
         following = [table.hold(window, pool) for table in tables]
@@ -245,10 +244,10 @@ def _loaded(
             for read in held.reads:
                 read.result()
         if ahead:
-            yield [held.rows for held in ahead]
+            yield samples, [held.rows for held in ahead]
         for table, held, still in zip(tables, ahead, following, strict=False):
             table.let_go(set(held.keys) - set(still.keys))
-        ahead = following
+        samples, ahead = window.samples, following
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> tuple[Tensor, np.ndarray]:
