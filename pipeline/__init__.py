@@ -4,9 +4,11 @@ from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.cluster import ClusterError
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
+from pipeline.processes import LostProcess
 from pipeline.relevance import Trace, explain
 from pipeline.rules import RULE_SETS, RelevanceError, RuleSet, rule_for, stop_relevance
 from pipeline.stage_one import CacheSummary, cache_explanations
+from pipeline.synchronised import synchronise_batch_norm
 
 __all__ = [
     "RULE_SETS",
@@ -14,6 +16,7 @@ __all__ = [
     "CacheSummary",
     "Classifier",
     "ClusterError",
+    "LostProcess",
     "ModelConfig",
     "ModelError",
     "RelevanceError",
@@ -29,4 +32,5 @@ __all__ = [
     "load_classifier",
     "rule_for",
     "stop_relevance",
+    "synchronise_batch_norm",
 ]
