@@ -12,33 +12,24 @@ import torch
 from torch.distributed import TCPStore
 
 
-def start(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Start ``function(*arguments)`` in each of so many processes; they meet at a port that nobody else has."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
-    spawn = multiprocessing.get_context("spawn")
+def run(ranks: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> list[int]:
+    """Call ``function(*arguments)`` in each of so many processes; their exit statuses, −SIGKILL for one that hung."""
+    # they meet at a port that nobody else has
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+    context = multiprocessing.get_context("forkserver")  # which imports everything once
+    context.set_forkserver_preload(["torchvision", "trainer.distributed"])
     processes = [
-        spawn.Process(target=_run, args=(rank, ranks, store.port, function, arguments), daemon=True)
+        context.Process(target=_run, args=(rank, ranks, store.port, function, arguments), daemon=True)
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-        process.store = store  # which lives as long as they do
-    return processes
-
-
-def run(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """As `start`; returns when all have ended well."""
-    processes = start(ranks, function, *arguments)
-    finish(processes)
-    assert [process.exitcode for process in processes] == [0] * ranks
-
-
-def finish(processes: list[Any], seconds: float = 120) -> None:
     for process in processes:
         process.join(seconds)
         if process.is_alive():
             process.kill()
             process.join()
+    return [process.exitcode or 0 for process in processes]
 
 
 def _run(rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

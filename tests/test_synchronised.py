@@ -192,7 +192,7 @@ def _all_cases(directory: str) -> None:
 @pytest.fixture(scope="module", params=COUNTS, ids=lambda count: f"{count} processes")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Results]]:
     directory = tmp_path_factory.mktemp("ranks")
-    job.run(request.param, _all_cases, str(directory))
+    assert job.run(request.param, _all_cases, str(directory)) == [0] * request.param
     return lambda case: [torch.load(directory / f"{case}.{rank}.pt") for rank in range(request.param)]
 
 
