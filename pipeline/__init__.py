@@ -5,9 +5,11 @@ from pipeline.cluster import ClusterError
 from pipeline.export import export_model, plain, save_plain
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
+from pipeline.processes import LostProcess
 from pipeline.relevance import Trace, explain
 from pipeline.rules import RULE_SETS, RelevanceError, RuleSet, rule_for, stop_relevance
 from pipeline.stage_one import CacheSummary, cache_explanations
+from pipeline.synchronised import synchronise_batch_norm
 
 __all__ = [
     "RULE_SETS",
@@ -15,6 +17,7 @@ __all__ = [
     "CacheSummary",
     "Classifier",
     "ClusterError",
+    "LostProcess",
     "ModelConfig",
     "ModelError",
     "RelevanceError",
@@ -33,4 +36,5 @@ __all__ = [
     "rule_for",
     "save_plain",
     "stop_relevance",
+    "synchronise_batch_norm",
 ]

@@ -8,7 +8,7 @@ raises. Not here: how a pass is run (`relevance.py`) and how relevance is follow
 
 from pipeline.rules import activations, attention, norms, products, relu, weighted  # their rules enter the table
 from pipeline.rules.batch_axis import batch_axis_after
-from pipeline.rules.batch_norm import scale_norm
+from pipeline.rules.batch_norm import joint_batch_norm, scale_norm
 from pipeline.rules.linear import LIKE_THE_SECOND, StopRelevance, stop_relevance
 from pipeline.rules.rule_sets import RULE_SETS, RuleSet, rule_set
 from pipeline.rules.table import RULES, PassState, RelevanceError, rule_for, tensors
@@ -24,6 +24,7 @@ __all__ = [
     "activations",
     "attention",
     "batch_axis_after",
+    "joint_batch_norm",
     "norms",
     "products",
     "relu",

@@ -1,7 +1,8 @@
 """Norms over the batch: affine maps in the relevance pass, their statistics connected in the outer gradient.
 
 A norm is ``k·z + shift`` with k = γ / σ, and k is all that the relevance pass needs of it. No relevance goes
-through the statistics, but with σ detached from the outer gradient a student does not learn.
+through the statistics, but with σ detached from the outer gradient a student does not learn. Statistics over the
+batches of many processes take one collective operation in the forward pass and one on the way back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pipeline.processes import Processes
 from pipeline.rules.table import PassState, require_constant, rule_for
 from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 
@@ -72,25 +74,75 @@ class BatchNorm:
             from_k = dk * inverse
             dgamma = from_k if dgamma is None else dgamma + from_k
         if self.training:  # d(1/σ)/dz = −(z − μ) / (n σ³)
-            slope = _slope(dk if gamma is None else dk * gamma, inverse, z)
+            slope = _slope(dk if gamma is None else dk * gamma, inverse, _count(z)).to(z.dtype)
             dz = z * channels(slope, z) if dz is None else dz.addcmul_(z, channels(slope, z))
             dz -= channels(slope * mean.to(z.dtype), z)
         return dz, dgamma, dbeta
 
 
 @dataclass(frozen=True, eq=False)
+class JointBatchNorm:
+    """`BatchNorm` in training, over the batches of all processes together.
+
+    The gradients are those of the sum of all processes' losses, at what this process has of it: its mean over the
+    processes is the gradient of the mean loss.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    momentum: float
+    eps: float
+    processes: Processes
+
+    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        mean, var, count = moments(z, self.processes)
+        unbiased = var * (count / (count - 1).clamp_min(1))
+        for running, latest in ((self.running_mean, mean), (self.running_var, unbiased)):
+            if running is not None:
+                running.lerp_(latest.to(running.dtype), self.momentum)
+        inverse = torch.rsqrt(var + self.eps)
+        scale = inverse if gamma is None else gamma * inverse
+        shift = -mean * scale if beta is None else beta - mean * scale
+        out = torch.addcmul(channels(shift, z), z.to(scale.dtype), channels(scale, z)).to(z.dtype)
+        return out, _k(gamma, inverse, z), mean, inverse
+
+    def backward(
+        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
+    ) -> Gradients:
+        mean, inverse = saved
+        if torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
+            mean, var, _ = moments(z, self.processes)
+            inverse = torch.rsqrt(var + self.eps)
+        centred = z.to(mean.dtype) - channels(mean, z)
+        at_mean, at_k = torch.zeros_like(mean), torch.zeros_like(mean) if dk is None else dk.to(mean.dtype)
+        if g is not None:
+            g = g.to(mean.dtype)
+            at_mean, at_k = sum_per_channel(g), at_k + sum_per_channel(g * centred)
+        dgamma, dbeta = None if gamma is None else at_k * inverse, None if g is None else at_mean
+        at_mean, at_k, count = _over_all(self.processes, z, at_mean, at_k)
+        if gamma is not None:
+            at_k = at_k * gamma
+        dz = centred * channels(_slope(at_k, inverse, count), z)
+        if g is not None:
+            scale = inverse if gamma is None else gamma * inverse
+            dz = dz + (g - channels(at_mean / count, z)) * channels(scale, z)
+        return dz.to(z.dtype), dgamma, dbeta
+
+
+@dataclass(frozen=True, eq=False)
 class SecondMomentNorm:
-    """``z / σ · γ`` with σ = sqrt(E[z²] + eps), of the batch or running."""
+    """``z / σ · γ`` with σ = sqrt(E[z²] + eps), of the batch (of all ``processes``, where given) or running."""
 
     running_second_moment: Tensor
     training: bool
     momentum: float
     eps: float
+    processes: Processes | None = None
 
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
         second_moment = self.running_second_moment
         if self.training:
-            second_moment = _second_moment(z)
+            second_moment = self._second_moment(z)
             self.running_second_moment.lerp_(second_moment.to(self.running_second_moment.dtype), self.momentum)
         inverse = torch.rsqrt(second_moment + self.eps)
         k = _k(gamma, inverse, z)
@@ -102,7 +154,7 @@ class SecondMomentNorm:
         (inverse,) = saved
         assert gamma is not None
         if self.training and torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
-            inverse = torch.rsqrt(_second_moment(z) + self.eps)
+            inverse = torch.rsqrt(self._second_moment(z) + self.eps)
         at_k, dz = dk, None
         if g is not None:
             from_output = sum_per_channel(g * z)
@@ -110,22 +162,55 @@ class SecondMomentNorm:
             dz = g * channels(_k(gamma, inverse, z), g)
         assert at_k is not None
         if self.training:  # d(1/σ)/dz = −z / (n σ³)
-            slope = channels(_slope(at_k * gamma, inverse, z), z)
+            at_all, count = _over_all(self.processes, z, at_k)
+            slope = channels(_slope(at_all * gamma, inverse, count).to(z.dtype), z)
             dz = z * slope if dz is None else dz.addcmul_(z, slope)
         return dz, at_k * inverse, None
+
+    def _second_moment(self, z: Tensor) -> Tensor:
+        squares, count = _over_all(self.processes, z, sum_per_channel(z.square()))
+        return squares / count
 
 
 def _k(gamma: Tensor | None, inverse: Tensor, z: Tensor) -> Tensor:
     return (inverse.clone() if gamma is None else gamma * inverse).to(z.dtype)
 
 
-def _slope(dinverse: Tensor, inverse: Tensor, z: Tensor) -> Tensor:
+def _slope(dinverse: Tensor, inverse: Tensor, count: Any) -> Tensor:
     """What the gradient at 1/σ does to z, per unit of its distance from the mean."""
-    return (dinverse * inverse**3 / -(z.numel() // z.shape[1])).to(z.dtype)
+    return dinverse * inverse**3 / -count
 
 
-def _second_moment(z: Tensor) -> Tensor:
-    return sum_per_channel(z.square()) / (z.numel() // z.shape[1])
+def _count(z: Tensor) -> int:
+    """The values of z in each channel."""
+    return z.numel() // z.shape[1]
+
+
+def _over_all(processes: Processes | None, z: Tensor, *sums: Tensor) -> tuple[Any, ...]:
+    """Sums (C,) over this process's z as sums over that of all processes, and the values in each channel of it."""
+    if processes is None:
+        return *sums, _count(z)
+    wide = torch.promote_types(sums[0].dtype, torch.float32)  # half precision cannot count
+    total = processes.total(torch.cat([*sums, sums[0].new_full((1,), _count(z), dtype=wide)]))
+    return *total[:-1].chunk(len(sums)), total[-1]
+
+
+def moments(z: Tensor, processes: Processes | None = None) -> tuple[Tensor, Tensor, Any]:
+    """Mean and biased variance (C,) of z (N, C, ...), and how many values they are of in each channel.
+
+    Over all processes by their means and squared distances from these (Chan, Golub and LeVeque, 1979): a sum of
+    squares would lose a small variance far from 0.
+    """
+    values, count = z.to(torch.promote_types(z.dtype, torch.float32)), _count(z)
+    mean = sum_per_channel(values) / max(count, 1)
+    squares = sum_per_channel((values - channels(mean, z)).square())
+    if processes is None:
+        return mean, squares / count, count
+    rows = processes.rows(torch.cat([mean, squares, mean.new_full((1,), count)]))
+    means, each, counts = rows.split([len(mean), len(mean), 1], dim=1)
+    total = counts.sum()
+    mean = (means * counts).sum(0) / total
+    return mean, (each + counts * (means - mean).square()).sum(0) / total, total
 
 
 class _Normalised(Function):
@@ -157,7 +242,31 @@ def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tens
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
 
 
-@rule_for(F.batch_norm)
+def joint_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    processes: Processes,
+) -> Tensor:
+    """``F.batch_norm`` with the statistics of the batches of all ``processes``; for training alone.
+
+    Every process calls it, with a batch (N, C, ...) of any N. Raises LostProcess where one of them does not.
+    """
+    if has_torch_function_unary(input):
+        vectors = (running_mean, running_var, weight, bias)
+        return handle_torch_function(
+            joint_batch_norm, (input,), input, *vectors, training, momentum, eps, processes=processes
+        )
+    norm = JointBatchNorm(running_mean, running_var, momentum, eps, processes)
+    return _Normalised.apply(PassState(), input, norm, weight, bias)[0]
+
+
+@rule_for(F.batch_norm, joint_batch_norm)
 def batch_norm(
     trace: Tracer,
     func: Any,
@@ -169,12 +278,15 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    processes: Processes | None = None,
 ) -> Tensor:
     require_constant(trace, func, weight, bias)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, vector in vectors.items():
         if vector is not None and vector.numel() != input.shape[1]:  # the kernel would read and write past its end
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements, not {vector.numel()}")
+    if processes is not None:
+        return _norm(trace, JointBatchNorm(running_mean, running_var, momentum, eps, processes), input, weight, bias)
     if not input.numel():  # the kernel of the backward pass divides by the number of values, and the process dies
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
@@ -189,15 +301,18 @@ def scale_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    processes: Processes | None = None,
 ) -> Tensor:
     """Scale-only norm ``x · γ / sqrt(E[x²] + eps)``: a batch norm with neither mean nor shift.
 
     x is (N, C, ...), weight γ and ``running_second_moment`` (C,). In training E[x²] is that of the batch and
-    the running one is updated in place; in evaluation it is the running one, and the norm is linear.
+    the running one is updated in place; in evaluation it is the running one, and the norm is linear. With ``processes``
+    the batch is that of all of them, every one of which calls it.
     """
+    options = (running_second_moment, training, momentum, eps, processes)
     if has_torch_function_unary(x):
-        return handle_torch_function(scale_norm, (x,), x, weight, running_second_moment, training, momentum, eps)
-    norm = SecondMomentNorm(running_second_moment, training, momentum, eps)
+        return handle_torch_function(scale_norm, (x,), x, weight, *options)
+    norm = SecondMomentNorm(*options)
     return _Normalised.apply(PassState(), x, norm, weight, None)[0]
 
 

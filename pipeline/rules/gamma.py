@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rules.batch_norm import batch_norm
+from pipeline.processes import Processes
+from pipeline.rules.batch_norm import batch_norm, moments
 from pipeline.rules.node import input_gradient, node, stabilised_quotient
 from pipeline.rules.table import Rule, require_constant
 from pipeline.rules.weighted import linear
@@ -125,6 +126,7 @@ def merged_batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    processes: Processes | None = None,
 ) -> Tensor:
     """A batch norm right behind a convolution or linear layer is one layer with it; any other is the affine map.
 
@@ -133,25 +135,23 @@ def merged_batch_norm(
     """
     made: Any = input.grad_fn
     if made is None or _LAYER not in made.metadata:
-        return batch_norm(trace, func, input, running_mean, running_var, weight, bias, training, momentum, eps)
+        vectors = (running_mean, running_var, weight, bias)
+        return batch_norm(trace, func, input, *vectors, training, momentum, eps, processes)
     require_constant(trace, func, weight, bias)
     modify, of, layer, x, layer_weight, layer_bias = made.metadata[_LAYER]
     state, axis = trace.state, trace.batch_axis(input)
-    if training:
-        func(input.detach(), running_mean, running_var, None, None, True, momentum, eps)  # updates the running ones
-        running_mean = running_var = None
-    else:  # buffers that a later step may overwrite
+    if not training:  # buffers that a later step may overwrite
         running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
 
     def both(x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-        return F.batch_norm(layer(x, w, b), running_mean, running_var, scale, shift, training, eps=eps)
+        options = (training, momentum, eps) if processes is None else (training, momentum, eps, processes)
+        return func(layer(x, w, b), running_mean, running_var, scale, shift, *options)
 
     def relevance(
         g: Tensor, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
-        if running_mean is None or running_var is None:
-            z = layer(x, w, b).transpose(0, 1).flatten(1)
-            mean, var = z.mean(1), z.var(1, correction=0)
+        if training or running_mean is None or running_var is None:
+            mean, var, _ = moments(layer(x, w, b), processes)
         else:
             mean, var = running_mean, running_var
         factor = torch.rsqrt(var + eps) * (1 if scale is None else scale)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from pipeline.rules.activations import ACTIVATIONS, activation_passes, hardsigmoid_by_gradient
 from pipeline.rules.attention import SOFTMAX, constant_softmax, multi_head_attention, scaled_dot_product_attention
-from pipeline.rules.batch_norm import batch_norm, scale_norm, scale_norm_rule
+from pipeline.rules.batch_norm import batch_norm, joint_batch_norm, scale_norm, scale_norm_rule
 from pipeline.rules.gamma import epsilon, gamma, layer_rule, merged_batch_norm, z_plus
 from pipeline.rules.linear import gradient, stop, stop_relevance
 from pipeline.rules.table import RULES, RelevanceError, Rule
@@ -56,7 +56,7 @@ _RELU: Any = (F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch
 # the nodes with a second order that PyTorch's own lack, or do slowly
 _GRADIENT: dict[Any, Rule] = {
     stop_relevance: stop,
-    F.batch_norm: _or_gradient(batch_norm),
+    **dict.fromkeys((F.batch_norm, joint_batch_norm), _or_gradient(batch_norm)),
     scale_norm: _or_gradient(scale_norm_rule),
     F.hardsigmoid: hardsigmoid_by_gradient,
     F.scaled_dot_product_attention: scaled_dot_product_attention,
@@ -72,7 +72,7 @@ def _layers(convolutions: Rule) -> Mapping[Callable[..., Any], Rule]:
         {
             **dict.fromkeys(_STANDARD + _TRANSPOSED, convolutions),
             F.linear: layer_rule(epsilon),
-            F.batch_norm: merged_batch_norm,
+            **dict.fromkeys((F.batch_norm, joint_batch_norm), merged_batch_norm),
             **dict.fromkeys(_RELU, gradient),
             **dict.fromkeys(ACTIVATIONS, activation_passes),
         }
