@@ -196,7 +196,12 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 @click.option("--teacher", required=True, type=LocalFolder(path_type=Path), help="A folder of train-teacher.")
 @click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing.")
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
-@click.option("--draws", default=4, show_default=True, type=click.IntRange(1, 10_000), help="Heatmaps for each sample.")
+@click.option(
+    "--draws",
+    show_default="4, and 1 for attention, whose draws are alike",
+    type=click.IntRange(1, 10_000),
+    help="Heatmaps for each sample.",
+)
 @click.option(
     "--epsilon-range",
     default=(0.01, 1.0),
@@ -208,9 +213,21 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     "--explainer",
     default="flex",
     show_default=True,
-    type=click.Choice(["flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"]),
-    help="How relevance is propagated, see docs/engine.md; students of the store do the same.",
+    type=click.Choice(
+        [
+            "flex",
+            "cp-lrp",
+            "gradient-x-input",
+            "epsilon-plus",
+            "gamma",
+            "input-gradient",
+            "grad-cam",
+            "attention",
+        ]
+    ),
+    help="How decisions are explained, see docs/engine.md; students of the store do the same.",
 )
+@click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features.")
 @click.option(
     "--precision",
     default="float16",

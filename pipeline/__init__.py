@@ -2,6 +2,7 @@
 
 from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.cluster import ClusterError
+from pipeline.explainers import EXPLAINERS, Explainer, Forward, resize
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.relevance import Trace, explain
@@ -9,11 +10,14 @@ from pipeline.rules import RULE_SETS, RelevanceError, RuleSet, rule_for, stop_re
 from pipeline.stage_one import CacheSummary, cache_explanations
 
 __all__ = [
+    "EXPLAINERS",
     "RULE_SETS",
     "BiasFreeReport",
     "CacheSummary",
     "Classifier",
     "ClusterError",
+    "Explainer",
+    "Forward",
     "ModelConfig",
     "ModelError",
     "RelevanceError",
@@ -27,6 +31,7 @@ __all__ = [
     "explain",
     "homogeneity_error",
     "load_classifier",
+    "resize",
     "rule_for",
     "stop_relevance",
 ]
