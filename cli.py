@@ -312,7 +312,12 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 @click.option("--teacher", required=True, type=LocalFolder(path_type=Path), help="A folder of train-teacher.")
 @click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing.")
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
-@click.option("--draws", default=4, show_default=True, type=click.IntRange(1, 10_000), help="Heatmaps for each sample.")
+@click.option(
+    "--draws",
+    show_default="4, and 1 for attention, whose draws are alike",
+    type=click.IntRange(1, 10_000),
+    help="Heatmaps for each sample.",
+)
 @click.option(
     "--epsilon-range",
     default=(0.01, 1.0),
@@ -324,9 +329,21 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     "--explainer",
     default="flex",
     show_default=True,
-    type=click.Choice(["flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"]),
-    help="How relevance is propagated, see docs/engine.md; students of the store do the same.",
+    type=click.Choice(
+        [
+            "flex",
+            "cp-lrp",
+            "gradient-x-input",
+            "epsilon-plus",
+            "gamma",
+            "input-gradient",
+            "grad-cam",
+            "attention",
+        ]
+    ),
+    help="How decisions are explained, see docs/engine.md; students of the store do the same.",
 )
+@click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features.")
 @click.option(
     "--precision",
     default="float16",
@@ -462,7 +479,9 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
     HOW_IT_LEARNS,
     CLIP_NORM,
     click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),
-    click.option("--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."),
+    click.option(
+        "--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."
+    ),
     HOW_IT_IS_RUN[1:],
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
@@ -493,7 +512,9 @@ def train_students_command(
         given["arch_options"] = dict(arch_options)
     common = read_sweep(sweep) if sweep is not None else {}
     students = common.pop("students", [])
-    common |= {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
+    common |= {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()
+    }
     out = common.pop("out", None)
     for name, value in (("data", common.get("data")), ("out", out)):
         if value is None:

@@ -29,7 +29,7 @@ from teacher_cache import open_cache
 from trainer import heatmap_loss, train_student, train_teacher
 from trainer.settings import Settings
 from trainer.stream import Batch, explained_source, labelled_source, stream
-from trainer.training import losses_of
+from trainer.training import losses_of, on_device
 
 STORE, ONLINE = "student step, from the store", "online step: teacher, and plain double backward"
 STUDENT_ALONE, TEACHER_ALONE = "of it the student", "of it the teacher"
@@ -104,7 +104,7 @@ def step_table(data: Path, cache: Path, teacher: Path, arch: str, rounds: int, d
     settings = Settings(loss={"lrp": 1.0}, steps=1)
 
     def from_the_store() -> None:
-        loss = losses_of(model, next(ours), store.info, settings, device)["lrp"].mean()
+        loss = losses_of(model, on_device(next(ours), store.info, device), store.info, settings)["lrp"].mean()
         learn(model, optimizer, loss)
 
     rows: dict[str, Callable[[], object]] = {STORE: from_the_store}

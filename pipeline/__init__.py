@@ -3,6 +3,7 @@
 from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.cluster import ClusterError
 from pipeline.export import export_model, plain, save_plain
+from pipeline.explainers import EXPLAINERS, Explainer, Forward, resize
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.processes import LostProcess
@@ -12,12 +13,15 @@ from pipeline.stage_one import CacheSummary, cache_explanations
 from pipeline.synchronised import synchronise_batch_norm
 
 __all__ = [
+    "EXPLAINERS",
     "RULE_SETS",
     "BiasFreeReport",
     "CacheSummary",
     "Classifier",
     "ClusterError",
     "LostProcess",
+    "Explainer",
+    "Forward",
     "ModelConfig",
     "ModelError",
     "RelevanceError",
@@ -33,6 +37,7 @@ __all__ = [
     "homogeneity_error",
     "load_classifier",
     "plain",
+    "resize",
     "rule_for",
     "save_plain",
     "stop_relevance",

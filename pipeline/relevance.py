@@ -88,6 +88,23 @@ class Trace:
         keep_graph: bool = False,
     ) -> Tensor:
         """The heatmaps of one class and ε per image; see `explain`. ``keep_graph`` allows further calls."""
+        gradient = self.gradient(target_class, epsilon, create_graph=create_graph, keep_graph=keep_graph)
+        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
+            return (self._images if self._asked_for_images else self._images.detach()) * gradient
+
+    def gradient(
+        self,
+        target_class: Tensor,
+        epsilon: float | Tensor,
+        *,
+        at: Tensor | None = None,
+        create_graph: bool = False,
+        keep_graph: bool = False,
+    ) -> Tensor:
+        """The modified gradient G alone, at the images or ``at`` an activation of this pass, shaped as that is.
+
+        Raises RelevanceError where the logits do not depend on the activation.
+        """
         samples, classes = self.logits.shape
         target_class = _checked_classes(target_class, samples, classes).to(self.logits.device)
         epsilon = _checked_epsilon(epsilon, samples)
@@ -101,15 +118,21 @@ class Trace:
             try:
                 (gradient,) = torch.autograd.grad(
                     self.logits,
-                    self._images,
+                    self._images if at is None else at,
                     one_hot,
                     create_graph=create_graph,
                     retain_graph=create_graph or keep_graph,
-                    materialize_grads=True,
+                    allow_unused=True,
+                    materialize_grads=at is None,  # the image of a model that looks at nothing has none
                 )
             finally:
                 self.state.epsilon = None
-            return (self._images if self._asked_for_images else self._images.detach()) * gradient
+        if gradient is None:
+            raise RelevanceError(
+                "the gradient is asked at an activation that the logits do not depend on: it is beside the way from "
+                "the image to them, or a norm that is no module took its layer's place"
+            )
+        return gradient
 
     def _check_logits(self, tracer: Tracer) -> None:
         samples = tracer.samples

@@ -1,4 +1,4 @@
-"""Stage one: run the teacher over a dataset split once and write its heatmaps to a store, shard by shard.
+"""Stage one: run the teacher over a dataset split once and write its explanations to a store, shard by shard.
 
 One task computes one shard, on threads of this process or on the workers of a Dask cluster (`cluster.py`).
 """
@@ -30,9 +30,9 @@ from pipeline.classifier import Classifier, check_fits, load_classifier, version
 from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
+from pipeline.explainers import Forward, find_explainer
 from pipeline.models import ModelError, last_layer
-from pipeline.relevance import Trace
-from pipeline.rules import RelevanceError, rule_set
+from pipeline.rules import RelevanceError
 from teacher_cache import (
     COMPRESSORS,
     LEVELS,
@@ -95,9 +95,10 @@ def cache_explanations(
     out: Location,
     *,
     split: str = "train",
-    draws: int = 4,
+    draws: int | None = None,
     epsilon_range: tuple[float, float] = (0.01, 1.0),
     explainer: str = "flex",
+    features: bool = False,
     batch_size: int = 128,
     seed: int = 0,
     device: str = "auto",
@@ -109,10 +110,11 @@ def cache_explanations(
 ) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or continue one that was interrupted.
 
-    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward pass. ``explainer``
-    names a rule set (`pipeline.RULE_SETS`), which students of the store use too. Dask runs one task a shard; a
-    shard is written whole, then committed. The draws depend on the seed and the sample alone, the heatmaps on
-    nothing else but float rounding (bit for bit at equal batch size).
+    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward pass. None is 4, and 1 for
+    attention, whose maps know neither. ``explainer`` is a name of `pipeline.EXPLAINERS`, which students of the store
+    use too. With ``features`` the teacher's deep features, what enters its last layer, are stored as well. Dask runs
+    one task a shard; a shard is written whole, then committed. The draws depend on the seed and the sample alone, the
+    heatmaps on nothing else but float rounding (bit for bit at equal batch size).
 
     Maps are stored with a ``precision`` of `teacher_cache.PRECISIONS`, average-pooled by ``resolution``, and compressed
     with the ``codec``: a compressor, ``lz4`` or ``zstd``, with the shuffle that makes the first maps smallest,
@@ -128,13 +130,20 @@ def cache_explanations(
 
     Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError, ClusterError.
     """
+    class_policy = "none" if find_explainer(explainer).rules is None else CLASS_POLICY
+    if draws is None:
+        draws = 1 if class_policy == "none" else 4
     _check_options(draws, epsilon_range, batch_size, share, scheduler)
-    settings = ExplainerInfo(explainer, draws, *epsilon_range, CLASS_POLICY, seed)
-    rule_set(explainer)
+    if class_policy == "none" and draws > 1:
+        raise RelevanceError(
+            f"--draws {draws} with --explainer {explainer}: its maps know neither class nor ε, so that all draws of a "
+            "sample are alike; leave --draws out, or give 1"
+        )
+    settings = partial(ExplainerInfo, explainer, draws, *epsilon_range, class_policy, seed)
     with nullcontext() if scheduler is None else connected(scheduler) as client:
         # the workers' device may be one that this machine does not have
         planning = device if client is None else "cpu"
-        info, head = _plan(data, teacher, out, split, settings, (precision, codec, resolution), planning)
+        info, head = _plan(data, teacher, out, split, settings, features, (precision, codec, resolution), planning)
         cache = create_cache(out, info, head)
         job = Job(absolute(data), str(absolute(teacher)), absolute(out), info, batch_size, device)
         with (
@@ -213,14 +222,16 @@ def _plan(
     teacher: str | Path,
     out: Location,
     split: str,
-    explainer: ExplainerInfo,
+    explainer: Callable[..., ExplainerInfo],
+    features: bool,
     stored: tuple[str, str, int],
     device: str,
 ) -> tuple[CacheInfo, dict[str, np.ndarray]]:
     """What the store will say of itself, and the teacher's last layer; all inputs are checked, nothing is written.
 
-    ``stored`` is (precision, codec, resolution), as in `cache_explanations`. The first samples are explained now: a
-    network that cannot be is refused, and the codec is chosen by their maps.
+    ``explainer`` lacks the maps' shape, ``stored`` is (precision, codec, resolution), as in `cache_explanations`. The
+    first samples are explained now: a network that cannot be is refused, the shape of its maps and the width of its
+    features are seen, and the codec is chosen by them.
     """
     precision, codec, resolution = stored
     dataset = open_dataset(data)
@@ -231,8 +242,11 @@ def _plan(
     head = _head_arrays(model, len(config.class_names))
     torch_device = pick_device(device)
     place(model, torch_device)
+    shape = chosen.image_shape
+    settings = explainer(map_shape=shape)
+    plan = partial(plan_storage, settings.draws, shape, precision, resolution=resolution)
     info = CacheInfo(
-        explainer=explainer,
+        explainer=settings,
         teacher=TeacherInfo(
             arch=config.arch,
             debias=config.debias,
@@ -241,13 +255,14 @@ def _plan(
             class_names=config.class_names,
             head_sha256=head_sha256(head),
         ),
-        dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), chosen.image_shape),
-        storage=plan_storage(explainer.draws, chosen.image_shape, precision, resolution=resolution),
+        dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), shape),
+        storage=plan(features=int(features)),
         written_by=versions(),
     )
     images = np.asarray(chosen.images[:LOOKED_AT])
     masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
-    maps = explain_shard(model, images, masks, info, 0, LOOKED_AT, torch_device).heatmaps
+    first = explain_shard(model, images, masks, info, 0, LOOKED_AT, torch_device)
+    maps, width = first.heatmaps, 0 if first.features is None else first.features.shape[1]
     seen = images if masks is None or config.debias != "mask" else images * (masks != 0)
     if seen.any() and not maps.any():  # maps of black images are zero, whatever the teacher
         raise RelevanceError(
@@ -255,9 +270,11 @@ def _plan(
             "teacher's logits do not depend on the images (train it again, with a smaller --lr), or --epsilon-range is "
             "far above its activations"
         )
+    plan = partial(plan, map_shape=maps.shape[2:], features=width)
+    plan()  # refuses a resolution that such maps do not have
     codec = _choose_codec(codec, out, average_pool(maps, resolution), precision)
-    storage = plan_storage(explainer.draws, chosen.image_shape, precision, codec, resolution)
-    return dataclasses.replace(info, storage=storage), head
+    settings = dataclasses.replace(settings, map_shape=maps.shape[2:])
+    return dataclasses.replace(info, explainer=settings, storage=plan(codec=codec)), head
 
 
 def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:
@@ -385,29 +402,46 @@ def explain_shard(
 ) -> Shard:
     """The content of a shard whose first sample is ``start``: the teacher, in evaluation mode, over its batches.
 
-    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None.
+    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None. Whatever shape ``info`` gives to maps and features,
+    they have the teacher's.
     """
     stop = start + len(images)
     explainer = info.explainer
     epsilon = epsilons(explainer.epsilon_low, explainer.epsilon_high, explainer.seed, explainer.draws, start, stop)
-    heatmaps = np.empty((stop - start, explainer.draws, *images.shape[1:]), np.float32)
-    logits, targets = [], []
+    heatmaps = np.empty(0, np.float32)
+    logits, targets, features = [], [], []
     for first in range(0, stop - start, batch_size):
         rows = slice(first, min(first + batch_size, stop - start))
         batch_masks = None if masks is None else as_mask(masks[rows], device)
-        trace = Trace(partial(model, masks=batch_masks), as_input(images[rows], device), explainer.rule)
-        logits.append(trace.logits.detach().float().cpu().numpy())
+        with torch.no_grad():  # what needs a graph makes one
+            forward = Forward(model, as_input(images[rows], device), explainer.rule, batch_masks)
+        logits.append(_array(forward.logits))
+        if info.storage.features:
+            features.append(_array(forward.features))
         targets.append(
             target_classes(logits[-1].argmax(1), logits[-1].shape[1], explainer.seed, explainer.draws, start + first)
         )
         for draw in range(explainer.draws):
-            maps = trace.heatmaps(
+            maps = forward.maps(
                 torch.from_numpy(targets[-1][:, draw]),
                 torch.from_numpy(epsilon[rows, draw]),
                 keep_graph=draw + 1 < explainer.draws,
             )
-            heatmaps[rows, draw] = maps.float().cpu().numpy()
-    return Shard(heatmaps, np.concatenate(targets), epsilon, np.concatenate(logits))
+            if not heatmaps.size:
+                heatmaps = np.empty((stop - start, explainer.draws, *maps.shape[1:]), np.float32)
+            heatmaps[rows, draw] = _array(maps)
+        del forward  # and its graph, before the next one is made
+    return Shard(
+        heatmaps,
+        np.concatenate(targets),
+        epsilon,
+        np.concatenate(logits),
+        np.concatenate(features) if features else None,
+    )
+
+
+def _array(values: torch.Tensor) -> np.ndarray:
+    return values.detach().float().cpu().numpy()
 
 
 def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:

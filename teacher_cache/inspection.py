@@ -109,21 +109,22 @@ def committed_shards(cache: Cache) -> list[int]:
 def describe(found: dict[str, Any]) -> str:
     """What `inspect_cache` found, for people: aligned lines."""
     teacher, explainer, dataset, storage = (found[key] for key in ("teacher", "explainer", "dataset", "storage"))
-    channels, height, width = dataset["image_shape"]
     bias = "without biases" if teacher["bias_free"] else "with biases"
     done = "complete" if found["complete"] else f"{found['committed_samples'] / found['samples']:.1%} done"
+    of = "" if explainer["map_shape"] == dataset["image_shape"] else f"maps of {_sizes(explainer['map_shape'])}, "
+    features = f", {storage['features']} features a sample" if storage["features"] else ""
     pooled = "" if storage["resolution"] == 1 else f", average-pooled by {storage['resolution']}"
     lines = {
         "store": found["path"],
         "teacher": f"{teacher['arch']} {bias}, debiasing {teacher['debias']}, weights {teacher['weights_sha256'][:12]}",
         "classes": f"{len(teacher['class_names'])}: {_few(teacher['class_names'])}",
-        "explainer": f"{explainer['rule']}, {explainer['draws']} draws a sample, "
+        "explainer": f"{explainer['rule']}, {of}{explainer['draws']} draws a sample, "
         f"ε from {explainer['epsilon_low']:g} to {explainer['epsilon_high']:g}, "
         f"classes {explainer['class_policy']}, seed {explainer['seed']}",
         "dataset": f"{dataset['name']}, split {dataset['split']}: {dataset['samples']:,} images of "
-        f"{channels} × {height} × {width}, fingerprint {dataset['fingerprint'][:12]}",
-        "storage": f"{storage['precision']}, {storage['codec']}{pooled}, shards of {storage['shard_samples']} samples "
-        f"in chunks of {storage['chunk_samples']}",
+        f"{_sizes(dataset['image_shape'])}, fingerprint {dataset['fingerprint'][:12]}",
+        "storage": f"{storage['precision']}, {storage['codec']}{pooled}{features}, "
+        f"shards of {storage['shard_samples']} samples in chunks of {storage['chunk_samples']}",
         "state": f"{done}: {found['committed_shards']:,} of {found['shards']:,} shards, "
         f"{found['committed_samples']:,} of {found['samples']:,} samples",
         "size": _megabytes(found["bytes"])
@@ -134,10 +135,8 @@ def describe(found: dict[str, Any]) -> str:
             f"{maps['zeros']:.1%} zeros, {maps['empty']:.1%} empty, mean relevance {maps['relevance']:.3g} of which "
             f"{maps['positive']:.0%} positive, largest {maps['largest']:.3g}"
         )
-        lines["draws"] = (
-            f"{maps['top_class']:.1%} explain the top class, ε from {maps['epsilon_low']:.3g} to "
-            f"{maps['epsilon_high']:.3g}"
-        )
+        top_class = "" if explainer["class_policy"] == "none" else f"{maps['top_class']:.1%} explain the top class, "
+        lines["draws"] = f"{top_class}ε from {maps['epsilon_low']:.3g} to {maps['epsilon_high']:.3g}"
         lines["looked at"] = f"{maps['shards']} of {found['committed_shards']:,} shards, for maps and draws"
     lines["written by"] = ", ".join(f"{name} {version}" for name, version in found["written_by"].items())
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
@@ -150,8 +149,12 @@ def continuing(cache: Cache) -> str:
         f"cache-explanations --split {shlex.quote(dataset.split)} --draws {explainer.draws} --epsilon-range "
         f"{explainer.epsilon_low!r} {explainer.epsilon_high!r} --explainer {explainer.rule} --seed {explainer.seed} "
         f"--precision {storage.precision} --codec {storage.codec} --resolution {storage.resolution} "
-        f"--out {shlex.quote(cache.path)}"
+        f"{'--features ' if storage.features else ''}--out {shlex.quote(cache.path)}"
     )
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _few(names: Sequence[str], shown: int = 10) -> str:

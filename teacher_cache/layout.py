@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from types import UnionType
@@ -12,7 +13,7 @@ from typing import Any, get_origin, get_type_hints
 from teacher_cache.codec import PRECISIONS, Compression, checksum
 
 KIND = "explanation-distillation cache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class CacheError(ValueError):
@@ -22,7 +23,8 @@ class CacheError(ValueError):
 @dataclass(frozen=True)
 class ExplainerInfo:
     """How the heatmaps were made. ``class_policy``: ``top-or-other`` is the teacher's top class with
-    probability 0.5, otherwise one of the others; ε is log-uniform in [epsilon_low, epsilon_high]."""
+    probability 0.5, otherwise one of the others, ``none`` that maps explain no class, whichever is noted; ε is
+    log-uniform in [epsilon_low, epsilon_high]. ``map_shape`` is (C, h, w) of a map before it is pooled."""
 
     rule: str
     draws: int
@@ -30,6 +32,7 @@ class ExplainerInfo:
     epsilon_high: float
     class_policy: str
     seed: int
+    map_shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,14 @@ class DatasetInfo:
 class StorageInfo:
     """How heatmaps are laid out. ``precision`` and ``codec``: see `teacher_cache.codec`; maps are average-pooled by
     ``resolution``; a shard is what is computed, written, committed and resumed as one, a chunk what is compressed
-    as one: some samples of one draw."""
+    as one: some samples of one draw. ``features`` is the width of the teacher's features, 0 where none are stored."""
 
     precision: str
     codec: str
     resolution: int
     shard_samples: int
     chunk_samples: int
+    features: int
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,18 @@ class CacheInfo:
     @property
     def map_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of a stored heatmap."""
-        channels, height, width = self.dataset.image_shape
+        channels, height, width = self.explainer.map_shape
         return channels, height // self.storage.resolution, width // self.storage.resolution
 
     @property
     def raw_bytes(self) -> int:
         """Of the heatmaps as float32 at full resolution."""
-        channels, height, width = self.dataset.image_shape
-        return 4 * self.dataset.samples * self.explainer.draws * channels * height * width
+        return 4 * self.dataset.samples * self.explainer.draws * math.prod(self.explainer.map_shape)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The arrays besides heatmaps, of which a shard is one chunk each."""
+        return (*ROWS, "features") if self.storage.features else ROWS
 
     def shard_range(self, shard: int) -> tuple[int, int]:
         """First sample of a shard, and the one after its last. Raises IndexError for a shard that there is not."""
@@ -172,17 +180,22 @@ def _check(info: CacheInfo) -> None:
     storage, shape = info.storage, info.dataset.image_shape
     if len(shape) != 3 or not all(type(size) is int and size > 0 for size in (*shape, info.dataset.samples)):
         raise CacheError(f"its attribute 'dataset' has no sizes of images: {info.dataset}")
+    maps = info.explainer.map_shape
+    if len(maps) != 3 or not all(type(size) is int and size > 0 for size in maps):
+        raise CacheError(f"its attribute 'explainer.map_shape' is {maps!r}, expected three sizes")
     if min(storage.shard_samples, storage.chunk_samples, storage.resolution, info.explainer.draws) < 1:
         raise CacheError(f"its attributes have a size under 1: {storage}, {info.explainer}")
     if storage.shard_samples % storage.chunk_samples:
         raise CacheError(f"its shards are no whole number of chunks: {storage}")
+    if storage.features < 0:
+        raise CacheError(f"its attribute 'storage.features' is {storage.features}, expected a width, or 0 for none")
     names = info.teacher.class_names
     if not names or not all(isinstance(name, str) for name in names):
         raise CacheError(f"its attribute 'teacher.class_names' is {names!r}, expected names of classes")
     if storage.precision not in PRECISIONS:
         raise CacheError(f"its precision is '{storage.precision}', this program knows {', '.join(PRECISIONS)}")
     if min(info.map_shape) < 1:
-        raise CacheError(f"its maps are empty: images {shape}, average-pooled by {storage.resolution}")
+        raise CacheError(f"its maps are empty: {maps}, average-pooled by {storage.resolution}")
     try:
         Compression.parse(storage.codec)
     except ValueError as error:
@@ -203,20 +216,22 @@ def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
     rows = (info.dataset.samples, info.explainer.draws)
     maps = (*rows, *info.map_shape)
     logits = (rows[0], len(info.teacher.class_names))
-    record = 1 + len(ROWS) + info.chunks * info.explainer.draws
+    record = 1 + len(info.rows) + info.chunks * info.explainer.draws
+    features = ArrayPlan((rows[0], info.storage.features), "float32", ("sample", "feature"))
     return {
         "heatmaps": ArrayPlan(maps, PRECISIONS[info.storage.precision], ("sample", "draw", "channel", "y", "x")),
         "scale": ArrayPlan(rows, "float32", ("sample", "draw")),
         "target_class": ArrayPlan(rows, "int32", ("sample", "draw")),
         "epsilon": ArrayPlan(rows, "float32", ("sample", "draw")),
         "teacher_logits": ArrayPlan(logits, "float32", ("sample", "class")),
+        **({"features": features} if info.storage.features else {}),
         "commits": ArrayPlan((info.shards, record), "uint32", ("shard", "checksum")),
     }
 
 
-ROWS = ("scale", "target_class", "epsilon", "teacher_logits")  # what a shard holds besides heatmaps, a chunk each
+ROWS = ("scale", "target_class", "epsilon", "teacher_logits")
 
-SHARD_BYTES = 2**25  # of stored heatmaps, before compression
+SHARD_BYTES = 2**25  # of stored heatmaps before compression, and of the images that they explain
 MAX_SHARD_SAMPLES, MAX_CHUNK_SAMPLES = 1024, 64
 
 
@@ -226,20 +241,37 @@ def plan_storage(
     precision: str = "float16",
     codec: str = "blosc-lz4-5-bitshuffle",
     resolution: int = 1,
+    *,
+    map_shape: tuple[int, int, int] | None = None,
+    features: int = 0,
 ) -> StorageInfo:
     """Shards of at most 32 MiB and 1,024 samples, a power of two; chunks of at most 64 samples of one draw.
 
-    Raises CacheError for a precision, codec or resolution that there is not.
+    ``map_shape`` (C, h, w) is that of maps that are not shaped as the images; ``features`` the width of stored ones,
+    which changes nothing else. Raises CacheError for a precision, codec or resolution that there is not.
     """
-    channels, height, width = image_shape
+    map_shape = map_shape or image_shape
     if precision not in PRECISIONS:
         raise CacheError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
-    if not 1 <= resolution <= min(height, width):
-        raise CacheError(f"--resolution {resolution} leaves nothing of images of {height}×{width}: choose 1, 2 or 4")
+    _check_resolution(resolution, *map_shape[1:])
     try:
         Compression.parse(codec)
     except ValueError as error:
         raise CacheError(str(error)) from None
-    fitting = max(1, SHARD_BYTES // (draws * channels * height * width * 2))
+    fitting = max(1, SHARD_BYTES // max(draws * math.prod(map_shape) * 2, math.prod(image_shape)))
     shard = min(MAX_SHARD_SAMPLES, 2 ** (fitting.bit_length() - 1))
-    return StorageInfo(precision, codec, resolution, shard, min(MAX_CHUNK_SAMPLES, shard))
+    return StorageInfo(precision, codec, resolution, shard, min(MAX_CHUNK_SAMPLES, shard), features)
+
+
+def _check_resolution(resolution: int, height: int, width: int) -> None:
+    """Raise CacheError where pooled maps of height × width would say nothing about where relevance is."""
+
+    def left(factor: int) -> int:
+        return (height // factor) * (width // factor)
+
+    if resolution < 1 or left(resolution) < min(2, height * width):
+        nothing = "nothing" if resolution < 1 or not left(resolution) else "a single number"
+        choices = [str(factor) for factor in (1, 2, 4) if left(factor) > 1] or ["1"]
+        raise CacheError(
+            f"--resolution {resolution} leaves {nothing} of maps of {height}×{width}: choose {' or '.join(choices)}"
+        )

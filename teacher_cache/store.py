@@ -36,7 +36,7 @@ from data.storage import (
 )
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
-from teacher_cache.layout import FORMAT_VERSION, KIND, ROWS, CacheError, CacheInfo, plan_arrays
+from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo, plan_arrays
 
 REMEDY = "make one with: python cli.py cache-explanations"
 CONTINUE = "run the cache-explanations command that made it again, it continues where it stopped"
@@ -44,22 +44,24 @@ CONTINUE = "run the cache-explanations command that made it again, it continues 
 
 @dataclass(frozen=True)
 class Shard:
-    """The content of one shard: n samples, D draws, K classes.
+    """The content of one shard: n samples, D draws, K classes, F features.
 
-    heatmaps: float32 (n, D, C, H, W), as read (n, D, C, h, w) where the store has a smaller resolution;
-    target_class: int64 (n, D); epsilon: float32 (n, D); teacher_logits: float32 (n, K).
+    heatmaps: float32 (n, D, C, h, w), as read smaller by the resolution; target_class: int64 (n, D); epsilon: float32
+    (n, D); teacher_logits: float32 (n, K); features: float32 (n, F), None where the store has none.
     """
 
     heatmaps: np.ndarray
     target_class: np.ndarray
     epsilon: np.ndarray
     teacher_logits: np.ndarray
+    features: np.ndarray | None = None
 
 
 class Cache:
     """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,).
 
-    ``draw_fields`` are what `read_draw` fills, name → (shape of one sample, dtype).
+    ``draw_fields`` are what `read_draw` fills, ``sample_fields`` what `read_samples` does and is the same in all draws,
+    name → (shape of one sample, dtype).
     """
 
     def __init__(self, path: str, store: Store, info: CacheInfo, head: Mapping[str, np.ndarray]):
@@ -72,6 +74,11 @@ class Cache:
             "scale": ((), np.dtype(np.float32)),
             "target_class": ((), np.dtype(np.int64)),
             "epsilon": ((), np.dtype(np.float32)),
+        }
+        self.sample_fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            name: (self._plan[name].shape[1:], np.dtype(np.float32))
+            for name in ("teacher_logits", "features")
+            if name in info.rows
         }
 
     def committed(self) -> np.ndarray:
@@ -104,33 +111,35 @@ class Cache:
         Raises ValueError for arrays of wrong shapes, CacheError for maps that are not finite, OSError.
         """
         start, stop = self.info.shard_range(shard)
-        draws, classes = (stop - start, self.info.explainer.draws), (stop - start, len(self.info.teacher.class_names))
-        expected = ((*draws, *self.info.dataset.image_shape), draws, draws, classes)
-        found = tuple(np.shape(getattr(content, field.name)) for field in dataclasses.fields(content))
+        draws, classes = (stop - start, self.info.explainer.draws), len(self.info.teacher.class_names)
+        expected = {
+            "heatmaps": (*draws, *self.info.explainer.map_shape),
+            "target_class": draws,
+            "epsilon": draws,
+            **{name: (stop - start, *shape) for name, (shape, _) in self.sample_fields.items()},
+        }
+        given = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+        given = {name: np.asarray(values) for name, values in given.items() if values is not None}
+        found = {name: values.shape for name, values in given.items()}
         if found != expected:
             raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {found}")
-        if not all(np.isfinite(values).all() for values in (content.heatmaps, content.epsilon, content.teacher_logits)):
+        if not all(np.isfinite(values).all() for values in given.values()):
             raise CacheError(
-                f"the heatmaps, ε or logits of shard {shard} (samples {start} to {stop - 1}) are not finite: the "
+                f"the maps, ε, logits or features of shard {shard} (samples {start} to {stop - 1}) are not finite: the "
                 "teacher overflows on some of these images; train it with a smaller --lr, or look for damaged images"
             )
-        if np.any(content.target_class < 0) or np.any(content.target_class >= classes[1]):
-            raise ValueError(f"shard {shard} explains classes that there are not: there are {classes[1]}, from 0")
+        if np.any(content.target_class < 0) or np.any(content.target_class >= classes):
+            raise ValueError(f"shard {shard} explains classes that there are not: there are {classes}, from 0")
         storage = self.info.storage
         maps, scale = codec.quantise(codec.average_pool(content.heatmaps, storage.resolution), storage.precision)
         file, checksums = codec.pack(maps, self._compression, storage.shard_samples, storage.chunk_samples)
-        rows = {
-            "scale": scale,
-            "target_class": content.target_class,
-            "epsilon": content.epsilon,
-            "teacher_logits": content.teacher_logits,
-        }
-        sealed = {name: codec.seal(self._whole_chunk(name, rows[name])) for name in ROWS}
-        rows_checksums = [int.from_bytes(sealed[name][-4:], "little") for name in ROWS]
+        rows = given | {"scale": scale}
+        sealed = {name: codec.seal(self._whole_chunk(name, rows[name])) for name in self.info.rows}
+        rows_checksums = [int.from_bytes(raw[-4:], "little") for raw in sealed.values()]
         record = np.array([self.info.identity(shard), *rows_checksums, *checksums], "<u4")
         self.uncommit(shard)
-        for name in ROWS:
-            write(self.store, self._key(name, shard), sealed[name])
+        for name, raw in sealed.items():
+            write(self.store, self._key(name, shard), raw)
         write(self.store, self._key("heatmaps", shard), file)
         write(self.store, self._key("commits", shard), codec.seal(record.tobytes()))
 
@@ -160,17 +169,36 @@ class Cache:
             self._maps(shard, draw, record, maps)
         return out
 
+    def read_samples(self, shard: int, out: Mapping[str, np.ndarray]) -> None:
+        """Read and check what a committed shard holds once a sample: into ``out``, arrays as in ``sample_fields``.
+
+        Of n samples, for the names that ``out`` has; reads nothing else. Raises CacheError as `read_draw` does, and
+        ValueError for names that there are not and arrays of other shapes.
+        """
+        start, stop = self.info.shard_range(shard)
+        fields = {name: ((stop - start, *shape), dtype) for name, (shape, dtype) in self.sample_fields.items()}
+        for name, values in out.items():
+            if (values.shape, values.dtype) != fields.get(name):
+                raise ValueError(
+                    f"samples of shard {shard} are read into arrays of {fields}, not '{name}' {values.dtype} "
+                    f"{values.shape}"
+                )
+        with self._reading(shard) as record:
+            for name, values in out.items():
+                values[:] = self._rows(name, shard, record)
+
     def read_shard(self, shard: int) -> Shard:
         """Read and check one committed shard with all its draws, decoded; raises as `read_draw` does."""
         start, stop = self.info.shard_range(shard)
         draws = self.info.explainer.draws
         stored = np.empty((draws, stop - start, *self.info.map_shape), self._plan["heatmaps"].dtype)
         with self._reading(shard) as record:
-            rows = {name: self._rows(name, shard, record) for name in ROWS}
+            rows = {name: self._rows(name, shard, record) for name in self.info.rows}
             for draw in range(draws):
                 self._maps(shard, draw, record, stored[draw])
         maps = codec.dequantise(stored.swapaxes(0, 1), rows["scale"], self.info.storage.precision)
-        return Shard(maps, rows["target_class"].astype(np.int64), rows["epsilon"].copy(), rows["teacher_logits"].copy())
+        copies = {name: rows[name].copy() for name in ("epsilon", *self.sample_fields)}
+        return Shard(maps, rows["target_class"].astype(np.int64), **copies)
 
     @contextmanager
     def _reading(self, shard: int) -> Iterator[np.ndarray]:
@@ -191,12 +219,12 @@ class Cache:
             ) from None
 
     def _rows(self, name: str, shard: int, record: np.ndarray) -> np.ndarray:
-        """One of ROWS of a shard, (n, columns)."""
+        """One of the ``rows`` of a shard, (n, columns)."""
         start, stop = self.info.shard_range(shard)
         raw = read(self.store, self._key(name, shard))
         if raw is None:
             raise DamageError(f"its '{name}' is missing")
-        values = codec.unseal(raw, int(record[ROWS.index(name)])).view(self._dtype(name))
+        values = codec.unseal(raw, int(record[self.info.rows.index(name)])).view(self._dtype(name))
         return values.reshape(self.info.storage.shard_samples, -1)[: stop - start]
 
     def _maps(self, shard: int, draw: int, record: np.ndarray, out: np.ndarray) -> None:
@@ -206,7 +234,7 @@ class Cache:
         if index is None:
             raise DamageError("its heatmaps are missing")
         start, lengths = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
-        blosc, first = self._compression.blosc(), len(ROWS) + draw * chunks
+        blosc, first = self._compression.blosc(), len(self.info.rows) + draw * chunks
         for chunk, sealed in enumerate(read_pieces(self.store, key, start, lengths)):
             codec.unpack(sealed, int(record[first + chunk]), blosc, size, out[chunk * size : (chunk + 1) * size])
 

@@ -25,7 +25,7 @@ from teacher_cache import (
 
 CLASSES = ("a", "b", "c")
 HEAD = {"weight": np.arange(12, dtype=np.float32).reshape(3, 4), "bias": np.ones(3, np.float32)}
-STORAGE = StorageInfo("float16", "blosc-lz4-5-bitshuffle", resolution=1, shard_samples=4, chunk_samples=2)
+STORAGE = StorageInfo("float16", "blosc-lz4-5-bitshuffle", resolution=1, shard_samples=4, chunk_samples=2, features=5)
 
 
 def info(
@@ -35,7 +35,7 @@ def info(
     explainer: dict[str, Any] | None = None,
     **storage: Any,
 ) -> CacheInfo:
-    made = ExplainerInfo("flex", draws, 0.01, 1.0, "top-or-other", seed=0)
+    made = ExplainerInfo("flex", draws, 0.01, 1.0, "top-or-other", seed=0, map_shape=image_shape)
     return CacheInfo(
         explainer=dataclasses.replace(made, **(explainer or {})),
         teacher=TeacherInfo("small-cnn", "grayscale", True, "0" * 64, CLASSES, head_sha256(HEAD)),
@@ -48,14 +48,15 @@ def info(
 def content(of: CacheInfo, shard: int, seed: int = 0) -> Shard:
     """Random content of one shard: sparse maps, as those of images on black are."""
     start, stop = of.shard_range(shard)
-    samples, draws = stop - start, of.explainer.draws
+    samples, draws, width = stop - start, of.explainer.draws, of.storage.features
     rng = np.random.default_rng([seed, shard])
-    maps = rng.standard_normal((samples, draws, *of.dataset.image_shape)).astype(np.float32) * 1e-7
+    maps = rng.standard_normal((samples, draws, *of.explainer.map_shape)).astype(np.float32) * 1e-7
     return Shard(
         heatmaps=maps * (rng.random(maps.shape) < 0.5),
         target_class=rng.integers(0, len(CLASSES), (samples, draws)),
         epsilon=rng.random((samples, draws)).astype(np.float32),
         teacher_logits=rng.standard_normal((samples, len(CLASSES))).astype(np.float32),
+        features=rng.standard_normal((samples, width)).astype(np.float32) if width else None,
     )
 
 
@@ -78,7 +79,8 @@ def expected(of: CacheInfo, shard: int, seed: int = 0) -> Shard:
 def same(one: Shard, other: Shard) -> bool:
     """Bit for bit."""
     fields = [field.name for field in dataclasses.fields(Shard)]
-    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in fields)
+    pairs = [(getattr(one, name), getattr(other, name)) for name in fields]
+    return all(a is b or (a is not None and b is not None and a.tobytes() == b.tobytes()) for a, b in pairs)
 
 
 def files(location: Location) -> dict[str, bytes]:

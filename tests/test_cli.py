@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from cli import main
 from data import make_coloured_mnist
-from pipeline import RULE_SETS
+from pipeline import EXPLAINERS
 from trainer import train_teacher
 
 
@@ -160,9 +160,9 @@ def test_the_whole_story_by_commands(tmp_path, monkeypatch):
     assert re.search(r"^ood +[\d.]+ %  \[[\d.]+, [\d.]+\]  200 samples; worst group #[0-9a-f]{6}", text, re.MULTILINE)
 
 
-def test_every_rule_set_can_be_chosen():
+def test_every_explainer_can_be_chosen():
     (option,) = [option for option in main.commands["cache-explanations"].params if option.name == "explainer"]
-    assert list(option.type.choices) == list(RULE_SETS)
+    assert list(option.type.choices) == list(EXPLAINERS)
 
 
 def test_what_the_bias_free_form_could_not_change_is_said(world, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +16,16 @@ from stores import CLASSES, HEAD, content, filled, info
 from zarr.storage import MemoryStore
 
 from data.storage import keys, read
-from teacher_cache import PRECISIONS, CacheError, CacheInfo, choose_compression, create_cache, plan_storage
+from teacher_cache import (
+    PRECISIONS,
+    Cache,
+    CacheError,
+    CacheInfo,
+    choose_compression,
+    create_cache,
+    plan_storage,
+    store,
+)
 from teacher_cache.codec import (
     MISSING,
     Compression,
@@ -141,12 +151,16 @@ def test_the_chosen_compression_is_the_smallest_and_one_that_can_be_parsed(preci
 
 @st.composite
 def stores(draw) -> CacheInfo:
-    """Every kind of store: precision, compression, resolution, sizes of shards and chunks, a last one not full."""
+    """Every kind of store: precision, compression, resolution, sizes of shards and chunks, a last one not full, with
+    and without features, maps of the images' shape and others."""
     chunk = draw(st.integers(1, 3))
+    shapes = st.tuples(st.integers(1, 3), st.integers(4, 9), st.integers(4, 9))
     return info(
         samples=draw(st.integers(1, 11)),
         draws=draw(st.integers(1, 3)),
-        image_shape=draw(st.tuples(st.integers(1, 3), st.integers(4, 9), st.integers(4, 9))),
+        image_shape=draw(shapes),
+        explainer=draw(st.one_of(st.just({}), st.fixed_dictionaries({"map_shape": shapes}))),
+        features=draw(st.sampled_from([0, 1, 7])),
         precision=draw(st.sampled_from(sorted(PRECISIONS))),
         codec=f"blosc-{draw(st.sampled_from(['lz4-5', 'zstd-3', 'lz4-0']))}"
         f"-{draw(st.sampled_from(['shuffle', 'bitshuffle', 'noshuffle']))}",
@@ -168,7 +182,7 @@ def test_what_we_write_plain_zarr_reads(of):
         pooled = average_pool(given_content.heatmaps, of.storage.resolution)
         assert np.array_equal(maps, quantise(pooled, of.storage.precision)[0])
         assert np.array_equal(dequantise(maps, scale, of.storage.precision), whole.heatmaps)
-        for name in ("target_class", "epsilon", "teacher_logits"):
+        for name in of.rows[1:]:
             assert np.array_equal(np.asarray(root[name][rows]), getattr(given_content, name).astype(root[name].dtype))
             assert np.array_equal(getattr(whole, name), getattr(given_content, name))
         for draw in range(of.explainer.draws):
@@ -176,6 +190,17 @@ def test_what_we_write_plain_zarr_reads(of):
             assert {name: (values.shape[1:], values.dtype) for name, values in one.items()} == cache.draw_fields
             for name, values in one.items():
                 assert np.array_equal(values, np.asarray(root[name][rows, draw]))
+        out = sample_buffers(cache, shard)
+        cache.read_samples(shard, out)
+        assert list(out) == ["teacher_logits", "features"][: 1 + (of.storage.features > 0)]
+        for name, values in out.items():
+            assert np.array_equal(values, getattr(given_content, name))
+    assert ("features" in root) == (of.storage.features > 0)
+
+
+def sample_buffers(cache: Cache, shard: int) -> dict[str, np.ndarray]:
+    start, stop = cache.info.shard_range(shard)
+    return {name: np.empty((stop - start, *shape), dtype) for name, (shape, dtype) in cache.sample_fields.items()}
 
 
 @given(of=stores())
@@ -210,10 +235,10 @@ def test_rows_that_zarr_writes_have_our_bytes():
     ours = filled(MemoryStore())
     theirs = create_cache(MemoryStore(), info(), HEAD)
     source, target = zarr.open_group(ours.store, mode="r"), zarr.open_group(theirs.store, mode="r+")
-    for name in ("scale", "target_class", "epsilon", "teacher_logits", "commits"):
+    for name in (*info().rows, "commits"):
         target[name][...] = source[name][...]
     compared = [key for key in keys(ours.store) if not key.startswith("heatmaps/c")]
-    assert len(compared) > 5 * 3
+    assert len(compared) > 6 * 3
     assert all(read(ours.store, key) == read(theirs.store, key) for key in compared)
 
 
@@ -237,6 +262,40 @@ def test_a_draw_is_read_into_place_as_one_range_of_the_file():
             cache.read_draw(1, draw)
 
 
+def test_samples_are_read_into_place_and_nothing_else_is_read(monkeypatch):
+    cache, bare = filled(MemoryStore(), info(samples=9)), filled(MemoryStore(), info(features=0))
+    buffers = {name: np.full((20, *shape), 7, dtype) for name, (shape, dtype) in cache.sample_fields.items()}
+    seen = []
+    monkeypatch.setattr(store, "read", lambda _, key, *part: seen.append(key) or read(cache.store, key, *part))
+    cache.read_samples(1, {"features": buffers["features"][5:9]})
+    assert seen == ["commits/c.1.0", "features/c.1.0"]
+    assert np.array_equal(buffers["features"][5:9], content(cache.info, 1).features)
+    assert (buffers["features"][[4, 9]] == 7).all()
+    assert (buffers["teacher_logits"] == 7).all()
+    for name, wrong in (
+        ("features", np.empty((3, 5), np.float32)),
+        ("features", np.empty((4, 5), np.float64)),
+        ("teacher_logits", np.empty((4, 5), np.float32)),
+        ("heatmaps", np.empty((4, 2, 3, 6, 5), np.float16)),
+    ):
+        with pytest.raises(ValueError, match=f"samples of shard 1 are read into arrays of .*, not '{name}'"):
+            cache.read_samples(1, {name: wrong})
+    with pytest.raises(ValueError, match="not 'features'"):
+        bare.read_samples(0, {"features": buffers["features"][:4]})
+
+
+def test_a_store_with_features_equals_one_without_in_all_else():
+    with_features, without = (filled(MemoryStore(), info(features=width)) for width in (5, 0))
+    mine, theirs = (zarr.open_group(cache.store, mode="r") for cache in (with_features, without))
+    assert set(mine.array_keys()) - set(theirs.array_keys()) == {"features"}
+    for name in set(theirs.array_keys()) - {"commits"}:
+        assert np.asarray(mine[name][...]).tobytes() == np.asarray(theirs[name][...]).tobytes()
+    assert without.read_shard(0).features is None
+    for cache, other in ((with_features, without), (without, with_features)):
+        with pytest.raises(ValueError, match="shard 0 holds arrays of shapes"):
+            cache.write_shard(0, content(other.info, 0))
+
+
 def test_unsealing_notices_every_flipped_bit():
     sealed = seal(b"some bytes")
     assert unseal(sealed).tobytes() == b"some bytes"
@@ -250,7 +309,7 @@ def test_unsealing_notices_every_flipped_bit():
             unseal(sealed[:length])
 
 
-@pytest.mark.parametrize("field", ["heatmaps", "epsilon", "teacher_logits"])
+@pytest.mark.parametrize("field", ["heatmaps", "epsilon", "teacher_logits", "features"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(field, value):
     cache = create_cache(MemoryStore(), info(), HEAD)
@@ -270,10 +329,37 @@ def test_classes_that_there_are_not_are_refused(value):
         cache.write_shard(0, shard)
 
 
-@given(draws=st.integers(1, 64), side=st.integers(1, 512), channels=st.integers(1, 4))
+@given(
+    draws=st.integers(1, 64),
+    channels=st.integers(1, 4),
+    side=st.integers(1, 512),
+    coarse=st.one_of(st.none(), st.integers(1, 64)),
+    features=st.sampled_from([0, 1, 10**6]),
+)
 @settings(deadline=None)
-def test_planned_shards_are_bounded_and_made_of_whole_chunks(draws, side, channels):
-    plan = plan_storage(draws, (channels, side, side))
+def test_planned_shards_are_bounded_and_made_of_whole_chunks(draws, channels, side, coarse, features):
+    maps = None if coarse is None else (1, coarse, coarse)
+    plan = plan_storage(draws, (channels, side, side), map_shape=maps, features=features)
     assert 1 <= plan.chunk_samples <= plan.shard_samples <= 1024
     assert plan.shard_samples % plan.chunk_samples == 0
-    assert plan.shard_samples == 1 or plan.shard_samples * draws * channels * side * side * 2 <= 2**25
+    values = math.prod(maps or (channels, side, side))
+    for size in (draws * values * 2, channels * side * side):  # of stored maps, and of images
+        assert plan.shard_samples == 1 or plan.shard_samples * size <= 2**25
+    assert plan == dataclasses.replace(plan_storage(draws, (channels, side, side), map_shape=maps), features=features)
+
+
+@pytest.mark.parametrize(
+    ("side", "resolution", "message"),
+    [
+        (28, 0, "--resolution 0 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (28, 40, "--resolution 40 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (7, 4, "--resolution 4 leaves a single number of maps of 7×7: choose 1 or 2$"),
+        (3, 2, "--resolution 2 leaves a single number of maps of 3×3: choose 1$"),
+        (3, 4, "--resolution 4 leaves nothing of maps of 3×3: choose 1$"),
+    ],
+)
+def test_a_resolution_that_leaves_no_positions_is_refused(side, resolution, message):
+    with pytest.raises(CacheError, match=message):
+        plan_storage(1, (3, 32, 32), resolution=resolution, map_shape=(1, side, side))
+    assert plan_storage(1, (3, 32, 32), map_shape=(1, side, side)).resolution == 1
+    assert plan_storage(1, (3, 1, 1)).resolution == 1

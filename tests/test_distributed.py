@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import ModelError, explain, synchronise_batch_norm
 from trainer import distributed
 from trainer.distributed import LostProcess, Ranks, connect, device_of, ranks_of
-from trainer.training import TrainingError
+from trainer.errors import TrainingError
 
 RANKS = 3
 

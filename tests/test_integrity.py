@@ -22,6 +22,7 @@ from zarr.storage import MemoryStore
 from cli import main
 from data.storage import write
 from teacher_cache import (
+    Cache,
     CacheError,
     check_complete,
     claim_writing,
@@ -87,6 +88,10 @@ def test_a_shard_of_which_anything_is_damaged_is_named_and_never_read_wrong(dama
             continue
         for name, right in open_cache(in_memory(WHOLE)).read_draw(shard, draw).items():
             assert np.array_equal(found[name], right)
+    for name, (shape, dtype) in cache.sample_fields.items():
+        out = {name: np.empty((stop - start, *shape), dtype)}
+        if refusal(lambda out=out: cache.read_samples(shard, out)) is None:
+            assert np.array_equal(out[name], getattr(RIGHT[shard], name))
     for other in set(range(INFO.shards)) - {shard}:
         assert same(cache.read_shard(other), RIGHT[other])
 
@@ -118,6 +123,22 @@ def test_a_draw_beside_a_damaged_one_is_still_right():
     cache = open_cache(in_memory(WHOLE | {key: bytes(raw)}))
     assert np.array_equal(cache.read_draw(0, 0)["heatmaps"], open_cache(in_memory(WHOLE)).read_draw(0, 0)["heatmaps"])
     assert "is damaged" in (refusal(lambda: cache.read_draw(0, 1)) or "")
+
+
+def test_damaged_features_are_noticed_and_what_is_beside_them_is_still_right():
+    raw = bytearray(WHOLE["features/c.0.0"])
+    raw[3] ^= 1
+    cache = open_cache(in_memory(WHOLE | {"features/c.0.0": bytes(raw)}))
+    features, logits = np.empty((4, 5), np.float32), np.empty((4, 3), np.float32)
+    assert "shard 0 of" in (refusal(lambda: cache.read_samples(0, {"features": features})) or "")
+    assert list(damaged_shards(cache)) == [0]
+    cache.read_samples(0, {"teacher_logits": logits})
+    assert np.array_equal(logits, RIGHT[0].teacher_logits)
+    assert "is not there yet" in (refusal(lambda: empty().read_samples(0, {"teacher_logits": logits})) or "")
+
+
+def empty() -> Cache:
+    return create_cache(MemoryStore(), INFO, HEAD)
 
 
 def test_files_that_are_no_commit_records_commit_nothing():
@@ -179,8 +200,9 @@ def section(name: str, **fields: object) -> dict[str, object]:
     ("change", "message"),
     [
         ({"kind": "else"}, "no heatmap store at .*: its 'kind' is 'else'; make one with"),
-        ({"format_version": 1}, "store format version 1, this program reads version 2: use the program that wrote it"),
-        ({"format_version": 3}, "store format version 3, this program reads version 2"),
+        ({"format_version": 1}, "store format version 1, this program reads version 3: use the program that wrote it"),
+        ({"format_version": 2}, "store format version 2, this program reads version 3"),
+        ({"format_version": 4}, "store format version 4, this program reads version 3"),
         ({"format_version": "removed"}, "store format version None"),
         ({"notes": 1}, "it has attributes that this program does not know: notes"),
         ({"explainer": {"rule": "flex"}}, "its attribute 'explainer' has fields \\['rule'\\], expected"),
@@ -197,7 +219,15 @@ def section(name: str, **fields: object) -> dict[str, object]:
         (section("explainer", draws=0), "a size under 1"),
         (section("storage", shard_samples=0), "a size under 1"),
         (section("storage", resolution=0), "a size under 1"),
-        (section("storage", resolution=7), "its maps are empty: images \\(3, 6, 5\\), average-pooled by 7"),
+        (section("storage", resolution=7), "its maps are empty: \\(3, 6, 5\\), average-pooled by 7"),
+        (section("storage", features=-1), "'storage.features' is -1, expected a width, or 0 for none"),
+        (section("storage", features=True), "'storage.features' is True, expected"),
+        (section("storage", features=4), "is damaged: features/zarr.json says .* its attributes promise"),
+        (section("storage", features=0), "is damaged: commits/zarr.json says .* its attributes promise"),
+        (section("explainer", map_shape=[1, 2]), "'explainer.map_shape' is \\(1, 2\\), expected three sizes"),
+        (section("explainer", map_shape=[1, 2, 0]), "'explainer.map_shape' is \\(1, 2, 0\\), expected three sizes"),
+        (section("explainer", map_shape=None), "'explainer.map_shape' is None"),
+        (section("explainer", map_shape=[1, 2, 2]), "is damaged: heatmaps/zarr.json says .* its attributes promise"),
         (section("storage", shard_samples="4"), "'storage.shard_samples' is '4'"),
         (section("storage", chunk_samples=3), "its shards are no whole number of chunks"),
         (section("storage", precision="float8"), "its precision is 'float8', this program knows float16, bfloat16"),
@@ -278,7 +308,20 @@ def test_inspect_cache_shows_what_a_store_is_in_aligned_lines(path):
     assert shown["dataset"].startswith("mine, split train: 10 images of 3 × 6 × 5")
     assert shown["state"] == "complete: 3 of 3 shards, 10 of 10 samples"
     assert "times smaller than the maps in float32" in shown["size"]
+    assert shown["storage"].startswith("float16, blosc-lz4-5-bitshuffle, 5 features a sample, shards of 4 samples")
     assert "zeros" in shown["maps"]
+    assert "explain the top class, ε from" in shown["draws"]
+
+
+def test_inspect_cache_shows_coarse_maps_and_what_they_do_not_explain(tmp_path):
+    explainer = {"rule": "attention", "class_policy": "none", "map_shape": (1, 3, 2)}
+    of = info(draws=1, explainer=explainer, features=0)
+    assert "--features" not in continuing(filled(tmp_path / "c.zarr", of))
+    shown = {line[:12].strip(): line[12:] for line in inspect(tmp_path / "c.zarr").splitlines()}
+    assert shown["explainer"].startswith("attention, maps of 1 × 3 × 2, 1 draws a sample, ")
+    assert "features" not in shown["storage"]
+    assert shown["draws"].startswith("ε from ")
+    assert json.loads(inspect(tmp_path / "c.zarr", "--json"))["raw_bytes"] == 10 * 1 * 3 * 2 * 4
 
 
 def test_inspect_cache_counts_what_there_is(path):
@@ -308,7 +351,7 @@ def test_inspect_cache_verifies_repairs_and_the_shards_can_be_written_again(path
     assert [(each["shard"], each["samples"]) for each in found["damaged"]] == [(1, [4, 8]), (2, [8, 10])]
     repaired = inspect(path, "--repair")
     assert "state       40.0% done: 1 of 3 shards" in repaired
-    same = "--explainer flex --seed 0 --precision float16 --codec blosc-lz4-5-bitshuffle --resolution 1"
+    same = "--explainer flex --seed 0 --precision float16 --codec blosc-lz4-5-bitshuffle --resolution 1 --features"
     assert f"cache-explanations --split train --draws 2 --epsilon-range 0.01 1.0 {same} --out {path}," in repaired
     moved = path.rename(path.with_name("my store.zarr"))
     assert shlex.split(continuing(open_cache(moved)))[-2:] == ["--out", str(moved)]

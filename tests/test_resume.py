@@ -44,7 +44,10 @@ def same(a: Path, b: Path) -> bool:
 
 def numbers(path: Path) -> list[dict]:
     """The metrics without what the clock says."""
-    return [{key: value for key, value in line.items() if key not in ("samples_per_second", "waiting")} for line in metrics(path)]
+    return [
+        {key: value for key, value in line.items() if key not in ("samples_per_second", "waiting")}
+        for line in metrics(path)
+    ]
 
 
 @pytest.fixture
@@ -176,7 +179,9 @@ def test_checkpoints_come_every_so_many_steps_and_the_last_ones_stay(dataset, tm
 def test_checkpoints_come_every_so_many_minutes(dataset, tmp_path, monkeypatch):
     saved = []
     real = RunDir.save_checkpoint
-    monkeypatch.setattr(RunDir, "save_checkpoint", lambda run, step, *more: (saved.append(step), real(run, step, *more)))
+    monkeypatch.setattr(
+        RunDir, "save_checkpoint", lambda run, step, *more: (saved.append(step), real(run, step, *more))
+    )
     train_teacher(dataset, tmp_path / "a", steps=4, batch_size=20, checkpoint_minutes=1e-9)
     train_teacher(dataset, tmp_path / "b", steps=4, batch_size=20, checkpoint_minutes=1e9)
     assert saved == [1, 2, 3, 4, 4]

@@ -331,7 +331,10 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
     [
         ({"codec": "gzip"}, "no codec is called 'gzip'"),
         ({"precision": "float64"}, "no precision is called 'float64': choose one of float16, bfloat16, int8"),
-        ({"resolution": 40}, "--resolution 40 leaves nothing of images of 28×28"),
+        ({"resolution": 40}, "--resolution 40 leaves nothing of maps of 28×28"),
+        ({"resolution": 2, "explainer": "grad-cam"}, "--resolution 2 leaves a single number of maps of 3×3: choose 1$"),
+        ({"draws": 2, "explainer": "attention"}, "--draws 2 with --explainer attention: its maps know neither class"),
+        ({"draws": 0, "explainer": "attention"}, "--draws must be at least 1, got 0"),
         ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "--share or --scheduler, not both"),
     ],
 )
@@ -362,8 +365,8 @@ def test_every_rule_set_makes_a_store_whose_students_use_it_too(explainer, datas
     assert np.isfinite(result["loss"])
 
 
-def test_an_unknown_rule_set_is_refused_before_anything_is_written(dataset, teacher, tmp_path):
-    with pytest.raises(RelevanceError, match="no rules are called 'lrp': choose one of flex"):
+def test_an_unknown_explainer_is_refused_before_anything_is_written(dataset, teacher, tmp_path):
+    with pytest.raises(RelevanceError, match="no explainer is called 'lrp': choose one of flex"):
         cache_explanations(dataset, teacher, tmp_path / "store", explainer="lrp")
     assert not (tmp_path / "store").exists()
 

@@ -106,7 +106,9 @@ def train_student(
     )
     paths = {"data": data, "cache": cache, "validation_cache": validation_cache}
     material = Material(
-        source=labelled_source(train_split) if explained is None else explained_source(train_split, explained, needs(terms)),
+        source=labelled_source(train_split)
+        if explained is None
+        else explained_source(train_split, explained, needs(terms)),
         store=info,
         head=layer,
         validation=validation and explained_source(dataset.split("validation"), validation, needs(terms)),

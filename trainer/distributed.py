@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.models import ModelError
 from pipeline.processes import LostProcess, collective, lost_process
-from trainer.training import TrainingError
+from trainer.errors import TrainingError
 
 __all__ = ["LostProcess", "Ranks", "connect"]
 

@@ -43,7 +43,9 @@ class Interruption:
         elif time.monotonic() - self._at > IMPATIENT_AFTER:
             raise KeyboardInterrupt
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         if self.signal is not None and kind is None:

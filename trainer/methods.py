@@ -90,7 +90,9 @@ def erm(forward: Forward, target: Target, compare: Compare) -> Tensor:
 def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
     """The weight of each method: ``lrp`` alone, or a sum such as ``lrp=1,output=0.1``. Raises TrainingError."""
     if method is not None and loss is not None:
-        raise TrainingError(f"give --method ({method}) or --loss ({loss}), not both: --method {method} is --loss {method}=1")
+        raise TrainingError(
+            f"give --method ({method}) or --loss ({loss}), not both: --method {method} is --loss {method}=1"
+        )
     terms: dict[str, float] = {}
     for term in (loss if loss is not None else method or "lrp").split(","):
         name, given, weight = (part.strip() for part in term.partition("="))
@@ -101,12 +103,16 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
         except ValueError:
             terms[name] = float("nan")
         if not 0 < terms[name] < float("inf"):
-            raise TrainingError(f"--loss {term.strip()}: '{weight}' is no weight; give a positive number, as in lrp=1,output=0.1")
+            raise TrainingError(
+                f"--loss {term.strip()}: '{weight}' is no weight; give a positive number, as in lrp=1,output=0.1"
+            )
     if loss is not None and len(terms) < len(loss.split(",")):
         raise TrainingError(f"--loss {loss} has a method twice: give each once")
     maps = [name for name in terms if METHODS[name].explainers]
     if len(maps) > 1:
-        raise TrainingError(f"{' and '.join(maps)} need maps of different explainers, and a store has those of one: give one of them")
+        raise TrainingError(
+            f"{' and '.join(maps)} need maps of different explainers, and a store has those of one: give one of them"
+        )
     return terms
 
 

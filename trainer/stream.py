@@ -7,7 +7,7 @@ code, the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ import torch
 import zarr
 from torch import Tensor
 
-from data import Split
+from data import DatasetError, Split
 from pipeline.device import to_device
-from teacher_cache import Cache
+from teacher_cache import Cache, CacheError
 from trainer import order
 from trainer.memory import free_memory
 
@@ -281,10 +281,40 @@ def labelled_source(split: Split) -> Source:
     return _of_split(arrays, _block_samples(split))
 
 
-def explained_source(split: Split, cache: Cache) -> Source:
-    """``images``, and of each draw ``heatmaps`` as stored, ``scale``, ``target_class`` and ``epsilon``."""
-    images = _of_split({"images": split.images}, cache.info.storage.shard_samples)
-    return replace(images, draws=cache.info.explainer.draws, draw_fields=cache.draw_fields, read_draw=cache.read_draw)
+def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heatmaps",)) -> Source:
+    """``images``, and what else is needed, in blocks of the store's shards.
+
+    ``needs`` are out of ``heatmaps`` (of each draw the maps as stored, ``scale``, ``target_class`` and ``epsilon``),
+    ``teacher_logits`` and ``features`` of the store, ``labels`` and ``masks`` of the split. Without heatmaps there is
+    one draw, of nothing.
+
+    Raises CacheError for a store without features, DatasetError for a split without masks.
+    """
+    arrays = {"images": split.images}
+    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "masks"}:
+        raise ValueError(f"no store and no split has {', '.join(sorted(unknown))}")
+    if "features" in needs and "features" not in cache.sample_fields:
+        raise CacheError(
+            f"the store {cache.path} has no features of the teacher: make another with cache-explanations --features"
+        )
+    if "labels" in needs:
+        arrays["labels"] = split.labels
+    if "masks" in needs:
+        if split.masks is None:
+            raise DatasetError(f"the split '{split.name}' has no 'masks', which are needed: add them to the dataset")
+        arrays["masks"] = split.masks
+    source = _of_split(arrays, cache.info.storage.shard_samples)
+    stored = {name: kind for name, kind in cache.sample_fields.items() if name in needs}
+
+    def read(block: int, out: Arrays) -> None:
+        source.read(block, {name: out[name] for name in source.fields})
+        cache.read_samples(block, {name: out[name] for name in stored})
+
+    if stored:
+        source = replace(source, fields={**source.fields, **stored}, read=read)
+    if "heatmaps" not in needs:
+        return source
+    return replace(source, draws=cache.info.explainer.draws, draw_fields=cache.draw_fields, read_draw=cache.read_draw)
 
 
 def _of_split(arrays: Mapping[str, zarr.Array], block_samples: int) -> Source:

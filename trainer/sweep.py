@@ -55,7 +55,9 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
     planned: list[dict[str, Any]] = []
     for student in students or [{}]:
         if not isinstance(student, Mapping):
-            raise TrainingError(f"a student of the sweep is {student!r}: give options, such as {{arch: resnet18, seed: [0, 1]}}")
+            raise TrainingError(
+                f"a student of the sweep is {student!r}: give options, such as {{arch: resnet18, seed: [0, 1]}}"
+            )
         options = {**common, **{str(key).replace("-", "_"): value for key, value in student.items()}}
         if unknown := sorted(set(options) - known - {"name"}):
             raise TrainingError(f"the sweep has options that train-student does not: {', '.join(unknown)}")

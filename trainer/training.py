@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import Classifier, Forward, ModelConfig, ModelError, homogeneity_error, resize, save_plain, synchronise_batch_norm
+from pipeline import (
+    Classifier,
+    Forward,
+    ModelConfig,
+    ModelError,
+    homogeneity_error,
+    resize,
+    save_plain,
+    synchronise_batch_norm,
+)
 from pipeline.classifier import build_classifier, copy_head, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place, to_device
 from teacher_cache import CacheInfo
@@ -154,13 +163,18 @@ def train(
             batch = next(timed)
             size = len(batch["sample"])
             seed_torch(settings.seed, STEP, step, ranks.rank)  # dropout and the like
-            losses: list[dict[str, Tensor]] = []
-            for rows in torch.arange(size).chunk(settings.accumulate):
-                part = {name: values[rows[0] : rows[-1] + 1] for name, values in batch.items()}
-                place_in_batch = (step, ranks.rank * size + int(rows[0]), ranks.ranks * size)
+            moved = {"seed": settings.seed, "step": step, "first": ranks.rank * size, "of": ranks.ranks * size}
+            shown = on_device(batch, material.store, device, settings.augment, moved)
+            losses: dict[str, Tensor] = {name: torch.empty(size, device=device) for name in settings.loss}
+            for first in range(min(settings.accumulate, size)):
+                rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
                 with autocast():
-                    losses.append(losses_of(model, part, material.store, settings, device, place_in_batch))
-                (weighted(losses[-1], settings.loss).sum() / size).backward()
+                    of_part = losses_of(
+                        model, {name: values[rows] for name, values in shown.items()}, material.store, settings
+                    )
+                (weighted(of_part, settings.loss).sum() / size).backward()
+                for name, values in of_part.items():
+                    losses[name][rows] = values.detach()
             ranks.average_gradients(learnt)
             norm = nn.utils.clip_grad_norm_(learnt, settings.clip_norm or math.inf)
             optimizer.step()
@@ -169,8 +183,7 @@ def train(
             if ema is not None:
                 ema.update_parameters(model)
             done = progress["step"] = step + 1
-            watch.add(done, {name: torch.cat([part[name] for part in losses]) for name in settings.loss},
-                      batch["sample"], norm)  # fmt: skip
+            watch.add(done, losses, batch["sample"], norm)
             profiler()
 
             # what is seen of it
@@ -227,49 +240,52 @@ def train(
         return result
 
 
-def losses_of(
-    model: Classifier,
+def on_device(
     batch: Batch,
     store: CacheInfo | None,
-    settings: Settings,
     device: torch.device,
-    place_in_batch: tuple[int, int, int] | None = None,
-) -> dict[str, Tensor]:
-    """The loss (n,) of each method and each sample, of one forward pass.
+    augment_by: Collection[str] = (),
+    moved: Mapping[str, int] | None = None,
+) -> Batch:
+    """A batch as network and methods take it: images, masks and what is to be matched, decoded, on the device.
 
-    ``place_in_batch`` is what augmentation needs: the step, the first sample's place in the batch of all processes,
-    and the size of that. None is without augmentation.
+    ``moved`` are the keywords of `augment`: where the batch stands.
     """
-    images = as_input(batch["images"], device)
-    masks = as_mask(batch["masks"], device) if "masks" in batch else None
-    target = {name: to_device(batch[name], device) for name in _PLAIN & set(batch)}
-    explainer = None
-    if store is not None and "heatmaps" in batch:
-        explainer, storage = store.explainer.rule, store.storage
-        target["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], storage.precision, device)
+    shown = {name: to_device(batch[name], device) for name in _PLAIN & set(batch)}
+    shown["images"] = as_input(batch["images"], device)
     if "labels" in batch:
-        target["labels"] = to_device(batch["labels"], device).long()
-    if settings.augment and place_in_batch is not None:
-        step, first, of = place_in_batch
-        where: dict[str, Any] = {"seed": settings.seed, "step": step, "first": first, "of": of}
-        if masks is not None:
-            masks = augment_masks(masks, settings.augment, **where)
-        images, maps = augment(images, target.get("heatmaps"), settings.augment, **where)
+        shown["labels"] = to_device(batch["labels"], device).long()
+    if "masks" in batch:
+        shown["masks"] = as_mask(batch["masks"], device)
+    if "heatmaps" in batch:
+        assert store is not None
+        shown["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], store.storage.precision, device)
+    if augment_by:
+        assert moved is not None
+        shown["images"], maps = augment(shown["images"], shown.get("heatmaps"), augment_by, **moved)
         if maps is not None:
-            target["heatmaps"] = maps
-    forward = Forward(model, images, explainer, masks)
+            shown["heatmaps"] = maps
+        if "masks" in shown:
+            shown["masks"] = augment_masks(shown["masks"], augment_by, **moved)
+    return shown
+
+
+_PLAIN = {"target_class", "epsilon", "teacher_logits", "features"}  # what needs no more than to be on the device
+
+
+def losses_of(model: Classifier, shown: Batch, store: CacheInfo | None, settings: Settings) -> dict[str, Tensor]:
+    """The loss (n,) of each method and each sample that `on_device` has prepared, of one forward pass."""
+    explainer = store.explainer.rule if store is not None and "heatmaps" in shown else None
+    forward = Forward(model, shown["images"], explainer, shown.get("masks"))
 
     def compare(ours: Tensor, theirs: Tensor) -> Tensor:
         assert store is not None
         ours, resolution = ours.float(), store.storage.resolution
         if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
-            ours = resize(ours, theirs.shape[2:])
+            ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
 
-    return {name: METHODS[name].loss(forward, target, compare) for name in settings.loss}
-
-
-_PLAIN = {"target_class", "epsilon", "teacher_logits", "features"}  # what needs no more than to be on the device
+    return {name: METHODS[name].loss(forward, shown, compare).float() for name in settings.loss}
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -289,7 +305,9 @@ def validate(
         block = read_block(source, shard, draw=0)
         for first in range(0, len(block["images"]), settings.batch_size):
             batch = {name: values[first : first + settings.batch_size] for name, values in block.items()}
-            total += weighted(losses_of(model, batch, store, settings, device), settings.loss).sum().cpu()
+            total += (
+                weighted(losses_of(model, on_device(batch, store, device), store, settings), settings.loss).sum().cpu()
+            )
     model.train()
     return float(ranks.mean(total)) * ranks.ranks / source.samples
 
@@ -299,7 +317,7 @@ def _try_out(model: Classifier, material: Material, settings: Settings, device: 
     some = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
     model.eval()
     with torch.no_grad():
-        losses_of(model, some, material.store, settings, device)
+        losses_of(model, on_device(some, material.store, device), material.store, settings)
     model.train()
 
 
@@ -375,7 +393,9 @@ def _display(run: RunDir | None, start: int, steps: int) -> Iterator[Callable[..
             bar.update(step - bar.n)
             if "samples_per_second" in metrics:
                 rate, waiting = metrics["samples_per_second"], 100 * metrics["waiting"]
-                bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {waiting:.1f} % waiting for data")
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {waiting:.1f} % waiting for data"
+                )
 
         yield show
 
