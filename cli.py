@@ -100,32 +100,49 @@ POSITIVE = click.FloatRange(0, min_open=True)
 ARCH = click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model.")
 HOW_IT_LEARNS = [
     click.option(
-        "--arch-option", "arch_options", multiple=True, type=Option(), help="Of the architecture, as width=64. Repeatable."
+        "--arch-option",
+        "arch_options",
+        multiple=True,
+        type=Option(),
+        help="Of the architecture, as width=64. Repeatable.",
     ),
     click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
     click.option("--steps", type=click.IntRange(1), help="Length in optimizer steps."),
     click.option("--epochs", type=POSITIVE, help="Length in passes over the data."),
     click.option(
-        "--batch-size", default=128, show_default=True, type=click.IntRange(1), help="Samples of a step, over all processes."
+        "--batch-size",
+        default=128,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Samples of a step, over all processes.",
     ),
-    click.option("--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a batch is shown in."),
+    click.option(
+        "--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a batch is shown in."
+    ),
     click.option("--lr", default=4e-3, show_default=True, type=POSITIVE, help="The peak of the learning rate."),
     click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"])),
-    click.option("--momentum", default=0.9, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."),
+    click.option(
+        "--momentum", default=0.9, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."
+    ),
     click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0)),
     click.option(
         "--schedule", default="one-cycle", show_default=True, type=click.Choice(["one-cycle", "cosine", "constant"])
     ),
     click.option("--warmup", type=click.IntRange(0), help="Steps in which the learning rate rises."),
-    click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Keep the moving average of weights, of this decay, such as 0.999."),
     click.option(
-        "--augment", type=Names(), default=(), help="flip, shift, crop: image and heatmap are moved together. Separated by commas."
+        "--ema",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Keep the moving average of the weights, of this decay, as 0.999.",
     ),
+    click.option("--augment", type=Names(), default=(), help="flip,shift,crop: image and heatmap are moved together."),
     click.option(
-        "--precision", default="auto", show_default=True, type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
+        "--precision",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
         help="auto is tf32 on CUDA, and float32 elsewhere.",
     ),
-]  # fmt: skip
+]
 HOW_IT_IS_RUN = [
     DEVICE,
     click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that read the data."),
@@ -139,10 +156,18 @@ HOW_IT_IS_RUN = [
     click.option(
         "--checkpoint-minutes", default=10.0, show_default=True, type=POSITIVE, help="Write one every so many minutes."
     ),
-    click.option("--keep-checkpoints", default=2, show_default=True, type=click.IntRange(1), help="The last ones stay."),
-    click.option("--log-steps", default=20, show_default=True, type=click.IntRange(1), help="A line in metrics.jsonl every so many steps."),
+    click.option(
+        "--keep-checkpoints", default=2, show_default=True, type=click.IntRange(1), help="The last ones stay."
+    ),
+    click.option(
+        "--log-steps",
+        default=20,
+        show_default=True,
+        type=click.IntRange(1),
+        help="A line in metrics.jsonl every so many steps.",
+    ),
     click.option("--profile", is_flag=True, help="Write a torch profiler trace of some steps."),
-]  # fmt: skip
+]
 CLIP_NORM = click.option(
     "--clip-norm", default=1.0, show_default=True, type=POSITIVE, help="Gradients are scaled down to this norm."
 )
@@ -488,6 +513,7 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
 @click.pass_context
 def train_students_command(
     context: click.Context,
+    /,
     sweep: Path | None,
     arch_options: tuple[tuple[str, Any], ...],
     devices: tuple[str, ...] | None,

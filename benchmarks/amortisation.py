@@ -171,7 +171,7 @@ def totals(
     lines = [
         ["stage one", f"{cache_seconds:.1f}", "–", "", ""],
         ["a student, median", f"{np.median(own):.1f}", f"{np.median(other):.1f}", "", ""],
-        [f"{students} students of {epochs} epochs, in all", f"{cache_seconds + own.sum():.1f}", f"{other.sum():.1f}", "", ""],
+        [f"{students} students of {epochs} epochs", f"{cache_seconds + own.sum():.1f}", f"{other.sum():.1f}", "", ""],
         ["online, × from the store", f"{ratio:.2f}", f"by student: {spread(other / own)}",
          *verdict(ratio, TOTAL_TARGET, True)],
         ["break-even after students", f"{even:.2f}", f"that is {epochs * even:.1f} epochs", "", ""],

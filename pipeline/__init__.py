@@ -2,8 +2,8 @@
 
 from pipeline.classifier import Classifier, ModelConfig, load_classifier
 from pipeline.cluster import ClusterError
-from pipeline.export import export_model, plain, save_plain
 from pipeline.explainers import EXPLAINERS, Explainer, Forward, resize
+from pipeline.export import export_model, plain, save_plain
 from pipeline.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from pipeline.models import ModelError, architectures, build_network
 from pipeline.processes import LostProcess
@@ -19,9 +19,9 @@ __all__ = [
     "CacheSummary",
     "Classifier",
     "ClusterError",
-    "LostProcess",
     "Explainer",
     "Forward",
+    "LostProcess",
     "ModelConfig",
     "ModelError",
     "RelevanceError",

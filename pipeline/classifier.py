@@ -20,10 +20,9 @@ import torch
 import torchvision
 import zarr
 from torch import Tensor, nn
-
-from data.storage import Folder
 from torch.overrides import TorchFunctionMode
 
+from data.storage import Folder
 from pipeline.homogeneous import BiasFreeReport
 from pipeline.models import ImageShape, ModelError, build_network, check_factory, last_layer
 from pipeline.rules import stop_relevance

@@ -116,7 +116,8 @@ class Forward:
         """
         if self._entering_last is None:
             raise ModelError(
-                "this network has no features to match, as it does not end in a linear layer, or a 1×1 convolution, that they could enter: "
+                "this network has no features to match, as it does not end in a linear layer, or a 1×1 "
+                "convolution, that they could enter: "
                 "match something else, or choose another architecture, such as small-cnn or resnet18"
             )
         x = self._entering_last

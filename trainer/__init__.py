@@ -1,11 +1,11 @@
 """How a classifier learns: teachers by labels, students from a store; their evaluation, and the quickstart."""
 
 from trainer.distill import train_student
+from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.losses import heatmap_loss
 from trainer.pictures import heatmap_picture
 from trainer.supervised import train_teacher
-from trainer.errors import TrainingError
 
 __all__ = [
     "TrainingError",

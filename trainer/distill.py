@@ -11,8 +11,8 @@ from pipeline import ModelConfig
 from pipeline.classifier import HeadSpec
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.augmentation import check_augmentations
-from trainer.methods import METHODS, missing_from, moves, needs, parse_terms
 from trainer.errors import TrainingError
+from trainer.methods import METHODS, missing_from, moves, needs, parse_terms
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream import explained_source, labelled_source
@@ -45,9 +45,9 @@ def train_student(
     same class with the same ε. ``method`` is one of `trainer.methods.METHODS`; ``loss`` a sum of some, as in
     ``lrp=1,output=0.1``. ``erm`` alone needs no ``cache`` (None).
 
-    The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns. Its
-    last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"`` leaves
-    it its own. ``bias_free`` None means: as the teacher. Length: 3,000 steps unless ``steps`` or ``epochs`` is given.
+    The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns.
+    Its last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"``
+    leaves it its own. ``bias_free`` None means: as the teacher. Length: 3,000 steps unless ``steps`` or ``epochs`` is given.
     With ``validation_cache`` the weights of the lowest loss on the validation split are kept, without it the last
     ones. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`. Returns the result that
     it writes.
@@ -111,7 +111,9 @@ def train_student(
         else explained_source(train_split, explained, needs(terms)),
         store=info,
         head=layer,
-        validation=validation and explained_source(dataset.split("validation"), validation, needs(terms)),
+        validation=None
+        if validation is None
+        else explained_source(dataset.split("validation"), validation, needs(terms)),
         paths={name: str(path) for name, path in paths.items() if path is not None},
     )
     return train(out, config, material, settings, runtime, purpose=STUDENT, student_factory=student_factory)

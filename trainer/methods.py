@@ -15,7 +15,6 @@ from torch import Tensor
 from pipeline import EXPLAINERS, Forward
 from trainer.errors import TrainingError
 
-
 Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
 Compare = Callable[[Tensor, Tensor], Tensor]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)
 TEMPERATURE = 3.0

@@ -13,11 +13,11 @@ from data import DatasetError, make_coloured_mnist, open_dataset
 from pipeline import cache_explanations
 from teacher_cache import CacheError, check_complete, open_cache
 from trainer.distill import train_student
+from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.pictures import heatmap_picture
 from trainer.run_dir import write_json
 from trainer.supervised import train_teacher
-from trainer.errors import TrainingError
 
 # Bassi et al., arXiv 2407.09788: IID, OOD, shift, in %
 PAPER = {"teacher": (98.6, 98.7, 98.7), "ERM": (100.0, 16.93, 0.18), "LRP distillation": (99.2, 98.2, 98.3)}

@@ -1,4 +1,4 @@
-"""The folder of one training: ``config.json`` first, ``metrics.jsonl`` and checkpoints on the way, ``result.json`` last.
+"""The folder of one training: ``config.json`` first, metrics and checkpoints on the way, ``result.json`` last.
 
 Every file is written whole or not at all; a line of a log may be cut off, and is then dropped by who continues.
 """
@@ -9,6 +9,7 @@ import fcntl
 import io
 import json
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 
 from data.storage import PARTIAL, Folder
 from pipeline import ModelConfig, ModelError
+from pipeline.classifier import versions
 from trainer.errors import TrainingError
 
 FILES = {
@@ -81,7 +83,7 @@ class RunDir:
 
     def checkpoint(self) -> tuple[dict[str, Any] | None, list[Path]]:
         """The newest one that can be read, None where there is none; and the newer ones, which are damaged."""
-        damaged = []
+        damaged: list[Path] = []
         for path in reversed(self.checkpoints()):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True), damaged
@@ -116,7 +118,8 @@ class RunDir:
         for name in ("weights.pt", "model.pt", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
         with (self.path / "starts.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **how, "revision": revision()}) + "\n")
+            when = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(json.dumps({"step": step, "time": when, **how, **versions(), "revision": revision()}) + "\n")
 
     def log(self, **metrics: Any) -> None:
         """Append one line to ``metrics.jsonl``."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.errors import TrainingError
 from trainer.losses import MAP_LOSSES
 from trainer.order import steps_per_epoch
-from trainer.errors import TrainingError
-
 
 MAX_STEPS = 10**9
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16")

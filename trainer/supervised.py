@@ -9,8 +9,8 @@ from data import Location, open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS
 from trainer.augmentation import check_augmentations
-from trainer.methods import moves
 from trainer.errors import TrainingError
+from trainer.methods import moves
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream import labelled_source

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import sys
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ import torch
 import yaml
 
 from trainer.distill import train_student
+from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.interruption import Interruption, TrainingInterrupted
-from trainer.errors import TrainingError
 from trainer.run_dir import write_json
 from trainer.settings import Runtime, Settings
 
@@ -113,7 +112,8 @@ def train_students(
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
     context = multiprocessing.get_context("spawn")
     waiting = [name for name in plan if not (out / name / "result.json").exists()]
-    total, free, running = len(waiting), list(devices), {}
+    total, free = len(waiting), list(devices)
+    running: dict[str, tuple[Any, str]] = {}
     with Interruption() as interruption:
         while waiting or running:
             while waiting and free and interruption.signal is None:
@@ -187,7 +187,8 @@ def _claim(out: Path, plan: Mapping[str, Any]) -> None:
     for name, options in plan.items():
         if name in before and before[name] != json.loads(json.dumps(options)):
             raise TrainingError(
-                f"{out} has a student '{name}' with other options ({before[name]}): give the same, or choose another --out"
+                f"{out} has a student '{name}' with other options ({before[name]}): give the same, or "
+                "choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(marker, {**before, **plan})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -37,10 +36,10 @@ from teacher_cache import CacheInfo
 from trainer.augmentation import augment, augment_masks
 from trainer.clock import Clock, Timed
 from trainer.distributed import LostProcess, Ranks, connect
+from trainer.errors import TrainingError
 from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.losses import heatmap_loss
-from trainer.methods import METHODS, needs
-from trainer.errors import TrainingError
+from trainer.methods import METHODS
 from trainer.run_dir import RunDir
 from trainer.schedule import make_ema, make_optimizer, make_schedule
 from trainer.settings import Runtime, Settings
@@ -132,7 +131,7 @@ def train(
         start: int = progress["step"]
         if run is not None:
             how = {"device": processor(device), "processes": ranks.ranks, "threads": torch.get_num_threads()}
-            run.begin(start, **how, precision=precision, **dataclasses.asdict(runtime), **material.paths)
+            run.begin(start, **{**dataclasses.asdict(runtime), **material.paths, **how}, precision=precision)
             log.info(
                 f"{run.path}: {config.arch}, {sum(p.numel() for p in learnt):,} parameters to learn by "
                 f"{' + '.join(f'{weight:g}·{name}' for name, weight in settings.loss.items())}; {how['device']}, "
