@@ -47,9 +47,9 @@ class _Total(Function):
 
     A collective operation must be met by all processes in the same order. In a forward pass this is the order of the
     model's calls. In a backward pass autograd runs, of the nodes that are ready, the one made last, in one thread for
-    each device: the same order in every process where the same nodes were made. Which nodes there are, which of them
-    run and which of their gradients are None follows from the model and from what requires a gradient, not from
-    values; hence no norm may decide by its values whether to ask the others.
+    each device: the same order in every process where the same nodes were made. Which norms' nodes there are and which
+    of them run follows from the model and from what requires a gradient, not from values (a ReLU's node has another
+    relevance at ε = 0, but behind the same norm); hence no norm may decide by its values whether to ask the others.
     """
 
     @staticmethod

@@ -1,8 +1,7 @@
 """Norms over the batch: affine maps in the relevance pass, their statistics connected in the outer gradient.
 
 A norm is ``k·z + shift`` with k = γ / σ, and k is all that the relevance pass needs of it. No relevance goes
-through the statistics, but with σ detached from the outer gradient a student does not learn. Statistics over the
-batches of many processes take one collective operation in the forward pass and one on the way back.
+through the statistics, but with σ detached from the outer gradient a student does not learn.
 """
 
 from __future__ import annotations
