@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import trainer.distill
+import trainer.training
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer.distributed import Ranks
 from trainer.evaluation import predict, wilson_interval
+from trainer.settings import Settings
+from trainer.stream import explained_source
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +109,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(dataset, cache, va
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         return next(losses)
 
-    monkeypatch.setattr(trainer.distill, "_validate", fake)
+    monkeypatch.setattr(trainer.training, "validate", fake)
     result = train_student(dataset, cache, tmp_path / "s", validation_cache=validation_cache, steps=10, batch_size=32)
     assert result["kept_step"] == 4
     assert result["validation_loss"] == 0.3
@@ -116,9 +119,10 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(dataset, cache, va
 def test_the_validation_loss_is_the_mean_over_the_validation_split(dataset, cache, validation_cache, tmp_path):
     result = train_student(dataset, cache, tmp_path / "s", validation_cache=validation_cache, steps=5, batch_size=70)
     student, _ = load_classifier(tmp_path / "s")
-    found = trainer.distill._validate(
-        student, open_dataset(dataset).split("validation"), open_cache(validation_cache), 33, torch.device("cpu")
-    )
+    store = open_cache(validation_cache)
+    source = explained_source(open_dataset(dataset).split("validation"), store)
+    settings = Settings(loss={"lrp": 1.0}, steps=1, batch_size=33)
+    found = trainer.training.validate(student, source, store.info, settings, torch.device("cpu"), Ranks())
     assert abs(found - result["validation_loss"]) < 1e-4
 
 
@@ -173,11 +177,14 @@ def test_renamed_classes_and_a_validation_store_of_other_options_are_refused(dat
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("left", [[], ["metrics.jsonl"], ["metrics.jsonl", "weights.pt", "result.json.partial"]])
+PARTIAL = ".{}." + 32 * "0" + ".partial"
+
+
+@pytest.mark.parametrize("left", [[], ["metrics.jsonl"], ["metrics.jsonl", "weights.pt", PARTIAL.format("result.json")]])
 def test_a_training_killed_anywhere_is_started_again(dataset, teacher, tmp_path, left):
     out = tmp_path / "t"
     out.mkdir()
-    (out / ("config.json" if left else "config.json.partial")).write_text((teacher / "config.json").read_text())
+    (out / ("config.json" if left else PARTIAL.format("config.json"))).write_text((teacher / "config.json").read_text())
     for name in left:
         (out / name).write_text("")
     train_teacher(dataset, out, steps=1, batch_size=8)
