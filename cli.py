@@ -139,7 +139,7 @@ HOW_IT_LEARNS = [
         "--precision",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
+        type=click.Choice(["auto", "float32", "tf32", "bfloat16", "float64"]),
         help="auto is tf32 on CUDA, and float32 elsewhere.",
     ),
 ]

@@ -104,7 +104,7 @@ def step_table(data: Path, cache: Path, teacher: Path, arch: str, rounds: int, d
     settings = Settings(loss={"lrp": 1.0}, steps=1)
 
     def from_the_store() -> None:
-        loss = losses_of(model, on_device(next(ours), store.info, device), store.info, settings)["lrp"].mean()
+        loss = losses_of(model, on_device(next(ours), store.info, settings, device), store.info, settings)["lrp"].mean()
         learn(model, optimizer, loss)
 
     rows: dict[str, Callable[[], object]] = {STORE: from_the_store}

@@ -180,7 +180,9 @@ def test_renamed_classes_and_a_validation_store_of_other_options_are_refused(dat
 PARTIAL = ".{}." + 32 * "0" + ".partial"
 
 
-@pytest.mark.parametrize("left", [[], ["metrics.jsonl"], ["metrics.jsonl", "weights.pt", PARTIAL.format("result.json")]])
+@pytest.mark.parametrize(
+    "left", [[], ["metrics.jsonl"], ["metrics.jsonl", "weights.pt", PARTIAL.format("result.json")]]
+)
 def test_a_training_killed_anywhere_is_started_again(dataset, teacher, tmp_path, left):
     out = tmp_path / "t"
     out.mkdir()

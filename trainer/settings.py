@@ -13,7 +13,7 @@ from trainer.losses import MAP_LOSSES
 from trainer.order import steps_per_epoch
 
 MAX_STEPS = 10**9
-PRECISIONS = ("auto", "float32", "tf32", "bfloat16")
+PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     clip_norm: gradients are scaled down to it, None for not at all. accumulate: parts that a batch is shown in.
     augment: names of `trainer.augmentation`. map_loss, pyramid: how maps are compared (`trainer.losses`).
     precision: float32, tf32 (in the matrix products of CUDA), bfloat16 (layers, while heatmaps and parameters stay in
-    float32); auto is tf32 on CUDA and float32 elsewhere.
+    float32), float64 (all, to compare trainings); auto is tf32 on CUDA and float32 elsewhere.
     """
 
     loss: Mapping[str, float]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from trainer.losses import heatmap_loss
 from trainer.methods import METHODS
 from trainer.run_dir import RunDir
 from trainer.schedule import make_ema, make_optimizer, make_schedule
-from trainer.settings import Runtime, Settings
+from trainer.settings import PRECISIONS, Runtime, Settings
 from trainer.stream import Batch, Source, read_block, stored_heatmaps, stream
 from trainer.watch import Watch
 
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
 VALIDATIONS = 5  # times in a training that a model is chosen from
+FLOAT = {name: torch.float64 if name == "float64" else torch.float32 for name in PRECISIONS}  # of parameters
 PROFILED = {"wait": 1, "warmup": 1, "active": 3}  # steps
 
 
@@ -101,6 +102,7 @@ def train(
         model = build_classifier(config, student_factory)
         if config.head is not None:
             copy_head(model, material.head)
+        model.to(FLOAT[settings.precision])
         place(model, device)
         _try_out(model, material, settings, device)
         if ranks.ranks > 1:
@@ -163,8 +165,8 @@ def train(
             size = len(batch["sample"])
             seed_torch(settings.seed, STEP, step, ranks.rank)  # dropout and the like
             moved = {"seed": settings.seed, "step": step, "first": ranks.rank * size, "of": ranks.ranks * size}
-            shown = on_device(batch, material.store, device, settings.augment, moved)
-            losses: dict[str, Tensor] = {name: torch.empty(size, device=device) for name in settings.loss}
+            shown = on_device(batch, material.store, settings, device, moved)
+            losses = {name: shown["images"].new_empty(size) for name in settings.loss}
             for first in range(min(settings.accumulate, size)):
                 rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
                 with autocast():
@@ -242,13 +244,13 @@ def train(
 def on_device(
     batch: Batch,
     store: CacheInfo | None,
+    settings: Settings,
     device: torch.device,
-    augment_by: Collection[str] = (),
     moved: Mapping[str, int] | None = None,
 ) -> Batch:
     """A batch as network and methods take it: images, masks and what is to be matched, decoded, on the device.
 
-    ``moved`` are the keywords of `augment`: where the batch stands.
+    ``moved`` is where the batch stands, the keywords of `augment`; without it nothing is augmented.
     """
     shown = {name: to_device(batch[name], device) for name in _PLAIN & set(batch)}
     shown["images"] = as_input(batch["images"], device)
@@ -259,14 +261,14 @@ def on_device(
     if "heatmaps" in batch:
         assert store is not None
         shown["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], store.storage.precision, device)
-    if augment_by:
-        assert moved is not None
-        shown["images"], maps = augment(shown["images"], shown.get("heatmaps"), augment_by, **moved)
+    if settings.augment and moved is not None:
+        shown["images"], maps = augment(shown["images"], shown.get("heatmaps"), settings.augment, **moved)
         if maps is not None:
             shown["heatmaps"] = maps
         if "masks" in shown:
-            shown["masks"] = augment_masks(shown["masks"], augment_by, **moved)
-    return shown
+            shown["masks"] = augment_masks(shown["masks"], settings.augment, **moved)
+    floating = FLOAT[settings.precision]
+    return {name: values.to(floating) if values.is_floating_point() else values for name, values in shown.items()}
 
 
 _PLAIN = {"target_class", "epsilon", "teacher_logits", "features"}  # what needs no more than to be on the device
@@ -279,12 +281,12 @@ def losses_of(model: Classifier, shown: Batch, store: CacheInfo | None, settings
 
     def compare(ours: Tensor, theirs: Tensor) -> Tensor:
         assert store is not None
-        ours, resolution = ours.float(), store.storage.resolution
+        ours, resolution = ours.to(theirs.dtype), store.storage.resolution
         if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
             ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
 
-    return {name: METHODS[name].loss(forward, shown, compare).float() for name in settings.loss}
+    return {name: METHODS[name].loss(forward, shown, compare) for name in settings.loss}
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -305,7 +307,9 @@ def validate(
         for first in range(0, len(block["images"]), settings.batch_size):
             batch = {name: values[first : first + settings.batch_size] for name, values in block.items()}
             total += (
-                weighted(losses_of(model, on_device(batch, store, device), store, settings), settings.loss).sum().cpu()
+                weighted(losses_of(model, on_device(batch, store, settings, device), store, settings), settings.loss)
+                .sum()
+                .cpu()
             )
     model.train()
     return float(ranks.mean(total)) * ranks.ranks / source.samples
@@ -316,7 +320,7 @@ def _try_out(model: Classifier, material: Material, settings: Settings, device: 
     some = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
     model.eval()
     with torch.no_grad():
-        losses_of(model, on_device(some, material.store, device), material.store, settings)
+        losses_of(model, on_device(some, material.store, settings, device), material.store, settings)
     model.train()
 
 
