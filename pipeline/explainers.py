@@ -104,8 +104,9 @@ class Forward:
         if self._explainer is not None and self._explainer.coarse:
             self.feature_maps = seen.feature_maps(str(explainer))
         classes = self.logits.shape[1]
-        last, (layer, entering) = last_linear(model, classes), seen.entering.get(classes, (None, None))
-        self._entering_last = entering if last is not None and model.get_submodule(last) is layer else None
+        last, found = last_linear(model, classes), seen.entering.get(classes)
+        runs = last is not None and found is not None and model.get_submodule(last) is found[0]
+        self._last = found if runs else None
 
     @property
     def features(self) -> Tensor:
@@ -113,12 +114,14 @@ class Forward:
 
         Raises ModelError where there is no last layer.
         """
-        if self._entering_last is None:
+        if self._last is None:
             raise ModelError(
-                "this network has no features to match, as it does not end in a linear layer that they could enter: "
-                "match something else, or choose another architecture, such as small-cnn or resnet18"
+                "this network has no features to match, as it does not end in a layer that they could enter: match "
+                "something else, or choose another architecture, such as small-cnn or resnet18"
             )
-        x = self._entering_last
+        layer, x = self._last
+        if isinstance(layer, nn.Conv2d):
+            return x.mean((2, 3))
         return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
 
     def maps(
@@ -149,8 +152,9 @@ class _Seen:
 
     def input(self, module: nn.Module, inputs: Any) -> None:
         self._began[module] = self._returned
-        if isinstance(module, nn.Linear) and inputs:
-            self.entering[module.out_features] = module, inputs[0]
+        if isinstance(module, nn.Linear | nn.Conv2d) and inputs:
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            self.entering[outputs] = module, inputs[0]
 
     def output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):

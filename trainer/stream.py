@@ -304,11 +304,11 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
         if split.masks is None:
             raise DatasetError(f"the split '{split.name}' has no 'masks', which are needed: add them to the dataset")
         arrays["masks"] = split.masks
-    source = _of_split(arrays, cache.info.storage.shard_samples)
+    source = of_split = _of_split(arrays, cache.info.storage.shard_samples)
     stored = {name: kind for name, kind in cache.sample_fields.items() if name in needs}
 
     def read(block: int, out: Arrays) -> None:
-        source.read(block, {name: out[name] for name in source.fields})
+        of_split.read(block, {name: out[name] for name in arrays})
         cache.read_samples(block, {name: out[name] for name in stored})
 
     if stored:
