@@ -94,14 +94,15 @@ class Forward:
     def __init__(self, model: nn.Module, images: Tensor, explainer: str | None = None, masks: Tensor | None = None):
         self._explainer = None if explainer is None else find_explainer(explainer)
         call = model if masks is None else partial(model, masks=masks)
+        coarse = self._explainer is not None and self._explainer.coarse
         seen = _Seen(images)
-        with _watched(model, seen):
+        with _watched(model, seen, coarse):
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
             else:
                 self.trace = Trace(call, images, self._explainer.rules)
                 self.logits = self.trace.logits
-        if self._explainer is not None and self._explainer.coarse:
+        if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))
         classes = self.logits.shape[1]
         last, found = last_linear(model, classes), seen.entering.get(classes)
@@ -130,7 +131,7 @@ class Forward:
         """The explainer's maps of one class (N,) and ε, a number or (N,), per image; see `Explainer` for their shape.
 
         With ``create_graph`` they are differentiable with respect to the parameters; ``keep_graph`` allows further
-        calls. ε is ignored by gradient-x-input, input-gradient and grad-cam, both are by attention.
+        calls. gradient-x-input, input-gradient and grad-cam ignore ε, attention ignores the class too.
         """
         if self._explainer is None:
             raise ValueError("a pass without an explainer has no maps: give Forward the name of one")
@@ -150,13 +151,15 @@ class _Seen:
         self._began: dict[nn.Module, int] = {}
         self._returned = 0
 
-    def input(self, module: nn.Module, inputs: Any) -> None:
-        self._began[module] = self._returned
-        if isinstance(module, nn.Linear | nn.Conv2d) and inputs:
-            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            self.entering[outputs] = module, inputs[0]
+    def enters(self, layer: nn.Linear | nn.Conv2d, inputs: Any) -> None:
+        if inputs:
+            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            self.entering[outputs] = layer, inputs[0]
 
-    def output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def begins(self, module: nn.Module, inputs: Any) -> None:
+        self._began[module] = self._returned
+
+    def returns(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
         self._returned += 1
@@ -203,12 +206,15 @@ _CHANNELS_FIRST = (
 
 
 @contextmanager
-def _watched(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Note what the modules take and return, by forward hooks, which work in a traced pass as in any."""
+def _watched(model: nn.Module, seen: _Seen, maps: bool) -> Iterator[None]:
+    """Note what enters layers and, for ``maps``, what all modules return: by hooks, which work in a traced pass too."""
     with ExitStack() as hooks:
         for module in model.modules():
-            hooks.callback(module.register_forward_pre_hook(seen.input).remove)
-            hooks.callback(module.register_forward_hook(seen.output).remove)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                hooks.callback(module.register_forward_pre_hook(seen.enters).remove)
+            if maps:
+                hooks.callback(module.register_forward_pre_hook(seen.begins).remove)
+                hooks.callback(module.register_forward_hook(seen.returns).remove)
         yield
 
 
