@@ -94,19 +94,20 @@ class Forward:
     def __init__(self, model: nn.Module, images: Tensor, explainer: str | None = None, masks: Tensor | None = None):
         self._explainer = None if explainer is None else find_explainer(explainer)
         call = model if masks is None else partial(model, masks=masks)
+        coarse = self._explainer is not None and self._explainer.coarse
         seen = _Seen(images)
-        with _watched(model, seen):
+        with _watched(model, seen, coarse):
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
             else:
                 self.trace = Trace(call, images, self._explainer.rules)
                 self.logits = self.trace.logits
-        if self._explainer is not None and self._explainer.coarse:
+        if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))
         classes = self.logits.shape[1]
-        last, (layer, entering) = last_layer(model, classes), seen.entering.get(classes, (None, None))
-        self._entering_last = entering if last is not None and model.get_submodule(last) is layer else None
-        self._convolutional = isinstance(layer, nn.Conv2d)
+        last, found = last_layer(model, classes), seen.entering.get(classes)
+        runs = last is not None and found is not None and model.get_submodule(last) is found[0]
+        self._last = found if runs else None
 
     @property
     def features(self) -> Tensor:
@@ -114,14 +115,13 @@ class Forward:
 
         Raises ModelError where there is no last layer.
         """
-        if self._entering_last is None:
+        if self._last is None:
             raise ModelError(
-                "this network has no features to match, as it does not end in a linear layer, or a 1×1 "
-                "convolution, that they could enter: "
-                "match something else, or choose another architecture, such as small-cnn or resnet18"
+                "this network has no features to match, as it does not end in a layer that they could enter: match "
+                "something else, or choose another architecture, such as small-cnn or resnet18"
             )
-        x = self._entering_last
-        if self._convolutional:
+        layer, x = self._last
+        if isinstance(layer, nn.Conv2d):
             return x.mean((2, 3))
         return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
 
@@ -131,7 +131,7 @@ class Forward:
         """The explainer's maps of one class (N,) and ε, a number or (N,), per image; see `Explainer` for their shape.
 
         With ``create_graph`` they are differentiable with respect to the parameters; ``keep_graph`` allows further
-        calls. ε is ignored by gradient-x-input, input-gradient and grad-cam, both are by attention.
+        calls. gradient-x-input, input-gradient and grad-cam ignore ε, attention ignores the class too.
         """
         if self._explainer is None:
             raise ValueError("a pass without an explainer has no maps: give Forward the name of one")
@@ -151,13 +151,15 @@ class _Seen:
         self._began: dict[nn.Module, int] = {}
         self._returned = 0
 
-    def input(self, module: nn.Module, inputs: Any) -> None:
-        self._began[module] = self._returned
-        if isinstance(module, nn.Linear | nn.Conv2d) and inputs:
-            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-            self.entering[outputs] = module, inputs[0]
+    def enters(self, layer: nn.Linear | nn.Conv2d, inputs: Any) -> None:
+        if inputs:
+            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            self.entering[outputs] = layer, inputs[0]
 
-    def output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def begins(self, module: nn.Module, inputs: Any) -> None:
+        self._began[module] = self._returned
+
+    def returns(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if not isinstance(output, Tensor):
             return
         self._returned += 1
@@ -204,12 +206,15 @@ _CHANNELS_FIRST = (
 
 
 @contextmanager
-def _watched(model: nn.Module, seen: _Seen) -> Iterator[None]:
-    """Note what the modules take and return, by forward hooks, which work in a traced pass as in any."""
+def _watched(model: nn.Module, seen: _Seen, maps: bool) -> Iterator[None]:
+    """Note what enters layers and, for ``maps``, what all modules return: by hooks, which work in a traced pass too."""
     with ExitStack() as hooks:
         for module in model.modules():
-            hooks.callback(module.register_forward_pre_hook(seen.input).remove)
-            hooks.callback(module.register_forward_hook(seen.output).remove)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                hooks.callback(module.register_forward_pre_hook(seen.enters).remove)
+            if maps:
+                hooks.callback(module.register_forward_pre_hook(seen.begins).remove)
+                hooks.callback(module.register_forward_hook(seen.returns).remove)
         yield
 
 

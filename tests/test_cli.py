@@ -87,7 +87,9 @@ BAD = {
     f"{TRAIN} --seed -1": (2, "--seed"),
     f"{TRAIN} --stepz 5": (2, "--steps"),
     f"{CACHE} --split test": (1, "no split 'test': choose one of train, validation, iid, ood, shift"),
-    f"{CACHE} --explainer grad-cam": (2, "'grad-cam'"),
+    f"{CACHE} --explainer cam": (2, "'cam' is not one of 'flex'"),
+    f"{CACHE} --explainer attention --draws 2": (1, "all draws of a sample are alike; leave --draws out, or give 1"),
+    f"{CACHE} --explainer grad-cam --resolution 4": (1, "--resolution 4 leaves nothing of maps of 3×3: choose 1"),
     f"{CACHE} --epsilon-range 1 0.1": (1, "0 < LOW <= HIGH in float32, got 1 0.1"),
     f"{CACHE} --epsilon-range 0 1": (2, "--epsilon-range"),
     # sizes under 1
@@ -163,6 +165,16 @@ def test_the_whole_story_by_commands(tmp_path, monkeypatch):
 def test_every_explainer_can_be_chosen():
     (option,) = [option for option in main.commands["cache-explanations"].params if option.name == "explainer"]
     assert list(option.type.choices) == list(EXPLAINERS)
+
+
+def test_attention_maps_are_one_draw_and_features_are_stored_where_asked_for(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(world)
+    options = ["--data", "data.zarr", "--teacher", "teacher", "--out", tmp_path / "c"]
+    result = run("cache-explanations", *options, "--explainer", "attention", "--features")
+    assert result.exit_code == 0, result.output
+    found = json.loads(run("inspect-cache", tmp_path / "c", "--json").output)
+    assert (found["explainer"]["draws"], found["storage"]["features"]) == (1, 1152)
+    assert "maps of 1 × 3 × 3, 1 draws" in run("inspect-cache", tmp_path / "c").output
 
 
 def test_what_the_bias_free_form_could_not_change_is_said(world, tmp_path, monkeypatch):

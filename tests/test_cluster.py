@@ -149,6 +149,17 @@ def test_the_store_equals_that_of_a_local_run_bit_for_bit(dataset, teacher, loca
     assert_equal_bit_for_bit(tmp_path / "c.zarr", local)
 
 
+def test_coarse_maps_and_features_are_those_of_a_local_run_too(dataset, teacher, client, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, scheduler in (("here", None), ("there", client.scheduler.address)):
+        cache_explanations(
+            dataset, teacher, tmp_path / name, explainer="grad-cam", features=True, draws=2, scheduler=scheduler
+        )
+    torch.set_num_threads(threads)
+    assert_equal_bit_for_bit(tmp_path / "there", tmp_path / "here")
+
+
 def test_a_worker_loads_the_model_once_and_lets_go_of_it_in_the_end(dataset, teacher, client, tmp_path):
     client.run(count_loads)
     cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=2, scheduler=client.scheduler.address)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
 
-from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
+from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, explainers, resize
 from pipeline.classifier import Classifier, HeadSpec, attach_head
 
 COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
@@ -326,10 +326,31 @@ def test_features_of_positions_are_their_mean():
     torch.testing.assert_close(model.head(forward.features), forward.logits)
 
 
-@pytest.mark.parametrize("make", [lambda: torchvision.models.squeezenet1_1(num_classes=3), Idle])
+def test_features_of_a_convolution_at_the_end_are_the_mean_over_its_positions(monkeypatch):
+    model = torchvision.models.squeezenet1_1(num_classes=3, dropout=0)
+    monkeypatch.setattr(explainers, "last_linear", lambda model, classes: "classifier.1")
+    forward = Forward(model, images(side=64).float())
+    model.classifier[2] = nn.Identity()  # the ReLU behind it, without which the mean could be taken first
+    torch.testing.assert_close(
+        model.classifier[1](forward.features[..., None, None]).flatten(1), model(images(side=64).float())
+    )
+
+
+class Bare(nn.Module):
+    """It has no last layer but a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * 64, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize("make", [Bare, Idle])
 def test_without_a_last_layer_there_are_no_features_but_all_else(make):
-    forward = Forward(make(), images(side=64 if make is not Idle else 8).float(), "gradient-x-input")
-    with pytest.raises(ModelError, match="no features to match, as it does not end in a linear layer"):
+    forward = Forward(make(), images().float(), "gradient-x-input")
+    with pytest.raises(ModelError, match="no features to match, as it does not end in a layer that they could enter"):
         _ = forward.features
     assert forward.maps(TARGETS, 0.1).any()
 

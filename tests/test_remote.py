@@ -90,7 +90,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr("teacher_cache.layout.MAX_SHARD_SAMPLES", SHARD)
         make_coloured_mnist(path / "data.zarr", limit=SAMPLES)
         train_teacher(path / "data.zarr", path / "teacher", steps=2, batch_size=32)
-        cache_explanations(path / "data.zarr", path / "teacher", path / "cache.zarr", draws=2)
+        cache_explanations(path / "data.zarr", path / "teacher", path / "cache.zarr", draws=2, features=True)
     return path
 
 
@@ -140,7 +140,7 @@ def test_the_whole_story_at_urls_equals_the_one_in_folders(s3, url, local, tmp_p
     story = [
         ["make-data", "coloured-mnist", "--out", data, "--limit", SAMPLES],
         ["train-teacher", "--data", data, "--out", teacher, *short],
-        ["cache-explanations", "--data", data, "--teacher", teacher, "--out", cache, "--draws", 2],
+        ["cache-explanations", "--data", data, "--teacher", teacher, "--out", cache, "--draws", 2, "--features"],
         ["train-student", "--data", data, "--cache", cache, "--out", tmp_path / "student", *short],
         ["evaluate", "--data", data, "--model", tmp_path / "student"],
     ]
@@ -167,7 +167,7 @@ def test_passing_errors_are_survived_and_change_nothing(s3, url, local, tmp_path
         make_small(f"{url}/data.zarr")
         for split in open_dataset(f"{url}/data.zarr").splits.values():
             split.verify()
-        cache_explanations(local / "data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2)
+        cache_explanations(local / "data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2, features=True)
         train_student(local / "data.zarr", f"{url}/cache.zarr", tmp_path / "student", steps=2, batch_size=32)
         assert s3.faults > 20
     make_small(tmp_path / "data.zarr")
@@ -200,7 +200,16 @@ def test_every_kind_of_request_survives_every_fault(s3, url, fault):
 @pytest.mark.parametrize("fault", [403, 500, "lose"])
 def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url, local, fault):
     cache = f"{url}/cache.zarr"
-    command = ["cache-explanations", "--data", local / "data.zarr", "--teacher", local / "teacher", "--draws", 2]
+    command = [
+        "cache-explanations",
+        "--data",
+        local / "data.zarr",
+        "--teacher",
+        local / "teacher",
+        "--draws",
+        2,
+        "--features",
+    ]
     written: set[str] = set()
 
     def after_two_shards(request: Request) -> int | str | None:
@@ -263,7 +272,7 @@ class TestClaims:
 
     @pytest.fixture
     def cache(self, url: str, local: Path) -> str:
-        cache_explanations(local / "data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2)
+        cache_explanations(local / "data.zarr", local / "teacher", f"{url}/cache.zarr", draws=2, features=True)
         return f"{url}/cache.zarr"
 
     @pytest.fixture(autouse=True)
@@ -334,7 +343,7 @@ def test_the_servers_address_comes_from_the_clients_own_settings(s3, url, name):
 
 def test_no_listing_comes_from_memory(s3, url, local):
     cache = f"{url}/cache.zarr"
-    cache_explanations(local / "data.zarr", local / "teacher", cache, draws=2)
+    cache_explanations(local / "data.zarr", local / "teacher", cache, draws=2, features=True)
     ours, key = open_cache(cache, writable=True), "commits/c.1.0"
     record = read(ours.store, key)
     ours.uncommit(1)
@@ -355,7 +364,7 @@ def test_other_protocols_hold_the_same(scheme, local, tmp_path):
     place = f"{scheme}://{tmp_path}"
     data, cache = f"{place}/data.zarr", f"{place}/cache.zarr"
     make_coloured_mnist(data, limit=SAMPLES)
-    cache_explanations(data, local / "teacher", cache, draws=2)
+    cache_explanations(data, local / "teacher", cache, draws=2, features=True)
     train_student(data, cache, tmp_path / "student", steps=1, batch_size=32)
     assert contents(data) == contents(local / "data.zarr")
     assert contents(cache) == contents(local / "cache.zarr")

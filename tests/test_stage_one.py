@@ -18,12 +18,15 @@ import zarr
 import teacher_cache.layout
 from data import DatasetWriter, make_coloured_mnist, open_dataset
 from pipeline import (
+    EXPLAINERS,
     RULE_SETS,
     Classifier,
+    Forward,
     ModelError,
     RelevanceError,
     cache_explanations,
     explain,
+    explainers,
     load_classifier,
     stage_one,
 )
@@ -69,6 +72,47 @@ def test_the_store_holds_what_explain_says(dataset, teacher, cache):
     assert store.info.dataset.fingerprint == split.fingerprint
 
 
+@pytest.mark.parametrize("explainer", [name for name in EXPLAINERS if name not in RULE_SETS])
+def test_the_store_holds_what_every_explainer_says_and_the_teachers_features(explainer, dataset, teacher, tmp_path):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", explainer=explainer, features=True)
+    store, (model, _) = open_cache(tmp_path / "c.zarr"), load_classifier(teacher)
+    assert store.info.explainer.rule == explainer
+    assert store.info.explainer.draws == (1 if explainer == "attention" else 4)
+    assert store.info.explainer.class_policy == ("none" if explainer == "attention" else "top-or-other")
+    assert store.info.map_shape == (1, 3, 3) if EXPLAINERS[explainer].coarse else (3, 28, 28)
+    assert store.info.storage.features == 1152
+    shard, images = store.read_shard(0), open_dataset(dataset).split("train").images[:8]
+    for draw in range(store.info.explainer.draws):
+        classes, epsilon = (torch.from_numpy(v[:8, draw]) for v in (shard.target_class, shard.epsilon))
+        forward = Forward(model, as_input(images, torch.device("cpu")), explainer)
+        maps = forward.maps(classes, epsilon)
+        scale = maps.abs().amax((1, 2, 3), keepdim=True)
+        assert ((maps - torch.from_numpy(shard.heatmaps[:8, draw])).abs() <= 2e-3 * scale).all()
+    logits, features = (values.detach().numpy() for values in (forward.logits, forward.features))
+    np.testing.assert_allclose(shard.teacher_logits[:8], logits, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(shard.features[:8], features, rtol=1e-3, atol=1e-4)
+    head = shard.features @ store.head["weight"].T + store.head.get("bias", 0)
+    np.testing.assert_allclose(head, shard.teacher_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_a_store_with_features_equals_one_without_in_all_else(dataset, teacher, cache, tmp_path):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=2, features=True)
+    mine, theirs = arrays(tmp_path / "c.zarr"), arrays(cache)
+    assert set(mine) - set(theirs) == {"features"}
+    assert all(mine[name].tobytes() == theirs[name].tobytes() for name in set(theirs) - {"commits"})
+    with pytest.raises(CacheError, match=r"storage\.features: 1152, 0"):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=2)
+
+
+def test_features_that_a_teacher_does_not_have_are_refused_before_anything_is_written(
+    dataset, teacher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(explainers, "last_linear", lambda model, classes: None)
+    with pytest.raises(ModelError, match="no features to match"):
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", features=True)
+    assert not (tmp_path / "c.zarr").exists()
+
+
 def test_every_sample_takes_one_forward_pass_for_all_its_draws(dataset, teacher, tmp_path, monkeypatch):
     seen = []
     forward = Classifier.forward
@@ -100,9 +144,9 @@ def test_the_same_command_twice_computes_nothing_the_second_time(dataset, teache
     assert (first.computed_shards, second.computed_shards) == (1, 0)
 
 
-def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_path, small_shards, monkeypatch):
-
-    cache_explanations(dataset, teacher, tmp_path / "whole.zarr", draws=2)
+@pytest.mark.parametrize("options", [{"draws": 2}, {"explainer": "attention", "features": True}], ids=["", "features"])
+def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_path, small_shards, monkeypatch, options):
+    cache_explanations(dataset, teacher, tmp_path / "whole.zarr", **options)
     explain_shard, calls = stage_one.explain_shard, []
 
     def failing(*args):
@@ -113,10 +157,10 @@ def test_a_continued_store_equals_an_uninterrupted_one(dataset, teacher, tmp_pat
 
     monkeypatch.setattr(stage_one, "explain_shard", failing)
     with pytest.raises(OSError, match="the power is gone"):
-        cache_explanations(dataset, teacher, tmp_path / "cut.zarr", draws=2)
+        cache_explanations(dataset, teacher, tmp_path / "cut.zarr", **options)
     there = open_cache(tmp_path / "cut.zarr").committed().sum()
     assert there in (2, 3)  # the other thread finishes what it is at
-    assert cache_explanations(dataset, teacher, tmp_path / "cut.zarr", draws=2).computed_shards == 5 - there
+    assert cache_explanations(dataset, teacher, tmp_path / "cut.zarr", **options).computed_shards == 5 - there
     assert_equal_bit_for_bit(tmp_path / "cut.zarr", tmp_path / "whole.zarr")
 
 

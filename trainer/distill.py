@@ -47,7 +47,7 @@ def train_student(
 
     The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns.
     Its last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"``
-    leaves it its own. ``bias_free`` None means: as the teacher. Length: 3,000 steps unless ``steps`` or ``epochs`` is given.
+    leaves it its own. ``bias_free`` None means: as the teacher. 3,000 steps unless ``steps`` or ``epochs`` is given.
     With ``validation_cache`` the weights of the lowest loss on the validation split are kept, without it the last
     ones. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`. Returns the result that
     it writes.
