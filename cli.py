@@ -463,7 +463,11 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
     DATA,
     click.option("--cache", type=Location(), help="A store of the train split. Only --method erm needs none."),
     OUT,
-    click.option("--method", type=click.Choice(METHODS), help="What the student matches; lrp unless --loss is given."),
+    click.option(
+        "--method",
+        type=click.Choice(METHODS),
+        help="What the student matches; the maps of the store unless --method or --loss is given.",
+    ),
     WHAT_IT_MATCHES,
     ARCH,
     HOW_IT_LEARNS,

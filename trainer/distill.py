@@ -12,7 +12,7 @@ from pipeline.classifier import HeadSpec
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.augmentation import check_augmentations
 from trainer.errors import TrainingError
-from trainer.methods import METHODS, missing_from, moves, needs, parse_terms
+from trainer.methods import METHODS, method_of, missing_from, moves, needs, parse_terms
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream import explained_source, labelled_source
@@ -40,8 +40,8 @@ def train_student(
 ) -> dict[str, Any]:
     """Train a student to match what the teacher's store holds, and save it in ``out``; or continue such a training.
 
-    The method of Bassi et al., arXiv 2407.09788, unless another one is named: the loss is on heatmaps alone, and no
-    label and no output is looked at. Each step shows one stored draw of each sample, explained by the student for the
+    The method of Bassi et al., arXiv 2407.09788, unless another one is named or the store has other maps: the loss is
+    on heatmaps alone, and no label and no output is looked at. Each step shows one stored draw of each sample, explained by the student for the
     same class with the same ε. ``method`` is one of `trainer.methods.METHODS`; ``loss`` a sum of some, as in
     ``lrp=1,output=0.1``. ``erm`` alone needs no ``cache`` (None).
 
@@ -55,8 +55,10 @@ def train_student(
     Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError, TrainingInterrupted.
     """
     check_free(Path(out))
-    terms = parse_terms(method, loss)
     dataset = open_dataset(data)
+    if method is None and loss is None and cache is not None:
+        method = method_of(open_cache(cache).info.explainer.rule)
+    terms = parse_terms(method, loss)
     train_split = dataset.split("train")
     steps = total_steps(len(train_split), batch_size, steps, epochs, default=3000)
     settings, runtime = split_options(options, loss=terms, steps=steps, batch_size=batch_size, clip_norm=clip_norm)

@@ -86,8 +86,13 @@ def erm(forward: Forward, target: Target, compare: Compare) -> Tensor:
     return F.cross_entropy(forward.logits, target["labels"], reduction="none")
 
 
+def method_of(explainer: str) -> str:
+    """The method that matches the maps of an explainer."""
+    return next(name for name, method in METHODS.items() if explainer in method.explainers)
+
+
 def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
-    """The weight of each method: ``lrp`` alone, or a sum such as ``lrp=1,output=0.1``. Raises TrainingError."""
+    """The weight of each method: one alone, or a sum such as ``lrp=1,output=0.1``. Raises TrainingError."""
     if method is not None and loss is not None:
         raise TrainingError(
             f"give --method ({method}) or --loss ({loss}), not both: --method {method} is --loss {method}=1"
