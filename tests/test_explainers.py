@@ -308,7 +308,7 @@ class Idle(nn.Module):
 @pytest.mark.parametrize("explainer", [None, "flex", "attention"])
 @pytest.mark.parametrize("width", [20, 7], ids=["own width", "behind an adapter"])
 def test_features_are_what_enters_the_last_layer_and_are_learnt(explainer, width):
-    model = plain()
+    model = plain().float()
     attach_head(model, HeadSpec(width, bias=True), 3, tuple(images().shape[1:]), adapter_bias=False)
     model.double()
     head = model.last if width == 20 else model.last[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import os
@@ -158,7 +159,7 @@ def test_a_saved_network_loads_where_nothing_of_ours_is_installed(student, tmp_p
 
 def test_a_saved_network_is_whole_or_not_there(tiny, tmp_path, monkeypatch):
     model, _ = load_classifier(tiny)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_plain(tmp_path / "student.pt", model)
     assert list(tmp_path.iterdir()) == []
