@@ -2,8 +2,8 @@
 
     pip install -e ".[benchmarks]" && python benchmarks/amortisation.py --work FOLDER
 
-*Online* is the published way: at each step the teacher's heatmap of the batch is made anew, and PyTorch's own double
-backward differentiates the student's. Ordinary ReLUs stand in for the modified ones on that side, which is cheaper.
+*Online* is the published way: at each step the teacher's LRP-Flex heatmap of the batch is made anew, ReLUs multiply
+what comes back by a / (a + ε) in full backward hooks, and PyTorch's double backward differentiates the student's.
 """
 
 from __future__ import annotations
@@ -35,14 +35,48 @@ STORE, ONLINE = "student step, from the store", "online step: teacher, and plain
 STUDENT_ALONE, TEACHER_ALONE = "of it the student", "of it the teacher"
 LAYOUTS = {"channels last": torch.channels_last, "NCHW": torch.contiguous_format}
 STEP_TARGET, TOTAL_TARGET = 2.0, 1.8
+EPSILON = 0.05
 
 
-def plain_heatmaps(model: nn.Module, images: Tensor, classes: Tensor, create_graph: bool) -> Tensor:
-    """Gradient × input, as PyTorch has it: (N, C, H, W)."""
-    leaf = images.detach().requires_grad_()
-    chosen = model(leaf).gather(1, classes[:, None]).sum()
-    maps = leaf * torch.autograd.grad(chosen, leaf, create_graph=create_graph)[0]
-    return maps if create_graph else maps.detach()
+class HookedReLUs:
+    """LRP-Flex by full backward hooks on a network's ReLUs, which are made out of place, as the published code has it.
+
+    An output is kept for each call, as torchvision's blocks call one ReLU twice. ``epsilon`` None leaves gradients be.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.epsilon: float | None = None
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+                self._hook(module)
+
+    def _hook(self, relu: nn.ReLU) -> None:
+        outputs: list[Tensor] = []
+
+        def forward(module: nn.Module, inputs: object, output: Tensor) -> None:
+            if self.epsilon is not None:
+                outputs.append(output)
+
+        def backward(module: nn.Module, at_input: object, at_output: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            if self.epsilon is None:
+                return None
+            output = outputs.pop()
+            return (output / (output + self.epsilon) * at_output[0],)
+
+        relu.register_forward_hook(forward)
+        relu.register_full_backward_hook(backward)
+
+    def heatmaps(self, model: nn.Module, images: Tensor, classes: Tensor, *, create_graph: bool) -> Tensor:
+        """x · G of one class for each image: (N, C, H, W)."""
+        leaf = images.detach().requires_grad_()
+        self.epsilon = EPSILON
+        try:
+            chosen = model(leaf).gather(1, classes[:, None]).sum()
+            maps = leaf * torch.autograd.grad(chosen, leaf, create_graph=create_graph)[0]
+        finally:
+            self.epsilon = None
+        return maps if create_graph else maps.detach()
 
 
 def learn(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
@@ -62,6 +96,7 @@ class Online:
         self.classes = len(config.class_names)
         for model in (self.teacher, self.student):
             model.to(device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.hooks = {model: HookedReLUs(model) for model in (self.teacher, self.student)}
         self.optimizer = torch.optim.Adam(self.student.parameters(), 4e-3)
 
     def images(self, batch: Batch) -> Tensor:
@@ -69,10 +104,10 @@ class Online:
 
     def teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
         classes = torch.randint(self.classes, (len(images),), device=self.device)
-        return classes, plain_heatmaps(self.teacher, images, classes, create_graph=False)
+        return classes, self.hooks[self.teacher].heatmaps(self.teacher, images, classes, create_graph=False)
 
     def learn(self, images: Tensor, classes: Tensor, maps: Tensor) -> None:
-        ours = plain_heatmaps(self.student, images, classes, create_graph=True)
+        ours = self.hooks[self.student].heatmaps(self.student, images, classes, create_graph=True)
         learn(self.student, self.optimizer, heatmap_loss(ours, maps).mean())
 
     def step(self, batch: Batch) -> None:
