@@ -41,9 +41,9 @@ def train_student(
     """Train a student to match what the teacher's store holds, and save it in ``out``; or continue such a training.
 
     The method of Bassi et al., arXiv 2407.09788, unless another one is named or the store has other maps: the loss is
-    on heatmaps alone, and no label and no output is looked at. Each step shows one stored draw of each sample, explained by the student for the
-    same class with the same ε. ``method`` is one of `trainer.methods.METHODS`; ``loss`` a sum of some, as in
-    ``lrp=1,output=0.1``. ``erm`` alone needs no ``cache`` (None).
+    on heatmaps alone, and no label and no output is looked at. Each step shows one stored draw of each sample,
+    explained by the student for the same class with the same ε. ``method`` is one of `trainer.methods.METHODS`;
+    ``loss`` a sum of some, as in ``lrp=1,output=0.1``. ``erm`` alone needs no ``cache`` (None).
 
     The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns.
     Its last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"``
@@ -123,10 +123,8 @@ def train_student(
 
 def _command(dataset: Dataset, split: str, options: str) -> str:
     """The command that makes a store with these options."""
-    return (
-        f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split} "
-        f"{options} --out NEW.zarr"
-    )
+    command = f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split}"
+    return " ".join([command, *options.split(), "--out NEW.zarr"])
 
 
 def _check_holds(cache: Cache, dataset: Dataset, terms: dict[str, float]) -> None:
