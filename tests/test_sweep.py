@@ -47,6 +47,7 @@ def test_every_combination_is_planned_once_under_a_name_of_its_own(archs, method
 def test_names_say_what_tells_students_apart():
     common = {"data": "d", "lr": 0.1}
     assert list(plan_sweep(common, [])) == ["student"]
+    assert list(plan_sweep({"data": Path("d"), "seed": [1, 2]}, [])) == ["seed=1", "seed=2"]
     assert list(plan_sweep({**common, "arch": ["small-cnn", "resnet18"]}, [])) == ["small-cnn", "resnet18"]
     assert list(plan_sweep({**common, "seed": [0, 1]}, [{"arch": "resnet18"}])) == ["seed=0", "seed=1"]
     assert list(plan_sweep(common, [{"name": "a / b"}, {"name": "c", "seed": 3}])) == ["a-b", "c"]

@@ -77,7 +77,9 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
         lists = {key: value for key, value in options.items() if isinstance(value, list) and key != "augment"}
         for values in itertools.product(*lists.values()):
             planned.append({**options, **dict(zip(lists, values, strict=True))})
-    differing = [key for key in _in_order(planned) if len({json.dumps(one.get(key)) for one in planned}) > 1]
+    differing = [
+        key for key in _in_order(planned) if len({json.dumps(one.get(key), default=str) for one in planned}) > 1
+    ]
     named: dict[str, dict[str, Any]] = {}
     for one in planned:
         parts = [str(one["name"])] if "name" in one else []
@@ -118,6 +120,7 @@ def train_students(
     """
     out = Path(out)
     plan = {name: {"device": "auto", **options} for name, options in students.items()}
+    plan = json.loads(json.dumps(plan, default=str))  # as the file has it
     _claim(out, plan)
     if devices is None:
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
