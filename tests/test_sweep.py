@@ -51,6 +51,7 @@ def test_names_say_what_tells_students_apart():
     assert list(plan_sweep({**common, "arch": ["small-cnn", "resnet18"]}, [])) == ["small-cnn", "resnet18"]
     assert list(plan_sweep({**common, "seed": [0, 1]}, [{"arch": "resnet18"}])) == ["seed=0", "seed=1"]
     assert list(plan_sweep(common, [{"name": "a / b"}, {"name": "c", "seed": 3}])) == ["a-b", "c"]
+    assert list(plan_sweep(common, [{"name": ".."}, {"name": "../c"}])) == ["student", "-c"]
     named = plan_sweep({**common, "seed": [0, 1]}, [{"name": "a"}, {"name": "b"}])
     assert list(named) == ["a-seed=0", "a-seed=1", "b-seed=0", "b-seed=1"]
     assert list(plan_sweep(common, [{"student-factory": "mine:f"}, {"student-factory": "mine:g"}])) == ["f", "g"]

@@ -32,7 +32,7 @@ OF_SWEEP = {"out", "device"}  # which no student has of its own
 POLL = 0.2  # seconds between two looks at the processes
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which 2e-3 is a number, as on the command line: YAML 1.1 takes it for text."""
 
 
@@ -84,7 +84,8 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
     for one in planned:
         parts = [str(one["name"])] if "name" in one else []
         keys = [key for key in differing if key != "name" and (not parts or isinstance(common.get(key), list))]
-        name = re.sub(r"[^\w.=-]+", "-", "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])) or "student"
+        name = "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])
+        name = re.sub(r"[^\w.=-]+", "-", name).lstrip(".") or "student"  # a folder within the sweep's, and seen
         if name in named:
             raise TrainingError(f"two students of the sweep are alike, or both called '{name}': give them names")
         named[name] = {key: value for key, value in one.items() if key != "name"}
