@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,11 @@ from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
 from trainer.distributed import Ranks
 from trainer.evaluation import predict, wilson_interval
+from trainer.run_dir import revision
 from trainer.settings import Settings
 from trainer.stream import explained_source
+
+ROOT = Path(__file__).parent.parent
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -304,3 +310,115 @@ def test_wilson_interval_agrees_with_published_values():
         (1, 29): (0.0061, 0.1718),
     }.items():
         assert wilson_interval(successes, trials) == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_folder_has_all_that_a_training_was_told_and_what_it_ran_on(dataset, cache, tmp_path):
+    out = tmp_path / "s"
+    train_student(dataset, cache, out, steps=3, batch_size=16, log_steps=1, profile=True, momentum=0.5, seed=7)
+    config = json.loads((out / "config.json").read_text())
+    assert {field.name for field in dataclasses.fields(Settings)} <= config["training"].keys()
+    assert {"momentum": 0.5, "seed": 7, "loss": {"lrp": 1.0}}.items() <= config["training"].items()
+    assert config["versions"]["torch"] == torch.__version__
+    (start,) = [json.loads(line) for line in (out / "starts.jsonl").read_text().splitlines()]
+    assert {"step": 0, "processes": 1, "data": str(dataset), "cache": str(cache)}.items() <= start.items()
+    assert start["revision"] == revision()
+    if (ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{40}\+?", start["revision"])
+    assert json.loads((out / "result.json").read_text())["steps"] == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.load(out / "model.pt", weights_only=False)
+    assert exported is not None
+
+
+def test_tensorboard_shows_the_numbers_of_the_metrics(dataset, cache, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_student(dataset, cache, tmp_path / "s", loss="lrp=1,output=1", steps=3, batch_size=16, log_steps=1)
+    events = EventAccumulator(str(tmp_path / "s" / "tensorboard")).Reload()
+    lines = metrics(tmp_path / "s")
+    assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
+    for name in events.Tags()["scalars"]:
+        shown = {event.step: event.value for event in events.Scalars(name)}
+        assert shown == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+
+
+def test_a_profile_is_a_trace_with_events(dataset, tmp_path):
+    train_teacher(dataset, tmp_path / "t", steps=6, batch_size=8, profile=True)
+    trace = json.loads((tmp_path / "t" / "profile" / "trace.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_the_averaged_weights_are_the_moving_average_of_every_step(dataset, tmp_path):
+    options = {"steps": 4, "batch_size": 16, "checkpoint_steps": 1, "keep_checkpoints": 9}
+    train_teacher(dataset, tmp_path / "t", ema=0.7, **options)
+    states = [
+        torch.load(path, weights_only=True)["model"] for path in sorted((tmp_path / "t" / "checkpoints").iterdir())
+    ]
+    assert len(states) == 4
+    for name, _ in load_classifier(tmp_path / "t")[0].named_parameters():
+        average = states[0][name]
+        for state in states[1:]:
+            average = 0.7 * average + 0.3 * state[name]
+        torch.testing.assert_close(weights(tmp_path / "t")[name], average, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(states[0][name], states[3][name])
+
+
+SGD = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "steps": 1}
+
+
+def test_a_batch_shown_in_parts_is_learnt_as_the_whole(dataset, cache, tmp_path, monkeypatch):
+    (tmp_path / "without_norms.py").write_text(
+        "from torch import nn\n\n"
+        "def net(num_classes):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(),\n"
+        "                         nn.Linear(72, num_classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for parts in (1, 3, 40):
+        train_student(
+            dataset, cache, tmp_path / str(parts), student_factory="without_norms:net", accumulate=parts,
+            batch_size=32, lr=0.1, clip_norm=None, **SGD,
+        )  # fmt: skip
+    for parts in (3, 40):
+        for name, value in weights(tmp_path / "1").items():
+            torch.testing.assert_close(weights(tmp_path / str(parts))[name], value, rtol=1e-6, atol=1e-6)
+
+
+def test_clipping_bounds_the_update(dataset, cache, tmp_path):
+    train_student(dataset, cache, tmp_path / "before", batch_size=16, **{**SGD, "lr": 1e-30})
+    train_student(dataset, cache, tmp_path / "after", batch_size=16, lr=1.0, clip_norm=0.01, **SGD)
+    names = [name for name, _ in load_classifier(tmp_path / "after")[0].named_parameters()]
+    before, after = (weights(tmp_path / name) for name in ("before", "after"))
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in names]).norm().item()
+    assert metrics(tmp_path / "after")[0]["gradient_norm"] > 0.01  # that before it is clipped
+    assert 0.0099 < moved < 0.010001
+
+
+def test_augmentation_is_the_same_every_time_and_changes_what_is_learnt(dataset, cache, tmp_path):
+    for name, augment in (("a", ("flip", "shift", "crop")), ("b", ("flip", "shift", "crop")), ("c", ())):
+        train_student(dataset, cache, tmp_path / name, steps=2, batch_size=16, augment=augment)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    assert not torch.equal(a["network.conv1.weight"], c["network.conv1.weight"])
+
+
+def test_bfloat16_trains_on_a_cpu_and_tf32_is_refused_there(dataset, cache, tmp_path):
+    options = {"steps": 2, "batch_size": 16, "device": "cpu"}
+    result = train_student(dataset, cache, tmp_path / "s", precision="bfloat16", **options)
+    assert result["precision"].startswith("bfloat16")
+    assert np.isfinite(result["loss"])
+    assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "s").values())
+    with pytest.raises(TrainingError, match="tf32 is of CUDA, and this trains on cpu: give float32 or bfloat16"):
+        train_student(dataset, cache, tmp_path / "t", precision="tf32", **options)
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_batch_norm_of_a_single_value_is_said_with_what_to_do(dataset, cache, tmp_path):
+    options = {"arch": "resnet18", "bias_free": False, "steps": 1, "method": "output"}
+    for how, words in (
+        ({"batch_size": 1}, "--batch-size 1 in"),
+        ({"batch_size": 2, "accumulate": 2}, "in --accumulate 2"),
+    ):
+        with pytest.raises(TrainingError, match=f"one value alone.*{words}.*give a larger --batch-size"):
+            train_student(dataset, cache, tmp_path / "s", **options, **how)

@@ -123,10 +123,8 @@ def train_student(
 
 def _command(dataset: Dataset, split: str, options: str) -> str:
     """The command that makes a store with these options."""
-    return (
-        f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split} "
-        f"{options} --out NEW.zarr"
-    )
+    command = f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split}"
+    return " ".join([command, *options.split(), "--out NEW.zarr"])
 
 
 def _check_holds(cache: Cache, dataset: Dataset, terms: dict[str, float]) -> None:

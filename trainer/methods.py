@@ -69,8 +69,17 @@ def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
 
 @method("features", needs=("features",))
 def features(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Mean squared difference of what enters the last layer (hints, Romero et al., ICLR 2015)."""
-    return (forward.features - target["features"]).square().mean(1)
+    """Mean squared difference of what enters the last layer (hints, Romero et al., ICLR 2015).
+
+    Raises TrainingError where the student has another number of features.
+    """
+    ours, theirs = forward.features, target["features"]
+    if ours.shape != theirs.shape:
+        raise TrainingError(
+            f"the student has {ours.shape[1]} features, and the store has {theirs.shape[1]} of the teacher's to match "
+            "them with: give --head frozen, which puts a learnt adapter between the two, or another --arch"
+        )
+    return (ours - theirs).square().mean(1)
 
 
 @method("output", needs=("teacher_logits",))
@@ -133,13 +142,16 @@ def moves(terms: Mapping[str, float]) -> tuple[str, ...]:
 def missing_from(terms: Mapping[str, float], explainer: str | None, stored: tuple[str, ...]) -> str:
     """What a store lacks for the methods, as options of cache-explanations; empty where it has all.
 
-    ``explainer`` is that of its maps, and ``stored`` what else it has: teacher_logits, features.
+    ``explainer`` is that of its maps, None where there is no store, and ``stored`` what else it has: teacher_logits,
+    features.
     """
     for name in terms:
         if (allowed := METHODS[name].explainers) and explainer not in allowed:
             return f"--explainer {allowed[0]}" + " --features" * ("features" in needs(terms))
     lacking = set(needs(terms)) - {"heatmaps", "labels", *stored}
-    return f"--explainer {explainer} --features" if "features" in lacking else ""
+    if "features" not in lacking:
+        return ""
+    return "--features" if explainer is None else f"--explainer {explainer} --features"
 
 
 assert set(EXPLAINERS) == {name for method in METHODS.values() for name in method.explainers}

@@ -27,8 +27,16 @@ from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.run_dir import write_json
 from trainer.settings import Runtime, Settings
 
-PLACES = ("data", "cache", "validation_cache", "out")
+PLACES = ("data", "cache", "validation_cache")
+OF_SWEEP = {"out", "device"}  # which no student has of its own
 POLL = 0.2  # seconds between two looks at the processes
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which 2e-3 is a number, as on the command line: YAML 1.1 takes it for text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def read_sweep(path: str | Path) -> dict[str, Any]:
@@ -37,7 +45,7 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
     Raises TrainingError for a file that says anything else.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text())
+        found = yaml.load(Path(path).read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TrainingError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not isinstance(found.get("students", []), list):
@@ -50,7 +58,8 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
 
     A student's name is what it was given, or what tells it from the others. Raises TrainingError.
     """
-    known = {*inspect.signature(train_student).parameters, *_fields(Settings), *_fields(Runtime)} - {"options", "loss_"}
+    known = {*inspect.signature(train_student).parameters, *_fields(Settings), *_fields(Runtime)}
+    known -= {"options", *OF_SWEEP}
     planned: list[dict[str, Any]] = []
     for student in students or [{}]:
         if not isinstance(student, Mapping):
@@ -59,19 +68,24 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
             )
         options = {**common, **{str(key).replace("-", "_"): value for key, value in student.items()}}
         if unknown := sorted(set(options) - known - {"name"}):
-            raise TrainingError(f"the sweep has options that train-student does not: {', '.join(unknown)}")
-        for key in PLACES[:3]:
+            raise TrainingError(f"the sweep has options that no student can have: {', '.join(unknown)}")
+        for key in PLACES:
             if isinstance(options.get(key), list):
                 raise TrainingError(f"the sweep has several values for {key}: all students are of one store")
+        if isinstance(options.get("augment"), str):  # as on the command line
+            options["augment"] = [name.strip() for name in options["augment"].split(",") if name.strip()]
         lists = {key: value for key, value in options.items() if isinstance(value, list) and key != "augment"}
         for values in itertools.product(*lists.values()):
             planned.append({**options, **dict(zip(lists, values, strict=True))})
-    differing = [key for key in _in_order(planned) if len({json.dumps(one.get(key)) for one in planned}) > 1]
+    differing = [
+        key for key in _in_order(planned) if len({json.dumps(one.get(key), default=str) for one in planned}) > 1
+    ]
     named: dict[str, dict[str, Any]] = {}
     for one in planned:
         parts = [str(one["name"])] if "name" in one else []
         keys = [key for key in differing if key != "name" and (not parts or isinstance(common.get(key), list))]
-        name = re.sub(r"[^\w.=-]+", "-", "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])) or "student"
+        name = "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])
+        name = re.sub(r"[^\w.=-]+", "-", name).lstrip(".") or "student"  # a folder within the sweep's, and seen
         if name in named:
             raise TrainingError(f"two students of the sweep are alike, or both called '{name}': give them names")
         named[name] = {key: value for key, value in one.items() if key != "name"}
@@ -107,6 +121,7 @@ def train_students(
     """
     out = Path(out)
     plan = {name: {"device": "auto", **options} for name, options in students.items()}
+    plan = json.loads(json.dumps(plan, default=str))  # as the file has it
     _claim(out, plan)
     if devices is None:
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]

@@ -169,7 +169,7 @@ def train(
             losses = {name: shown["images"].new_empty(size) for name in settings.loss}
             for first in range(min(settings.accumulate, size)):
                 rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
-                with autocast():
+                with autocast(), _too_few_said(settings):
                     of_part = losses_of(
                         model, {name: values[rows] for name, values in shown.items()}, material.store, settings
                     )
@@ -373,6 +373,20 @@ def _lost_process_said(out: str | Path) -> Iterator[None]:
     except LostProcess as error:
         raise TrainingError(
             f"{error}: this training ends. The same command goes on from the last checkpoint in {out}"
+        ) from error
+
+
+@contextmanager
+def _too_few_said(settings: Settings) -> Iterator[None]:
+    """A batch norm has no variance of a single value, as of one sample whose feature maps have one position."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise TrainingError(
+            f"a batch norm of this network sees one value alone, with --batch-size {settings.batch_size} in "
+            f"--accumulate {settings.accumulate} parts: give a larger --batch-size, or fewer parts"
         ) from error
 
 

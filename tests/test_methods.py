@@ -1,0 +1,364 @@
+"""What the methods promise: each is its formula, learns from the stores that it says, and names what a store lacks."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from test_training import metrics
+from torch import nn
+
+from cli import main
+from data import open_dataset
+from pipeline import EXPLAINERS, Classifier, Forward, cache_explanations, explain, load_classifier
+from teacher_cache import CacheError, open_cache
+from trainer import TrainingError, heatmap_loss, train_student
+from trainer.methods import METHODS, method_of, missing_from, moves, needs, parse_terms
+from trainer.settings import Settings
+from trainer.stream import explained_source, read_block
+from trainer.training import losses_of, on_device, weighted
+
+WITH_STORE = [name for name in METHODS if name != "erm"]
+WITH_MAPS = [name for name, method in METHODS.items() if method.explainers]
+STORED = ("teacher_logits", "features")  # what a store can have besides maps
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="module")
+def stores(dataset, teacher, tmp_path_factory) -> dict[str, Path]:
+    """A store of the maps of each explainer that a method is proposed for; that of flex has features too."""
+    folder = tmp_path_factory.mktemp("stores")
+    paths = {}
+    for explainer in [METHODS[name].explainers[0] for name in WITH_MAPS]:
+        paths[explainer] = folder / explainer
+        cache_explanations(dataset, teacher, folder / explainer, explainer=explainer, features=explainer == "flex")
+    return paths
+
+
+# how they are asked for
+
+
+def test_one_method_or_a_weighted_sum_is_asked_for_and_lrp_unless_it_is_said():
+    assert parse_terms(None, None) == {"lrp": 1.0}
+    assert parse_terms("output", None) == {"output": 1.0}
+    assert parse_terms(None, "features") == {"features": 1.0}
+    assert parse_terms(None, " lrp = 1, features=0.1 ,output=1e-3,erm") == {
+        "lrp": 1.0,
+        "features": 0.1,
+        "output": 1e-3,
+        "erm": 1.0,
+    }
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["input-gradient", "features", "output", "erm"]),
+        st.floats(min_value=1e-30, max_value=1e30),
+        min_size=1,
+    )
+)
+def test_what_is_written_of_a_sum_is_read_as_that_sum(terms):
+    assert parse_terms(None, ",".join(f"{name}={weight!r}" for name, weight in terms.items())) == terms
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "words"),
+    [
+        ("lrp", "output=1", r"give --method \(lrp\) or --loss \(output=1\), not both: --method lrp is --loss lrp=1"),
+        (None, "lrp=1,cam=1", "no method is called 'cam': choose one of .*lrp"),
+        ("cam", None, "no method is called 'cam'"),
+        (None, "", "no method is called ''"),
+        (None, "lrp=1,", "no method is called ''"),
+        (None, "lrp=1,output=2,lrp=3", "has a method twice"),
+        (None, "lrp=1,output=0", "--loss output=0: '0' is no weight; give a positive number"),
+        (None, "lrp=-1", "'-1' is no weight"),
+        (None, "lrp=x", "'x' is no weight"),
+        (None, "lrp=", "'' is no weight"),
+        (None, "lrp=nan", "'nan' is no weight"),
+        (None, "lrp=inf", "'inf' is no weight"),
+        (None, "lrp=1=2", "'1=2' is no weight"),
+        (None, "lrp=1,grad-cam=1", "lrp and grad-cam need maps of different explainers"),
+    ],
+)
+def test_a_sum_that_cannot_be_right_is_refused_with_what_is_wrong(method, loss, words):
+    with pytest.raises(TrainingError, match=words):
+        parse_terms(method, loss)
+
+
+def test_every_explainer_has_the_one_method_that_matches_its_maps():
+    for explainer in EXPLAINERS:
+        assert [name for name in METHODS if explainer in METHODS[name].explainers] == [method_of(explainer)]
+
+
+def test_a_sum_needs_what_any_of_its_methods_needs_and_is_moved_as_all_of_them_can_be():
+    assert needs({"lrp": 1, "output": 1, "features": 1}) == ("heatmaps", "teacher_logits", "features")
+    assert moves({"lrp": 1, "erm": 1}) == ("flip", "shift", "crop")
+    assert moves({"input-gradient": 1, "erm": 1}) == ("flip", "shift")
+    assert moves({"lrp": 1, "output": 1}) == ()
+
+
+@pytest.mark.parametrize(
+    ("explainer", "stored"),
+    [(None, ()), ("attention", ("teacher_logits",)), ("flex", ("teacher_logits",)), ("gamma", STORED)],
+)
+@pytest.mark.parametrize("loss", [*WITH_STORE, "lrp,features", "attention,features,output", "features,output"])
+def test_a_store_made_as_is_said_lacks_nothing_and_one_that_has_all_is_not_complained_of(loss, explainer, stored):
+    terms = parse_terms(None, loss)
+    options = missing_from(terms, explainer, stored)
+    made = (dict(re.findall(r"--(explainer) (\S+)", options))).get("explainer", "flex" if options else explainer)
+    has = STORED if "--features" in options else stored
+    maps = [name for name in terms if METHODS[name].explainers]
+    complete = all(explainer in METHODS[name].explainers for name in maps) and (
+        "features" not in terms or "features" in stored
+    )
+    if explainer is None and not options:  # any store does
+        assert terms == {"output": 1.0}
+        return
+    assert bool(options) == (not complete)
+    assert made in EXPLAINERS
+    assert missing_from(terms, made, has) == ""
+
+
+# what they are
+
+
+class Tiny(nn.Module):
+    """Two layers and biases, on images of 10×12; what is within can be computed by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=2)
+        self.relu = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, images):
+        return self.head(self.flatten(self.pool(self.relu(self.conv(images)))))
+
+
+def by_hand(name, model, images, target):
+    """The loss of each sample by the formula of the paper, one sample after another, by ordinary autograd."""
+    network, losses = model.network, []
+    for i in range(len(images)):
+        x = images[i : i + 1].clone().requires_grad_()
+        feature_maps = network.pool(network.relu(network.conv(x)))
+        features = feature_maps.flatten()
+        logits = network.head.weight @ features + network.head.bias
+        t = int(target["target_class"][i])
+        if name == "erm":
+            exponentials = [math.exp(value) for value in logits.tolist()]
+            losses.append(-math.log(exponentials[int(target["labels"][i])] / sum(exponentials)))
+        elif name == "output":
+            ours, theirs = (
+                [math.exp(value / 3) for value in row.tolist()] for row in (logits, target["teacher_logits"][i])
+            )
+            q, p = ([value / sum(row) for value in row] for row in (ours, theirs))
+            losses.append(9 * sum(b * math.log(b / a) for a, b in zip(q, p, strict=True)))
+        elif name == "features":
+            pairs = zip(features.tolist(), target["features"][i].tolist(), strict=True)
+            losses.append(sum((a - b) ** 2 for a, b in pairs) / len(features))
+        else:
+            if name == "lrp":
+                _, own = explain(
+                    model, images[i : i + 1], target["target_class"][i : i + 1], target["epsilon"][i].item()
+                )
+            elif name in ("gradient-x-input", "input-gradient"):
+                (own,) = torch.autograd.grad(logits[t], x)
+                own = own * x if name == "gradient-x-input" else own
+            elif name == "grad-cam":
+                (gradient,) = torch.autograd.grad(logits[t], feature_maps)
+                own = sum(gradient[:, k].mean() * feature_maps[:, k] for k in range(4))[:, None]
+            else:
+                own = sum(feature_maps[:, k] ** 2 for k in range(4))[:, None]
+            losses.append(oracles.heatmap_loss(own[0].detach(), target["heatmaps"][i], "l1"))
+    return losses
+
+
+@every_method
+def test_the_loss_of_each_method_is_its_formula_written_as_loops(name):
+    torch.manual_seed(0)
+    model = Classifier(Tiny().double())
+    images = torch.rand(6, 3, 10, 12, dtype=torch.float64)
+    explainer = METHODS[name].explainers[0] if METHODS[name].explainers else None
+    shape = (1, 2, 2) if name in ("grad-cam", "attention") else (3, 10, 12)
+    target = {
+        "target_class": torch.tensor([0, 1, 2, 3, 4, 0]),
+        "epsilon": torch.tensor([0.01, 0.1, 1, 0.02, 0.5, 0.3], dtype=torch.float64),
+        "labels": torch.tensor([4, 3, 2, 1, 0, 2]),
+        "teacher_logits": 4 * torch.randn(6, 5, dtype=torch.float64),
+        "features": torch.rand(6, 16, dtype=torch.float64),
+        "heatmaps": torch.randn(6, *shape, dtype=torch.float64),
+    }
+    needed = {key: target[key] for key in ("target_class", "epsilon", *METHODS[name].needs)}  # and nothing else
+    found = METHODS[name].loss(Forward(model, images, explainer), needed, heatmap_loss)
+    assert found.shape == (6,)
+    assert found.tolist() == pytest.approx(by_hand(name, model, images, target), rel=1e-9)
+
+
+def gradients(teacher, dataset, store, loss) -> list[torch.Tensor]:
+    """Of the summed loss of some samples, with respect to the weights of the teacher as it is saved."""
+    model, _ = load_classifier(teacher)
+    model.double()
+    terms = parse_terms(None, loss)
+    settings = Settings(loss=terms, steps=1, precision="float64")
+    opened = open_cache(store)
+    source = explained_source(open_dataset(dataset).split("train"), opened, needs(terms))
+    block = {name: values[:4] for name, values in read_block(source, 0, 0).items()}
+    shown = on_device(block, opened.info, settings, torch.device("cpu"))
+    shown["images"] = shown["images"].flip(-1)  # else the teacher's own maps cost it nothing
+    weighted(losses_of(model, shown, opened.info, settings), terms).sum().backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def test_the_gradient_of_a_sum_is_the_weighted_sum_of_the_gradients(dataset, teacher, stores):
+    one, double, other, both = (
+        gradients(teacher, dataset, stores["flex"], loss) for loss in ("lrp=1", "lrp=2", "output=1", "lrp=2,output=0.5")
+    )
+    assert max(g.abs().max() for g in one) > 1e-6
+    assert max(g.abs().max() for g in other) > 1e-6
+    for a, b, c, d in zip(one, double, other, both, strict=True):
+        torch.testing.assert_close(b, 2 * a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(d, 2 * a + 0.5 * c, rtol=1e-9, atol=1e-12)
+
+
+def test_the_metrics_have_each_term_and_their_weighted_sum(dataset, stores, tmp_path):
+    loss = "lrp=2,features=0.1,output=0.5,erm=1"
+    train_student(dataset, stores["flex"], tmp_path / "s", loss=loss, steps=2, batch_size=32, log_steps=1)
+    lines = metrics(tmp_path / "s")
+    assert len(lines) == 2
+    for line in lines:
+        assert {key for key in line if key.startswith("loss_")} == {
+            "loss_lrp",
+            "loss_features",
+            "loss_output",
+            "loss_erm",
+        }
+        total = sum(weight * line[f"loss_{name}"] for name, weight in parse_terms(None, loss).items())
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+
+
+# what they learn from
+
+
+def falls(path: Path) -> bool:
+    losses = [line["loss"] for line in metrics(path)]
+    return sum(losses[-3:]) < 0.97 * sum(losses[:3])
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+LEARN = ["--steps", 15, "--batch-size", 32, "--log-steps", 1, "--schedule", "constant", "--lr", 2e-3]
+
+
+@pytest.mark.parametrize("given", ["no store", "another store"])
+@pytest.mark.parametrize("name", WITH_STORE)
+def test_what_a_store_lacks_is_said_with_the_command_of_one_from_which_the_student_learns(
+    dataset, teacher, stores, tmp_path, name, given
+):
+    student = ["train-student", "--data", dataset, "--out", tmp_path / "s", "--method", name, *LEARN]
+    another = (
+        [] if given == "no store" else ["--cache", stores["gradient-x-input" if name == "attention" else "attention"]]
+    )
+    if name == "output" and another:  # outputs are in every store
+        result = invoke(*student, *another)
+        assert result.exit_code == 0, result.output
+        assert falls(tmp_path / "s")
+        return
+    result = invoke(*student, *another)
+    assert result.exit_code == 1
+    assert not (tmp_path / "s").exists()
+    (command,) = re.findall(r"python cli\.py (cache-explanations .* NEW\.zarr)$", result.output.strip())
+    real = {"TEACHER": str(teacher), "NEW.zarr": str(tmp_path / "c.zarr")}
+    result = invoke(*[real.get(word, word) for word in shlex.split(command)], "--draws", 1)
+    assert result.exit_code == 0, result.output
+    result = invoke(*student, "--cache", tmp_path / "c.zarr")
+    assert result.exit_code == 0, result.output
+    assert falls(tmp_path / "s")
+
+
+def test_what_a_validation_store_lacks_is_said_with_the_command_of_one_of_that_split(
+    dataset, stores, validation_cache, tmp_path
+):
+    with pytest.raises(CacheError, match=r"--split validation --explainer flex --features --out NEW\.zarr"):
+        train_student(dataset, stores["flex"], tmp_path / "s", method="features", validation_cache=validation_cache)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("explainer", [METHODS[name].explainers[0] for name in WITH_MAPS])
+def test_without_a_method_it_is_that_of_the_stores_maps(dataset, stores, tmp_path, explainer):
+    train_student(dataset, stores[explainer], tmp_path / "s", steps=1, batch_size=8)
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["training"]["loss"] == {method_of(explainer): 1.0}
+
+
+def test_labels_alone_need_no_store_and_refuse_one(dataset, stores, validation_cache, tmp_path):
+    for option in ("cache", "validation_cache"):
+        paths = {"cache": None, option: stores["flex"]}
+        with pytest.raises(TrainingError, match=f"learns from labels alone: leave --{option.replace('_', '-')} .* out"):
+            train_student(dataset, out=tmp_path / "s", method="erm", **paths)
+    assert not (tmp_path / "s").exists()
+    result = invoke("train-student", "--data", dataset, "--out", tmp_path / "s", "--method", "erm", *LEARN)
+    assert result.exit_code == 0, result.output
+    assert falls(tmp_path / "s")
+    _, config = load_classifier(tmp_path / "s")
+    assert config.head is None
+    assert config.training["cache"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "move"),
+    [(name, move) for name in METHODS for move in METHODS["erm"].moves if move not in METHODS[name].moves],
+)
+def test_an_augmentation_that_a_method_does_not_allow_is_refused_by_name(dataset, stores, tmp_path, name, move):
+    store = stores[METHODS[name].explainers[0] if METHODS[name].explainers else "flex"]
+    with pytest.raises(TrainingError, match=f"--augment {move} is not valid for this method: it can have"):
+        train_student(dataset, store, tmp_path / "s", method=name, augment=(move,), steps=1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_maps_of_less_resolution_are_flipped_but_neither_shifted_nor_cropped(dataset, teacher, tmp_path):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1, resolution=2)
+    for move in ("shift", "crop"):
+        with pytest.raises(
+            TrainingError, match=f"--augment {move} needs heatmaps of the images' size, 28×28, these are 14×14"
+        ):
+            train_student(dataset, tmp_path / "c.zarr", tmp_path / "s", augment=("flip", move), steps=1)
+    assert not (tmp_path / "s").exists()
+    train_student(dataset, tmp_path / "c.zarr", tmp_path / "s", augment=("flip",), steps=1, batch_size=16)
+
+
+def test_a_free_head_is_learnt_with_all_the_rest(dataset, stores, tmp_path):
+    for head, frozen in (("frozen", ["network.head.weight"]), ("free", [])):
+        train_student(dataset, stores["flex"], tmp_path / head, head=head, steps=2, batch_size=16)
+        model, config = load_classifier(tmp_path / head)
+        assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
+        assert (config.head is None) == (head == "free")
+
+
+@pytest.mark.parametrize("explainer", ["grad-cam", "attention"])
+def test_coarse_maps_of_networks_with_other_last_feature_maps_are_compared(dataset, stores, tmp_path, explainer):
+    assert open_cache(stores[explainer]).info.map_shape == (1, 3, 3)
+    train_student(
+        dataset, stores[explainer], tmp_path / "s", arch="resnet18", steps=4, batch_size=16, log_steps=1, lr=1e-3
+    )
+    assert all(math.isfinite(line["loss"]) and line["loss"] > 0 for line in metrics(tmp_path / "s"))
+
+
+def test_a_student_without_the_width_of_the_teachers_features_is_told_how_to_match_them(dataset, stores, tmp_path):
+    options = {"method": "features", "arch": "resnet18", "steps": 1, "batch_size": 8}
+    train_student(dataset, stores["flex"], tmp_path / "adapted", **options)
+    with pytest.raises(TrainingError, match=r"512 .* 1152 .* --head frozen"):
+        train_student(dataset, stores["flex"], tmp_path / "s", head="free", **options)
+    assert not (tmp_path / "s").exists()
