@@ -94,7 +94,7 @@ def test_the_default_is_pytorchs_adam_with_its_one_cycle_schedule_and_nothing_el
     expected = Training(optimizer)
     trained = [parameter for parameter in expected.model.parameters() if parameter.requires_grad]
     plain = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
-    expected.optimizer = plain(trained, 0.1, weight_decay=0)
+    expected.optimizer = plain(trained, 0.1, weight_decay=0, fused=True)
     expected.schedule = torch.optim.lr_scheduler.OneCycleLR(expected.optimizer, 0.1, total_steps=STEPS)
     expected.train(0, STEPS)
     assert equal(found.state(), expected.state())
