@@ -13,7 +13,10 @@ from cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SMALL = {"make-data": ["--limit", "120"], "train-teacher": ["--steps", "2"], "train-student": ["--steps", "2"]}
+SMALL = {
+    "make-data": ["--limit", "120"],
+    **dict.fromkeys(["train-teacher", "train-student", "train-students"], ["--steps", "2"]),
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -21,9 +24,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def save_files(page: Path) -> None:
-    """A block of Python that begins with the comment ``# name.py`` is that file, in the current folder."""
-    for block in blocks(page, "python"):
-        if name := re.match(r"# (\w+\.py)\n", block):
+    """A block that begins with the comment ``# name.py`` or ``# name.yaml`` is that file, in the current folder."""
+    for block in [*blocks(page, "python"), *blocks(page, "yaml")]:
+        if name := re.match(r"# (\w+\.(?:py|yaml))\n", block):
             Path(name[1]).write_text(block)
 
 
