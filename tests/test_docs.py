@@ -14,8 +14,8 @@ from cli import main
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SMALL = {
-    "make-data": ["--limit", "120"],
-    **dict.fromkeys(["train-teacher", "train-student", "train-students"], ["--steps", "2"]),
+    "make-data": ("--limit", "120"),
+    **dict.fromkeys(["train-teacher", "train-student", "train-students"], ("--steps", "2")),
 }
 
 
@@ -45,7 +45,7 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch):
     for line in "\n".join(blocks(page, "bash")).splitlines():
         if line.startswith("python cli.py ") and "quickstart" not in line:
             arguments = shlex.split(line)[2:]
-            result = CliRunner().invoke(main, [*arguments, *SMALL.get(arguments[0], [])])
+            result = CliRunner().invoke(main, [*arguments, *SMALL.get(arguments[0], ())])
             assert result.exit_code == 0, f"{line}\n{result.output}"
 
 

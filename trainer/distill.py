@@ -62,6 +62,8 @@ def train_student(
     train_split = dataset.split("train")
     steps = total_steps(len(train_split), batch_size, steps, epochs, default=3000)
     settings, runtime = split_options(options, loss=terms, steps=steps, batch_size=batch_size, clip_norm=clip_norm)
+    if student_factory is not None and arch != "small-cnn":
+        raise TrainingError(f"give --arch ({arch}) or --student-factory ({student_factory}), not both")
     if head not in ("frozen", "free"):
         raise TrainingError(f"--head is frozen or free, not '{head}'")
     explained = validation = None
