@@ -542,9 +542,9 @@ def train_students_command(
         given["arch_options"] = dict(arch_options)
     common = read_sweep(sweep) if sweep is not None else {}
     students = common.pop("students", [])
-    common |= {
-        name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()
-    }
+    common |= given
+    if all(isinstance(student, dict) for student in students):  # what is not is refused below
+        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in given} for one in students]
     out = common.pop("out", None)
     for name, value in (("data", common.get("data")), ("out", out)):
         if value is None:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from data.storage import Folder
 from pipeline.homogeneous import BiasFreeReport
-from pipeline.models import ImageShape, ModelError, build_network, check_factory, last_layer
+from pipeline.models import ImageShape, ModelError, build_network, check_factory, last_layer, outputs_of_last_layer
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
@@ -187,6 +187,12 @@ def attach_head(
             "let it keep its own (--head free)"
         )
     own = network.get_submodule(name)
+    if _run_last(network, num_classes, image_shape) not in (own, None):
+        raise ModelError(
+            f"this student's layers with {num_classes} outputs run in another order than they are registered in, so it "
+            f"is not clear that '{name}' is its last: register the last one last in __init__, or let the student keep "
+            "its own (--head free)"
+        )
     adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
     frozen.requires_grad_(False)
     network.set_submodule(name, frozen if adapter is None else nn.Sequential(adapter, frozen))
@@ -231,6 +237,17 @@ def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape
         if any(torch.equal(flat, x) for x in seen):
             return shape
     return layer.in_features, 1, 1
+
+
+def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> nn.Module | None:
+    """The layer with ``num_classes`` outputs that a pass calls last."""
+    called: list[nn.Module] = []
+    candidates = [module for module in network.modules() if outputs_of_last_layer(module) == num_classes]
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in candidates]
+    _pass(network, image_shape)
+    for hook in hooks:
+        hook.remove()
+    return called[-1] if called else None
 
 
 @torch.no_grad()

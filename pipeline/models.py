@@ -136,11 +136,11 @@ def check_factory(arch: str, factory: str | None) -> None:
 
 def last_layer(network: nn.Module, num_classes: int) -> str | None:
     """Name of the last `nn.Linear` or 1×1 `nn.Conv2d` with ``num_classes`` outputs; None where there is none."""
-    names = [name for name, module in network.named_modules() if name and _outputs_of_last_layer(module) == num_classes]
+    names = [name for name, module in network.named_modules() if name and outputs_of_last_layer(module) == num_classes]
     return names[-1] if names else None
 
 
-def _outputs_of_last_layer(module: nn.Module) -> int | None:
+def outputs_of_last_layer(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Conv2d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from data import make_coloured_mnist
 from pipeline import cache_explanations
 from trainer import train_teacher
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start: they run beside each other
+torch.set_num_threads(1)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

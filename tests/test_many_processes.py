@@ -140,3 +140,10 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(dataset, cache, tmp_
     assert result.returncode != 0
     assert "--batch-size 61, which all processes share, is no multiple of their number, 2" in result.stderr
     assert not (tmp_path / "s").exists()
+
+
+def test_parts_of_a_batch_that_would_differ_from_those_of_one_process_are_refused(dataset, cache, tmp_path):
+    given = student(dataset, cache, tmp_path / "s", "--accumulate", 4)
+    result = run(torchrun(2, *given))
+    assert result.returncode != 0
+    assert "--accumulate 4 does not divide the 30 samples of a batch that each of 2 processes has" in result.stderr

@@ -200,7 +200,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(dataset, tmp_path, 
     newest.write_bytes({"cut": raw[: len(raw) // 2], "a byte": raw, "empty": b""}[damage])
     stop_after(0)
     train_teacher(dataset, tmp_path / "t", steps=6, batch_size=50)
-    assert "step-000000004.pt is damaged" in caplog.text
+    assert "step-000000004.damaged is what was a checkpoint and is damaged" in caplog.text
     assert same(tmp_path / "t", tmp_path / "whole")
     assert [json.loads(line)["step"] for line in (tmp_path / "t" / "starts.jsonl").read_text().splitlines()] == [0, 2]
 
@@ -280,3 +280,27 @@ def test_a_finished_training_killed_before_its_result_is_finished_without_a_step
     train_teacher(dataset, tmp_path / "u", steps=4, batch_size=50)
     assert same(tmp_path / "t", tmp_path / "u")
     assert metrics(tmp_path / "t") == metrics(tmp_path / "u")
+
+
+def test_damaged_and_foreign_checkpoints_never_take_the_place_of_whole_ones(dataset, tmp_path, stop_after):
+    stop_after(5)
+    options = {"steps": 9, "batch_size": 50, "checkpoint_steps": 1, "keep_checkpoints": 1}
+    with pytest.raises(TrainingInterrupted):
+        train_teacher(dataset, tmp_path / "t", **options)
+    stop_after(2)
+    folder = tmp_path / "t" / "checkpoints"
+    (folder / "step-000000005.pt").write_bytes(b"cut")
+    (folder / "step-zzz.pt").write_bytes(b"mine")
+    torch.save({"a": 1}, folder / "step-000000007.pt")  # a file of torch's, and no checkpoint
+    with pytest.raises(TrainingInterrupted):
+        train_teacher(dataset, tmp_path / "t", **options)
+    assert {path.name for path in folder.iterdir()} == {
+        "step-000000002.pt", "step-zzz.pt", "step-000000005.damaged", "step-000000007.damaged",
+    }  # fmt: skip
+
+
+def test_a_validation_loss_that_is_no_number_chooses_nothing(dataset, cache, validation_cache, tmp_path, monkeypatch):
+    losses = iter([float("nan"), 0.5, float("nan"), 0.7, 0.6])
+    monkeypatch.setattr(trainer.training, "validate", lambda *_: next(losses))
+    result = train_student(dataset, cache, tmp_path / "s", validation_cache=validation_cache, steps=5, batch_size=50)
+    assert (result["kept_step"], result["validation_loss"]) == (2, 0.5)

@@ -442,3 +442,19 @@ def test_a_student_of_the_users_own_is_evaluated_by_name(tiny, tmp_path, dataset
     assert result.exit_code == 0
     assert json.loads(result.output)["arch"] == tiny
     assert evaluate(dataset, path, student_factory=tiny) == json.loads(result.output)
+
+
+class Crossed(nn.Module):
+    """Another layer with as many outputs as classes comes after its last one, by registration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.inner = nn.Linear(10, 10), nn.Conv2d(3, 10, 1)
+
+    def forward(self, x):
+        return self.last(self.inner(x).mean((2, 3)))
+
+
+def test_a_head_is_never_put_in_the_place_of_a_layer_that_is_not_the_last():
+    with pytest.raises(ModelError, match=r"not clear that 'inner' is its last: register the last one last"):
+        attach_head(Crossed(), HeadSpec(20, True), 10, SHAPE, adapter_bias=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from test_training import weights
 
 from cli import main
-from trainer import TrainingError
+from trainer import TrainingError, sweep
 from trainer.sweep import plan_sweep, read_sweep
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,10 @@ def test_names_say_what_tells_students_apart():
     assert list(plan_sweep(common, [])) == ["student"]
     assert list(plan_sweep({"data": Path("d"), "seed": [1, 2]}, [])) == ["seed=1", "seed=2"]
     assert list(plan_sweep({**common, "arch": ["small-cnn", "resnet18"]}, [])) == ["small-cnn", "resnet18"]
-    assert list(plan_sweep({**common, "seed": [0, 1]}, [{"arch": "resnet18"}])) == ["seed=0", "seed=1"]
+    assert list(plan_sweep({**common, "seed": [0, 1]}, [{"arch": "resnet18"}])) == [
+        "seed=0-resnet18",
+        "seed=1-resnet18",
+    ]
     assert list(plan_sweep(common, [{"name": "a / b"}, {"name": "c", "seed": 3}])) == ["a-b", "c"]
     assert list(plan_sweep(common, [{"name": ".."}, {"name": "../c"}])) == ["student", "-c"]
     named = plan_sweep({**common, "seed": [0, 1]}, [{"name": "a"}, {"name": "b"}])
@@ -122,31 +126,31 @@ def test_one_that_fails_stops_no_other_and_nothing_is_trained_twice(dataset, cac
     result = run("train-students", *options, "--arch", "small-cnn", "--arch", "vgg11", "--method", "output")
     assert result.exit_code == 1, result.output
     good, bad = json.loads(result.stdout)
-    assert (good["name"], good["steps"]) == ("small-cnn", 2)
+    assert (good["name"], good["steps"]) == ("small-cnn-output", 2)
     assert {"loss", "seconds", "iid", "ood", "shift", "gap"} <= good.keys()
-    assert bad["name"] == "vgg11"
+    assert bad["name"] == "vgg11-output"
     assert "'vgg11' does not take images of shape (3, 28, 28)" in bad["error"]
     assert json.loads((tmp_path / "s" / "students.json").read_text()) == [good, bad]
-    trained = tmp_path / "s" / "small-cnn" / "weights.pt"
+    trained = tmp_path / "s" / "small-cnn-output" / "weights.pt"
     before = trained.stat().st_mtime_ns
 
     common = {"data": str(dataset), "cache": str(cache), "out": str(tmp_path / "s"), "steps": 2, "batch-size": 16}
     students = {
-        "students": [{"arch": ["small-cnn"], "method": "output"}, {"arch": "small-cnn", "method": "erm", "cache": None}]
+        "students": [{"arch": "small-cnn", "method": "output"}, {"arch": "small-cnn", "method": "erm", "cache": None}]
     }
-    students["students"][0]["name"], students["students"][1]["name"] = "small-cnn", "by labels"
+    students["students"][0]["name"], students["students"][1]["name"] = "small-cnn-output", "by labels"
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(common | students))
     result = run("train-students", tmp_path / "sweep.yaml")
     assert result.exit_code == 0, result.output
     assert trained.stat().st_mtime_ns == before
     assert "1/1 by-labels, on " in result.output
     table = result.stdout.splitlines()
-    assert sorted(line.split()[0] for line in table[-2:]) == ["by-labels", "small-cnn"]
+    assert sorted(line.split()[0] for line in table[-2:]) == ["by-labels", "small-cnn-output"]
 
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(common | {"steps": 3} | students))
     result = run("train-students", tmp_path / "sweep.yaml")
     assert result.exit_code == 1
-    assert "has a student 'small-cnn' with other options" in result.output
+    assert "has a student 'small-cnn-output' with other options" in result.output
     assert trained.stat().st_mtime_ns == before
 
 
@@ -158,7 +162,7 @@ def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
-        log, patience = out / "student" / "metrics.jsonl", time.monotonic() + 60
+        log, patience = out / "output" / "metrics.jsonl", time.monotonic() + 60
         while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
@@ -167,12 +171,43 @@ def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, said
     assert f"stopped with 0 of 1 students finished in {out}: the same command goes on" in said
-    (checkpoint,) = (out / "student" / "checkpoints").iterdir()
+    (checkpoint,) = (out / "output" / "checkpoints").iterdir()
     at = int(checkpoint.stem.partition("-")[2])
     assert 0 < at < 1000
 
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, env={**os.environ})
     assert done.returncode == 0, done.stderr
-    starts = [json.loads(line)["step"] for line in (out / "student" / "starts.jsonl").read_text().splitlines()]
+    starts = [json.loads(line)["step"] for line in (out / "output" / "starts.jsonl").read_text().splitlines()]
     assert starts == [0, at]
-    assert weights(out / "student")
+    assert weights(out / "output")
+
+
+def test_a_finished_student_of_another_store_at_the_same_path_is_not_tabulated(
+    dataset, cache, validation_cache, tmp_path
+):
+    plan = plan_sweep({"data": str(dataset), "cache": str(tmp_path / "c.zarr"), "steps": 1}, [{"name": "a"}])
+    shutil.copytree(cache, tmp_path / "c.zarr")
+    sweep._claim(tmp_path / "s", plan)
+    sweep._claim(tmp_path / "s", plan)
+    shutil.rmtree(tmp_path / "c.zarr")
+    shutil.copytree(validation_cache, tmp_path / "c.zarr")
+    with pytest.raises(TrainingError, match=r"student .a. with other options .learns_from: .*choose another --out"):
+        sweep._claim(tmp_path / "s", plan)
+
+
+def test_values_of_other_types_are_refused_by_name():
+    for options, words in (
+        ({"steps": "10"}, "--steps is '10', which is no int"),
+        ({"pyramid": "no"}, "--pyramid is 'no', which is no bool"),
+        ({"warmup": 0.5}, "--warmup is 0.5, which is no int"),
+        ({"batch_size": True}, "--batch-size is True, which is no int"),
+        ({"lr": "0.002"}, "--lr is '0.002', which is no float"),
+        ({"bias_free": "false"}, "--bias-free is 'false', which is no bool"),
+    ):
+        with pytest.raises(TrainingError, match=words):
+            plan_sweep({"data": "d", **options}, [])
+
+
+def test_a_student_by_labels_leaves_the_store_to_the_others():
+    planned = plan_sweep({"data": "d", "cache": "c", "method": ["lrp", "erm"]}, [])
+    assert {name: options["cache"] for name, options in planned.items()} == {"lrp": "c", "erm": None}

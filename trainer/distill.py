@@ -94,7 +94,8 @@ def train_student(
     decided = {
         **settings.to_dict(),
         "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},
-        "validation": validation and {key: validation.info.to_dict()[key] for key in ("explainer", "storage")},
+        "validation": validation
+        and {key: validation.info.to_dict()[key] for key in ("explainer", "storage", "dataset")},
     }
     config = ModelConfig(
         kind="student",

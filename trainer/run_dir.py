@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import re
 import subprocess
 import zipfile
 from datetime import UTC, datetime
@@ -80,21 +81,27 @@ class RunDir:
 
     def checkpoints(self) -> list[Path]:
         """What is there of them, the oldest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.pt"))
+        found = (self.path / "checkpoints").glob("step-*.pt")
+        return sorted(path for path in found if re.fullmatch(r"step-\d{9,}\.pt", path.name))
 
     def checkpoint(self) -> tuple[dict[str, Any] | None, list[Path]]:
-        """The newest one that can be read, None where there is none; and the newer ones, which are damaged."""
+        """The newest one that can be read, None where there is none; and the newer ones, which are damaged.
+
+        These are given another name, so that they do not count among the last ones that stay.
+        """
         damaged: list[Path] = []
         for path in reversed(self.checkpoints()):
             try:
                 with zipfile.ZipFile(path) as file:  # torch.load looks at no checksum
                     if file.testzip() is None:
-                        return torch.load(path, map_location="cpu", weights_only=True), damaged
+                        state = torch.load(path, map_location="cpu", weights_only=True)
+                        if {"model", "progress"} <= set(state):
+                            return state, damaged
             except OSError:
                 raise
             except Exception:  # zipfile and torch raise many kinds for a file that is cut or foreign
                 pass
-            damaged.append(path)
+            damaged.append(path.rename(path.with_suffix(".damaged")))
         return None, damaged
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from trainer.errors import TrainingError
 from trainer.losses import MAP_LOSSES
@@ -86,8 +87,23 @@ class Runtime:
                 raise TrainingError(f"--{option.replace('_', '-')} must be more than 0, got {value:g}")
 
 
+def check_types(options: Mapping[str, Any], *kinds: Any) -> None:
+    """Raise TrainingError for a value that is not of the type that a field or parameter of its name has."""
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    for name, value in options.items():
+        allowed = get_args(hints.get(name)) or (hints.get(name),)
+        plain = tuple(get_origin(each) or each for each in allowed if each is not Any)
+        if not plain or None in plain or get_origin(hints[name]) in (tuple, collections.abc.Mapping, dict):
+            continue
+        plain = (*plain, int) if float in plain else plain
+        if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+            named = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in plain)
+            raise TrainingError(f"--{name.replace('_', '-')} is {value!r}, which is no {named}")
+
+
 def split_options(options: Mapping[str, Any], **settled: Any) -> tuple[Settings, Runtime]:
     """Options by name, each to where it belongs. Raises TypeError for one that neither has, TrainingError."""
+    check_types({**options, **settled}, Settings, Runtime)
     of_runtime = {field.name for field in dataclasses.fields(Runtime)}
     runtime = Runtime(**{name: value for name, value in options.items() if name in of_runtime})
     return Settings(**{name: value for name, value in options.items() if name not in of_runtime}, **settled), runtime

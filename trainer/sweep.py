@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import yaml
 
+from data import open_dataset
+from teacher_cache import open_cache
 from trainer.distill import train_student
 from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.run_dir import write_json
-from trainer.settings import Runtime, Settings
+from trainer.settings import Runtime, Settings, check_types
 
 PLACES = ("data", "cache", "validation_cache")
 OF_SWEEP = {"out", "device"}  # which no student has of its own
@@ -56,17 +58,19 @@ def read_sweep(path: str | Path) -> dict[str, Any]:
 def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The options of each student by its name, with every combination where an option has a list of values.
 
-    A student's name is what it was given, or what tells it from the others. Raises TrainingError.
+    A student's name is what it was given, or the options that it has of its own, and those of which there is a list, so
+    that it stays the same beside whatever others. Raises TrainingError.
     """
     known = {*inspect.signature(train_student).parameters, *_fields(Settings), *_fields(Runtime)}
     known -= {"options", *OF_SWEEP}
-    planned: list[dict[str, Any]] = []
+    named: dict[str, dict[str, Any]] = {}
     for student in students or [{}]:
         if not isinstance(student, Mapping):
             raise TrainingError(
                 f"a student of the sweep is {student!r}: give options, such as {{arch: resnet18, seed: [0, 1]}}"
             )
-        options = {**common, **{str(key).replace("-", "_"): value for key, value in student.items()}}
+        own = {str(key).replace("-", "_"): value for key, value in student.items()}
+        options = {**common, **own}
         if unknown := sorted(set(options) - known - {"name"}):
             raise TrainingError(f"the sweep has options that no student can have: {', '.join(unknown)}")
         for key in PLACES:
@@ -76,28 +80,22 @@ def plan_sweep(common: Mapping[str, Any], students: Sequence[Mapping[str, Any]])
             options["augment"] = [name.strip() for name in options["augment"].split(",") if name.strip()]
         lists = {key: value for key, value in options.items() if isinstance(value, list) and key != "augment"}
         for values in itertools.product(*lists.values()):
-            planned.append({**options, **dict(zip(lists, values, strict=True))})
-    differing = [
-        key for key in _in_order(planned) if len({json.dumps(one.get(key), default=str) for one in planned}) > 1
-    ]
-    named: dict[str, dict[str, Any]] = {}
-    for one in planned:
-        parts = [str(one["name"])] if "name" in one else []
-        keys = [key for key in differing if key != "name" and (not parts or isinstance(common.get(key), list))]
-        name = "-".join([*parts, *(_label(key, one.get(key)) for key in keys)])
-        name = re.sub(r"[^\w.=-]+", "-", name).lstrip(".") or "student"  # a folder within the sweep's, and seen
-        if name in named:
-            raise TrainingError(f"two students of the sweep are alike, or both called '{name}': give them names")
-        named[name] = {key: value for key, value in one.items() if key != "name"}
+            one = {**options, **dict(zip(lists, values, strict=True))}
+            given = str(one.pop("name", ""))
+            keys = [key for key in one if key in lists or (key in own and not given and key not in PLACES)]
+            name = "-".join([*([given] if given else []), *(_label(key, one[key]) for key in keys)])
+            name = re.sub(r"[^\w.=-]+", "-", name).lstrip(".") or "student"  # a folder within the sweep's, and seen
+            if name in named:
+                raise TrainingError(f"two students of the sweep are alike, or both called '{name}': give them names")
+            check_types(one, train_student, Settings, Runtime)
+            if one.get("method") == "erm":  # which has no use for the store of the others
+                one |= {"cache": None, "validation_cache": None}
+            named[name] = one
     return named
 
 
 def _fields(kind: Any) -> set[str]:
     return set(kind.__dataclass_fields__)
-
-
-def _in_order(planned: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for one in planned for key in one))
 
 
 def _label(key: str, value: Any) -> str:
@@ -122,6 +120,8 @@ def train_students(
     out = Path(out)
     plan = {name: {"device": "auto", **options} for name, options in students.items()}
     plan = json.loads(json.dumps(plan, default=str))  # as the file has it
+    if devices is not None and not devices:
+        raise TrainingError("--devices names none: give some such as cuda:0,cuda:1, or leave it out")
     _claim(out, plan)
     if devices is None:
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
@@ -183,7 +183,9 @@ def _row(out: Path, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         error = out / f"{name}.error"
         return {**row, "error": error.read_text() if error.exists() else "its process ended without a word"}
-    scores = evaluate(options["data"], out / name, student_factory=options.get("student_factory"))
+    scores: Mapping[str, Any] = dict.fromkeys(("iid", "ood", "shift", "gap", "worst_group"))
+    if open_dataset(options["data"]).test_splits:
+        scores = evaluate(options["data"], out / name, student_factory=options.get("student_factory"))
     kept = {key: result[key] for key in ("loss", "validation_loss", "steps", "seconds", "seconds_waiting")}
     return {**row, **kept, **{key: scores[key] for key in ("iid", "ood", "shift", "gap", "worst_group")}}
 
@@ -196,17 +198,30 @@ def _claim(out: Path, plan: Mapping[str, Any]) -> None:
         try:
             before = json.loads(marker.read_text())
         except ValueError:
-            raise TrainingError(f"{marker} is damaged: remove it if {out} is to be continued") from None
+            raise TrainingError(f"{marker} is damaged: choose another --out, or remove {out}") from None
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
-    for name, options in plan.items():
-        if name in before and before[name] != json.loads(json.dumps(options)):
+    noted = {name: {**options, "learns_from": _learns_from(options)} for name, options in plan.items()}
+    for name, options in noted.items():
+        if name in before and before[name] != options:
+            keys = [key for key in {**before[name], **options} if before[name].get(key) != options.get(key)]
+            differing = "; ".join(f"{key}: {before[name].get(key)!r}, {options.get(key)!r}" for key in keys)
             raise TrainingError(
-                f"{out} has a student '{name}' with other options ({before[name]}): give the same, or "
-                "choose another --out"
+                f"{out} has a student '{name}' with other options ({differing}; its first, this command's second): "
+                "give the same, or choose another --out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {**before, **plan})
+    write_json(marker, {**before, **noted})
+
+
+def _learns_from(options: Mapping[str, Any]) -> dict[str, str]:
+    """What tells the data and stores at the paths from others that may come to lie there."""
+    dataset = open_dataset(options["data"])
+    found = {"train": dataset.split("train").fingerprint}
+    for key in ("cache", "validation_cache"):
+        if options.get(key) is not None:
+            found[key] = f"{open_cache(options[key]).info.identity(0):08x}"
+    return found
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -40,6 +40,7 @@ from trainer.errors import TrainingError
 from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.losses import heatmap_loss
 from trainer.methods import METHODS
+from trainer.order import step_samples
 from trainer.run_dir import RunDir
 from trainer.schedule import make_ema, make_optimizer, make_schedule
 from trainer.settings import PRECISIONS, Runtime, Settings
@@ -97,6 +98,12 @@ def train(
                 f"--batch-size {settings.batch_size}, which all processes share, is no multiple of their number, "
                 f"{ranks.ranks}: give one that is"
             )
+        of_process = step_samples(material.source.samples, settings.batch_size, ranks.rank, ranks.ranks) // ranks.ranks
+        if ranks.ranks > 1 and of_process % settings.accumulate:
+            raise TrainingError(
+                f"--accumulate {settings.accumulate} does not divide the {of_process} samples of a batch that each of "
+                f"{ranks.ranks} processes has, so norms would see other samples than in one: give a divisor"
+            )
         autocast, precision = choose_precision(settings.precision, device)
         seed_torch(settings.seed, purpose)
         model = build_classifier(config, student_factory)
@@ -127,8 +134,14 @@ def train(
         if ranks.ranks > 1:
             state = ranks.share(state or _state(parts, progress))
         if state is not None:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise TrainingError(
+                    f"the checkpoint in {out} is not of this network and optimizer ({str(error).splitlines()[0]}): was "
+                    "the code of --student-factory changed? Choose another --out"
+                ) from error
             progress = state["progress"]
         start: int = progress["step"]
         if run is not None:
@@ -178,6 +191,7 @@ def train(
                     losses[name][rows] = values.detach()
             ranks.average_gradients(learnt)
             norm = nn.utils.clip_grad_norm_(learnt, settings.clip_norm or math.inf)
+            rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -190,11 +204,13 @@ def train(
             # what is seen of it
             last = done == settings.steps
             if done % runtime.log_steps == 0 or last:
-                show(step=done, **watch.check(run), lr=schedule.get_last_lr()[0], **clock.lap(ranks.ranks * size))
+                show(step=done, **watch.check(run), lr=rate, **clock.lap(ranks.ranks * size))
             if material.validation is not None and (done % math.ceil(settings.steps / VALIDATIONS) == 0 or last):
                 loss = validate(averaged, material.validation, material.store, settings, device, ranks)
                 show(step=done, validation_loss=loss)
-                if progress["best"] is None or loss < progress["best"]["loss"]:
+                if not math.isfinite(loss):
+                    log.warning(f"{out}: the validation loss of step {done} is {loss}, so its weights are not chosen")
+                elif progress["best"] is None or loss < progress["best"]["loss"]:
                     weights = {name: value.cpu().clone() for name, value in averaged.state_dict().items()}
                     progress["best"] = {"loss": loss, "step": done, "weights": weights}
 
@@ -334,7 +350,7 @@ def _save_plain(run: RunDir, model: Classifier) -> None:
 def _newest(run: RunDir) -> dict[str, Any] | None:
     state, damaged = run.checkpoint()
     for path in damaged:
-        log.warning(f"{path} is damaged and left out: an older checkpoint is taken, or none")
+        log.warning(f"{path} is what was a checkpoint and is damaged: an older checkpoint is taken, or none")
     return state
 
 
