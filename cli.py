@@ -218,6 +218,13 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _Said(logging.Handler):
+    """Says what is logged, to what is standard error at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
 class Commands(click.Group):
     """Turns the errors that a user can cause into one paragraph and an exit code, and nothing else."""
 
@@ -266,8 +273,10 @@ def main() -> None:
 
     A teacher that cannot see the shortcut explains its decisions once; a student learns from the heatmaps alone.
     """
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("trainer").setLevel(logging.INFO)
+    ours = logging.getLogger("trainer")  # and no other, as libraries log with tracebacks
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(_Said())
 
 
 @main.group(name="make-data")
