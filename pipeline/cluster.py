@@ -51,14 +51,16 @@ def connected(address: str) -> Iterator[Client]:
             f"no Dask scheduler answers at {address!r} ({reason}): give --scheduler the address that `dask scheduler` "
             "prints, such as tcp://10.0.0.1:8786, or leave it out to run on this machine alone"
         ) from None
-    log = logging.getLogger("distributed.client")
-    level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints tracebacks of what is raised as a ClusterError
+    # they print tracebacks of what is raised as a ClusterError
+    levels = {log: log.level for log in map(logging.getLogger, ("distributed.client", "distributed.batched"))}
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
     try:
         with client:
             yield client
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 def _greet(address: str, patience: float) -> None:
