@@ -55,7 +55,7 @@ class RunDir:
                     "first, this command's second): give the same ones to continue it, or choose another --out"
                 )
             if differences or not found.exists():
-                self._write_json("config.json", config.to_dict())
+                write_json(found, config.to_dict())
         except BaseException:
             self.close()
             raise
@@ -139,14 +139,11 @@ class RunDir:
 
     def fail(self, **failure: Any) -> None:
         """Write ``failure.json``: what a training that had to stop knows of why."""
-        self._write_json("failure.json", failure)
+        write_json(self.path / "failure.json", failure)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, which makes the training finished."""
-        self._write_json("result.json", result)
-
-    def _write_json(self, name: str, values: Any) -> None:
-        self._folder.write(name, (json.dumps(values, indent=2) + "\n").encode())
+        write_json(self.path / "result.json", result)
 
 
 def check_free(path: Path) -> None:
