@@ -93,7 +93,8 @@ class Folder(LocalStore):
         """Create the folder itself; what a writer that was killed made in it, and did not sync, is synced."""
         _make_folder(self.root)
         _sync_folder(self.root.parent)
-        _sync_folder(self.root)
+        for folder, _, _ in os.walk(self.root):
+            _sync_folder(Path(folder))
 
     def read(self, key: str, start: int = 0, stop: int | None = None) -> bytes | None:
         try:

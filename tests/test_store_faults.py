@@ -20,7 +20,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 from faulty import Disk, Fault, FaultyStore, PowerError, in_memory, watching
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stores import HEAD, arrays, content, expected, files, filled, info, refusal, same
 from zarr.storage import MemoryStore
@@ -284,6 +284,8 @@ def without_litter(image: dict[str, bytes]) -> dict[str, bytes]:
     return {key: raw for key, raw in image.items() if not key.endswith(".partial")}
 
 
+@example(killed=85, seed=0)  # between giving the last layer its name and syncing the folder
+@example(killed=106, seed=0)
 @given(killed=st.integers(0, 150), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=15)
 def test_killed_continued_and_then_without_power_all_that_is_committed_is_right(tmp_path_factory, killed, seed):
