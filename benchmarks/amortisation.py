@@ -27,6 +27,7 @@ from pipeline import build_network, cache_explanations, load_classifier
 from pipeline.device import as_input, pick_device, place
 from teacher_cache import open_cache
 from trainer import heatmap_loss, train_student, train_teacher
+from trainer.schedule import make_optimizer
 from trainer.settings import Settings
 from trainer.stream import Batch, explained_source, labelled_source, stream
 from trainer.training import losses_of, on_device
@@ -135,7 +136,7 @@ def step_table(data: Path, cache: Path, teacher: Path, arch: str, rounds: int, d
 
     model = Classifier(network).train()
     place(model, device)
-    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    optimizer = make_optimizer(model, "adam", 4e-3)
     settings = Settings(loss={"lrp": 1.0}, steps=1)
 
     def from_the_store() -> None:

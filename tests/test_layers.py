@@ -14,6 +14,7 @@ from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
 
 from pipeline import ScaleNorm, Trace, explain
+from pipeline.rules.weighted import Convolution
 from trainer import heatmap_loss
 
 
@@ -92,6 +93,33 @@ def test_every_convolution_equals_pytorchs_double_backward(
     layers: list[nn.Module] = [nn.Conv2d(2, 4, kernel, stride, padding, dilation, groups, bias)]
     layers += [settled(norm(4))] if norm else []
     assert_both_agree(Ends(nn.Sequential(*layers), images).double().eval(), images)
+
+
+@given(
+    sides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    dilation=st.integers(1, 2),
+    channels=st.integers(1, 5),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_replaces_a_kernel_of_convolution_equals_it(sides, kernel, stride, padding, dilation, channels):
+    """For images of few channels, and for maps of few positions."""
+    outputs = [
+        (side + 2 * p - dilation * (k - 1) - 1) // s + 1
+        for side, k, s, p in zip(sides, kernel, stride, padding, strict=True)
+    ]
+    if min(outputs) < 1:
+        return
+    x, weight, g = (
+        torch.randn(*shape).double() for shape in ((3, channels, *sides), (4, channels, *kernel), (3, 4, *outputs))
+    )
+    layer = Convolution((list(stride), list(padding), [dilation] * 2, False, [0, 0], 1))
+    expected = torch.ops.aten.convolution_backward(g, x, weight, [4], *layer.options, [True, True, False])
+    torch.testing.assert_close(layer.output(x, weight), torch.ops.aten.convolution(x, weight, None, *layer.options))
+    torch.testing.assert_close(layer.input_grad(g, weight, x), expected[0])
+    torch.testing.assert_close(layer.weight_grad(x, g, weight), expected[1])
 
 
 def without(parameter: str, norm: nn.Module) -> nn.Module:

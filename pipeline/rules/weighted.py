@@ -7,6 +7,7 @@ affine map ``k·z + shift`` in the relevance pass, with k = γ / σ connected in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.tracer import Tracer
 
 aten = torch.ops.aten
+SMALL_MAP = 16  # pairs of an input and an output position
 
 
 class Layer(Protocol):
@@ -41,25 +43,87 @@ class Convolution:
     options: tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self._covers(x, weight):
+            made = F.linear(_rows(x), _rows(weight), bias)
+            return aten._unsafe_view(made, [*made.shape, 1, 1])  # no view for autograd, so it may be changed in place
         return aten.convolution(*_by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         stride, padding, dilation, transposed, _, groups = self.options
+        if self._covers(x, weight):
+            return (g.flatten(1) @ _rows(weight)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
         few = x.dim() == 4 and x.shape[1] <= 4 and groups == 1 and not transposed
-        if few and g.device.type == "cpu" and g.dtype in (torch.float32, torch.float64):
-            # for the few channels of an image a matrix product and its sum over windows beat the kernel
-            windows = weight.flatten(1).T @ g.flatten(2)
-            return F.fold(windows, x.shape[2:], weight.shape[2:], dilation, padding, stride)
+        if few and max(stride) > 1 and max(dilation) == 1 and g.device.type == "cpu":
+            return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
         g, x, weight = _by_channel(x, g, x, weight)
         return aten.convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
 
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-        g, x, like = _by_channel(x, g, x, weight)
-        made = aten.convolution_backward(g, x, like, None, *self.options, [False, True, False])[1]
-        return made if like is weight else made.contiguous(memory_format=torch.channels_last)
+        stride, padding, dilation, transposed, _, groups = self.options
+        plain = x.dim() == 4 and groups == 1 and not transposed and x.device.type == "cpu"
+        if plain and x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP:
+            return _weight_grad_by_positions(x, g, weight, stride, padding, dilation)
+        return aten.convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
+
+    def _covers(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether the kernel is as large as the map, so that this is a linear layer (on a CPU, where that pays)."""
+        _, padding, _, transposed, _, groups = self.options
+        plain = x.dim() == 4 and groups == 1 and not transposed and not any(padding)
+        return plain and x.shape[2:] == weight.shape[2:] and x.device.type == "cpu"
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return sum_per_channel(g)
+
+
+def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, padding: Any) -> Tensor:
+    """The input gradient (N, C, H, W) of a convolution with strides, as one ordinary convolution of g.
+
+    The positions of the input fall into phases, one for each place within a stride, and every phase meets taps of its
+    own: they become the channels of a convolution without strides, and then lie beside each other again. For the few
+    channels of an image this takes half the time of the kernel (sub-pixel convolution, Shi et al., CVPR 2016).
+    """
+    taps = [-(-size // s) for size, s in zip(weight.shape[2:], stride, strict=True)]  # that one phase meets
+    more = [t * s - size for t, s, size in zip(taps, stride, weight.shape[2:], strict=True)]
+    by_phase = (
+        F.pad(weight, (0, more[1], 0, more[0])).unflatten(3, (taps[1], stride[1])).unflatten(2, (taps[0], stride[0]))
+    )
+    by_phase = by_phase.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # (C·phases, channels of g, *taps)
+    first = [p // s for p, s in zip(padding, stride, strict=True)]  # of the strides that touch the input
+    count = [(p + size - 1) // s + 1 - f for p, size, s, f in zip(padding, sizes, stride, first, strict=True)]
+    before = [t - 1 - f for t, f in zip(taps, first, strict=True)]
+    after = [c + t - 1 - b - size for c, t, b, size in zip(count, taps, before, g.shape[2:], strict=True)]
+    pads = [max(b, a, 0) for b, a in zip(before, after, strict=True)]
+    out = aten.convolution(
+        g, by_phase.contiguous(memory_format=torch.channels_last), None, [1, 1], pads, [1, 1], False, [0, 0], 1
+    )
+    for axis in (0, 1):
+        out = out.narrow(2 + axis, pads[axis] - before[axis], count[axis])
+    # (N, C·phases, rows, columns) to (N, C, rows·stride, columns·stride)
+    out = out.unflatten(1, (-1, stride[0], stride[1])).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+    for axis in (0, 1):
+        out = out.narrow(2 + axis, padding[axis] - first[axis] * stride[axis], sizes[axis])
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H·W·C), without a copy where it is channels last."""
+    return values.permute(0, 2, 3, 1).flatten(1)
+
+
+def _weight_grad_by_positions(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The weight's gradient (O, C, kh, kw) of a convolution over small maps: one matrix product for all pairs of an
+    output and an input position, of which each is of one tap, or of none. The kernel takes three to six times that,
+    most of it for padding."""
+    (height, width), (rows, columns) = x.shape[2:], g.shape[2:]
+    pairs = (_rows(g).T @ _rows(x)).view(rows, columns, g.shape[1], height, width, x.shape[1])
+    made = weight.new_zeros((weight.shape[0], *weight.shape[2:], weight.shape[1]))
+    for a, b, i, j in product(range(rows), range(columns), range(height), range(width)):
+        down, along = i + padding[0] - a * stride[0], j + padding[1] - b * stride[1]
+        tap = down // dilation[0], along // dilation[1]
+        on_taps = down % dilation[0] == 0 and along % dilation[1] == 0
+        if on_taps and 0 <= tap[0] < weight.shape[2] and 0 <= tap[1] < weight.shape[3]:
+            made[:, tap[0], tap[1]] += pairs[a, b, :, i, j]
+    return made.permute(0, 3, 1, 2)
 
 
 def _by_channel(image: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
