@@ -167,6 +167,13 @@ HOW_IT_IS_RUN = [
         help="A line in metrics.jsonl every so many steps.",
     ),
     click.option("--profile", is_flag=True, help="Write a torch profiler trace of some steps."),
+    click.option(
+        "--snapshots",
+        default=0,
+        show_default=True,
+        type=click.IntRange(0),
+        help="Keep the weights at so many moments of the training, evenly spread.",
+    ),
 ]
 CLIP_NORM = click.option(
     "--clip-norm", default=1.0, show_default=True, type=POSITIVE, help="Gradients are scaled down to this norm."

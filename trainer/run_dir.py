@@ -24,7 +24,7 @@ from trainer.errors import TrainingError
 
 FILES = {
     *("config.json", "starts.jsonl", "metrics.jsonl", "failure.json", "weights.pt", "model.pt", "result.json"),
-    *(".lock", "checkpoints", "tensorboard", "profile"),
+    *(".lock", "checkpoints", "snapshots", "tensorboard", "profile"),
 }
 
 
@@ -106,11 +106,18 @@ class RunDir:
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write one, then remove all but the last ``keep``."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self._folder.write(f"checkpoints/step-{step:09}.pt", buffer.getbuffer())
+        self._save(f"checkpoints/step-{step:09}.pt", state)
         for path in self.checkpoints()[:-keep]:
             path.unlink()
+
+    def save_snapshot(self, step: int, weights: dict[str, Any]) -> None:
+        """Keep the weights of a step; see `snapshots`."""
+        self._save(f"snapshots/step-{step:09}.pt", weights)
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._folder.write(name, buffer.getbuffer())
 
     # --- logs and results -------------------------------------------------------------------------------
 
@@ -128,6 +135,9 @@ class RunDir:
         self._folder.write("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
         for name in ("weights.pt", "model.pt", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
+        for at, path in snapshots(self.path).items():
+            if at > step:
+                path.unlink()
         with (self.path / "starts.jsonl").open("a") as file:
             when = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(json.dumps({"step": step, "time": when, **how, **versions(), "revision": revision()}) + "\n")
@@ -144,6 +154,11 @@ class RunDir:
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, which makes the training finished."""
         write_json(self.path / "result.json", result)
+
+
+def snapshots(path: Path) -> dict[int, Path]:
+    """The files with the weights that a training had on its way, by step, the first one first."""
+    return {int(file.stem.removeprefix("step-")): file for file in sorted((path / "snapshots").glob("step-*.pt"))}
 
 
 def check_free(path: Path) -> None:
