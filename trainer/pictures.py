@@ -128,9 +128,10 @@ def colours_picture(results: Sequence[Mapping[str, Any]], out: str | Path) -> No
         values = np.array([[statistics.fmean(scores[split, colour, title]) for colour in colours] for title in titles])
         swatches.imshow([[to_rgb(colour) for colour in colours]], aspect="auto")
         swatches.set_title(f"{split}: accuracy in % on digits of this colour", fontsize=10)
-        axis.imshow(values, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+        axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8)
+            ink = "white" if value < 35 else "black"
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
         axis.set_xticks(range(len(colours)), colours, fontsize=7, rotation=30)
         axis.set_yticks(range(len(titles)), titles if split == "ood" else [""] * len(titles), fontsize=9)
         axis.tick_params(length=0)

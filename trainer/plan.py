@@ -105,7 +105,8 @@ def _student(profile: Profile, key: str, seed: int) -> Stage:
     options: dict[str, Any] = {**profile.student, **profile.of_row.get(key, {})}
     options |= {"loss": row.loss, "bias_free": _bias_free(profile, key), "seed": seed}
     stores: tuple[Stage, ...] = ()
-    if row.teacher is not None and row.explainer is not None:
+    if row.explainer is not None:
+        assert row.teacher is not None
         stores = tuple(_store(profile, row.teacher, row.explainer, split) for split in ("train", "validation"))
     says = f"{key}, seed {seed}: {_length(options)}"
     return Stage("student", f"models/{key}-{seed}", says, options, (_data(profile), *stores), key, seed)

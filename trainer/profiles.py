@@ -17,9 +17,10 @@ Options = Mapping[str, Any]
 class Row:
     """A row that is trained here.
 
-    loss: what a student matches, as ``--loss`` takes it; None for a row that is a teacher. teacher: the row whose
-    store is learnt from, and explainer: the maps in it; None for what needs no store. bias_free: None is as the
-    teacher, and in a teacher as the profile says. published: by Bassi et al., arXiv 2407.09788.
+    loss: what a student matches, as ``--loss`` takes it; None for a row that is a teacher. teacher: the row that it is
+    measured against, and whose store, with the maps of ``explainer``, it learns from; without an explainer from none.
+    bias_free: None is as the teacher, and in a teacher as the profile says. published: by Bassi et al., arXiv
+    2407.09788.
     """
 
     title: str
@@ -41,7 +42,7 @@ class Quoted:
 
 PAPERS: dict[str, Row] = {
     "teacher": Row("teacher", (98.6, 98.7, 98.7)),
-    "erm": Row("ERM", (100.0, 16.93, 0.18), "erm"),
+    "erm": Row("ERM", (100.0, 16.93, 0.18), "erm", "teacher"),
     "lrp": Row("LRP distillation", (99.2, 98.2, 98.3), "lrp", "teacher", "flex"),
     "gradient-x-input": Row(
         "Gradient×Input distillation", (98.7, 97.4, 94.4), "gradient-x-input", "teacher", "gradient-x-input"

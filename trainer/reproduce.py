@@ -232,7 +232,7 @@ def _test(out: Path, stage: Stage, state: dict[str, Any], device: str) -> Result
         "loss": result["loss"],
         "seconds": round(result["seconds"], 1),
         "stages": {path: state["seconds"].get(path, 0.0) for path in before(stage)},
-        "published": row.published,
+        "published": row.published and list(row.published),
     }
 
 

@@ -69,7 +69,7 @@ def summarise(results: Sequence[Result], quoted: Sequence[Quoted] = ()) -> list[
                 published=published,
                 seconds=mean(method, "seconds"),
                 note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
-                + ("nothing published" if published is None else "published numbers quoted"),
+                + ("no number quoted" if published is None else "published numbers as quoted"),
             )
         )
     return lines + [Line(row.title, None, None, row.published, None, row.note) for row in quoted]
