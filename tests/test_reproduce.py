@@ -424,7 +424,7 @@ def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pic
     said.clear()
     results = reproduce(out, SMALL, ["erm"], seeds=2, echo=said.append)
     assert [line.split("] ")[1] for line in said] == [
-        "erm, seed 1: 4 steps of small-cnn", "the report: learning curves, heatmaps, accuracy by colour",
+        "erm, seed 1: 4 steps of small-cnn", "the report: tables and pictures",
     ]  # fmt: skip
     assert finished.items() <= times(out).items()
     assert {(point["method"], point["seed"]) for point in lines(out / "curves.jsonl")} == {

@@ -85,7 +85,7 @@ def reproduce(
                 results = _in_order([*results, _test(out, stage, state, device)])
                 _write_results(out, results)
 
-        echo(f"[{total}/{total}] the report: learning curves, heatmaps, accuracy by colour")
+        echo(f"[{total}/{total}] the report: tables and pictures")
         with _timed(out, state, "report"):
             points = _test_snapshots(out, results, points, device)
             _draw(out, results, points)
