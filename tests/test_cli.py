@@ -154,6 +154,14 @@ BAD = {
     "cache-explanations --data data.zarr --teacher teacher --out data.zarr": (1, "choose another --out"),
     "train-student --data data.zarr --cache cache.zarr --out folder": (1, "choose another --out"),
     "quickstart --out folder": (1, "choose another --out"),
+    "reproduce coloured-mnist --out folder": (1, "choose another --out"),
+    # what is reproduced
+    "reproduce coloured-mnist": (2, "Missing option '--out'"),
+    "reproduce coloured-mnist --out new --methods lrp,irm": (1, "no row is called 'irm' in --methods: choose from all"),
+    "reproduce coloured-mnist --out new --profile tpu": (2, "'tpu' is not one of 'cpu', 'gpu', 'paper'"),
+    "reproduce coloured-mnist --out new --arch resnet81": (1, "did you mean resnet18"),
+    "reproduce coloured-mnist --out new --seeds 0": (2, "--seeds"),
+    f"{STUDENT} --snapshots -1": (2, "--snapshots"),
 }
 
 
@@ -251,7 +259,7 @@ def test_a_bug_of_ours_is_not_passed_off_as_the_users(monkeypatch):
     assert isinstance(run("make-data", "coloured-mnist", "--out", "nowhere").exception, KeyError)
 
 
-@pytest.mark.parametrize("command", ["", "make-data", "make-data coloured-mnist", *main.commands])
+@pytest.mark.parametrize("command", ["", "make-data coloured-mnist", "reproduce coloured-mnist", *main.commands])
 def test_every_command_has_help(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0

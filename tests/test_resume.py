@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_training import metrics, weights
 
 import trainer.training
 from data.storage import Folder
 from trainer import TrainingError, train_student, train_teacher
 from trainer.interruption import TrainingInterrupted
-from trainer.run_dir import RunDir
+from trainer.run_dir import RunDir, snapshots
+from trainer.schedule import is_moment
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -186,6 +190,46 @@ def test_checkpoints_come_every_so_many_minutes(dataset, tmp_path, monkeypatch):
     train_teacher(dataset, tmp_path / "a", steps=4, batch_size=20, checkpoint_minutes=1e-9)
     train_teacher(dataset, tmp_path / "b", steps=4, batch_size=20, checkpoint_minutes=1e9)
     assert saved == [1, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("ema", [None, 0.7])
+def test_snapshots_are_the_weights_of_their_steps_also_when_stopped_on_the_way(dataset, tmp_path, stop_after, ema):
+    options = {"steps": 7, "batch_size": 50, "ema": ema}
+    moments = [3, 5, 7]  # of three in seven steps
+    train_teacher(
+        dataset, tmp_path / "whole", **options, snapshots=3, checkpoint_steps=1, keep_checkpoints=9, log_steps=1
+    )
+    assert list(snapshots(tmp_path / "whole")) == moments
+    for step, path in snapshots(tmp_path / "whole").items():
+        state = torch.load(tmp_path / "whole" / "checkpoints" / f"step-{step:09}.pt", weights_only=True)
+        found = torch.load(path, weights_only=True)
+        for name, value in found.items():
+            assert torch.equal(value, state["model"][name] if ema is None else state["ema"][f"module.{name}"])
+
+    for step in (4, 6):  # the second time from a checkpoint before a snapshot that is there already
+        stop_after(step)
+        with pytest.raises(TrainingInterrupted):
+            train_teacher(dataset, tmp_path / "t", **options, snapshots=3)
+    (tmp_path / "t" / "checkpoints" / "step-000000006.pt").unlink()
+    torch.save({}, tmp_path / "t" / "snapshots" / "step-000000006.pt")  # of no step of this training: it is forgotten
+    stop_after(0)
+    train_teacher(dataset, tmp_path / "t", **options, snapshots=3)
+    assert list(snapshots(tmp_path / "t")) == moments
+    for step, path in snapshots(tmp_path / "t").items():
+        whole = torch.load(snapshots(tmp_path / "whole")[step], weights_only=True)
+        found = torch.load(path, weights_only=True)
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(value, whole[name]) for name, value in found.items())
+    last = torch.load(snapshots(tmp_path / "t")[7], weights_only=True)
+    assert all(torch.equal(value, last[name]) for name, value in weights(tmp_path / "t").items())
+
+
+@given(steps=st.integers(1, 200), count=st.integers(0, 300))
+def test_moments_are_as_many_as_asked_evenly_spread_and_end_with_the_last_step(steps, count):
+    moments = [step for step in range(1, steps + 1) if is_moment(step, steps, count)]
+    assert moments == sorted({math.ceil(k * steps / count) for k in range(1, count + 1)})
+    assert len(moments) == min(steps, count)
+    assert moments[-1:] == [steps] * (count > 0)
 
 
 @pytest.mark.parametrize("damage", ["cut", "a byte", "empty"])

@@ -293,6 +293,8 @@ def test_evaluation_counts_what_it_says(dataset, teacher):
         groups = split.groups[:]
         by_group = {opened.group_name(g): 100 * correct[groups == g].mean() for g in np.unique(groups)}
         assert result[name] == pytest.approx(100 * correct.mean())
+        groups_of = {group["group"]: group["accuracy"] for group in result["splits"][name]["groups"]}
+        assert groups_of == pytest.approx(by_group)
         worst = result["splits"][name]["worst_group"]
         assert worst["accuracy"] == pytest.approx(min(by_group.values()))
         assert by_group[worst["group"]] == pytest.approx(worst["accuracy"])

@@ -1,4 +1,4 @@
-"""How a classifier learns: teachers by labels, students from a store; their evaluation, and the quickstart."""
+"""How a classifier learns: teachers by labels, students from a store; their evaluation, and the paper's table."""
 
 from trainer.distill import train_student
 from trainer.errors import TrainingError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -13,6 +14,7 @@ from data import Dataset, DatasetError, Location, Split, open_dataset
 from pipeline import Classifier, load_classifier
 from pipeline.classifier import check_fits
 from pipeline.device import as_input, as_mask, pick_device, place
+from trainer.run_dir import snapshots
 
 BATCH_SIZE = 512
 
@@ -22,10 +24,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy, in %, of a teacher or student on every split that is neither trained nor chosen on.
 
-    ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples`` and the ``worst_group``
-    (by the dataset's bias attribute); ``iid``, ``ood``, ``shift`` and ``gap`` = iid − ood stand at the top
-    (None without such a split), as does the worst ``worst_group`` of all. ``student_factory`` as in
-    `pipeline.load_classifier`.
+    ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples``, the same of each of its ``groups``
+    (by the dataset's bias attribute) and the ``worst_group`` of them; ``iid``, ``ood``, ``shift`` and ``gap`` =
+    iid − ood stand at the top (None without such a split), as does the worst ``worst_group`` of all.
+    ``student_factory`` as in `pipeline.load_classifier`.
 
     Raises DatasetError, ModelError.
     """
@@ -57,12 +59,36 @@ def evaluate(
     }
 
 
+def evaluate_snapshots(
+    data: Location, model: str | Path, *, images: int, device: str = "auto"
+) -> Iterator[dict[str, float]]:
+    """The snapshots of a finished training: ``step``, and the accuracy, in %, on each test split by its name.
+
+    Not on all of it but on every n-th image, so that it is at least ``images`` of them and less than twice as many (all
+    where there are fewer): the same ones for every snapshot and model.
+
+    Raises DatasetError, ModelError.
+    """
+    dataset = open_dataset(data)
+    classifier, _ = load_classifier(model)
+    torch_device = pick_device(device)
+    place(classifier, torch_device)
+    for step, path in snapshots(Path(model)).items():
+        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        point: dict[str, float] = {"step": step}
+        for split in dataset.test_splits:
+            every = max(1, len(split) // images)
+            correct = predict(classifier, split, torch_device, every) == np.asarray(split.labels[:])[::every]
+            point[split.name] = 100 * float(correct.mean())
+        yield point
+
+
 @torch.no_grad()
-def predict(model: Classifier, split: Split, device: torch.device) -> np.ndarray:
-    """The predicted class of every sample, int64 (N,); the model in evaluation mode."""
+def predict(model: Classifier, split: Split, device: torch.device, every: int = 1) -> np.ndarray:
+    """The predicted class of every sample, or of every n-th, int64 (N,); the model in evaluation mode."""
     predictions = []
-    for start in range(0, len(split), BATCH_SIZE):
-        rows = slice(start, start + BATCH_SIZE)
+    for start in range(0, len(split), BATCH_SIZE * every):
+        rows = slice(start, start + BATCH_SIZE * every, every)
         masks = None if split.masks is None else as_mask(np.asarray(split.masks[rows]), device)
         logits = model(as_input(np.asarray(split.images[rows]), device), masks)
         predictions.append(logits.argmax(1).cpu().numpy())
@@ -70,7 +96,7 @@ def predict(model: Classifier, split: Split, device: torch.device) -> np.ndarray
 
 
 def _summary(correct: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
-    worst = None
+    scores = []
     if split.groups is not None:
         groups = np.asarray(split.groups[:])
         scores = [
@@ -81,8 +107,11 @@ def _summary(correct: np.ndarray, split: Split, dataset: Dataset) -> dict[str, A
             }
             for group in np.unique(groups)
         ]
-        worst = min(scores, key=lambda score: score["accuracy"])
-    return {**_score(correct), "worst_group": worst}
+    return {
+        **_score(correct),
+        "worst_group": min(scores, key=lambda score: score["accuracy"], default=None),
+        "groups": scores,
+    }
 
 
 def _score(correct: np.ndarray) -> dict[str, Any]:

@@ -1,21 +1,28 @@
-"""Pictures of heatmaps: the image above what each model looked at."""
+"""Pictures: what models look at, how accurate they get as they learn, and on which colours. Nothing is decided here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import zarr
 
 from data import Dataset, Split
+from data.storage import Folder
 from pipeline import explain, load_classifier
 from pipeline.device import as_input, as_mask
 
 EPSILON = 0.01
 CPU = torch.device("cpu")
+SPLITS = ("iid", "ood", "shift")
+DPI = 130
 
 
 def heatmap_picture(
@@ -60,12 +67,95 @@ def heatmap_picture(
         for axis in axes.flat:
             axis.set_xticks([])
             axis.set_yticks([])
+    _save(figure, out)
+
+
+def curves_picture(points: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+    """Write a PNG: accuracy against steps, a panel for each test split and a line for each method.
+
+    A point has ``title`` (of the method), ``seed``, ``step``, and ``iid``, ``ood``, ``shift`` in %. Lines are means
+    over seeds, bands from the lowest to the highest seed.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(point["title"] for point in points))
+    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
+    axes = figure.subplots(1, len(SPLITS), sharey=True)
+    for axis, split in zip(axes, SPLITS, strict=True):
+        for index, title in enumerate(titles):
+            by_step: dict[int, list[float]] = {}
+            for point in points:
+                if point["title"] == title:
+                    by_step.setdefault(point["step"], []).append(point[split])
+            steps = sorted(by_step)
+            look = {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
+            means = [statistics.fmean(by_step[step]) for step in steps]
+            axis.plot(steps, means, label=title, marker=".", linewidth=1.6, **look)
+            lowest, highest = ([bound(by_step[step]) for step in steps] for bound in (min, max))
+            axis.fill_between(steps, lowest, highest, color=look["color"], alpha=0.15, linewidth=0)
+        axis.set_title(split.upper() if split != "shift" else split)
+        axis.set_xlabel("steps")
+        axis.set_xlim(left=0)
+        axis.set_ylim(-2, 102)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy in %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("As they learn, on a part of the test images; nothing was chosen by it", fontsize=10)
+    _save(figure, out)
+
+
+def colours_picture(results: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+    """Write a PNG: the accuracy of each method on each colour of the ood and shift splits, the darkest colour first.
+
+    A result has ``title`` (of the method) and ``groups``, each with ``split``, ``group`` (#rrggbb) and ``accuracy`` in
+    %. Numbers are means over the results of a title.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(result["title"] for result in results))
+    scores: dict[tuple[str, str, str], list[float]] = {}
+    for result in results:
+        for group in result["groups"]:
+            scores.setdefault((group["split"], group["group"], result["title"]), []).append(group["accuracy"])
+    figure = Figure(figsize=(15.5, 1.5 + 0.36 * len(titles)), layout="constrained")
+    axes = figure.subplots(2, 2, squeeze=False, height_ratios=(1, len(titles)))
+    for (swatches, axis), split in zip(axes.T, ("ood", "shift"), strict=True):
+        colours = sorted({colour for of, colour, _ in scores if of == split}, key=_luminance)
+        values = np.array([[statistics.fmean(scores[split, colour, title]) for colour in colours] for title in titles])
+        swatches.imshow([[to_rgb(colour) for colour in colours]], aspect="auto")
+        swatches.set_title(f"{split}: accuracy in % on digits of this colour", fontsize=10)
+        axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            ink = "white" if value < 35 else "black"
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(len(colours)), colours, fontsize=7, rotation=30)
+        axis.set_yticks(range(len(titles)), titles if split == "ood" else [""] * len(titles), fontsize=9)
+        axis.tick_params(length=0)
+        swatches.set_xticks([])
+        swatches.set_yticks([])
+    _save(figure, out)
+
+
+def _luminance(colour: str) -> float:
+    """Of #rrggbb, by the weights of ITU-R BT.709."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _save(figure: Any, out: str | Path) -> None:
+    """As a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
+    Folder(Path(out).parent).write(Path(out).name, buffer.getbuffer())
 
 
 def _row_title(axis: object, title: str) -> None:
-    axis.set_ylabel(title, fontsize=9)  # type: ignore[attr-defined]
+    axis.set_ylabel(textwrap.fill(title, 14, break_long_words=False), fontsize=9)  # type: ignore[attr-defined]
 
 
 def _one_per_class(split: Split, classes: int) -> np.ndarray:

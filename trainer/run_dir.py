@@ -24,7 +24,7 @@ from trainer.errors import TrainingError
 
 FILES = {
     *("config.json", "starts.jsonl", "metrics.jsonl", "failure.json", "weights.pt", "model.pt", "result.json"),
-    *(".lock", "checkpoints", "tensorboard", "profile"),
+    *(".lock", "checkpoints", "snapshots", "tensorboard", "profile"),
 }
 
 
@@ -43,35 +43,22 @@ class RunDir:
         check_free(self.path)
         self._folder = Folder(self.path)
         self._folder.make()
-        self._lock = self._claim()
+        self._lock = lock(self.path, "training")
         try:
             check_free(self.path)  # again, as somebody may have finished it just now
             self._folder.sweep()
             found = self.path / "config.json"
-            differences = _differences(json.loads(found.read_text()), config.to_dict()) if found.exists() else []
-            if differences and self.checkpoints():
+            differing = differences(json.loads(found.read_text()), config.to_dict()) if found.exists() else []
+            if differing and self.checkpoints():
                 raise TrainingError(
-                    f"{self.path} holds an unfinished training with other options ({'; '.join(differences)}; its "
+                    f"{self.path} holds an unfinished training with other options ({'; '.join(differing)}; its "
                     "first, this command's second): give the same ones to continue it, or choose another --out"
                 )
-            if differences or not found.exists():
+            if differing or not found.exists():
                 write_json(found, config.to_dict())
         except BaseException:
             self.close()
             raise
-
-    def _claim(self) -> BinaryIO:
-        file = (self.path / ".lock").open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise TrainingError(
-                f"another process is training in {self.path}: let it finish, or choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        return file
 
     def close(self) -> None:
         """Let others have it."""
@@ -106,11 +93,18 @@ class RunDir:
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write one, then remove all but the last ``keep``."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self._folder.write(f"checkpoints/step-{step:09}.pt", buffer.getbuffer())
+        self._save(f"checkpoints/step-{step:09}.pt", state)
         for path in self.checkpoints()[:-keep]:
             path.unlink()
+
+    def save_snapshot(self, step: int, weights: dict[str, Any]) -> None:
+        """Keep the weights of a step; see `snapshots`."""
+        self._save(f"snapshots/step-{step:09}.pt", weights)
+
+    def _save(self, name: str, state: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._folder.write(name, buffer.getbuffer())
 
     # --- logs and results -------------------------------------------------------------------------------
 
@@ -128,6 +122,9 @@ class RunDir:
         self._folder.write("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
         for name in ("weights.pt", "model.pt", "failure.json"):
             (self.path / name).unlink(missing_ok=True)
+        for at, path in snapshots(self.path).items():
+            if at > step:
+                path.unlink()
         with (self.path / "starts.jsonl").open("a") as file:
             when = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(json.dumps({"step": step, "time": when, **how, **versions(), "revision": revision()}) + "\n")
@@ -144,6 +141,11 @@ class RunDir:
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, which makes the training finished."""
         write_json(self.path / "result.json", result)
+
+
+def snapshots(path: Path) -> dict[int, Path]:
+    """The files with the weights that a training had on its way, by step, the first one first."""
+    return {int(file.stem.removeprefix("step-")): file for file in sorted((path / "snapshots").glob("step-*.pt"))}
 
 
 def check_free(path: Path) -> None:
@@ -167,14 +169,32 @@ def _is_config(path: Path) -> bool:
     return True
 
 
-def _differences(found: Any, given: Any, name: str = "") -> list[str]:
-    """What decides a training's result and is not alike, as ``name: found, given``; versions do not count."""
+def lock(folder: Path, at_work: str) -> BinaryIO:
+    """Claim a folder for as long as the file that this returns is open, or this process lives.
+
+    Raises TrainingError, which says that another process is ``at_work`` there.
+    """
+    file = (folder / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise TrainingError(
+            f"another process is {at_work} in {folder}: let it finish, or choose another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def differences(found: Any, given: Any, name: str = "") -> list[str]:
+    """What is not alike in two records, as ``name: found, given``; ``versions`` do not count."""
     found, given = (json.loads(json.dumps(values)) for values in (found, given))
     if not (isinstance(found, dict) and isinstance(given, dict)):
         return [] if found == given else [f"{name}: {found!r}, {given!r}"]
     lines: list[str] = []
     for key in sorted({*found, *given} - ({"versions"} if not name else set())):
-        lines += _differences(found.get(key), given.get(key), f"{name}.{key}" if name else key)
+        lines += differences(found.get(key), given.get(key), f"{name}.{key}" if name else key)
     return lines
 
 

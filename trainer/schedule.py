@@ -102,6 +102,11 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
+def is_moment(step: int, steps: int, count: int) -> bool:
+    """Whether a step, counted from 1, is one of ``count`` that are evenly spread, the last one among them."""
+    return step * count // steps > (step - 1) * count // steps
+
+
 def _check_lr(lr: float) -> None:
     if not 0 < lr < math.inf:
         raise TrainingError(f"--lr must be a positive number, got {lr:g}")

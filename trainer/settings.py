@@ -69,6 +69,8 @@ class Runtime:
     device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream`. checkpoint_steps,
     checkpoint_minutes: how often there is a checkpoint, None for not by that; the last keep_checkpoints stay.
     log_steps: every so many steps there is a line in ``metrics.jsonl``. profile: write a trace of some steps.
+    snapshots: at so many moments, evenly spread and the last step among them, the weights are kept (the averaged ones,
+    where there is an average).
     """
 
     device: str = "auto"
@@ -79,8 +81,11 @@ class Runtime:
     keep_checkpoints: int = 2
     log_steps: int = 20
     profile: bool = False
+    snapshots: int = 0
 
     def __post_init__(self) -> None:
+        if self.snapshots < 0:
+            raise TrainingError(f"--snapshots must be at least 0, got {self.snapshots}")
         for option in ("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "log_steps"):
             value = getattr(self, option)
             if value is not None and not value > 0:

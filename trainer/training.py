@@ -42,7 +42,7 @@ from trainer.losses import heatmap_loss
 from trainer.methods import METHODS
 from trainer.order import step_samples
 from trainer.run_dir import RunDir
-from trainer.schedule import make_ema, make_optimizer, make_schedule
+from trainer.schedule import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.settings import PRECISIONS, Runtime, Settings
 from trainer.stream import Batch, Source, read_block, stored_heatmaps, stream
 from trainer.watch import Watch
@@ -211,10 +211,11 @@ def train(
                 if not math.isfinite(loss):
                     log.warning(f"{out}: the validation loss of step {done} is {loss}, so its weights are not chosen")
                 elif progress["best"] is None or loss < progress["best"]["loss"]:
-                    weights = {name: value.cpu().clone() for name, value in averaged.state_dict().items()}
-                    progress["best"] = {"loss": loss, "step": done, "weights": weights}
+                    progress["best"] = {"loss": loss, "step": done, "weights": _on_cpu(averaged)}
 
             # what is kept of it
+            if run is not None and is_moment(done, settings.steps, runtime.snapshots):
+                run.save_snapshot(done, _on_cpu(averaged))  # before a checkpoint, after which it is not made again
             asked = ranks.agree(interruption.signal is not None)
             due = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
             minutes = runtime.checkpoint_minutes or math.inf
@@ -357,6 +358,11 @@ def _newest(run: RunDir) -> dict[str, Any] | None:
 def _state(parts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
     """All that a training goes on from."""
     return {**{name: part.state_dict() for name, part in parts.items()}, "progress": dict(progress)}
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of its weights."""
+    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
 
 
 def seed_torch(*seeds: int) -> None:
