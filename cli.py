@@ -207,7 +207,10 @@ WHAT_IT_MATCHES = [
     FACTORY,
 ]
 PROFILES = ["cpu", "gpu", "paper"]
-METHODS = ["lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention", "features", "output", "erm"]
+METHODS = [
+    *("lrp", "complete-lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention"),
+    *("features", "output", "erm"),
+]
 
 
 def options(*lists: Any) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from data import open_dataset
 from pipeline import EXPLAINERS, Classifier, Forward, cache_explanations, explain, load_classifier
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, heatmap_loss, train_student
-from trainer.methods import METHODS, method_of, missing_from, moves, needs, parse_terms
+from trainer.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
 from trainer.settings import Settings
 from trainer.stream import explained_source, read_block
 from trainer.training import losses_of, on_device, weighted
@@ -86,7 +86,7 @@ def test_what_is_written_of_a_sum_is_read_as_that_sum(terms):
         (None, "lrp=nan", "'nan' is no weight"),
         (None, "lrp=inf", "'inf' is no weight"),
         (None, "lrp=1=2", "'1=2' is no weight"),
-        (None, "lrp=1,grad-cam=1", "lrp and grad-cam need maps of different explainers"),
+        (None, "lrp=1,grad-cam=1", "lrp and grad-cam are each a way to match maps"),
     ],
 )
 def test_a_sum_that_cannot_be_right_is_refused_with_what_is_wrong(method, loss, words):
@@ -94,9 +94,10 @@ def test_a_sum_that_cannot_be_right_is_refused_with_what_is_wrong(method, loss, 
         parse_terms(method, loss)
 
 
-def test_every_explainer_has_the_one_method_that_matches_its_maps():
+def test_every_explainer_has_the_one_method_that_matches_its_maps_as_they_are():
     for explainer in EXPLAINERS:
-        assert [name for name in METHODS if explainer in METHODS[name].explainers] == [method_of(explainer)]
+        of_maps_alone = [name for name in METHODS if METHODS[name].needs == ("heatmaps",)]
+        assert [name for name in of_maps_alone if explainer in METHODS[name].explainers] == [method_of(explainer)]
 
 
 def test_a_sum_needs_what_any_of_its_methods_needs_and_is_moved_as_all_of_them_can_be():
@@ -168,7 +169,7 @@ def by_hand(name, model, images, target):
             pairs = zip(features.tolist(), target["features"][i].tolist(), strict=True)
             losses.append(sum((a - b) ** 2 for a, b in pairs) / len(features))
         else:
-            if name == "lrp":
+            if name in ("lrp", "complete-lrp"):
                 _, own = explain(
                     model, images[i : i + 1], target["target_class"][i : i + 1], target["epsilon"][i].item()
                 )
@@ -180,7 +181,15 @@ def by_hand(name, model, images, target):
                 own = sum(gradient[:, k].mean() * feature_maps[:, k] for k in range(4))[:, None]
             else:
                 own = sum(feature_maps[:, k] ** 2 for k in range(4))[:, None]
-            losses.append(oracles.heatmap_loss(own[0].detach(), target["heatmaps"][i], "l1"))
+            pair = [own[0].detach(), target["heatmaps"][i]]
+            if name == "complete-lrp":
+                for which, logit in enumerate((logits[t].item(), target["teacher_logits"][i, t].item())):
+                    values = pair[which].flatten().tolist()
+                    share = (logit - sum(values)) / sum(abs(value) for value in values)
+                    pair[which] = torch.tensor(
+                        [value + abs(value) * share for value in values], dtype=torch.float64
+                    ).view(pair[which].shape)
+            losses.append(oracles.heatmap_loss(*pair, "l1"))
     return losses
 
 
@@ -203,6 +212,17 @@ def test_the_loss_of_each_method_is_its_formula_written_as_loops(name):
     found = METHODS[name].loss(Forward(model, images, explainer), needed, heatmap_loss)
     assert found.shape == (6,)
     assert found.tolist() == pytest.approx(by_hand(name, model, images, target), rel=1e-9)
+
+
+def test_a_completed_map_sums_to_the_logit_whatever_it_was_pooled_by_and_one_of_zeros_stays():
+    torch.manual_seed(0)
+    maps, logits = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    maps[3] = 0
+    for pooled in (1, 4):
+        found = _completed(maps, logits, pooled)
+        torch.testing.assert_close(pooled * found[:3].sum((1, 2, 3)), logits[:3])
+        assert not found[3].any()
+    assert torch.equal(_completed(maps[:3], maps[:3].sum((1, 2, 3))), maps[:3])
 
 
 def gradients(teacher, dataset, store, loss) -> list[torch.Tensor]:

@@ -61,6 +61,12 @@ ANY_TEACHER: dict[str, Row] = {  # of a teacher with biases and batch norms, as 
     "lrp-biased-teacher-bias-free-student": Row(
         "LRP, teacher alone with biases", None, "lrp", "biased-teacher", "flex", bias_free=True
     ),
+    "complete-lrp-biased-teacher": Row(
+        "LRP completed, teacher and student with biases", None, "complete-lrp", "biased-teacher", "flex"
+    ),
+    "complete-lrp-biased-teacher-bias-free-student": Row(
+        "LRP completed, teacher alone with biases", None, "complete-lrp", "biased-teacher", "flex", bias_free=True
+    ),
 }
 ROWS = {**PAPERS, **ANY_TEACHER}  # in the order of the table
 QUOTED = tuple(
