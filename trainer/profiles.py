@@ -116,7 +116,7 @@ PROFILES = {
             "cpu",
             teacher={"arch": "small-cnn", "bias_free": True, "steps": 1000, "batch_size": 128},
             student={"arch": "small-cnn", "steps": 3000, "batch_size": 128, "snapshots": 10},
-            of_row={"erm": {"steps": 600}},
+            of_row={"erm": {"steps": 600}, "lrp": {"steps": 4000, "lr": 8e-3}},
         ),
         Profile(
             "gpu",
