@@ -147,7 +147,7 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
     maps = [name for name in terms if METHODS[name].explainers]
     if len(maps) > 1:
         raise TrainingError(
-            f"{' and '.join(maps)} are each a way to match maps, and a store has those of one explainer: give one of them"
+            f"{' and '.join(maps)} are each a way to match maps, and a store has those of one explainer: give one"
         )
     return terms
 
