@@ -122,6 +122,12 @@ def test_what_replaces_a_kernel_of_convolution_equals_it(sides, kernel, stride, 
     torch.testing.assert_close(layer.weight_grad(x, g, weight), expected[1])
 
 
+def test_a_kernel_that_is_larger_than_the_map_is_refused_as_by_pytorch():
+    for layer in (nn.Conv2d(2, 4, 2, dilation=2), nn.Conv2d(2, 4, 3)):
+        with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+            explain(nn.Sequential(layer, nn.Flatten()), torch.rand(1, 2, 2, 2), torch.tensor([0]), 0.1)
+
+
 def without(parameter: str, norm: nn.Module) -> nn.Module:
     settled(norm).register_parameter(parameter, None)
     return norm

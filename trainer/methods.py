@@ -71,9 +71,9 @@ def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
 def complete_explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
     """Both maps with the share of the explained logit that they do not see, spread in proportion to |relevance|.
 
-    What ε absorbs is such a share, and what biases and batch norms add, which is much in a teacher that has them. Then
-    the maps of a sum that is the logit carry it to a student without biases too. Ours, measured in
-    docs/results/coloured-mnist.md.
+    What ε absorbs is such a share, and what biases and batch norms add, which is much in a teacher that has them. As
+    both maps then sum to the logit, a student that matches them has the teacher's outputs too, with biases of its own
+    or without. Not from the paper; measured in docs/results/coloured-mnist.md.
     """
     classes = target["target_class"]
     ours = forward.maps(classes, target["epsilon"], create_graph=torch.is_grad_enabled())

@@ -67,8 +67,8 @@ class Convolution:
 
     def _covers(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernel is as large as the map, so that this is a linear layer (on a CPU, where that pays)."""
-        _, padding, _, transposed, _, groups = self.options
-        plain = x.dim() == 4 and groups == 1 and not transposed and not any(padding)
+        _, padding, dilation, transposed, _, groups = self.options
+        plain = x.dim() == 4 and groups == 1 and not transposed and not any(padding) and max(dilation) == 1
         return plain and x.shape[2:] == weight.shape[2:] and x.device.type == "cpu"
 
     def bias_grad(self, g: Tensor) -> Tensor:
