@@ -49,27 +49,27 @@ class Convolution:
         return aten.convolution(*_by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        stride, padding, dilation, transposed, _, groups = self.options
+        stride, padding, dilation = self.options[:3]
         if self._covers(x, weight):
             return (g.flatten(1) @ _rows(weight)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
-        few = x.dim() == 4 and x.shape[1] <= 4 and groups == 1 and not transposed
-        if few and max(stride) > 1 and max(dilation) == 1 and g.device.type == "cpu":
+        if self._plain(x) and x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1:
             return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
         g, x, weight = _by_channel(x, g, x, weight)
         return aten.convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
 
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-        stride, padding, dilation, transposed, _, groups = self.options
-        plain = x.dim() == 4 and groups == 1 and not transposed and x.device.type == "cpu"
-        if plain and x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP:
-            return _weight_grad_by_positions(x, g, weight, stride, padding, dilation)
+        if self._plain(x) and x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP:
+            return _weight_grad_by_positions(x, g, weight, *self.options[:3])
         return aten.convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
 
     def _covers(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the kernel is as large as the map, so that this is a linear layer (on a CPU, where that pays)."""
-        _, padding, dilation, transposed, _, groups = self.options
-        plain = x.dim() == 4 and groups == 1 and not transposed and not any(padding) and max(dilation) == 1
-        return plain and x.shape[2:] == weight.shape[2:] and x.device.type == "cpu"
+        """Whether the kernel is as large as the map, so that this is a linear layer."""
+        _, padding, dilation = self.options[:3]
+        return self._plain(x) and not any(padding) and max(dilation) == 1 and x.shape[2:] == weight.shape[2:]
+
+    def _plain(self, x: Tensor) -> bool:
+        """Whether this is of the kind, on a CPU, for which the functions below are faster than its kernels."""
+        return x.dim() == 4 and x.device.type == "cpu" and not self.options[3] and self.options[5] == 1
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return sum_per_channel(g)
