@@ -320,6 +320,15 @@ FASHION = click.option(
     help="A folder with the files of Fashion-MNIST; that of Debian's dataset-fashion-mnist unless given.",
 )
 
+COCO_AND_PLACES = [
+    click.option("--coco", required=True, type=click.Path(path_type=Path), help="The folder of COCO's files of 2017."),
+    click.option("--places", required=True, type=click.Path(path_type=Path), help="The folder data_256 of Places365."),
+]
+BIRD_MASKS = "The folder segmentations of CUB-200-2011."
+BIRDS = click.option(
+    "--waterbirds", required=True, type=click.Path(path_type=Path), help="The folder with metadata.csv."
+)
+
 
 def _echo_sizes(out: str, sizes: dict[str, int]) -> None:
     click.echo(f"{out}: " + ", ".join(f"{split} {samples}" for split, samples in sizes.items()))
@@ -354,8 +363,7 @@ def fashion_on_textures(out: str, **options: Any) -> None:
 
 
 @make_data.command(name="coco-on-places")
-@click.option("--coco", required=True, type=click.Path(path_type=Path), help="The folder of COCO's files of 2017.")
-@click.option("--places", required=True, type=click.Path(path_type=Path), help="The folder data_256 of Places365.")
+@options(COCO_AND_PLACES)
 @DATASET
 @SIZE
 @SEED
@@ -373,8 +381,8 @@ def coco_on_places(out: str, **options: Any) -> None:
 
 
 @make_data.command(name="waterbirds")
-@click.option("--waterbirds", required=True, type=click.Path(path_type=Path), help="The folder with metadata.csv.")
-@click.option("--masks", type=click.Path(path_type=Path), help="The folder segmentations of CUB-200-2011.")
+@BIRDS
+@click.option("--masks", type=click.Path(path_type=Path), help=BIRD_MASKS)
 @DATASET
 @click.option("--size", default=224, show_default=True, type=click.IntRange(1), help="Height and width, in pixels.")
 @LIMIT
@@ -763,14 +771,14 @@ def quickstart_command(out: Path, seed: int) -> None:
     from trainer.quickstart import quickstart
 
     results = quickstart(out, dataclasses.replace(PROFILES["quickstart"], seed=seed), click.echo)
-    _echo_table(results, PROFILES["quickstart"].table.quoted)
+    _echo_table(results, PROFILES["quickstart"].table)
     click.echo(f"results: {out / 'results.json'}, heatmaps: {out / 'report' / 'heatmaps.png'}")
 
 
-def _echo_table(results: list[dict[str, Any]], quoted: Any) -> None:
+def _echo_table(results: list[dict[str, Any]], benchmark: Any) -> None:
     from trainer.tables import summarise, text
 
-    click.echo(f"\n{text(summarise(results, quoted))}\n")
+    click.echo(f"\n{text(summarise(results, benchmark))}\n")
 
 
 @main.group(name="reproduce")
@@ -828,13 +836,31 @@ def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: s
 
     The teacher sees the garment alone, by the dataset's masks. It goes on, and is added to, in the same way.
     """
-    import dataclasses
-
     from trainer import profiles
 
-    chosen = profiles.ON_TEXTURES[profile]
-    data = {**chosen.data, "fashion_mnist": None if fashion_mnist is None else str(fashion_mnist)}
-    _reproduce(dataclasses.replace(chosen, data=data), **options)
+    sources = {} if fashion_mnist is None else {"fashion_mnist": fashion_mnist}
+    _reproduce(profiles.ON_TEXTURES[profile], sources=sources, **options)
+
+
+@reproduce_group.command(name="coco-on-places")
+@options(COCO_AND_PLACES)
+@options(HOW_IT_IS_REPRODUCED)
+def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -> None:
+    """The same on COCO-on-Places, from the original files; best on a GPU."""
+    from trainer import profiles
+
+    _reproduce(profiles.ON_PLACES, sources={"coco": coco, "places": places}, **options)
+
+
+@reproduce_group.command(name="waterbirds")
+@BIRDS
+@click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS)
+@options(HOW_IT_IS_REPRODUCED)
+def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) -> None:
+    """The same on Waterbirds, from the published folder, with GroupDRO; best on a GPU."""
+    from trainer import profiles
+
+    _reproduce(profiles.WATERBIRDS, sources={"waterbirds": waterbirds, "masks": masks}, **options)
 
 
 def _reproduce(profile: Any, arch: str | None, out: Path, **options: Any) -> None:
@@ -846,7 +872,7 @@ def _reproduce(profile: Any, arch: str | None, out: Path, **options: Any) -> Non
         teacher, student = ({**given, "arch": arch} for given in (profile.teacher, profile.student))
         profile = dataclasses.replace(profile, teacher=teacher, student=student)
     results = reproduce(out, profile, echo=click.echo, **options)
-    _echo_table(results, profile.table.quoted)
+    _echo_table(results, profile.table)
     click.echo(f"results: {out / 'results.jsonl'}, tables and pictures: {out / 'report'}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pycocotools import mask as rle
 from cli import main
 from data import DatasetError, make_coco_on_places, open_dataset
 from data.coco_on_places import BIASING, CLASSES, UNSEEN
+from trainer import profiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 FEW = {"train_per_class": 3, "test_per_class": 2}
@@ -239,3 +242,34 @@ def test_the_command_makes_it(made, originals, tmp_path):
     assert result.exit_code == 0, result.output
     assert "train 27, validation 18, iid 18, ood 18, shift 18" in result.output
     assert open_dataset(tmp_path / "d").split("iid").fingerprint == open_dataset(made).split("iid").fingerprint
+
+
+def test_the_table_is_made_from_the_original_files_wherever_they_lie(originals, tmp_path, monkeypatch):
+    coco, places = originals
+    tiny = dataclasses.replace(
+        profiles.ON_PLACES,
+        data={"size": 16, **FEW},
+        teacher={**profiles.ON_PLACES.teacher, "arch": "small-cnn", "steps": 2, "batch_size": 9},
+        student={**profiles.ON_PLACES.student, "arch": "small-cnn", "steps": 2, "batch_size": 9, "snapshots": 1},
+        of_row={},
+        draws=1,
+    )
+    monkeypatch.setattr(profiles, "ON_PLACES", tiny)
+
+    def table(coco, places, *methods):
+        command = ["reproduce", "coco-on-places", "--coco", str(coco), "--places", str(places), "--device", "cpu"]
+        return CliRunner().invoke(
+            main, [*command, "--out", str(tmp_path / "r"), "--seeds", "1", "--methods", ",".join(methods)]
+        )
+
+    result = table(tmp_path, places, "erm")
+    assert result.exit_code == 1
+    assert "instances_train2017.json" in result.output
+    result = table(coco, places, "erm", "lrp")  # the same folder, with the right files
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^in % .* on object +published: gap ", result.output, re.MULTILINE)
+    assert re.search(r"^LRP distillation .* 4\.40 ", result.output, re.MULTILINE)
+    assert re.search(r"^IRM .* 52\.10 .*needs unbiased data$", result.output, re.MULTILINE)
+    assert open_dataset(tmp_path / "r" / "data.zarr").name == "coco-on-places"
+    result = table(tmp_path / "gone", tmp_path / "gone", "features")  # which are not needed any more
+    assert result.exit_code == 0, result.output

@@ -38,11 +38,11 @@ def test_it_writes_results_and_picture_and_the_second_time_says_it_is_finished(t
     assert (tmp_path / "q" / "report" / "heatmaps.png").read_bytes()[:4] == b"\x89PNG"
     assert [line.split()[0] for line in said] == [f"[{number}/7]" for number in range(1, 8)]
 
-    lines = text(summarise(results, QUOTED)).splitlines()
+    lines = text(summarise(results, QUICK.table)).splitlines()
     assert len(lines) == 1 + 3 + len(QUOTED)
     for line, method in zip(lines[1:4], ("teacher", "erm", "lrp"), strict=True):
         assert line.startswith(ROWS[method].title)
-        assert all(f"{value:.2f}" in line for value in ROWS[method].published)
+        assert all(f"{value:.2f}" in line for value in ROWS[method].published.values())
 
     assert quickstart(tmp_path / "q", TINY, said.append) == results
     assert "finished" in said[-1]

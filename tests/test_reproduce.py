@@ -30,7 +30,7 @@ from trainer import reproduce as module
 from trainer.evaluation import evaluate_snapshots, predict
 from trainer.interruption import TrainingInterrupted
 from trainer.plan import before, chosen, plan
-from trainer.profiles import ANY_TEACHER, PAPERS, PROFILES, QUOTED, ROWS, Quoted
+from trainer.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
 from trainer.reproduce import reproduce
 from trainer.run_dir import lock, snapshots
 from trainer.settings import Runtime, Settings, check_types
@@ -140,8 +140,9 @@ def result(method: str, scores: tuple[float, float, float], seed: int = 0, **mor
     return {**row, "iid": iid, "ood": ood, "shift": shift, "gap": iid - ood, "published": None, **more}
 
 
+COLOURED = profiles.BENCHMARKS["coloured-mnist"]
 RESULTS = [
-    result("t", (99.0, 98.0, 97.0), teacher=None, published=[1.0, 2.0, 3.0]),
+    result("t", (99.0, 98.0, 97.0), teacher=None, published={"iid": 1.0, "ood": 2.0, "shift": 3.0}),
     result("a", (90.0, 80.0, 70.0)),
     result("a", (94.0, 86.0, 71.0), seed=1, seconds=20.0),
     result("a", (95.0, 86.0, 72.0), seed=2, seconds=60.0),
@@ -150,30 +151,60 @@ RESULTS = [
 
 
 def test_the_table_is_the_arithmetic_done_by_hand():
-    teacher, a, orphan, quoted = summarise(RESULTS, [Quoted("Q", (7.0, 8.0, 9.0), "published, needs unbiased data")])
+    note = "published, needs unbiased data"
+    benchmark = dataclasses.replace(COLOURED, quoted=(Quoted("Q", {"iid": 7.0, "ood": 8.0, "shift": 9.0}, note),))
+    teacher, a, orphan, quoted = summarise(RESULTS, benchmark)
     # of 90, 94, 95: mean 93, squared deviations 9 + 1 + 4 over n − 1 = 2; of 80, 86, 86: mean 84, 16 + 4 + 4;
     # of 70, 71, 72: mean 71, 1 + 0 + 1; of the gaps 10, 8, 9: mean 9, 1 + 1 + 0
-    assert [each.mean for each in a.ours] == pytest.approx([93, 84, 71, 9])
-    assert [each.deviation for each in a.ours] == pytest.approx([7**0.5, 12**0.5, 1, 1])
-    assert a.to_teacher == pytest.approx((84 - 98, 71 - 97))
-    assert (a.title, a.published, a.seconds, a.note) == ("A", None, 30.0, "measured, 3 seeds; no number quoted")
-    assert [str(each) for each in a.ours] == ["93.00 ± 2.65", "84.00 ± 3.46", "71.00 ± 1.00", "9.00 ± 1.00"]
-    assert [str(each) for each in teacher.ours] == ["99.00", "98.00", "97.00", "1.00"]  # one seed has no spread
+    assert [*a.ours] == ["IID", "OOD", "shift", "gap"]
+    assert [each.mean for each in a.ours.values()] == pytest.approx([93, 84, 71, 9])
+    assert [each.deviation for each in a.ours.values()] == pytest.approx([7**0.5, 12**0.5, 1, 1])
+    assert a.to_teacher == pytest.approx({"OOD": 84 - 98, "shift": 71 - 97})
+    assert (a.title, a.published, a.seconds, a.note) == ("A", {}, 30.0, "measured, 3 seeds; no number quoted")
+    assert [str(each) for each in a.ours.values()] == ["93.00 ± 2.65", "84.00 ± 3.46", "71.00 ± 1.00", "9.00 ± 1.00"]
+    assert [str(each) for each in teacher.ours.values()] == ["99.00", "98.00", "97.00", "1.00"]  # one has no spread
     assert teacher.note == "measured, 1 seed; published numbers as quoted"
-    assert (teacher.to_teacher, teacher.published) == (None, (1.0, 2.0, 3.0))
-    assert orphan.to_teacher is None
-    assert str(orphan.ours[3]) == "−1.00"
-    assert (quoted.ours, quoted.to_teacher, quoted.seconds) == (None, None, None)
+    assert (teacher.to_teacher, teacher.published) == ({}, {"IID": 1.0, "OOD": 2.0, "shift": 3.0})
+    assert orphan.to_teacher == {}
+    assert str(orphan.ours["gap"]) == "−1.00"
+    assert (quoted.ours, quoted.to_teacher, quoted.seconds) == ({}, {}, None)
 
-    row = next(line for line in markdown([a]).splitlines() if line.startswith("| A "))
+    row = next(line for line in markdown([teacher, a]).splitlines() if line.startswith("| A "))
     assert row == (
         "| A | 93.00 ± 2.65 | 84.00 ± 3.46 | 71.00 ± 1.00 | 9.00 ± 1.00 | −14.00 | −26.00 | – | – | – | 30 | "
         "measured, 3 seeds; no number quoted |"
     )
     shown = text([teacher, quoted]).splitlines()
+    assert shown[0].split() == ["in", "%", "IID", "OOD", "shift", "gap", "published:", "IID", "OOD", "shift", "seconds"]
     assert shown[1].split() == ["T", "99.00", "98.00", "97.00", "1.00", "1.00", "2.00", "3.00", "10"]
     assert shown[2].split()[:9] == ["Q", "–", "–", "–", "–", "7.00", "8.00", "9.00", "–"]
     assert shown[2].endswith("published, needs unbiased data")
+
+
+def test_a_table_has_the_columns_of_its_benchmark_and_of_what_was_measured():
+    benchmark = profiles.BENCHMARKS["waterbirds"]
+    results = [
+        {"method": method, "title": method, "seed": seed, "teacher": teacher, "seconds": 1.0, "published": None}
+        | {"test": test, "gap": None, "worst_group": {"accuracy": test - 20}, "on_object": {"test": share}}
+        for method, seed, teacher, test, share in (
+            ("teacher", 0, None, 80.0, 100.0),
+            ("lrp", 0, "teacher", 70.0, 90.0),
+            ("lrp", 1, "teacher", 74.0, None),  # of a model that has no rule for an operation
+        )
+    ]
+    head, _, teacher, lrp = markdown(summarise(results, benchmark)).splitlines()
+    assert head == "|  | test | worst group | on object | less its teacher's: test | seconds of training | what it is |"
+    assert teacher.startswith("| teacher | 80.00 | 60.00 | 100.00 | – | 1 |")
+    assert lrp.startswith("| lrp | 72.00 ± 2.83 | 52.00 ± 2.83 | 90.00 | −8.00 | 1 |")
+
+    of_places = profiles.BENCHMARKS["coco-on-places"]
+    student = result("lrp", (50.0, 48.0, 47.0), published=of_places.rows["lrp"].published)
+    head, _, *rows = markdown(summarise([student], of_places)).splitlines()
+    assert head == "|  | IID | OOD | shift | gap | published: gap | seconds of training | what it is |"
+    assert [row.split(" | ")[1:6] for row in rows] == [
+        ["50.00", "48.00", "47.00", "2.00", "4.40"],
+        ["–", "–", "–", "–", "52.10"],
+    ]
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=9))
@@ -185,7 +216,7 @@ def test_spread_is_the_sample_standard_deviation(values):
 
 @given(st.text("ab&%$#_{}~^\\×±−–ε| ", max_size=12))
 def test_any_title_is_one_cell_of_every_table(title):
-    table = summarise([*RESULTS, result("odd", (1.0, 2.0, 3.0), title=title)], QUOTED)
+    table = summarise([*RESULTS, result("odd", (1.0, 2.0, 3.0), title=title)], COLOURED)
     for row in markdown(table).splitlines():
         assert len(re.split(r"(?<!\\)\|", row)) == 12 + 2
     source = latex(table)
@@ -260,7 +291,7 @@ def test_every_row_is_trained_tested_once_and_told(made):
             of_split = [group for group in line["groups"] if group["split"] == split]
             right = sum(group["accuracy"] * group["samples"] for group in of_split)
             assert right / sum(group["samples"] for group in of_split) == pytest.approx(line[split])
-        assert (line["title"], line["published"]) == (row.title, row.published and list(row.published))
+        assert (line["title"], line["published"]) == (row.title, row.published)
         assert line["steps"] == (3 if row.loss not in (None, "erm") else 4)
         assert line["batch_size"] == 40
         assert math.isfinite(line["loss"])
@@ -306,7 +337,7 @@ def test_curves_end_with_the_last_weights_and_no_snapshot_stays(made):
 def test_the_report_has_tables_and_pictures(made):
     out, results, *_ = made
     report = out / "report"
-    table = summarise(results, QUOTED)
+    table = summarise(results, COLOURED)
     assert (report / "table.md").read_text() == markdown(table)
     assert (report / "table.tex").read_text() == latex(table)
     for name in ("curves", "groups"):
@@ -326,13 +357,14 @@ def test_another_benchmark_has_its_own_data_teacher_rows_and_table(fashion, tmp_
     cpu = profiles.ON_TEXTURES["cpu"]
     tiny = dataclasses.replace(
         cpu,
-        data={"size": 16, "fashion_mnist": str(fashion)},
+        data={"size": 16},
         teacher={**cpu.teacher, "arch": "small-cnn", "steps": 3, "batch_size": 20},
         student={**cpu.student, "arch": "small-cnn", "steps": 2, "batch_size": 20, "snapshots": 1},
         of_row={},
         draws=1,
     )
-    results = reproduce(tmp_path / "r", tiny, seeds=1, device="cpu", echo=lambda _: None)
+    sources = {"fashion_mnist": fashion}
+    results = reproduce(tmp_path / "r", tiny, seeds=1, sources=sources, device="cpu", echo=lambda _: None)
     assert [line["method"] for line in results] == [*profiles.OBJECTS]
     assert load_classifier(tmp_path / "r" / "models" / "teacher")[1].debias == "mask"
     teacher, *students = results
@@ -344,7 +376,8 @@ def test_another_benchmark_has_its_own_data_teacher_rows_and_table(fashion, tmp_
     report = tmp_path / "r" / "report"
     told = (report / "table.md").read_text().splitlines()
     assert len(told) == 2 + len(results)
-    assert "100.00 % of the relevance on the object" in told[2]
+    assert told[0].startswith("|  | IID | OOD | shift | gap | worst group | on object | less its teacher's: OOD |")
+    assert told[2].split(" | ")[6] == "100.00"
     for name in ("curves", "groups", "heatmaps"):
         assert (report / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -409,7 +442,7 @@ def test_stopped_anywhere_it_goes_on_without_making_anything_again(tmp_path, mon
     before_it, seconds = times(out), json.loads((out / "reproduce.json").read_text())["seconds"]
     there = lines(out / "results.jsonl") if (out / "results.jsonl").exists() else []
     if there:  # somebody who stops here has a table of what is there
-        assert (out / "report" / "table.md").read_text() == markdown(summarise(there, QUOTED))
+        assert (out / "report" / "table.md").read_text() == markdown(summarise(there, COLOURED))
     results = reproduce(out, SMALL, ["erm", "lrp"], echo=lambda _: None)
     assert before_it.items() <= times(out).items()
     assert [line["method"] for line in results] == ["teacher", "erm", "lrp"]

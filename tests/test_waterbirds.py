@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from cli import main
 from data import DatasetError, make_waterbirds, open_dataset
+from trainer import evaluate, profiles
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
 HEADER = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
@@ -121,3 +124,36 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_is_left(published, tmp_
     with pytest.raises(DatasetError, match=words):
         make_waterbirds(tmp_path / "d", tmp_path / "birds", tmp_path / "segmentations", size=20)
     assert not (tmp_path / "d").exists()
+
+
+def test_the_table_has_the_test_split_its_worst_group_and_group_dro(published, tmp_path, monkeypatch):
+    birds, masks = published
+    tiny = dataclasses.replace(
+        profiles.WATERBIRDS,
+        data={"size": 16},
+        teacher={**profiles.WATERBIRDS.teacher, "arch": "small-cnn", "steps": 2, "batch_size": 8},
+        student={**profiles.WATERBIRDS.student, "arch": "small-cnn", "steps": 2, "batch_size": 8, "snapshots": 1},
+        of_row={},
+        draws=1,
+    )
+    monkeypatch.setattr(profiles, "WATERBIRDS", tiny)
+    command = ["reproduce", "waterbirds", "--waterbirds", str(birds), "--masks", str(masks), "--device", "cpu"]
+    out = tmp_path / "r"
+    result = CliRunner().invoke(main, [*command, "--out", str(out), "--seeds", "1", "--methods", "lrp,group-dro,erm"])
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (out / "stores").iterdir()] == ["teacher-flex-train.zarr"]  # validation is unbiased
+    head, _, *rows = (out / "report" / "table.md").read_text().splitlines()
+    assert head.startswith("|  | test | worst group | on object | less its teacher's: test |")
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| teacher", "| ERM", "| LRP distillation", "| GroupDRO, told the groups",
+    ]  # fmt: skip
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for line in results:
+        scores = evaluate(out / "data.zarr", out / line["model"], device="cpu")
+        assert line["test"] == scores["splits"]["test"]["accuracy"]
+        assert line["worst_group"] == scores["worst_group"]
+        assert {group["group"] for group in line["groups"]} == {
+            "landbird on land", "landbird on water", "waterbird on land", "waterbird on water",
+        }  # fmt: skip
+    for name in ("curves", "groups", "heatmaps"):
+        assert (out / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

@@ -18,10 +18,10 @@ from data import Dataset, Split
 from data.storage import Folder
 from pipeline import explain, load_classifier
 from pipeline.device import as_input, as_mask
+from trainer.tables import heading
 
 EPSILON = 0.01
 CPU = torch.device("cpu")
-SPLITS = ("iid", "ood", "shift")
 DPI = 130
 ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of an axis of accuracies
 
@@ -71,20 +71,20 @@ def heatmap_picture(
     _save(figure, out)
 
 
-def curves_picture(points: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
     """Write a PNG: accuracy against steps, a panel for each test split and a line for each method.
 
-    A point has ``title`` (of the method), ``seed``, ``step``, and ``iid``, ``ood``, ``shift`` in %. Lines are means
-    over seeds, bands from the lowest to the highest seed. The axis is the logit of the accuracy, which shows the
-    differences near 100 % too.
+    A point has ``title`` (of the method), ``seed``, ``step``, and the accuracy on each of the ``splits`` in %. Lines
+    are means over seeds, bands from the lowest to the highest seed. The axis is the logit of the accuracy, which shows
+    the differences near 100 % too.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(point["title"] for point in points))
-    figure = Figure(figsize=(13.5, 4.6), layout="constrained")
-    axes = figure.subplots(1, len(SPLITS), sharey=True)
-    for axis, split in zip(axes, SPLITS, strict=True):
+    figure = Figure(figsize=(3 + 3.5 * len(splits), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    for axis, split in zip(axes, splits, strict=True):
         for index, title in enumerate(titles):
             by_step: dict[int, list[float]] = {}
             for point in points:
@@ -97,7 +97,7 @@ def curves_picture(points: Sequence[Mapping[str, Any]], out: str | Path) -> None
             axis.plot(steps, means, label=title, marker=".", linewidth=1.6, **look)
             lowest, highest = ([bound(by_step[step]) for step in steps] for bound in (min, max))
             axis.fill_between(steps, lowest, highest, color=look["color"], alpha=0.15, linewidth=0)
-        axis.set_title(split.upper() if split != "shift" else split)
+        axis.set_title(heading(split))
         axis.set_xlabel("steps")
         axis.set_xlim(left=0)
         axis.set_yscale("logit")
@@ -113,8 +113,8 @@ def curves_picture(points: Sequence[Mapping[str, Any]], out: str | Path) -> None
     _save(figure, out)
 
 
-def groups_picture(results: Sequence[Mapping[str, Any]], out: str | Path) -> None:
-    """Write a PNG: the accuracy of each method on each group of the ood and shift splits; of colours the darkest first.
+def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
+    """Write a PNG: the accuracy of each method on each group of the splits; of colours the darkest first.
 
     A result has ``title`` (of the method) and ``groups``, each with ``split``, ``group`` (a name, or a colour as
     #rrggbb) and ``accuracy`` in %. Numbers are means over the results of a title.
@@ -128,9 +128,9 @@ def groups_picture(results: Sequence[Mapping[str, Any]], out: str | Path) -> Non
         for group in result["groups"]:
             scores.setdefault((group["split"], group["group"], result["title"]), []).append(group["accuracy"])
     colours = all(group.startswith("#") and is_color_like(group) for _, group, _ in scores)
-    figure = Figure(figsize=(15.5, 1.5 + 0.36 * len(titles)), layout="constrained")
-    axes = figure.subplots(2, 2, squeeze=False, height_ratios=(1 if colours else 0.01, len(titles)))
-    for (swatches, axis), split in zip(axes.T, ("ood", "shift"), strict=True):
+    figure = Figure(figsize=(2.5 + 6.5 * len(splits), 1.5 + 0.36 * len(titles)), layout="constrained")
+    axes = figure.subplots(2, len(splits), squeeze=False, height_ratios=(1 if colours else 0.01, len(titles)))
+    for (swatches, axis), split in zip(axes.T, splits, strict=True):
         groups = list(dict.fromkeys(group for of, group, _ in scores if of == split))
         groups = sorted(groups, key=_luminance) if colours else groups
         values = np.array([[statistics.fmean(scores[split, group, title]) for group in groups] for title in titles])
@@ -146,7 +146,7 @@ def groups_picture(results: Sequence[Mapping[str, Any]], out: str | Path) -> Non
             ink = "white" if value < 35 else "black"
             axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
         axis.set_xticks(range(len(groups)), groups, fontsize=7, rotation=30)
-        axis.set_yticks(range(len(titles)), titles if split == "ood" else [""] * len(titles), fontsize=9)
+        axis.set_yticks(range(len(titles)), titles if split == splits[0] else [""] * len(titles), fontsize=9)
         axis.tick_params(length=0)
     _save(figure, out)
 

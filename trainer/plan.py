@@ -74,7 +74,7 @@ def before(stage: Stage) -> dict[str, Stage]:
 
 
 def _data(profile: Profile) -> Stage:
-    options = {**profile.data, "seed": profile.seed, "limit": profile.limit}
+    options = {**profile.data, **({"seed": profile.seed} if profile.table.seeded else {}), "limit": profile.limit}
     return Stage("data", "data.zarr", profile.table.says, options)
 
 
@@ -111,7 +111,8 @@ def _student(profile: Profile, key: str, seed: int) -> Stage:
     stores: tuple[Stage, ...] = ()
     if row.explainer is not None:
         assert row.teacher is not None
-        stores = tuple(_store(profile, row.teacher, row.explainer, split) for split in ("train", "validation"))
+        splits = ("train", "validation") if profile.table.biased_validation else ("train",)
+        stores = tuple(_store(profile, row.teacher, row.explainer, split) for split in splits)
     says = f"{key}, seed {seed}: {_length(options)}"
     return Stage("student", f"models/{key}-{seed}", says, options, (_data(profile), *stores), key, seed)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ def reproduce(
     methods: Sequence[str] | None = None,
     *,
     seeds: int = 1,
+    sources: Mapping[str, str | Path] | None = None,
     device: str = "auto",
     echo: Callable[[str], None] = print,
 ) -> list[Result]:
@@ -52,12 +53,13 @@ def reproduce(
 
     ``methods`` are rows of the benchmark (`trainer.profiles`), its usual ones unless given, or ``all``. A later call on
     the same folder may have more of them and more ``seeds``; what is finished stays. A model is tested once, when its
-    training has ended; the curves come after all trainings, and nothing is chosen by either.
+    training has ended; the curves come after all trainings, and nothing is chosen by either. ``sources`` are where the
+    original files lie that the data are made of, by the names that the benchmark's ``make`` has for them.
 
-    Returns what is in ``results.jsonl``, a line for each model: ``method``, ``title``, ``seed``, ``arch``; ``iid``,
-    ``ood``, ``shift``, ``gap`` in %; ``worst_group``, all ``groups``, and of each split ``on_object``, as of
-    `evaluate`; ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and those of the ``stages`` before
-    it; the ``published`` numbers.
+    Returns what is in ``results.jsonl``, a line for each model: ``method``, ``title``, ``seed``, ``arch``; in % the
+    accuracy on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and of each split
+    ``on_object``, as of `evaluate`; ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and those of
+    the ``stages`` before it; the ``published`` numbers.
 
     Raises FileExistsError for a folder that holds anything else, TrainingError for one of another profile and one that
     another process is at, and what its stages raise.
@@ -81,7 +83,7 @@ def reproduce(
             if not _finished(out / stage.path):
                 echo(f"[{number}/{total}] {stage.says}")
                 with _timed(out, state, stage.path):
-                    _make(out, profile, stage, device)
+                    _make(out, profile, stage, sources or {}, device)
             if stage.row is not None and stage.path not in tested:
                 results = _in_order(profile, [*results, _test(out, profile, stage, state, device)])
                 _write_results(out, profile, results)
@@ -196,10 +198,10 @@ def _try_out(profile: Profile, device: str) -> None:
         build_network(arch, 10, (3, side, side), free_of_biases=bool(profile.teacher["bias_free"]))
 
 
-def _make(out: Path, profile: Profile, stage: Stage, device: str) -> None:
+def _make(out: Path, profile: Profile, stage: Stage, sources: Mapping[str, str | Path], device: str) -> None:
     path, options = out / stage.path, stage.options
     if stage.kind == "data":
-        profile.table.make(path, **options)
+        profile.table.make(path, **sources, **options)
         return
     data, *others = (out / needed.path for needed in stage.needs)
     if stage.kind == "teacher":
@@ -208,7 +210,7 @@ def _make(out: Path, profile: Profile, stage: Stage, device: str) -> None:
         (teacher,) = others
         cache_explanations(data, teacher, path, device=device, **options)
     else:
-        cache, validation_cache = others or (None, None)
+        cache, validation_cache = (*others, None, None)[:2]
         train_student(data, cache, path, validation_cache=validation_cache, device=device, **options)
 
 
@@ -227,7 +229,8 @@ def _test(out: Path, profile: Profile, stage: Stage, state: dict[str, Any], devi
         "seed": stage.seed,
         "arch": scores["arch"],
         "teacher": row.teacher,
-        **{key: scores[key] for key in ("iid", "ood", "shift", "gap", "worst_group")},
+        **{split: scores["splits"][split]["accuracy"] for split in profile.table.tests},
+        **{key: scores[key] for key in ("gap", "worst_group")},
         "on_object": {name: split["on_object"] for name, split in scores["splits"].items()},
         "groups": [group for split in scores["splits"].values() for group in split["groups"]],
         "steps": result["steps"],
@@ -235,7 +238,7 @@ def _test(out: Path, profile: Profile, stage: Stage, state: dict[str, Any], devi
         "loss": result["loss"],
         "seconds": round(result["seconds"], 1),
         "stages": {path: state["seconds"].get(path, 0.0) for path in before(stage)},
-        "published": row.published and list(row.published),
+        "published": row.published,
     }
 
 
@@ -268,7 +271,7 @@ def _in_order(profile: Profile, lines: Sequence[Result]) -> list[Result]:
 
 def _write_results(out: Path, profile: Profile, results: Sequence[Result]) -> None:
     _write_lines(out, "results.jsonl", results)
-    lines = summarise(results, profile.table.quoted)
+    lines = summarise(results, profile.table)
     for name, content in (("table.md", markdown(lines)), ("table.tex", latex(lines))):
         Folder(out).write(f"report/{name}", content.encode())
 
@@ -277,7 +280,9 @@ def _draw(out: Path, profile: Profile, results: Sequence[Result], points: Sequen
     report = out / "report"
     first = {result["title"]: out / result["model"] for result in reversed(results)}  # of the first seed
     models = {title: first[title] for title in dict.fromkeys(result["title"] for result in results)}
-    heatmap_picture(open_dataset(out / "data.zarr"), ("ood", "shift"), models, report / "heatmaps.png")
-    groups_picture(results, report / "groups.png")
+    tests = profile.table.tests
+    harder = tuple(split for split in tests if split != "iid")
+    heatmap_picture(open_dataset(out / "data.zarr"), harder, models, report / "heatmaps.png")
+    groups_picture(results, harder, report / "groups.png")
     if points:
-        curves_picture(points, report / "curves.png")
+        curves_picture(points, tests, report / "curves.png")

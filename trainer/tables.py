@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.profiles import Quoted, Scores
+from trainer.profiles import Benchmark
 
 Result = Mapping[str, Any]  # a line of results.jsonl
 MISSING = "–"
@@ -27,15 +27,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; all but ``seconds`` in % or points, None for what there is not.
+    """A row of the table; all but ``seconds`` in % or points, each by the heading of its column, without what there is
+    not.
 
-    ours: IID, OOD, shift and the gap IID − OOD. to_teacher: OOD and shift less those of the row's teacher.
+    ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object. to_teacher:
+    the splits but IID, less those of the row's teacher. published: as quoted.
     """
 
     title: str
-    ours: tuple[Measured, ...] | None
-    to_teacher: tuple[float, float] | None
-    published: Scores | None
+    ours: Mapping[str, Measured]
+    to_teacher: Mapping[str, float]
+    published: Mapping[str, float]
     seconds: float | None
     note: str
 
@@ -45,50 +47,90 @@ def measured(values: Sequence[float]) -> Measured:
     return Measured(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
-def summarise(results: Sequence[Result], quoted: Sequence[Quoted] = ()) -> list[Line]:
-    """The lines of the table: a method's seeds as one, in the order of the results, and then what is quoted."""
+def summarise(results: Sequence[Result], benchmark: Benchmark) -> list[Line]:
+    """The lines of a benchmark's table: a method's seeds as one, in the order of the results, and then what is quoted.
+
+    ``results`` are lines of ``results.jsonl``.
+    """
     methods: dict[str, list[Result]] = {}
     for result in results:
         methods.setdefault(result["method"], []).append(result)
-
-    def mean(method: str, key: str) -> float:
-        return statistics.fmean(result[key] for result in methods[method])
-
-    lines = []
-    for method, seeds in methods.items():
-        first = seeds[0]
-        published = None if first["published"] is None else (*first["published"],)
-        teacher = first["teacher"]
-        lines.append(
-            Line(
-                title=first["title"],
-                ours=tuple(measured([result[key] for result in seeds]) for key in ("iid", "ood", "shift", "gap")),
-                to_teacher=None
-                if teacher not in methods
-                else (mean(method, "ood") - mean(teacher, "ood"), mean(method, "shift") - mean(teacher, "shift")),
-                published=published,
-                seconds=mean(method, "seconds"),
-                note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
-                + ("no number quoted" if published is None else "published numbers as quoted")
-                + _on_object(seeds),
-            )
-        )
-    return lines + [Line(row.title, None, None, row.published, None, row.note) for row in quoted]
+    return [_line(seeds, methods, benchmark) for seeds in methods.values()] + [
+        Line(row.title, {}, {}, _published(row.published), None, row.note) for row in benchmark.quoted
+    ]
 
 
-def _on_object(seeds: Sequence[Result]) -> str:
-    """What a note says of where a method looks on the shift split, where there are masks to tell it by."""
-    shares = [share for result in seeds if (share := result.get("on_object", {}).get("shift")) is not None]
-    return f"; {measured(shares)} % of the relevance on the object" if shares else ""
+def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> Line:
+    first, last = seeds[0], benchmark.tests[-1]
+    teacher = methods.get(first["teacher"], ())
+    ours = {heading(split): [result[split] for result in seeds] for split in benchmark.tests}
+    ours["gap"] = [result["gap"] for result in seeds if result.get("gap") is not None]
+    ours["worst group"] = [group["accuracy"] for result in seeds if (group := result.get("worst_group"))]
+    ours["on object"] = [
+        share for result in seeds if (share := result.get("on_object", {}).get(last)) is not None
+    ]  # of all |relevance|
+    return Line(
+        title=first["title"],
+        ours={name: measured(values) for name, values in ours.items() if values},
+        to_teacher={
+            heading(split): statistics.fmean(result[split] for result in seeds)
+            - statistics.fmean(result[split] for result in teacher)
+            for split in benchmark.tests
+            if teacher and split != "iid"
+        },
+        published=_published(first["published"]),
+        seconds=statistics.fmean(result["seconds"] for result in seeds),
+        note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
+        + ("no number quoted" if first["published"] is None else "published numbers as quoted"),
+    )
+
+
+def _published(scores: Mapping[str, float] | None) -> dict[str, float]:
+    return {heading(name): score for name, score in (scores or {}).items()}
+
+
+def heading(split: str) -> str:
+    """A split's name in a table or picture."""
+    return split.upper() if split in ("iid", "ood") else split
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Neighbours in a table: their common heading, their own ones, and the cells of a line."""
+
+    title: str
+    names: tuple[str, ...]
+    cells: Callable[[Line], Sequence[str]]
+
+
+def _columns(lines: Sequence[Line]) -> list[_Columns]:
+    """What any of the lines has."""
+
+    def of(title: str, get: Callable[[Line], Mapping[str, Any]], write: Callable[[Any], str]) -> _Columns:
+        names = tuple(dict.fromkeys(name for line in lines for name in get(line)))
+        return _Columns(title, names, lambda line: [write(get(line)[n]) if n in get(line) else MISSING for n in names])
+
+    found = (
+        of("accuracy", lambda line: line.ours, str),
+        of("less its teacher's", lambda line: line.to_teacher, lambda points: f"{points:+.2f}".replace("-", "−")),
+        of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
+    )
+    return [columns for columns in found if columns.names]
+
+
+def _seconds(line: Line) -> str:
+    return MISSING if line.seconds is None else f"{line.seconds:.0f}"
 
 
 def text(lines: Sequence[Line]) -> str:
     """For a terminal: without the distance to the teacher, and with a note where all is quoted."""
-    header = ["accuracy in %", "IID", "OOD", "shift", "gap", "paper: IID", "OOD", "shift", "seconds", ""]
-    rows = [
-        [line.title, *_ours(line), *_published(line), _seconds(line), line.note if line.ours is None else ""]
-        for line in lines
-    ]
+    columns = [each for each in _columns(lines) if each.title != "less its teacher's"]
+    header = ["in %"]
+    for each in columns:
+        first, *others = each.names
+        header += [first if each.title == "accuracy" else f"{each.title}: {first}", *others]
+    rows = [[*_cells(columns, line)[:-1], "" if line.ours else line.note] for line in lines]
+    header += ["seconds", ""]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
@@ -97,24 +139,33 @@ def text(lines: Sequence[Line]) -> str:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    header = ["", "IID", "OOD", "shift", "gap IID − OOD", "OOD − teacher's", "shift − teacher's"]
-    header += ["published: IID", "OOD", "shift", "seconds of training", "what it is"]
-    rows = [header, ["---"] * len(header), *map(_cells, lines)]
+    columns = _columns(lines)
+    header = [""]
+    for each in columns:
+        header += each.names if each.title == "accuracy" else [f"{each.title}: {name}" for name in each.names]
+    header += ["seconds of training", "what it is"]
+    rows = [header, ["---"] * len(header), *(_cells(columns, line) for line in lines)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
 def latex(lines: Sequence[Line]) -> str:
     """A ``tabular`` that needs nothing but the package booktabs."""
-    rows = [" & ".join(map(escape, _cells(line))) + r" \\" for line in lines]
+    columns = _columns(lines)
+    rows = [" & ".join(map(escape, _cells(columns, line))) + r" \\" for line in lines]
+    titles, rules, at = "", [], 2
+    for each in columns:
+        title = r"in \%" if each.title == "accuracy" else escape(each.title)
+        titles += rf" & \multicolumn{{{len(each.names)}}}{{c}}{{{title}}}"
+        rules.append(rf"\cmidrule(lr){{{at}-{at + len(each.names) - 1}}}")
+        at += len(each.names)
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
-            r"\begin{tabular}{l" + "r" * 10 + "l}",
+            r"\begin{tabular}{l" + "r" * (at - 1) + "l}",
             r"\toprule",
-            r" & \multicolumn{4}{c}{accuracy in \%} & \multicolumn{2}{c}{less its teacher's}"
-            r" & \multicolumn{3}{c}{published} & training & \\",
-            r"\cmidrule(lr){2-5} \cmidrule(lr){6-7} \cmidrule(lr){8-10}",
-            r" & IID & OOD & shift & IID $-$ OOD & OOD & shift & IID & OOD & shift & in s & \\",
+            titles + r" & training & \\",
+            " ".join(rules),
+            "".join(f" & {escape(name)}" for each in columns for name in each.names) + r" & in s & \\",
             r"\midrule",
             *rows,
             r"\bottomrule",
@@ -122,6 +173,10 @@ def latex(lines: Sequence[Line]) -> str:
             "",
         ]
     )
+
+
+def _cells(columns: Sequence[_Columns], line: Line) -> list[str]:
+    return [line.title, *(cell for each in columns for cell in each.cells(line)), _seconds(line), line.note]
 
 
 def escape(words: str) -> str:
@@ -139,27 +194,3 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
     "–": "--",
     "ε": r"$\varepsilon$",
 }
-
-
-def _cells(line: Line) -> list[str]:
-    return [line.title, *_ours(line), *_to_teacher(line), *_published(line), _seconds(line), line.note]
-
-
-def _ours(line: Line) -> list[str]:
-    return _each(line.ours, 4, str)
-
-
-def _to_teacher(line: Line) -> list[str]:
-    return _each(line.to_teacher, 2, lambda points: f"{points:+.2f}".replace("-", "−"))
-
-
-def _published(line: Line) -> list[str]:
-    return _each(line.published, 3, lambda score: f"{score:.2f}")
-
-
-def _seconds(line: Line) -> str:
-    return MISSING if line.seconds is None else f"{line.seconds:.0f}"
-
-
-def _each(values: Sequence[Any] | None, count: int, write: Callable[[Any], str]) -> list[str]:
-    return [MISSING] * count if values is None else [write(value) for value in values]
