@@ -104,7 +104,9 @@ class Names(click.ParamType):
 
 
 POSITIVE = click.FloatRange(0, min_open=True)
-ARCH = click.option("--arch", default="small-cnn", show_default=True, help="small-cnn, or a torchvision model.")
+ARCH = click.option(
+    "--arch", default="small-cnn", show_default=True, help="small-cnn, small-resnet, or a torchvision model."
+)
 HOW_IT_LEARNS = [
     click.option(
         "--arch-option",
@@ -456,8 +458,8 @@ def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) 
 def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Train a teacher behind a debiasing front, with labels, on the train split alone.
 
-    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn only. Stopped in whatever way, the
-    same command goes on.
+    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn and small-resnet only. Stopped in
+    whatever way, the same command goes on.
     """
     from trainer import train_teacher
 
@@ -656,7 +658,7 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
     click.option("--out", type=LocalFolder(path_type=Path), help="The folder of the students' folders."),
     click.option("--method", type=click.Choice(METHODS), multiple=True, help="Repeatable."),
     WHAT_IT_MATCHES,
-    click.option("--arch", multiple=True, help="small-cnn, or a torchvision model. Repeatable."),
+    click.option("--arch", multiple=True, help="small-cnn, small-resnet, or a torchvision model. Repeatable."),
     HOW_IT_LEARNS,
     CLIP_NORM,
     click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),

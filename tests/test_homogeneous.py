@@ -127,3 +127,16 @@ def test_torchvision_families_are_built_by_name(name):
     assert name in architectures()
     network, _ = build_network(name, 7, (3, 224, 224), free_of_biases=False)
     assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(("options", "layers", "parameters"), [({}, 14, 180_000), ({"width": 8, "depth": 1}, 8, None)])
+@pytest.mark.parametrize("side", [8, 28, 33])
+def test_the_small_resnet_has_its_layers_and_is_homogeneous_at_any_size(options, layers, parameters, side):
+    network, report = build_network("small-resnet", 7, (2, side, side), free_of_biases=True, options=options)
+    shortcuts = 2
+    weighted = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(weighted) == layers + shortcuts
+    assert not report.could_not
+    assert homogeneity_error(network, torch.rand(4, 2, side, side)) < 1e-5
+    if parameters:
+        assert sum(parameter.numel() for parameter in network.parameters()) == pytest.approx(parameters, rel=0.02)

@@ -10,6 +10,7 @@ from typing import Any
 from data import Dataset, Location, open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import HeadSpec
+from pipeline.models import OWN
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.augmentation import check_augmentations
 from trainer.errors import TrainingError
@@ -103,7 +104,7 @@ def train_student(
 
     layer = {} if explained is None or head == "free" else explained.head
     if bias_free is None:
-        bias_free = info.teacher.bias_free if info else arch == "small-cnn" and student_factory is None
+        bias_free = info.teacher.bias_free if info else arch in OWN and student_factory is None
     decided = {
         **settings.to_dict(),
         "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},

@@ -8,6 +8,7 @@ from typing import Any
 from data import Location, open_dataset
 from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS
+from pipeline.models import OWN
 from pipeline.segmenters import build_segmenter
 from trainer.augmentation import check_augmentations
 from trainer.errors import TrainingError
@@ -34,7 +35,8 @@ def train_teacher(
 ) -> dict[str, Any]:
     """Train a classifier with cross-entropy on the train split alone and save it in ``out``; or continue it.
 
-    1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for ``small-cnn`` only. The last
+    1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
+    (`pipeline.models.OWN`) only. The last
     weights are kept; no other split is looked at. ``debias="segmenter"`` needs a ``segmenter``, which is what
     `build_segmenter` takes. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`.
     Returns the result that it writes.
@@ -64,7 +66,7 @@ def train_teacher(
         kind="teacher",
         arch=arch,
         arch_options=arch_options or {},
-        bias_free=arch == "small-cnn" if bias_free is None else bias_free,
+        bias_free=arch in OWN if bias_free is None else bias_free,
         debias=debias,
         segmenter=segmenter,
         class_names=dataset.class_names,
