@@ -129,7 +129,7 @@ HOW_IT_LEARNS = [
         "--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a batch is shown in."
     ),
     click.option("--lr", default=4e-3, show_default=True, type=POSITIVE, help="The peak of the learning rate."),
-    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "sgd"])),
+    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "muon", "sgd"])),
     click.option(
         "--momentum", default=0.9, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."
     ),

@@ -110,7 +110,7 @@ BAD = {
     f"{STUDENT} --momentum 1": (2, "--momentum"),
     f"{STUDENT} --clip-norm 0": (2, "--clip-norm"),
     f"{STUDENT} --accumulate 0": (2, "--accumulate"),
-    f"{STUDENT} --optimizer lion": (2, "'lion' is not one of 'adam', 'adamw', 'sgd'"),
+    f"{STUDENT} --optimizer lion": (2, "'lion' is not one of 'adam', 'adamw', 'muon', 'sgd'"),
     f"{STUDENT} --precision tf32 --device cpu": (
         1,
         "--precision tf32 is of CUDA, and this trains on cpu: give float32",

@@ -35,6 +35,7 @@ EVERYTHING = {
 WAYS = {
     "the default": {},
     "everything at once": EVERYTHING,
+    "muon": {"optimizer": "muon"},
     "adamw, constant": {"optimizer": "adamw", "schedule": "constant", "weight_decay": 0.01},
     "dropout": {"arch": "squeezenet1_1", "method": "output"},
     "batch norm and a free head": {"bias_free": False, "head": "free", "loss": "lrp=1,output=0.1"},

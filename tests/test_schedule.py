@@ -225,7 +225,7 @@ def test_a_training_is_not_changed_by_an_average_of_its_weights():
         ({"momentum": math.nan}, "--momentum must be at least 0 and less than 1, got nan$"),
         ({"weight_decay": -1e-4}, "--weight-decay must be a number of at least 0, got -0.0001$"),
         ({"weight_decay": math.inf}, "--weight-decay must be a number of at least 0, got inf$"),
-        ({"optimizer": "adagrad"}, "unknown --optimizer 'adagrad': choose one of adam, adamw, sgd$"),
+        ({"optimizer": "adagrad"}, "unknown --optimizer 'adagrad': choose one of adam, adamw, muon, sgd$"),
         ({"schedule": "step"}, "unknown --schedule 'step': choose one of one-cycle, cosine, constant$"),
         ({"warmup": 10}, "--warmup must be at least 0 and less than the 10 steps of the training, got 10$"),
         ({"warmup": -1}, "--warmup must be at least 0 and less than the 10 steps of the training, got -1$"),

@@ -1,7 +1,8 @@
 """Optimisers, learning-rate schedules and the moving average of weights, by the names that the command line has.
 
-All of them are PyTorch's own, and restored bit for bit: make them anew with the same values, in the order optimiser,
-schedule, average, and then load the ``state_dict()`` of each (a new schedule sets the optimiser's learning rates).
+All but Muon are PyTorch's own, and all are restored bit for bit: make them anew with the same values, in the order
+optimiser, schedule, average, and then load the ``state_dict()`` of each (a new schedule sets the optimiser's learning
+rates).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.errors import TrainingError
+from trainer.muon import Muon
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 
 
@@ -27,8 +29,8 @@ def make_optimizer(
     """One of `OPTIMIZERS` over the parameters that require a gradient.
 
     ``momentum`` is SGD's (with PyTorch's update, not Nesterov's). ``weight_decay`` shrinks tensors of more than one
-    dimension alone: not biases, nor the scales of norms. It is decoupled from the gradient in ``adamw``, and added to
-    it in the others.
+    dimension alone: not biases, nor the scales of norms. It is decoupled from the gradient in ``adamw`` and ``muon``,
+    and added to it in the others.
 
     Raises TrainingError for an unknown name, ``lr`` not positive, ``momentum`` outside [0, 1), ``weight_decay`` < 0.
     """
@@ -45,6 +47,8 @@ def make_optimizer(
         others = [parameter for parameter in parameters if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others}]
         groups = [group for group in groups if group["params"]]
+    if name == "muon":
+        return Muon(groups, lr)
     # one pass through memory for all that a step does, which on a CPU takes half the time
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if name == "sgd":
@@ -59,7 +63,7 @@ def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, war
     which then falls to 0 after the last step, and ``constant``. These rise in a straight line. ``one-cycle`` is
     PyTorch's OneCycleLR: it rises from a 25th of the peak, by default for 0.3 of the steps, and falls to a 250,000th.
     It moves Adam's β₁ from 0.95 to 0.85 and back. SGD's momentum stays the one that was asked for: PyTorch would put
-    0.85 to 0.95 in its place, and the 0.99 of Bassi et al., arXiv 2407.09788, is not that.
+    0.85 to 0.95 in its place, and the 0.99 of Bassi et al., arXiv 2407.09788, is not that; and so does Muon's.
 
     Raises TrainingError for an unknown name, ``lr`` not positive, and ``warmup`` that is negative or not less than
     ``steps``.
@@ -72,7 +76,7 @@ def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, war
         )
     if name != "one-cycle":
         return LambdaLR(optimizer, lambda step: rate(name, step, steps, warmup or 0))
-    cycle_momentum = not isinstance(optimizer, SGD)
+    cycle_momentum = not isinstance(optimizer, SGD | Muon)
     if warmup is None:
         return OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=cycle_momentum)
     rising = max(0.0, warmup - 1e-9)  # a rise of exactly one step is divided by its length less one, which is 0
