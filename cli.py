@@ -871,7 +871,10 @@ def _reproduce(profile: Any, arch: str | None, out: Path, **options: Any) -> Non
     from trainer.reproduce import reproduce
 
     if arch is not None:
-        teacher, student = ({**given, "arch": arch} for given in (profile.teacher, profile.student))
+        teacher, student = (
+            {**{name: value for name, value in given.items() if name != "arch_options"}, "arch": arch}
+            for given in (profile.teacher, profile.student)
+        )
         profile = dataclasses.replace(profile, teacher=teacher, student=student)
     results = reproduce(out, profile, echo=click.echo, **options)
     _echo_table(results, profile.table)

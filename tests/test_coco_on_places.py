@@ -249,8 +249,14 @@ def test_the_table_is_made_from_the_original_files_wherever_they_lie(originals, 
     tiny = dataclasses.replace(
         profiles.ON_PLACES,
         data={"size": 16, **FEW},
-        teacher={**profiles.ON_PLACES.teacher, "arch": "small-cnn", "steps": 2, "batch_size": 9},
-        student={**profiles.ON_PLACES.student, "arch": "small-cnn", "steps": 2, "batch_size": 9, "snapshots": 1},
+        teacher={**profiles.ON_PLACES.teacher, "arch_options": {"width": 4}, "steps": 2, "batch_size": 9},
+        student={
+            **profiles.ON_PLACES.student,
+            "arch_options": {"width": 4},
+            "steps": 2,
+            "batch_size": 9,
+            "snapshots": 1,
+        },
         of_row={},
         draws=1,
     )

@@ -555,3 +555,15 @@ def test_the_command_prints_the_table_and_where_it_is(tmp_path, monkeypatch, no_
     assert result.exit_code == 1
     assert "student.arch: 'small-cnn', 'resnet18'" in result.output
     assert "teacher.arch: 'small-cnn', 'resnet18'" in result.output
+
+
+def test_another_architecture_does_without_the_options_of_the_profiles_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "reproduce", lambda out, profile, **_: asked.append(profile) or [])
+    command = ["reproduce", "fashion-on-textures", "--out", str(tmp_path / "r"), "--profile", "gpu"]
+    for more in ([], ["--arch", "resnet18"]):
+        result = CliRunner().invoke(cli.main, [*command, *more])
+        assert result.exit_code == 0, result.output
+    assert asked[0] == profiles.ON_TEXTURES["gpu"]
+    for options in (asked[1].teacher, asked[1].student):
+        assert (options["arch"], "arch_options" in options) == ("resnet18", False)

@@ -239,6 +239,8 @@ PROFILES = {  # of COLOURED MNIST
         ),
     )
 }
+_MUON = {"batch_size": 128, "optimizer": "muon", "lr": 1e-2}
+_WIDE = {"arch": "small-resnet", "arch_options": {"width": 32}}
 ON_TEXTURES = {
     profile.name: profile
     for profile in (
@@ -246,16 +248,16 @@ ON_TEXTURES = {
             "cpu",
             benchmark="fashion-on-textures",
             data={"size": 32},
-            teacher={"arch": "resnet18", "bias_free": True, "steps": 2000, "batch_size": 128},
-            student={"arch": "resnet18", "steps": 4000, "batch_size": 128, "snapshots": 10},
+            teacher={"arch": "small-resnet", "bias_free": True, "steps": 2000, "batch_size": 128},
+            student={"arch": "small-resnet", "steps": 4000, **_MUON, "snapshots": 10},
             of_row={"erm": {"steps": 1000}},
-            limit=20_000,
+            draws=2,
         ),
         Profile(
             "gpu",
             benchmark="fashion-on-textures",
-            teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
-            student={"arch": "resnet18", "steps": 20_000, "batch_size": 128, "snapshots": 10},
+            teacher={**_WIDE, "bias_free": True, "steps": 4000, "batch_size": 128},
+            student={**_WIDE, "steps": 20_000, **_MUON, "snapshots": 10},
             of_row={"erm": {"steps": 4000}},
         ),
     )
@@ -263,14 +265,14 @@ ON_TEXTURES = {
 ON_PLACES = Profile(
     "gpu",
     benchmark="coco-on-places",
-    teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
-    student={"arch": "resnet18", "steps": 20_000, "batch_size": 128, "snapshots": 10},
+    teacher={**_WIDE, "bias_free": True, "steps": 4000, "batch_size": 128},
+    student={**_WIDE, "steps": 20_000, **_MUON, "snapshots": 10},
     of_row={"erm": {"steps": 4000}},
 )
 WATERBIRDS = Profile(
     "gpu",
     benchmark="waterbirds",
     teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
-    student={"arch": "resnet18", "steps": 12_000, "batch_size": 128, "snapshots": 10},
+    student={"arch": "resnet18", "steps": 12_000, **_MUON, "snapshots": 10},
     of_row={"erm": {"steps": 4000}, "group-dro": {"steps": 4000}},
 )

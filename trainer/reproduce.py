@@ -193,9 +193,15 @@ def _timed(out: Path, state: dict[str, Any], name: str) -> Iterator[None]:
 def _try_out(profile: Profile, device: str) -> None:
     """What is wrong with the networks and the device is said before anything is made."""
     pick_device(device)
-    for arch in {profile.teacher["arch"], profile.student["arch"]}:
-        side = profile.data.get("size", profile.table.size)
-        build_network(arch, 10, (3, side, side), free_of_biases=bool(profile.teacher["bias_free"]))
+    side = profile.data.get("size", profile.table.size)
+    for of in (profile.teacher, profile.student):
+        build_network(
+            of["arch"],
+            10,
+            (3, side, side),
+            free_of_biases=bool(profile.teacher["bias_free"]),
+            options=of.get("arch_options"),
+        )
 
 
 def _make(out: Path, profile: Profile, stage: Stage, sources: Mapping[str, str | Path], device: str) -> None:
