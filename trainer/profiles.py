@@ -239,6 +239,7 @@ PROFILES = {  # of COLOURED MNIST
         ),
     )
 }
+_COARSER = (0.1, 1.0)  # ε, with which maps of whole objects are matched far better than with smaller ones
 _MUON = {"batch_size": 128, "optimizer": "muon", "lr": 1e-2}
 _WIDE = {"arch": "small-resnet", "arch_options": {"width": 32}}
 ON_TEXTURES = {
@@ -252,6 +253,7 @@ ON_TEXTURES = {
             student={"arch": "small-resnet", "steps": 4000, **_MUON, "snapshots": 10},
             of_row={"erm": {"steps": 1000}},
             draws=2,
+            epsilon_range=_COARSER,
         ),
         Profile(
             "gpu",
@@ -259,6 +261,7 @@ ON_TEXTURES = {
             teacher={**_WIDE, "bias_free": True, "steps": 4000, "batch_size": 128},
             student={**_WIDE, "steps": 20_000, **_MUON, "snapshots": 10},
             of_row={"erm": {"steps": 4000}},
+            epsilon_range=_COARSER,
         ),
     )
 }
@@ -268,6 +271,7 @@ ON_PLACES = Profile(
     teacher={**_WIDE, "bias_free": True, "steps": 4000, "batch_size": 128},
     student={**_WIDE, "steps": 20_000, **_MUON, "snapshots": 10},
     of_row={"erm": {"steps": 4000}},
+    epsilon_range=_COARSER,
 )
 WATERBIRDS = Profile(
     "gpu",
@@ -275,4 +279,5 @@ WATERBIRDS = Profile(
     teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
     student={"arch": "resnet18", "steps": 12_000, **_MUON, "snapshots": 10},
     of_row={"erm": {"steps": 4000}, "group-dro": {"steps": 4000}},
+    epsilon_range=_COARSER,
 )
