@@ -265,14 +265,7 @@ ON_TEXTURES = {
         ),
     )
 }
-ON_PLACES = Profile(
-    "gpu",
-    benchmark="coco-on-places",
-    teacher={**_WIDE, "bias_free": True, "steps": 4000, "batch_size": 128},
-    student={**_WIDE, "steps": 20_000, **_MUON, "snapshots": 10},
-    of_row={"erm": {"steps": 4000}},
-    epsilon_range=_COARSER,
-)
+ON_PLACES = dataclasses.replace(ON_TEXTURES["gpu"], benchmark="coco-on-places")
 WATERBIRDS = Profile(
     "gpu",
     benchmark="waterbirds",

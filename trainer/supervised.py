@@ -36,10 +36,9 @@ def train_teacher(
     """Train a classifier with cross-entropy on the train split alone and save it in ``out``; or continue it.
 
     1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
-    (`pipeline.models.OWN`) only. The last
-    weights are kept; no other split is looked at. ``debias="segmenter"`` needs a ``segmenter``, which is what
-    `build_segmenter` takes. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`.
-    Returns the result that it writes.
+    (`pipeline.models.OWN`) only. The last weights are kept; no other split is looked at. ``debias="segmenter"`` needs a
+    ``segmenter``, which is what `build_segmenter` takes. ``options`` are fields of `trainer.settings.Settings` and
+    `trainer.settings.Runtime`. Returns the result that it writes.
 
     Raises DatasetError, ModelError, FileExistsError, TrainingError, TrainingInterrupted.
     """
