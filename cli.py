@@ -143,7 +143,12 @@ HOW_IT_LEARNS = [
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
         help="Keep the moving average of the weights, of this decay, as 0.999.",
     ),
-    click.option("--augment", type=Names(), default=(), help="flip,shift,crop: image and heatmap are moved together."),
+    click.option(
+        "--augment",
+        type=Names(),
+        default=(),
+        help="flip, shift, crop, which move image and heatmap together; background, which repaints it behind masks.",
+    ),
     click.option(
         "--precision",
         default="auto",

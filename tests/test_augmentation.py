@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trainer import TrainingError
 from trainer.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
+from trainer.repainting import repaint
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 
@@ -181,7 +182,7 @@ def test_what_is_unknown_or_does_not_fit_is_refused_with_the_reason():
     check_augmentations(AUGMENTATIONS, (1, 28, 28), (3, 28, 28), tuple(AUGMENTATIONS))
     check_augmentations(AUGMENTATIONS, None, (3, 28, 28), tuple(AUGMENTATIONS))
     for names, map_shape, valid, message in (
-        (["spin"], None, ("flip",), "unknown --augment 'spin': choose from flip, shift, crop"),
+        (["spin"], None, ("flip",), "unknown --augment 'spin': choose from flip, shift, crop, background"),
         (["crop"], None, ("flip", "shift"), "--augment crop is not valid for this method: it can have flip, shift"),
         (["flip"], None, (), "--augment flip is not valid for this method: it can have none"),
         (
@@ -197,3 +198,48 @@ def test_what_is_unknown_or_does_not_fit_is_refused_with_the_reason():
         moved(torch.ones(2, 3, 28, 28), torch.ones(2, 3, 14, 14), "crop")
     with pytest.raises(ValueError, match="rows 4 to 8 are not all within a batch of 6"):
         moved(torch.ones(4, 3, 28, 28), None, "flip", first=4, of=6)
+
+
+def repainted(images, masks, seed=0, step=0, first=0, of=None):
+    return repaint(images, masks, seed=seed, step=step, first=first, of=of or len(images))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_another_background_leaves_the_object_bit_for_bit_and_no_background_as_it_was(channels, layout, device):
+    images = patterns(32, channels, 17, 24).contiguous(memory_format=layout).to(device)
+    masks = (patterns(32, 1, 17, 24, seed=1) > 0.5).float().to(device)
+    given_images, given_masks = images.clone(), masks.clone()
+    found = repainted(images, masks)
+    on_object = masks.bool().expand_as(images)
+    assert torch.equal(found[on_object], images[on_object])
+    assert (found[~on_object] != images[~on_object]).double().mean() > 0.99
+    assert (found >= 0).all()
+    assert (found <= 1).all()
+    assert (found.stride(), found.dtype) == (images.stride(), images.dtype)
+    assert torch.equal(images, given_images)
+    assert torch.equal(masks, given_masks)
+
+
+def test_what_a_background_becomes_tells_nothing_of_its_colour_and_little_of_its_texture():
+    stripes = torch.arange(24).remainder(2).float().expand(2000, 3, 16, 24) * torch.tensor([1.0, 0.2, 0]).view(3, 1, 1)
+    found = repainted(stripes, torch.zeros(2000, 1, 16, 24)).double()
+    colours = found.mean((2, 3))
+    assert (colours.mean(0) - colours.mean()).abs().max() < 0.04  # five standard deviations; 0.5, 0.1 and 0 before
+    assert (colours.std(0) > 0.15).all()
+    contrast = (found[..., ::2].mean(3) - found[..., 1::2].mean(3)).mean(2).abs().amax(1)
+    assert contrast.quantile(0.1) < 0.1 < 0.5 < contrast.quantile(0.9)  # from next to none to most of it
+
+
+def test_every_process_repaints_its_part_of_the_batch_as_one_does_by_seed_and_step_alone():
+    images, masks = patterns(12, 3, 9, 14), (patterns(12, 1, 9, 14, seed=1) > 0.5).float()
+    state = torch.random.get_rng_state()
+    whole = repainted(images, masks, seed=3, step=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    parts = [(0, 5), (5, 6), (6, 12)]
+    found = [repainted(images[a:b], masks[a:b], seed=3, step=5, first=a, of=12) for a, b in parts]
+    assert torch.equal(torch.cat(found), whole)
+    assert not torch.equal(repainted(images, masks, seed=3, step=6), whole)
+    assert not torch.equal(repainted(images, masks, seed=4, step=5), whole)
+    same = repainted(images[:1].expand(12, -1, -1, -1), masks[:1].expand(12, -1, -1, -1))
+    assert not torch.equal(same[0], same[1])

@@ -193,6 +193,6 @@ def test_the_share_of_relevance_on_the_object_is_counted_and_all_of_it_behind_a_
     shares = []
     for image, mask, label in zip(split.images[:], split.masks[:], split.labels[:], strict=True):
         x = torch.from_numpy(image[None] / np.float32(255))
-        relevance = explain(network.eval(), x, torch.tensor([label]), 0.01)[1][0].abs().sum(0)
+        relevance = explain(network.eval(), x, torch.tensor([label]), 0.1)[1][0].abs().sum(0)
         shares.append(float(relevance[mask[0] > 0].sum() / relevance.sum()))
     assert plain["splits"]["shift"]["on_object"] == pytest.approx(100 * np.mean(shares), rel=1e-4)

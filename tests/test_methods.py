@@ -23,8 +23,9 @@ from data import DatasetWriter, open_dataset
 from pipeline import EXPLAINERS, Classifier, Forward, cache_explanations, explain, load_classifier
 from pipeline.device import as_input, as_mask
 from teacher_cache import CacheError, open_cache
-from trainer import TrainingError, heatmap_loss, train_student
+from trainer import TrainingError, heatmap_loss, train_student, train_teacher
 from trainer.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
+from trainer.repainting import repaint
 from trainer.settings import Settings
 from trainer.stream import explained_source, read_block
 from trainer.training import losses_of, on_device, weighted
@@ -402,6 +403,58 @@ def test_a_target_that_cannot_be_masked_is_refused(dataset, stores, tmp_path):
         with pytest.raises(TrainingError, match=words):
             train_student(dataset, stores["flex"], tmp_path / "s", method=method, mask_target=True)
         assert not (tmp_path / "s").exists()
+
+
+def test_another_background_is_shown_to_every_method_and_what_it_matches_stays(masked_dataset, tmp_path):
+    train_teacher(masked_dataset, tmp_path / "t", debias="mask", steps=2, batch_size=32)
+    cache_explanations(masked_dataset, tmp_path / "t", tmp_path / "c", draws=1, features=True)
+    opened, split = open_cache(tmp_path / "c"), open_dataset(masked_dataset).split("train")
+    needed = ("heatmaps", "masks", "teacher_logits", "features", "labels")
+    block = read_block(explained_source(split, opened, needed), 0, 0)
+    settings = Settings(loss={"lrp": 1.0}, steps=1, augment=("background",))
+    where = {"seed": 0, "step": 3, "first": 0, "of": len(block["images"])}
+    given, shown = (on_device(block, opened.info, settings, torch.device("cpu"), moved) for moved in (None, where))
+    images = shown.pop("images")
+    assert torch.equal(images, repaint(given["images"], given["masks"], **where))
+    assert not torch.equal(images, given.pop("images"))
+    assert shown.keys() == given.keys() >= set(needed)
+    assert all(torch.equal(shown[name], given[name]) for name in shown)
+    teacher, _ = load_classifier(tmp_path / "t")
+    logits = teacher(images, shown["masks"])  # it sees no background, so that none changes what it says
+    torch.testing.assert_close(logits, shown["teacher_logits"], rtol=1e-3, atol=1e-3)
+    for loss in ("lrp=1,output=1,features=1", "erm", "erm=1,rrr=1"):
+        cache = None if "erm" in loss else tmp_path / "c"
+        train_student(
+            masked_dataset,
+            cache,
+            tmp_path / loss,
+            loss=loss,
+            augment=("background", "flip")[: 1 + ("erm" in loss)],
+            steps=2,
+            batch_size=32,
+        )
+
+
+def test_another_background_needs_masks_and_a_teacher_that_sees_none(
+    dataset, masked_dataset, stores, teacher, tmp_path
+):
+    with pytest.raises(TrainingError, match="--augment background needs 'masks' in the train split"):
+        train_student(dataset, None, tmp_path / "s", method="erm", augment=("background",))
+    with pytest.raises(TrainingError, match="--augment background needs 'masks' in the train split"):
+        train_teacher(dataset, tmp_path / "s", augment=("background",))
+    cache_explanations(masked_dataset, teacher, tmp_path / "c", draws=1)
+    with pytest.raises(TrainingError, match=r"this one does \(--debias grayscale\)"):
+        train_student(masked_dataset, tmp_path / "c", tmp_path / "s", augment=("background",))
+    assert not (tmp_path / "s").exists()
+    train_student(
+        masked_dataset,
+        tmp_path / "c",
+        tmp_path / "s",
+        augment=("background",),
+        mask_target=True,
+        steps=2,
+        batch_size=32,
+    )
 
 
 def relevance_outside(dataset, run) -> float:

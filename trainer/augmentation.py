@@ -19,6 +19,7 @@ from trainer.errors import TrainingError
 
 Kind = Literal["image", "map", "mask"]
 
+BACKGROUND = "background"  # moves nothing: see `trainer.repainting`
 LARGEST_SHIFT = 1 / 8  # of a side
 SMALLEST_CROP = 0.6  # of the area
 
@@ -38,12 +39,12 @@ def check_augmentations(
     Maps smaller than the image cannot be shifted by its pixels, nor cropped; they can be flipped.
     """
     for name in names:
-        if name not in AUGMENTATIONS:
-            raise TrainingError(f"unknown --augment '{name}': choose from {', '.join(AUGMENTATIONS)}")
+        if name not in NAMES:
+            raise TrainingError(f"unknown --augment '{name}': choose from {', '.join(NAMES)}")
         if name not in valid:
             remedy = f"it can have {', '.join(valid)}" if valid else "it can have none"
             raise TrainingError(f"--augment {name} is not valid for this method: {remedy}")
-        if name != "flip" and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
+        if name not in ("flip", BACKGROUND) and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
             (h, w), (height, width) = map_shape[-2:], image_shape[-2:]
             raise TrainingError(
                 f"--augment {name} needs heatmaps of the images' size, {height}×{width}, these are {h}×{w}: "
@@ -61,7 +62,7 @@ def augment(
     first: int,
     of: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Move images, float (N, C, H, W), and their maps, float (N, c, h, w), by the ``names`` of `AUGMENTATIONS`.
+    """Move images, float (N, C, H, W), and their maps, float (N, c, h, w), by those of the ``names`` that move.
 
     ``step`` counts the steps of the whole training, ``first`` is the row of the first image in the global batch, and
     ``of`` the number of that batch's rows. Names are applied in the table's order; one changes nothing about what
@@ -72,14 +73,14 @@ def augment(
 
     Raises TrainingError as `check_augmentations` does, and ValueError for rows that the global batch lacks.
     """
-    check_augmentations(names, None if maps is None else maps.shape, images.shape, tuple(AUGMENTATIONS))
+    check_augmentations(names, None if maps is None else maps.shape, images.shape, NAMES)
     uniforms = _uniforms(seed, step, first, len(images), of)
     return _moved(images, names, uniforms, "image"), None if maps is None else _moved(maps, names, uniforms, "map")
 
 
 def augment_masks(masks: Tensor, names: Collection[str], *, seed: int, step: int, first: int, of: int) -> Tensor:
     """Masks (N, 1, H, W) of any type, moved as `augment` moves their images: nearest pixel, no new values but 0."""
-    check_augmentations(names, None, masks.shape, tuple(AUGMENTATIONS))
+    check_augmentations(names, None, masks.shape, NAMES)
     return _moved(masks, names, _uniforms(seed, step, first, len(masks), of), "mask")
 
 
@@ -159,3 +160,4 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, np.ndarray, Kind], Tensor]] = {
     "shift": _shift,
     "crop": _crop,
 }
+NAMES = (*AUGMENTATIONS, BACKGROUND)

@@ -12,7 +12,7 @@ from pipeline import ModelConfig
 from pipeline.classifier import HeadSpec
 from pipeline.models import OWN
 from teacher_cache import Cache, CacheError, check_complete, open_cache
-from trainer.augmentation import check_augmentations
+from trainer.augmentation import BACKGROUND, check_augmentations
 from trainer.errors import TrainingError
 from trainer.groups import groups_of
 from trainer.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
@@ -78,6 +78,10 @@ def train_student(
             )
         wanted = (*dict.fromkeys((*wanted, "masks")),)
     _check_masks(dataset, wanted, "--mask-target" if settings.mask_target else f"--method {'+'.join(terms)}", "train")
+    shown = wanted
+    if BACKGROUND in settings.augment:
+        shown = (*dict.fromkeys((*wanted, "masks")),)
+        _check_masks(dataset, shown, f"--augment {BACKGROUND}", "train")
     groups, of_groups = groups_of(train_split) if "group_weights" in wanted else (None, 0)
     explained = validation = None
     if not of_store(terms):
@@ -93,6 +97,12 @@ def train_student(
     else:
         explained = _open_paired(cache, dataset, "train")
         _check_holds(explained, dataset, terms)
+        debias = explained.info.teacher.debias
+        if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
+            raise TrainingError(
+                f"--augment {BACKGROUND} needs a teacher that sees none, and this one does (--debias {debias}): "
+                "train one with --debias mask or segmenter, or give --mask-target"
+            )
         if validation_cache is not None:
             validation = _open_paired(validation_cache, dataset, "validation")
             _check_validation(explained, validation)
@@ -127,7 +137,7 @@ def train_student(
     material = Material(
         source=labelled_source(train_split, groups)
         if explained is None
-        else explained_source(train_split, explained, wanted),
+        else explained_source(train_split, explained, shown),
         store=info,
         head=layer,
         groups=of_groups,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline import EXPLAINERS, Forward
+from trainer.augmentation import BACKGROUND
 from trainer.errors import TrainingError
 
 Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
@@ -216,8 +217,8 @@ def of_store(terms: Mapping[str, float]) -> set[str]:
 
 
 def moves(terms: Mapping[str, float]) -> tuple[str, ...]:
-    """The augmentations that every one of the methods allows."""
-    return tuple(move for move in METHODS["erm"].moves if all(move in METHODS[name].moves for name in terms))
+    """The augmentations that every one of the methods allows; another background changes nothing that any needs."""
+    return (*(move for move in METHODS["erm"].moves if all(move in METHODS[name].moves for name in terms)), BACKGROUND)
 
 
 def missing_from(terms: Mapping[str, float], explainer: str | None, stored: tuple[str, ...]) -> str:

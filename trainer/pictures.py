@@ -18,9 +18,9 @@ from data import Dataset, Split
 from data.storage import Folder
 from pipeline import explain, load_classifier
 from pipeline.device import as_input, as_mask
+from trainer.evaluation import EPSILON
 from trainer.tables import heading
 
-EPSILON = 0.01
 CPU = torch.device("cpu")
 DPI = 130
 ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of an axis of accuracies

@@ -108,6 +108,8 @@ def _student(profile: Profile, key: str, seed: int) -> Stage:
     row = profile.table.rows[key]
     options: dict[str, Any] = {**profile.student, **profile.of_row.get(key, {})}
     options |= {"loss": row.loss, "bias_free": _bias_free(profile, key), "seed": seed}
+    if row.augment:
+        options["augment"] = row.augment
     stores: tuple[Stage, ...] = ()
     if row.explainer is not None:
         assert row.teacher is not None

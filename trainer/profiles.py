@@ -23,8 +23,8 @@ class Row:
 
     loss: what a student matches, as ``--loss`` takes it; None for a row that is a teacher. teacher: the row that it is
     measured against, and whose store, with the maps of ``explainer``, it learns from; without an explainer from none.
-    bias_free: None is as the teacher, and in a teacher as the profile says. published: by Bassi et al., arXiv
-    2407.09788.
+    bias_free: None is as the teacher, and in a teacher as the profile says. augment: as in `Settings`.
+    published: by Bassi et al., arXiv 2407.09788.
     """
 
     title: str
@@ -33,6 +33,7 @@ class Row:
     teacher: str | None = None
     explainer: str | None = None
     bias_free: bool | None = None
+    augment: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,15 @@ QUOTED = tuple(
 )
 
 
-OBJECTS: dict[str, Row] = {  # of datasets with masks, whose bias is the background; the rivals use them in training
+# of datasets with masks, whose bias is the background; the rivals use them in training, and so does what is repainted,
+# with a random background at each step
+_REPAINTED = ("background",)
+OBJECTS: dict[str, Row] = {
     "teacher": Row("teacher"),
     "erm": Row("ERM", None, "erm", "teacher"),
+    "erm-repainted": Row("ERM, repainted", None, "erm", "teacher", augment=_REPAINTED),
     "lrp": Row("LRP distillation", None, "lrp", "teacher", "flex"),
+    "lrp-repainted": Row("LRP distillation, repainted", None, "lrp", "teacher", "flex", augment=_REPAINTED),
     "lrp-output": Row("LRP and output distillation", None, "lrp=1,output=0.1", "teacher", "flex"),
     "features": Row("feature distillation", None, "features", "teacher", "flex"),
     "output": Row("output distillation", None, "output", "teacher", "flex"),
@@ -250,7 +256,7 @@ ON_TEXTURES = {
             benchmark="fashion-on-textures",
             data={"size": 32},
             teacher={"arch": "small-resnet", "bias_free": True, "steps": 2000, "batch_size": 128},
-            student={"arch": "small-resnet", "steps": 4000, **_MUON, "snapshots": 10},
+            student={"arch": "small-resnet", "steps": 3000, **_MUON, "precision": "bfloat16", "snapshots": 10},
             of_row={"erm": {"steps": 1000}},
             draws=2,
             epsilon_range=_COARSER,

@@ -10,7 +10,7 @@ from pipeline import ModelConfig
 from pipeline.classifier import DEBIAS
 from pipeline.models import OWN
 from pipeline.segmenters import build_segmenter
-from trainer.augmentation import check_augmentations
+from trainer.augmentation import BACKGROUND, check_augmentations
 from trainer.errors import TrainingError
 from trainer.methods import moves
 from trainer.run_dir import check_free
@@ -48,6 +48,8 @@ def train_teacher(
     steps = total_steps(len(split), batch_size, steps, epochs, default=1000)
     settings, runtime = split_options(options, loss={"erm": 1.0}, steps=steps, batch_size=batch_size)
     check_augmentations(settings.augment, None, split.image_shape, moves(settings.loss))
+    if BACKGROUND in settings.augment and split.masks is None:
+        raise TrainingError(f"--augment {BACKGROUND} needs 'masks' in the train split of {data}, which has none")
     if debias not in DEBIAS:
         raise TrainingError(f"unknown --debias '{debias}': choose one of {', '.join(DEBIAS)}")
     if debias == "mask" and split.masks is None:

@@ -35,7 +35,7 @@ from pipeline.classifier import build_classifier, copy_head, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place, to_device
 from pipeline.segmenters import Segmenter
 from teacher_cache import CacheInfo
-from trainer.augmentation import augment, augment_masks
+from trainer.augmentation import BACKGROUND, augment, augment_masks
 from trainer.clock import Clock, Timed
 from trainer.distributed import LostProcess, Ranks, connect
 from trainer.errors import TrainingError
@@ -44,6 +44,7 @@ from trainer.interruption import Interruption, TrainingInterrupted
 from trainer.losses import heatmap_loss
 from trainer.methods import METHODS
 from trainer.order import step_samples
+from trainer.repainting import repaint
 from trainer.run_dir import RunDir
 from trainer.schedule import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.settings import PRECISIONS, Runtime, Settings
@@ -300,6 +301,8 @@ def on_device(
             shown["heatmaps"] = maps
         if "masks" in shown:
             shown["masks"] = augment_masks(shown["masks"], settings.augment, **moved)
+        if BACKGROUND in settings.augment:
+            shown["images"] = repaint(shown["images"], shown["masks"], **moved)
     if settings.mask_target and "heatmaps" in shown:
         maps = shown["heatmaps"]
         shown["heatmaps"] = maps * F.adaptive_avg_pool2d(shown["masks"], (maps.shape[2], maps.shape[3])).to(maps.dtype)
