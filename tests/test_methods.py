@@ -108,9 +108,9 @@ def test_every_explainer_has_the_one_method_that_matches_its_maps_as_they_are():
 
 def test_a_sum_needs_what_any_of_its_methods_needs_and_is_moved_as_all_of_them_can_be():
     assert needs({"lrp": 1, "output": 1, "features": 1}) == ("heatmaps", "teacher_logits", "features")
-    assert moves({"lrp": 1, "erm": 1}) == ("flip", "shift", "crop")
-    assert moves({"input-gradient": 1, "erm": 1}) == ("flip", "shift")
-    assert moves({"lrp": 1, "output": 1}) == ()
+    assert moves({"lrp": 1, "erm": 1}) == ("flip", "shift", "crop", "background")
+    assert moves({"input-gradient": 1, "erm": 1}) == ("flip", "shift", "background")
+    assert moves({"lrp": 1, "output": 1}) == ("background",)
 
 
 @pytest.mark.parametrize(
