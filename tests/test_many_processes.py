@@ -47,11 +47,14 @@ def alone(*arguments: object) -> list[str]:
 # threads in place of one differ as much as two processes do. In float64 nothing of it is to be seen in 20 steps.
 # A digit's stroke is flat, so that max-pooling finds equal values in it, and which of them gets the relevance is a
 # matter of the last bit, which on some processors the size of the batch decides: the network has no max-pooling.
-PRECISE = ["--precision", "float64", "--lr", "2e-4", "--arch", "small-resnet", "--head", "free"]
+PRECISE = ["--precision", "float64", "--lr", "2e-4", "--arch", "small-resnet"]
 PRECISE += ["--arch-option", "width=8", "--arch-option", "depth=1"]
 SAME = {
     "heatmaps, scale-only norms": (PRECISE, 1e-7),
-    "heatmaps, batch norms": ([*PRECISE, "--no-bias-free", "--loss", "lrp=1,output=0.1"], 1e-6),
+    "heatmaps, batch norms, a learnt head": (
+        [*PRECISE, "--no-bias-free", "--head", "free", "--loss", "lrp=1,output=0.1"],
+        1e-6,
+    ),
     "outputs, in float32": (["--method", "output", "--ema", "0.9", "--weight-decay", "0.01"], 1e-4),
     "labels, moved images": (["--method", "erm", "--augment", "flip,shift,crop", "--precision", "float64"], 1e-6),
 }
