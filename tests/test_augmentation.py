@@ -213,7 +213,9 @@ def test_another_background_leaves_the_object_bit_for_bit_and_no_background_as_i
     found = repainted(images, masks)
     on_object = masks.bool().expand_as(images)
     assert torch.equal(found[on_object], images[on_object])
-    assert (found[~on_object] != images[~on_object]).double().mean() > 0.99
+    another = (found != images).flatten(1).any(1)
+    changed = [(found != images)[i][~on_object[i]].double().mean() for i in another.nonzero().flatten()]
+    assert min(changed) > 0.9  # all of the background or none of it
     assert (found >= 0).all()
     assert (found <= 1).all()
     assert (found.stride(), found.dtype) == (images.stride(), images.dtype)
@@ -223,9 +225,12 @@ def test_another_background_leaves_the_object_bit_for_bit_and_no_background_as_i
 
 def test_what_a_background_becomes_tells_nothing_of_its_colour_and_little_of_its_texture():
     stripes = torch.arange(24).remainder(2).float().expand(2000, 3, 16, 24) * torch.tensor([1.0, 0.2, 0]).view(3, 1, 1)
-    found = repainted(stripes, torch.zeros(2000, 1, 16, 24)).double()
+    found = repainted(stripes, torch.zeros(2000, 1, 16, 24))
+    another = (found != stripes).flatten(1).any(1)
+    assert 900 < another.sum() < 1100  # half, to four and a half standard deviations
+    found = found[another].double()
     colours = found.mean((2, 3))
-    assert (colours.mean(0) - colours.mean()).abs().max() < 0.04  # five standard deviations; 0.5, 0.1 and 0 before
+    assert (colours.mean(0) - colours.mean()).abs().max() < 0.06  # five standard deviations; 0.5, 0.1 and 0 before
     assert (colours.std(0) > 0.15).all()
     contrast = (found[..., ::2].mean(3) - found[..., 1::2].mean(3)).mean(2).abs().amax(1)
     assert contrast.quantile(0.1) < 0.1 < 0.5 < contrast.quantile(0.9)  # from next to none to most of it
@@ -242,4 +247,4 @@ def test_every_process_repaints_its_part_of_the_batch_as_one_does_by_seed_and_st
     assert not torch.equal(repainted(images, masks, seed=3, step=6), whole)
     assert not torch.equal(repainted(images, masks, seed=4, step=5), whole)
     same = repainted(images[:1].expand(12, -1, -1, -1), masks[:1].expand(12, -1, -1, -1))
-    assert not torch.equal(same[0], same[1])
+    assert len(same.unique(dim=0)) > 4

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.device import to_device
 
+REPAINTED = 0.5  # of the samples; the others stay as they are
 WAVES = 8
 GAIN = (0.6, 1.4)  # of a channel
 INVERTED = 0.25  # of the samples
@@ -22,21 +23,21 @@ _STREAM = 17  # a random stream of the seed, as that of trainer.augmentation
 
 
 def repaint(images: Tensor, masks: Tensor, *, seed: int, step: int, first: int, of: int) -> Tensor:
-    """Images, float (N, C, H, W) in [0, 1], with another background: wherever their masks (N, 1, H, W) are not 1.
+    """Half of the images, picked at random, with another background: where their masks (N, 1, H, W) are not 1.
 
-    The old one has its channels permuted and multiplied by 0.6 to 1.4 each, and is inverted in a quarter of the
-    samples; then it is mixed, in any proportion, with a random texture: a colour, and around it the sum of eight plane
-    waves of any colour, direction and phase, of half a period to a side up to a period to two pixels, from soft to
-    sharp. Partial masks mix old and new. ``step``, ``first`` and ``of`` as in `augmentation.augment`. Returns a new
-    tensor of the same shape, type and memory layout.
+    Images are float (N, C, H, W) in [0, 1]. The old background has its channels permuted and multiplied by 0.6 to 1.4
+    each, and is inverted in a quarter of the samples; then it is mixed, in any proportion, with a random texture: a
+    colour, and around it the sum of eight plane waves of any colour, direction and phase, of half a period to a side up
+    to a period to two pixels, from soft to sharp. Partial masks mix old and new. ``step``, ``first`` and ``of`` as in
+    `augmentation.augment`. Returns a new tensor of the same shape, type and memory layout.
     """
     n, channels, height, width = images.shape
-    drawn = np.random.default_rng([seed, _STREAM, step]).random((of, 5 + (3 + WAVES) * channels + 4 * WAVES))
+    drawn = np.random.default_rng([seed, _STREAM, step]).random((of, 6 + (3 + WAVES) * channels + 4 * WAVES))
     numbers = to_device(torch.from_numpy(drawn[first : first + n]).to(images.dtype), images.device)
     alone, order, gain, base, waves, colours = numbers.split(
-        [5, channels, channels, channels, 4 * WAVES, WAVES * channels], dim=1
+        [6, channels, channels, channels, 4 * WAVES, WAVES * channels], dim=1
     )
-    mixed, inverted, grey, contrast, sharpness = (each.view(n, 1, 1, 1) for each in alone.unbind(1))
+    repainted, mixed, inverted, grey, contrast, sharpness = (each.view(n, 1, 1, 1) for each in alone.unbind(1))
 
     old = images.gather(1, order.argsort(1).view(n, channels, 1, 1).expand_as(images))
     old = torch.where(inverted < INVERTED, 1 - old, old) * (GAIN[0] + (GAIN[1] - GAIN[0]) * gain)[:, :, None, None]
@@ -52,7 +53,7 @@ def repaint(images: Tensor, masks: Tensor, *, seed: int, step: int, first: int, 
     texture = base[:, :, None, None] + texture * contrast / 2
 
     background = mixed * old.clamp(0, 1) + (1 - mixed) * texture.clamp(0, 1)
-    return masks * images + (1 - masks) * background
+    return torch.where(repainted < REPAINTED, masks * images + (1 - masks) * background, images)
 
 
 def _plane_wave(frequency: Tensor, angle: Tensor, phase: Tensor, height: int, width: int) -> Tensor:
