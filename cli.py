@@ -41,6 +41,15 @@ class LocalFolder(click.Path):
         return super().convert(value, param, ctx)
 
 
+class TeacherName(LocalFolder):
+    """A folder, or the name of a vision-language model."""
+
+    name = "folder or clip:ARCH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
+
+
 DATA = click.option("--data", required=True, type=Location(), help="A dataset in our layout.")
 OUT = click.option(
     "--out", required=True, type=LocalFolder(path_type=Path), help="Where to write: nothing, or an unfinished training."
@@ -58,6 +67,14 @@ SEGMENTER = click.option(
     help="What makes the masks of --debias segmenter: torchvision:NAME, a file (.pt2, .pt) or MODULE:FUNCTION of your "
     "own. Code of your own is run.",
 )
+OF_CLIP = [
+    click.option("--pretrained", metavar="TAG|FILE", help="Of clip:ARCH: open_clip's weights by tag, or a checkpoint."),
+    click.option("--classes", metavar="'A; B; …'", help="What the dataset's classes are called in prompts."),
+    click.option(
+        "--prompt", multiple=True, metavar="TEMPLATE", help="As 'a photo of a {}'. Repeatable: a class is their mean."
+    ),
+    click.option("--prompts", type=click.Path(path_type=Path), help="A file with a prompt on each line."),
+]
 BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 
 
@@ -220,8 +237,9 @@ WHAT_IT_MATCHES = [
         "--head",
         default="frozen",
         show_default=True,
-        type=click.Choice(["frozen", "free"]),
-        help="The student's last layer: the teacher's, or its own.",
+        type=click.Choice(["frozen", "attention-pool", "free"]),
+        help="The student's last layer: the teacher's, with the attention pooling in front of it (CLIP's ResNets), or "
+        "its own.",
     ),
     FACTORY,
 ]
@@ -241,6 +259,13 @@ def options(*lists: Any) -> Callable[..., Any]:
         return command
 
     return decorate
+
+
+def _teacher(name: str, options: dict[str, Any]) -> Any:
+    """The teacher that was named; takes its own options out of the others."""
+    from pipeline import parse_teacher
+
+    return parse_teacher(name, **{key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")})
 
 
 def _main_process() -> bool:
@@ -490,7 +515,16 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 
 @main.command(name="cache-explanations")
 @DATA
-@click.option("--teacher", required=True, type=LocalFolder(path_type=Path), help="A folder of train-teacher.")
+@options(
+    click.option(
+        "--teacher",
+        required=True,
+        type=TeacherName(),
+        help="A folder of train-teacher, or a vision-language model: "
+        "clip:ARCH, of open_clip by name, a configuration (.json), or a folder with one and weights.",
+    ),
+    OF_CLIP,
+)
 @click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing.")
 @click.option("--split", default="train", show_default=True, help="The split to explain.")
 @click.option(
@@ -558,14 +592,14 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 @BATCH_SIZE
 @SEED
 @DEVICE
-def cache_explanations_command(**options: Any) -> None:
+def cache_explanations_command(teacher: str, **options: Any) -> None:
     """Stage one: run the teacher over a split once and write its heatmaps to a store.
 
     Interrupted, the same command continues where it stopped.
     """
     from pipeline import cache_explanations
 
-    done = cache_explanations(**options)
+    done = cache_explanations(teacher=_teacher(teacher, options), **options)
     found = done.shards - done.computed_shards
     click.echo(
         f"{done.path}: {done.samples} samples in {done.shards} shards"
@@ -717,19 +751,27 @@ def train_students_command(
 
 @main.command(name="evaluate")
 @DATA
-@click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A teacher's or student's folder.")
+@click.option("--model", type=LocalFolder(path_type=Path), help="A teacher's or student's folder.")
+@click.option("--teacher", type=TeacherName(), help="The same, or clip:ARCH, as cache-explanations takes it.")
+@options(OF_CLIP)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @FACTORY
 @SEGMENTER
 @DEVICE
-def evaluate_command(data: str, model: Path, as_json: bool, **options: Any) -> None:
+def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals.
 
-    Where there are masks, also how much of the relevance is on the object.
+    Where there are masks, also how much of the relevance is on the object. A teacher that itself does worse where the
+    bias is another one is warned of: its students will learn it too.
     """
     from trainer import evaluate
+    from trainer.evaluation import bias_warning
 
-    result = evaluate(data, model, **options)
+    if (model is None) == (teacher is None):
+        raise click.UsageError("give either --model or --teacher.")
+    result = evaluate(data, _teacher(str(teacher or model), options), **options)
+    if warning := bias_warning(result):
+        click.echo(warning, err=True)
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -11,6 +11,8 @@ from pipeline.relevance import Trace, explain
 from pipeline.rules import RULE_SETS, RelevanceError, RuleSet, rule_for, stop_relevance
 from pipeline.stage_one import CacheSummary, cache_explanations
 from pipeline.synchronised import synchronise_batch_norm
+from pipeline.teachers import load_teacher, parse_teacher
+from pipeline.zero_shot import ZeroShot
 
 __all__ = [
     "EXPLAINERS",
@@ -28,6 +30,7 @@ __all__ = [
     "RuleSet",
     "ScaleNorm",
     "Trace",
+    "ZeroShot",
     "architectures",
     "bias_free",
     "build_network",
@@ -36,6 +39,8 @@ __all__ = [
     "export_model",
     "homogeneity_error",
     "load_classifier",
+    "load_teacher",
+    "parse_teacher",
     "plain",
     "resize",
     "rule_for",

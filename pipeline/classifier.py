@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ import torch
 import torchvision
 import zarr
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from data.storage import Folder
+from pipeline.heads import HeadSpec, attach_head
 from pipeline.homogeneous import BiasFreeReport
-from pipeline.models import ImageShape, ModelError, build_network, check_factory, last_layer, outputs_of_last_layer
+from pipeline.models import ImageShape, ModelError, build_network, check_factory
 from pipeline.rules import stop_relevance
 from pipeline.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
 
@@ -94,14 +94,6 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class HeadSpec:
-    """The frozen last layer copied from a teacher: its input width and whether it has a bias."""
-
-    features: int
-    bias: bool
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """All that is needed to build a saved classifier again, and what it was trained on.
 
@@ -136,7 +128,7 @@ class ModelConfig:
         if set(values) != expected:
             raise ModelError(f"its fields differ from the expected ones in {sorted(set(values) ^ expected)}")
         try:
-            values["head"] = HeadSpec(**values["head"]) if values["head"] else None
+            values["head"] = HeadSpec.from_dict(values["head"]) if values["head"] else None
             values["class_names"] = tuple(values["class_names"])
             values["image_shape"] = tuple(map(int, values["image_shape"]))
         except (TypeError, ValueError) as error:
@@ -184,130 +176,6 @@ def build_classifier(
             network, config.head, len(config.class_names), config.image_shape, adapter_bias=not config.bias_free
         )
     return Classifier(network, config.debias, report, config.image_shape, segmenter)
-
-
-def attach_head(
-    network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, *, adapter_bias: bool
-) -> None:
-    """Put a frozen last layer of the teacher's shape in place of the network's own, as a layer of the same kind.
-
-    Where the network's feature width differs, a learnt adapter stands in front of it, and the two take the place
-    as an `nn.Sequential`: a 1×1 convolution in front of a convolution; a 1×1 convolution on the positions where a
-    linear layer sees a flattened map of several, and the teacher's width is a multiple of their number; else a
-    linear layer. Behind global average pooling a 1×1 convolution in front of the pooling is the very same function
-    as that linear layer, at more cost.
-
-    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution, or does not work with
-    another module in that place.
-    """
-    name = last_layer(network, num_classes)
-    if name is None:
-        raise ModelError(
-            f"this student ends in neither a linear layer nor a 1×1 convolution with {num_classes} outputs, so the "
-            "teacher's last layer cannot take its place: choose another network, such as small-cnn or resnet18, or "
-            "let it keep its own (--head free)"
-        )
-    own = network.get_submodule(name)
-    if _run_last(network, num_classes, image_shape) not in (own, None):
-        raise ModelError(
-            f"this student's layers with {num_classes} outputs run in another order than they are registered in, so it "
-            f"is not clear that '{name}' is its last: register the last one last in __init__, or let the student keep "
-            "its own (--head free)"
-        )
-    adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
-    frozen.requires_grad_(False)
-    network.set_submodule(name, frozen if adapter is None else nn.Sequential(adapter, frozen))
-    try:
-        _pass(network, image_shape)
-    except Exception as error:
-        raise ModelError(
-            f"this student does not work with the teacher's last layer in place of its own '{name}' "
-            f"({type(error).__name__}: {error}): its forward must only call '{name}', or let it keep its own "
-            "(--head free)"
-        ) from error
-
-
-def _adapter_and_head(
-    network: nn.Module, own: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
-) -> tuple[nn.Module | None, nn.Module]:
-    if isinstance(own, nn.Conv2d):
-        frozen: nn.Module = nn.Conv2d(head.features, num_classes, 1, bias=head.bias)
-        if own.in_channels == head.features:
-            return None, frozen
-        return nn.Conv2d(own.in_channels, head.features, 1, bias=adapter_bias), frozen
-    assert isinstance(own, nn.Linear)
-    frozen = nn.Linear(head.features, num_classes, bias=head.bias)
-    if own.in_features == head.features:
-        return None, frozen
-    channels, height, width = _flattened_map(network, own, image_shape)
-    positions = height * width
-    if positions > 1 and head.features % positions == 0:
-        convolution = nn.Conv2d(channels, head.features // positions, 1, bias=adapter_bias)
-        return nn.Sequential(nn.Unflatten(1, (channels, height, width)), convolution, nn.Flatten()), frozen
-    return nn.Linear(own.in_features, head.features, bias=adapter_bias), frozen
-
-
-def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape) -> ImageShape:
-    """(C, h, w) of the map that a layer sees flattened, found by a pass; (in_features, 1, 1) where it sees none."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
-    with _Flattenings(layer.in_features) as flattenings:
-        _pass(network, image_shape)
-    hook.remove()
-    for flat, shape in reversed(flattenings.found):
-        if any(torch.equal(flat, x) for x in seen):
-            return shape
-    return layer.in_features, 1, 1
-
-
-def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> nn.Module | None:
-    """The layer with ``num_classes`` outputs that a pass calls last."""
-    called: list[nn.Module] = []
-    candidates = [module for module in network.modules() if outputs_of_last_layer(module) == num_classes]
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in candidates]
-    _pass(network, image_shape)
-    for hook in hooks:
-        hook.remove()
-    return called[-1] if called else None
-
-
-@torch.no_grad()
-def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
-    """The logits of two images in evaluation mode; the network's mode and the draws of PyTorch's seed stay theirs."""
-    modes = {module: module.training for module in network.modules()}
-    logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
-    for module, training in modes.items():
-        module.training = training
-    return logits
-
-
-class _Flattenings(TorchFunctionMode):
-    """Notes every (N, features) that is made of an (N, C, h, w) by a change of shape alone, and its (C, h, w)."""
-
-    def __init__(self, features: int):
-        super().__init__()
-        self.features = features
-        self.found: list[tuple[Tensor, ImageShape]] = []
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in _RESHAPES and output.ndim == 2 and output.shape[1] == self.features:
-            batch, *shape = (*args, *(kwargs or {}).values())[0].shape
-            if len(shape) == 3 and batch == len(output):
-                self.found.append((output, (shape[0], shape[1], shape[2])))
-        return output
-
-
-_RESHAPES = {torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view}
-
-
-def copy_head(model: Classifier, head: Mapping[str, np.ndarray]) -> None:
-    """Give the frozen last layer of `build_classifier` the teacher's values: ``weight`` (K, F), ``bias`` (K,)."""
-    name = last_layer(model.network, len(head["weight"]))
-    assert name is not None  # attach_head has put it there
-    layer = model.network.get_submodule(name)
-    state = layer.state_dict()
-    layer.load_state_dict({key: torch.from_numpy(head[key]).view_as(value) for key, value in state.items()})
 
 
 def save_weights(directory: Path, model: nn.Module) -> None:

@@ -21,19 +21,21 @@ import numpy as np
 import torch
 from dask.base import compute
 from dask.delayed import delayed
-from torch import nn
 from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
 from data.storage import Location, absolute
-from pipeline.classifier import Classifier, check_fits, load_classifier, versions, weights_sha256
+from pipeline.classifier import Classifier, versions
 from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.explainers import Forward, find_explainer
-from pipeline.models import ModelError, last_layer
+from pipeline.heads import head_arrays
+from pipeline.models import ModelError
 from pipeline.rules import RelevanceError
 from pipeline.segmenters import FILES
+from pipeline.teachers import absolute_teacher, load_teacher
+from pipeline.zero_shot import ZeroShot
 from teacher_cache import (
     COMPRESSORS,
     LEVELS,
@@ -84,7 +86,7 @@ class Job:
     """
 
     data: Location
-    teacher: str
+    teacher: str | ZeroShot
     segmenter: str | None
     out: Location
     info: CacheInfo = field(hash=False)
@@ -94,7 +96,7 @@ class Job:
 
 def cache_explanations(
     data: Location,
-    teacher: str | Path,
+    teacher: str | Path | ZeroShot,
     out: Location,
     *,
     split: str = "train",
@@ -152,7 +154,7 @@ def cache_explanations(
         )
         cache = create_cache(out, info, head)
         named = str(absolute(segmenter)) if segmenter is not None and segmenter.endswith(FILES) else segmenter
-        job = Job(absolute(data), str(absolute(teacher)), named, absolute(out), info, batch_size, device)
+        job = Job(absolute(data), absolute_teacher(teacher), named, absolute(out), info, batch_size, device)
         with (
             claim_writing(cache, share=share) as claims,
             tqdm(total=info.dataset.samples, unit="image", desc=f"explaining {split}", disable=None) as bar,
@@ -226,7 +228,7 @@ def _check_options(
 
 def _plan(
     data: Location,
-    teacher: str | Path,
+    teacher: str | Path | ZeroShot,
     segmenter: str | None,
     out: Location,
     split: str,
@@ -245,9 +247,9 @@ def _plan(
     dataset = open_dataset(data)
     chosen = dataset.split(split)
     chosen.verify()
-    model, config = load_classifier(teacher, segmenter=segmenter)
-    check_fits(config, dataset.class_names, chosen.image_shape, teacher)
-    head = _head_arrays(model, len(config.class_names))
+    found = load_teacher(teacher, dataset.class_names, chosen.image_shape, segmenter=segmenter)
+    model, config = found.model, found.config
+    head = head_arrays(model.network, len(config.class_names))
     torch_device = pick_device(device)
     place(model, torch_device)
     shape = chosen.image_shape
@@ -259,13 +261,13 @@ def _plan(
             arch=config.arch,
             debias=config.debias,
             bias_free=config.bias_free,
-            weights_sha256=weights_sha256(teacher),
+            weights_sha256=found.sha256,
             class_names=config.class_names,
             head_sha256=head_sha256(head),
         ),
         dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), shape),
         storage=plan(features=int(features)),
-        written_by=versions(),
+        written_by=versions() | found.record,
     )
     images = np.asarray(chosen.images[:LOOKED_AT])
     masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
@@ -380,7 +382,8 @@ def _open(job: Job) -> _Opened:
     here, remedy = f"as {platform.node()} sees it", "every machine must see the same files under the same path"
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
-        model, _ = load_classifier(job.teacher, segmenter=job.segmenter)
+        shape = job.info.dataset.image_shape
+        found = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
         raise type(error)(f"{error} ({here}; {remedy})") from error
@@ -389,17 +392,16 @@ def _open(job: Job) -> _Opened:
             f"the dataset {job.data}, {here}, is another one: the fingerprint of its split '{split.name}' is "
             f"{split.fingerprint[:12]}…, and not {job.info.dataset.fingerprint[:12]}…; {remedy}"
         )
-    found = weights_sha256(job.teacher)
-    if found != job.info.teacher.weights_sha256:
+    if found.sha256 != job.info.teacher.weights_sha256:
         raise ModelError(
-            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights.pt is {found[:12]}…, and "
-            f"not {job.info.teacher.weights_sha256[:12]}…; {remedy}"
+            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights is {found.sha256[:12]}…, "
+            f"and not {job.info.teacher.weights_sha256[:12]}…; {remedy}"
         )
     if differences := cache.info.differences(job.info):
         raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
     device = pick_device(job.device)
-    place(model, device)
-    return _Opened(model, split, cache, device)
+    place(found.model, device)
+    return _Opened(found.model, split, cache, device)
 
 
 def explain_shard(
@@ -453,14 +455,3 @@ def explain_shard(
 
 def _array(values: torch.Tensor) -> np.ndarray:
     return values.detach().float().cpu().numpy()
-
-
-def _head_arrays(model: Classifier, classes: int) -> dict[str, np.ndarray]:
-    """The teacher's last layer: ``weight`` (K, F), ``bias`` (K,) if it has one; none if it is of no kind we know."""
-    name = last_layer(model.network, classes)
-    if name is None:
-        return {}
-    head = model.network.get_submodule(name)
-    assert isinstance(head, nn.Linear | nn.Conv2d)
-    arrays = {"weight": head.weight.flatten(1), "bias": head.bias}
-    return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}

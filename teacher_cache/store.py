@@ -389,7 +389,7 @@ def _json(metadata: bytes | None) -> dict[str, Any] | None:
 
 def _read_head(store: Store) -> dict[str, np.ndarray]:
     head = {}
-    for name in ("weight", "bias"):
+    for name in sorted(names(store, "head")):
         if read(store, f"head/{name}/{ROOT}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])

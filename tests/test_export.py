@@ -22,8 +22,9 @@ from torch import nn
 import pipeline.export
 from cli import main
 from pipeline import ModelConfig, ModelError, ScaleNorm, bias_free, export_model, load_classifier, plain, save_plain
-from pipeline.classifier import Classifier, HeadSpec, build_classifier, save_weights
+from pipeline.classifier import Classifier, build_classifier, save_weights
 from pipeline.export import FORMATS
+from pipeline.heads import HeadSpec
 
 SHAPE = (3, 28, 28)
 BATCHES = (1, 5)

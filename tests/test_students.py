@@ -19,7 +19,8 @@ from torch import nn
 from cli import main
 from data import open_dataset
 from pipeline import ModelConfig, ModelError, build_network, explain, homogeneity_error, load_classifier
-from pipeline.classifier import Classifier, HeadSpec, attach_head, build_classifier, copy_head, save_weights
+from pipeline.classifier import Classifier, build_classifier, save_weights
+from pipeline.heads import HeadSpec, attach_head, copy_head
 from pipeline.models import last_layer, small_cnn
 from pipeline.stage_one import _head_arrays
 from trainer.evaluation import evaluate
@@ -123,7 +124,7 @@ def test_every_kind_of_student_takes_the_head_frozen_behind_the_adapter_that_fit
     model = student(HeadSpec(features, bias), arch=arch, bias_free=not bias)
     own = student(arch=arch, bias_free=not bias)
     head = teachers_head(features, bias)
-    copy_head(model, head)
+    copy_head(model.network, head)
     place = last_layer(own.network, 10)
     stack = model.network.get_submodule(place)
     frozen = stack if adapter is None else stack[1]
@@ -143,7 +144,7 @@ def test_every_kind_of_student_takes_the_head_frozen_behind_the_adapter_that_fit
 def test_the_convolution_on_positions_is_what_it_says():
     """Against matrix products, position by position: the teacher's layer sees its own map of 10 channels by 3×3."""
     model = student(HeadSpec(90, False))
-    copy_head(model, teachers_head(90, False))
+    copy_head(model.network, teachers_head(90, False))
     images = torch.rand(4, *SHAPE)
     maps = model.network[: list(dict(model.network.named_children())).index("flatten")](images)  # (4, 128, 3, 3)
     weight = model.network.head[0][1].weight[:, :, 0, 0]  # (10, 128)

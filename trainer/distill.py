@@ -9,7 +9,7 @@ from typing import Any
 
 from data import Dataset, Location, open_dataset
 from pipeline import ModelConfig
-from pipeline.classifier import HeadSpec
+from pipeline.heads import HeadSpec
 from pipeline.models import OWN
 from teacher_cache import Cache, CacheError, check_complete, open_cache
 from trainer.augmentation import BACKGROUND, check_augmentations
@@ -68,8 +68,8 @@ def train_student(
     settings, runtime = split_options(options, loss=terms, steps=steps, batch_size=batch_size, clip_norm=clip_norm)
     if student_factory is not None and arch != "small-cnn":
         raise TrainingError(f"give --arch ({arch}) or --student-factory ({student_factory}), not both")
-    if head not in ("frozen", "free"):
-        raise TrainingError(f"--head is frozen or free, not '{head}'")
+    if head not in ("frozen", "attention-pool", "free"):
+        raise TrainingError(f"--head is frozen, attention-pool or free, not '{head}'")
     wanted = needs(terms)
     if settings.mask_target:
         if "heatmaps" not in wanted:
@@ -131,7 +131,7 @@ def train_student(
         image_shape=train_split.image_shape,
         dataset={"name": dataset.name, "fingerprint": train_split.fingerprint},
         training=decided,
-        head=HeadSpec(layer["weight"].shape[1], "bias" in layer) if layer else None,
+        head=HeadSpec.of(layer, with_pool=head == "attention-pool") if layer else None,
     )
     paths = {"data": data, "cache": cache, "validation_cache": validation_cache}
     material = Material(

@@ -11,39 +11,42 @@ import numpy as np
 import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
-from pipeline import Classifier, Forward, RelevanceError, load_classifier
-from pipeline.classifier import check_fits
+from pipeline import Classifier, Forward, RelevanceError, ZeroShot, load_classifier, load_teacher
 from pipeline.device import as_input, as_mask, pick_device, place
 from trainer.run_dir import snapshots
 
 BATCH_SIZE = 512
 EXPLAINED, EXPLAINED_AT_ONCE = 500, 64  # images whose relevance is measured
+LARGE_GAP = 5.0  # points, from which on a teacher is called biased
 EPSILON = 0.1  # the middle of the range that a store draws from, unless told otherwise
 
 
 def evaluate(
     data: Location,
-    model: str | Path,
+    model: str | Path | ZeroShot,
     *,
     device: str = "auto",
     student_factory: str | None = None,
     segmenter: str | None = None,
 ) -> dict[str, Any]:
-    """Accuracy, in %, of a teacher or student on every split that is neither trained nor chosen on.
+    """Accuracy, in %, of a model on every split that is neither trained nor chosen on.
+
+    ``model`` is the folder of a saved teacher or student, or a vision-language teacher.
 
     ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples``, the same of each of its ``groups``
     (by the dataset's bias attribute) and the ``worst_group`` of them, and as ``on_object``, in %, how much of the
     relevance is on the object (see `relevance_on_object`; None without masks); ``iid``, ``ood``, ``shift`` and
     ``gap`` = iid − ood stand at the top (None without such a split), as does the worst ``worst_group`` of all.
-    ``student_factory`` and ``segmenter`` as in `pipeline.load_classifier`.
+    ``student_factory`` and ``segmenter`` as in `pipeline.load_teacher`.
 
     Raises DatasetError, ModelError.
     """
     dataset = open_dataset(data)
     if not dataset.test_splits:
         raise DatasetError(f"the dataset {data} has no test split besides train and validation: add one, such as 'ood'")
-    classifier, config = load_classifier(model, student_factory, segmenter)
-    check_fits(config, dataset.class_names, dataset.test_splits[0].image_shape, model)
+    shape = dataset.test_splits[0].image_shape
+    found = load_teacher(model, dataset.class_names, shape, student_factory=student_factory, segmenter=segmenter)
+    classifier, config = found.model, found.config
     torch_device = pick_device(device)
     place(classifier, torch_device)
     splits = {}
@@ -66,6 +69,23 @@ def evaluate(
         "arch": config.arch,
         "debias": config.debias,
     }
+
+
+def bias_warning(result: dict[str, Any]) -> str | None:
+    """What to say of a teacher that is biased itself, by what `evaluate` returns; None of others.
+
+    Its accuracy on iid is more than 5 points above that on another test split: students learn its reasons, biases too.
+    """
+    behind = (
+        {name: result["iid"] - split["accuracy"] for name, split in result["splits"].items()} if result["iid"] else {}
+    )
+    worst = max(behind, key=lambda name: behind[name], default="iid")
+    if result["kind"] != "teacher" or behind.get(worst, 0) <= LARGE_GAP:
+        return None
+    return (
+        f"warning: this teacher loses {behind[worst]:.1f} points from iid to {worst}. A biased teacher teaches its bias: "
+        "use it as a baseline only, or choose another one, its --debias or its --prompt"
+    )
 
 
 def evaluate_snapshots(

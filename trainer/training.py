@@ -31,8 +31,9 @@ from pipeline import (
     save_plain,
     synchronise_batch_norm,
 )
-from pipeline.classifier import build_classifier, copy_head, save_weights
+from pipeline.classifier import build_classifier, save_weights
 from pipeline.device import as_input, as_mask, pick_device, place, to_device
+from pipeline.heads import copy_head
 from pipeline.segmenters import Segmenter
 from teacher_cache import CacheInfo
 from trainer.augmentation import BACKGROUND, augment, augment_masks
@@ -115,7 +116,7 @@ def train(
         seed_torch(settings.seed, purpose)
         model = build_classifier(config, student_factory, segmenter)
         if config.head is not None:
-            copy_head(model, material.head)
+            copy_head(model.network, material.head)
         model.to(FLOAT[settings.precision])
         place(model, device)
         _try_out(model, material, settings, device)
