@@ -20,9 +20,8 @@ from cli import main
 from data import open_dataset
 from pipeline import ModelConfig, ModelError, build_network, explain, homogeneity_error, load_classifier
 from pipeline.classifier import Classifier, build_classifier, save_weights
-from pipeline.heads import HeadSpec, attach_head, copy_head
+from pipeline.heads import HeadSpec, attach_head, copy_head, head_arrays
 from pipeline.models import last_layer, small_cnn
-from pipeline.stage_one import _head_arrays
 from trainer.evaluation import evaluate
 
 SHAPE = (3, 28, 28)
@@ -87,7 +86,7 @@ def test_the_last_layer_is_the_last_linear_one_or_1x1_convolution_of_as_many_out
 @pytest.mark.parametrize("bias_free", [True, False])
 def test_a_teachers_head_is_stored_as_classes_by_features_whatever_layer_it_is(arch, features, bias_free):
     teacher = student(arch=arch, bias_free=bias_free)
-    head = _head_arrays(teacher, 10)
+    head = head_arrays(teacher.network, 10)
     layer = teacher.network.get_submodule(last_layer(teacher.network, 10))
     assert {key: value.shape for key, value in head.items()} == {
         "weight": (10, features),
@@ -97,7 +96,7 @@ def test_a_teachers_head_is_stored_as_classes_by_features_whatever_layer_it_is(a
 
 
 def test_a_teacher_that_ends_otherwise_has_no_head():
-    assert _head_arrays(Classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 12))), 10) == {}
+    assert head_arrays(nn.Sequential(nn.Flatten(), nn.Linear(4, 12)), 10) == {}
 
 
 def teachers_head(features: int, bias: bool) -> dict[str, np.ndarray]:

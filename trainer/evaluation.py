@@ -76,15 +76,15 @@ def bias_warning(result: dict[str, Any]) -> str | None:
 
     Its accuracy on iid is more than 5 points above that on another test split: students learn its reasons, biases too.
     """
-    behind = (
-        {name: result["iid"] - split["accuracy"] for name, split in result["splits"].items()} if result["iid"] else {}
-    )
-    worst = max(behind, key=lambda name: behind[name], default="iid")
-    if result["kind"] != "teacher" or behind.get(worst, 0) <= LARGE_GAP:
+    if result["kind"] != "teacher" or result["iid"] is None:
+        return None
+    worst = min(result["splits"], key=lambda name: float(result["splits"][name]["accuracy"]))
+    behind = result["iid"] - result["splits"][worst]["accuracy"]
+    if behind <= LARGE_GAP:
         return None
     return (
-        f"warning: this teacher loses {behind[worst]:.1f} points from iid to {worst}. A biased teacher teaches its bias: "
-        "use it as a baseline only, or choose another one, its --debias or its --prompt"
+        f"warning: this teacher loses {behind:.1f} points from iid to {worst}, and a biased teacher teaches its bias: use "
+        "it as a baseline only, or choose another one, its --debias or its --prompt"
     )
 
 
