@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.classifier import Classifier, load_classifier, write_whole
+from pipeline.heads import AttentionPool
 from pipeline.homogeneous import ScaleNorm
 from pipeline.models import ImageShape, ModelError
 
@@ -28,7 +29,8 @@ def plain(model: Classifier) -> nn.Module:
     """A copy of the network in evaluation mode that needs nothing of ours: images (N, C, H, W) in [0, 1] → (N, K).
 
     A `ScaleNorm` becomes the `nn.BatchNorm1d`, ``2d`` or ``3d``, by what it is given in a pass of an image, that is
-    the same function in evaluation mode: running mean 0, running variance the running second moment, shift 0.
+    the same function in evaluation mode: running mean 0, running variance the running second moment, shift 0. An
+    `AttentionPool` becomes a graph of PyTorch's own functions.
 
     Raises ModelError for a network behind a debiasing front, whose logits are not the network's alone, and for one
     that cannot be copied.
@@ -42,6 +44,9 @@ def plain(model: Classifier) -> nn.Module:
         network = copy.deepcopy(model.network).eval()
     except Exception as error:
         raise ModelError(f"this model's network cannot be copied: {type(error).__name__}: {error}") from error
+    for name, module in list(network.named_modules()):
+        if isinstance(module, AttentionPool):  # as a graph of PyTorch's own, which is pickled with its code
+            network.set_submodule(name, torch.fx.symbolic_trace(module))
     norms = {norm: _batch_norm_like(norm, rank) for norm, rank in _ranks(network, model.image_shape).items()}
     if network in norms:
         return norms[network]

@@ -32,6 +32,7 @@ CONFIG = "open_clip_config.json"  # of a folder of open_clip's own
 TEMPLATE = "a photo of a {}"
 NEEDED = ("embed_dim", "vision_cfg", "text_cfg")  # of a model's configuration
 TOLD = 12  # names, at most
+TINY = 1e-6  # that a product which should be whole may fall short of it
 
 T = TypeVar("T")
 
@@ -104,10 +105,14 @@ class Preprocess(nn.Module):
         if self.resize_mode == "squash":
             resized = self.size
         else:
-            ratio = max(ratios) if self.resize_mode == "shortest" else min(ratios)
-            resized = (round(height * ratio), round(width * ratio))
-        if resized != (height, width):
-            images = F.interpolate(images, resized, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
+            # the longer side is cut to whole pixels in torchvision's Resize, and rounded in open_clip's own
+            ratio, whole = (max(ratios), int) if self.resize_mode == "shortest" else (min(ratios), round)
+            resized = (whole(height * ratio + TINY), whole(width * ratio + TINY))
+        # one axis after the other, first the one that shrinks more, and clipped after each, as Pillow does
+        across_first = resized[1] * height <= resized[0] * width
+        for size in ((height, resized[1]) if across_first else (resized[0], width), resized):
+            if tuple(images.shape[2:]) != size:
+                images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
         for axis, (found, wanted) in enumerate(zip(resized, self.size, strict=True), start=2):
             if found > wanted:
                 images = images.narrow(axis, round((found - wanted) / 2), wanted)
@@ -116,6 +121,14 @@ class Preprocess(nn.Module):
                 pads = (before, wanted - found - before)
                 images = F.pad(images, pads if axis == 3 else (0, 0, *pads), value=self.fill)
         return (images - self.mean) / self.std
+
+
+def preprocessing(model: nn.Module) -> Preprocess:
+    """That of an open_clip model: its own, and open_clip's defaults for what it says nothing of."""
+    from open_clip import get_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    return Preprocess(merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(model)))
 
 
 def zero_shot_network(
@@ -128,8 +141,6 @@ def zero_shot_network(
     that have one. ``prompts`` are those of each class: its embedding is the normalised mean of theirs, normalised each
     (Radford et al., ICML 2021, section 3.1.4).
     """
-    from open_clip import get_model_preprocess_cfg
-
     any_model: Any = model.eval()
     with torch.no_grad():
         texts = [any_model.encode_text(tokenize(list(of_class)), normalize=True).mean(0) for of_class in prompts]
@@ -139,7 +150,7 @@ def zero_shot_network(
         if any_model.logit_bias is not None:
             head.bias.fill_(float(any_model.logit_bias))
     parts = {
-        "preprocess": Preprocess(get_model_preprocess_cfg(model)),
+        "preprocess": preprocessing(model),
         "tower": any_model.visual,
         "norm": l2_norm(embeddings.shape[1]),
         "head": head,
@@ -177,7 +188,7 @@ def build_zero_shot(
     except Exception as error:
         raise ModelError(f"{teacher} does not take images of shape {image_shape}: {_first_line(error)}") from error
     record = {"pretrained": teacher.pretrained or teacher.arch, "prompts": json.dumps(prompts, ensure_ascii=False)}
-    digest = hashlib.sha256(json.dumps([record["prompts"], float(cast(Any, model).logit_scale)]).encode())
+    digest = hashlib.sha256(json.dumps([record["prompts"], cast(Any, model).logit_scale.item()]).encode())
     for part in (network.preprocess, network.tower):
         digest.update(repr([value for key, value in sorted(vars(part).items()) if key in _DECIDING]).encode())
         for name, value in sorted(part.state_dict().items()):

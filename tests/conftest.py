@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gzip
 import os
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 
+import lxt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from data import make_coloured_mnist
 from pipeline import cache_explanations
@@ -73,3 +79,37 @@ def fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_idx(folder / f"{part}-images-idx3-ubyte.gz", garments)
         write_idx(folder / f"{part}-labels-idx1-ubyte.gz", np.arange(samples) % 10)
     return folder
+
+
+@pytest.fixture
+def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """LXT works on the classes of PyTorch; undone after the test."""
+
+    def patch(rules: str) -> None:
+        for name in (
+            "lxt.efficient",
+            "lxt.efficient.models",
+        ):  # which import language models of one transformers release
+            package = types.ModuleType(name)
+            package.__path__ = [str(Path(lxt.__path__[0]).parent.joinpath(*name.split(".")))]
+            monkeypatch.setitem(sys.modules, name, package)
+        from lxt.efficient.models.vit_torch import cp_LRP
+        from lxt.efficient.rules import divide_gradient
+
+        def attn_lrp_forward(self, query, key, value, need_weights=False):
+            qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            q, k, v = divide_gradient(q, 4), divide_gradient(k, 4), divide_gradient(v, 2)
+            out = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+            return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+        for cls in cp_LRP:
+            monkeypatch.setattr(cls, "forward", cls.forward)
+            monkeypatch.setattr(cls, "original_forward", cls.forward, raising=False)
+        for cls, apply in cp_LRP.items():
+            if rules == "cp-lrp" or cls is not nn.MultiheadAttention:
+                apply(cls)
+            else:
+                monkeypatch.setattr(cls, "forward", attn_lrp_forward)
+
+    return patch

@@ -83,8 +83,8 @@ def bias_warning(result: dict[str, Any]) -> str | None:
     if behind <= LARGE_GAP:
         return None
     return (
-        f"warning: this teacher loses {behind:.1f} points from iid to {worst}, and a biased teacher teaches its bias: use "
-        "it as a baseline only, or choose another one, its --debias or its --prompt"
+        f"warning: this teacher loses {behind:.1f} points from iid to {worst}, and a biased teacher teaches its bias: "
+        "use it as a baseline only, or choose another one, its --debias or its --prompt"
     )
 
 
