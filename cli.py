@@ -58,7 +58,6 @@ SEGMENTER = click.option(
     help="What makes the masks of --debias segmenter: torchvision:NAME, a file (.pt2, .pt) or MODULE:FUNCTION of your "
     "own. Code of your own is run.",
 )
-BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 
 
 class Bytes(click.ParamType[int]):
@@ -75,6 +74,23 @@ class Bytes(click.ParamType[int]):
             self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
         if size < 0:
             self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
+        return size
+
+
+class BatchSize(click.ParamType[Any]):
+    """A number of samples, at least 1, or auto."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        try:
+            size = int(value)
+        except ValueError:
+            size = 0
+        if size < 1:
+            self.fail(f"'{value}' is no size of a batch: give a number of samples, at least 1, or auto", param, ctx)
         return size
 
 
@@ -555,7 +571,13 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this machine.",
 )
 @SEGMENTER
-@BATCH_SIZE
+@click.option(
+    "--batch-size",
+    default=128,
+    show_default=True,
+    type=BatchSize(),
+    help="Images at once; auto is the most, a power of two, that a GPU's memory holds, and 128 on a CPU.",
+)
 @SEED
 @DEVICE
 def cache_explanations_command(**options: Any) -> None:
