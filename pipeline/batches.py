@@ -72,8 +72,8 @@ class Batches:
                 )
             if tried == 1:
                 raise RelevanceError(
-                    f"the memory does not hold a batch of --batch-size 1, the smallest there is ({reason}): see "
-                    "whether other programs use that memory, choose another --device, or a smaller teacher"
+                    f"the memory does not hold a batch of one image, the smallest there is ({reason}): see whether "
+                    "other programs use that memory, choose another --device, or a smaller network"
                 )
             self.size = 2 ** ((tried - 1).bit_length() - 1)
         return results

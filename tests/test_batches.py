@@ -108,8 +108,9 @@ def test_a_size_that_was_too_large_is_not_tried_again_in_the_next_shard(dataset,
     memory = Memory(monkeypatch, holds=20)
     done = cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1, features=True, batch_size="auto")
     assert done.computed_shards == 5
-    assert memory.seen[:4] == [16, 64, 32, 16]
-    assert set(memory.seen[4:]) == {16, 12}
+    too_large = [size for size in memory.seen if size > 20]
+    assert too_large in ([64, 32], [44, 32])  # the last shard has 44 samples, and may be the first of two threads
+    assert {size for size in memory.seen if size not in too_large} == {16, 12}
     check_complete(open_cache(tmp_path / "c.zarr"))
 
 
@@ -135,7 +136,7 @@ def test_a_given_size_that_does_not_fit_is_named_and_the_store_can_be_continued(
 
 def test_one_sample_that_does_not_fit_is_an_error_with_what_to_do(dataset, teacher, tmp_path, monkeypatch):
     memory = Memory(monkeypatch, holds=0)
-    with pytest.raises(RelevanceError, match=r"does not hold a batch of --batch-size 1.*choose another --device"):
+    with pytest.raises(RelevanceError, match=r"does not hold a batch of one image.*choose another --device"):
         cache_explanations(dataset, teacher, tmp_path / "c.zarr", batch_size="auto")
     assert memory.seen == [16, 8, 4, 2, 1]
     assert not (tmp_path / "c.zarr").exists()
