@@ -242,6 +242,10 @@ WHAT_IT_MATCHES = [
     FACTORY,
 ]
 PROFILES = ["cpu", "gpu", "paper"]
+EXPLAINERS = [
+    *("flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"),
+    *("input-gradient", "grad-cam", "attention"),
+]
 METHODS = [
     *("lrp", "complete-lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention"),
     *("features", "output", "erm", "group-dro", "rrr", "isnet"),
@@ -526,18 +530,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     "--explainer",
     default="flex",
     show_default=True,
-    type=click.Choice(
-        [
-            "flex",
-            "cp-lrp",
-            "gradient-x-input",
-            "epsilon-plus",
-            "gamma",
-            "input-gradient",
-            "grad-cam",
-            "attention",
-        ]
-    ),
+    type=click.Choice(EXPLAINERS),
     help="How decisions are explained, see docs/engine.md; students of the store do the same.",
 )
 @click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features.")
@@ -765,6 +758,62 @@ def evaluate_command(data: str, model: Path, as_json: bool, **options: Any) -> N
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+
+
+@main.command(name="show-explanations")
+@DATA
+@click.option("--split", help="Whose samples; the first test split unless given, or train where there is none.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=LocalFolder(path_type=Path),
+    help="A teacher's or student's folder, a column each. Repeatable.",
+)
+@click.option(
+    "--cache",
+    "caches",
+    multiple=True,
+    type=Location(),
+    help="A store of the split, whose first draws are a column. Repeatable.",
+)
+@click.option(
+    "--samples", show_default="8", type=click.IntRange(1, 100), help="How many, evenly spread over the split."
+)
+@click.option("--sample", "indices", multiple=True, type=click.IntRange(0), help="This one, from 0 on. Repeatable.")
+@click.option(
+    "--explain",
+    default="true",
+    show_default=True,
+    metavar="true|predicted|CLASS",
+    help="The class that models explain: the true one, the one that each says, or one by its name.",
+)
+@click.option("--epsilon", default=0.1, show_default=True, type=click.FloatRange(0), help="ε of the models' maps.")
+@click.option(
+    "--explainer",
+    default="flex",
+    show_default=True,
+    type=click.Choice(EXPLAINERS),
+    help="How models are explained, see docs/engine.md; stores show what they have.",
+)
+@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write.")
+@FACTORY
+@SEGMENTER
+@DEVICE
+def show_explanations_command(samples: int | None, indices: tuple[int, ...], **options: Any) -> None:
+    """Heatmaps of models and stores beside the images that they are of, as one picture.
+
+    Each map is in units of its own mean |relevance|, as maps of different networks have no other common unit: where
+    relevance is can be compared, and how much there is cannot.
+    """
+    from trainer import show_explanations
+
+    if samples is not None and indices:
+        raise click.UsageError("give --samples, how many, or --sample, which, not both")
+    shown = show_explanations(samples=indices or samples or 8, **options)
+    columns = ", ".join(shown["columns"])
+    samples = len(shown["samples"])
+    click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
 
 
 @main.command(name="export")
