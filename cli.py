@@ -75,7 +75,6 @@ OF_CLIP = [
     ),
     click.option("--prompts", type=click.Path(path_type=Path), help="A file with a prompt on each line."),
 ]
-BATCH_SIZE = click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
 
 
 class Bytes(click.ParamType[int]):
@@ -92,6 +91,23 @@ class Bytes(click.ParamType[int]):
             self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
         if size < 0:
             self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
+        return size
+
+
+class BatchSize(click.ParamType[Any]):
+    """A number of samples, at least 1, or auto."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        try:
+            size = int(value)
+        except ValueError:
+            size = 0
+        if size < 1:
+            self.fail(f"'{value}' is no size of a batch: give a number of samples, at least 1, or auto", param, ctx)
         return size
 
 
@@ -244,6 +260,10 @@ WHAT_IT_MATCHES = [
     FACTORY,
 ]
 PROFILES = ["cpu", "gpu", "paper"]
+EXPLAINERS = [
+    *("flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"),
+    *("input-gradient", "grad-cam", "attention"),
+]
 METHODS = [
     *("lrp", "complete-lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention"),
     *("features", "output", "erm", "group-dro", "rrr", "isnet"),
@@ -261,11 +281,17 @@ def options(*lists: Any) -> Callable[..., Any]:
     return decorate
 
 
-def _teacher(name: str, options: dict[str, Any]) -> Any:
-    """The teacher that was named; takes its own options out of the others."""
+def _teacher(name: str | None, options: dict[str, Any]) -> Any:
+    """The teacher that was named, None where none was; takes its own options out of the others."""
     from pipeline import parse_teacher
 
-    return parse_teacher(name, **{key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")})
+    own = {key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")}
+    if name is not None:
+        return parse_teacher(name, **own)
+    for key, value in own.items():
+        if value:
+            raise click.UsageError(f"--{key} is of a --teacher clip:ARCH, and none was given.")
+    return None
 
 
 def _main_process() -> bool:
@@ -544,18 +570,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     "--explainer",
     default="flex",
     show_default=True,
-    type=click.Choice(
-        [
-            "flex",
-            "cp-lrp",
-            "gradient-x-input",
-            "epsilon-plus",
-            "gamma",
-            "input-gradient",
-            "grad-cam",
-            "attention",
-        ]
-    ),
+    type=click.Choice(EXPLAINERS),
     help="How decisions are explained, see docs/engine.md; students of the store do the same.",
 )
 @click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features.")
@@ -589,7 +604,13 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this machine.",
 )
 @SEGMENTER
-@BATCH_SIZE
+@click.option(
+    "--batch-size",
+    default=128,
+    show_default=True,
+    type=BatchSize(),
+    help="Images at once; auto is the most, a power of two, that a GPU's memory holds, and 128 on a CPU.",
+)
 @SEED
 @DEVICE
 def cache_explanations_command(teacher: str, **options: Any) -> None:
@@ -785,6 +806,68 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+
+
+@main.command(name="show-explanations")
+@DATA
+@click.option("--split", help="Whose samples; the first test split unless given, or train where there is none.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=LocalFolder(path_type=Path),
+    help="A teacher's or student's folder, a column each. Repeatable.",
+)
+@click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH.")
+@options(OF_CLIP)
+@click.option(
+    "--cache",
+    "caches",
+    multiple=True,
+    type=Location(),
+    help="A store of the split, whose first draws are a column. Repeatable.",
+)
+@click.option(
+    "--samples", show_default="8", type=click.IntRange(1, 100), help="How many, evenly spread over the split."
+)
+@click.option("--sample", "indices", multiple=True, type=click.IntRange(0), help="This one, from 0 on. Repeatable.")
+@click.option(
+    "--explain",
+    default="true",
+    show_default=True,
+    metavar="true|predicted|CLASS",
+    help="The class that models explain: the true one, the one that each says, or one by its name.",
+)
+@click.option("--epsilon", default=0.1, show_default=True, type=click.FloatRange(0), help="ε of the models' maps.")
+@click.option(
+    "--explainer",
+    default="flex",
+    show_default=True,
+    type=click.Choice(EXPLAINERS),
+    help="How models are explained, see docs/engine.md; stores show what they have.",
+)
+@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write.")
+@FACTORY
+@SEGMENTER
+@DEVICE
+def show_explanations_command(
+    samples: int | None, indices: tuple[int, ...], teacher: str | None, models: tuple[Path, ...], **options: Any
+) -> None:
+    """Heatmaps of models and stores beside the images that they are of, as one picture.
+
+    Each map is in units of its own mean |relevance|, as maps of different networks have no other common unit: where
+    relevance is can be compared, and how much there is cannot.
+    """
+    from trainer import show_explanations
+
+    if samples is not None and indices:
+        raise click.UsageError("give --samples, how many, or --sample, which, not both")
+    named = _teacher(teacher, options)
+    every = models if named is None else (named, *models)
+    shown = show_explanations(samples=indices or samples or 8, models=every, **options)
+    columns = ", ".join(shown["columns"])
+    samples = len(shown["samples"])
+    click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
 
 
 @main.command(name="export")

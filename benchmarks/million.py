@@ -56,7 +56,7 @@ def generate(path: Path, samples: int) -> None:
         writer.finish(name=f"{samples} generated images", class_names=["a", "b"])
 
 
-def stub(model: Any, images: np.ndarray, masks: Any, info: Any, start: int, batch_size: int, device: Any) -> Any:
+def stub(model: Any, images: np.ndarray, masks: Any, info: Any, start: int, batches: Any, device: Any) -> Any:
     """In place of `pipeline.stage_one.explain_shard`: each draw's map is the image times noise."""
     from teacher_cache import Shard
 

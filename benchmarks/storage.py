@@ -26,6 +26,7 @@ from report import processor, table
 
 from data import DatasetWriter, Split, make_coloured_mnist, open_dataset
 from pipeline import load_classifier
+from pipeline.batches import Batches
 from pipeline.device import pick_device, place
 from pipeline.stage_one import cache_explanations, explain_shard
 from teacher_cache import Cache, CacheInfo, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
@@ -89,7 +90,7 @@ def stores(data: Path, teacher: Path, work: Path, device: torch.device) -> dict[
     for shard in range(info.shards):
         missing = [cache for cache in list(caches.values())[1:] if not cache.is_committed(shard)]
         if missing:
-            content = explain_shard(model, *piece(split, info, shard), 128, device)
+            content = explain_shard(model, *piece(split, info, shard), Batches(128), device)
             for cache in missing:
                 cache.write_shard(shard, content)
     return caches
@@ -106,7 +107,7 @@ def maps_of(data: Path, teacher: Path, cache: Cache, device: torch.device) -> np
     place(model, device)
     shards = range(-(-SAMPLES // cache.info.storage.shard_samples))
     return np.concatenate(
-        [explain_shard(model, *piece(split, cache.info, k), 128, device).heatmaps[:, 0] for k in shards]
+        [explain_shard(model, *piece(split, cache.info, k), Batches(128), device).heatmaps[:, 0] for k in shards]
     )
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
 from data.storage import Location, absolute
+from pipeline.batches import DEFAULT_SIZE, Batches, BatchSize
 from pipeline.classifier import Classifier, versions
 from pipeline.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.device import as_input, as_mask, pick_device, place
@@ -82,7 +83,7 @@ class Job:
     """All that a process needs to compute shards of a store; it can be pickled, and is a key.
 
     ``data``, ``teacher`` and ``out`` are absolute paths or URLs. ``device`` is chosen by the process that computes.
-    ``segmenter`` is as in `load_classifier`.
+    ``segmenter`` is as in `load_classifier`, ``batch_size`` as in `cache_explanations`.
     """
 
     data: Location
@@ -90,7 +91,7 @@ class Job:
     segmenter: str | None
     out: Location
     info: CacheInfo = field(hash=False)
-    batch_size: int
+    batch_size: BatchSize
     device: str
 
 
@@ -104,7 +105,7 @@ def cache_explanations(
     epsilon_range: tuple[float, float] = (0.01, 1.0),
     explainer: str = "flex",
     features: bool = False,
-    batch_size: int = 128,
+    batch_size: BatchSize = DEFAULT_SIZE,
     seed: int = 0,
     device: str = "auto",
     precision: str = "float16",
@@ -120,7 +121,8 @@ def cache_explanations(
     attention, whose maps know neither. ``explainer`` is a name of `pipeline.EXPLAINERS`, which students of the store
     use too. With ``features`` the teacher's deep features, what enters its last layer, are stored as well. Dask runs
     one task a shard; a shard is written whole, then committed. The draws depend on the seed and the sample alone, the
-    heatmaps on nothing else but float rounding (bit for bit at equal batch size).
+    heatmaps on nothing else but float rounding (bit for bit at equal batch size). ``batch_size`` may be ``auto``: then
+    each process, or worker of a cluster, finds the largest power of two that its memory holds, see `Batches`.
 
     Maps are stored with a ``precision`` of `teacher_cache.PRECISIONS`, average-pooled by ``resolution``, and compressed
     with the ``codec``: a compressor, ``lz4`` or ``zstd``, with the shuffle that makes the first maps smallest,
@@ -211,7 +213,7 @@ def _missing(cache: Cache, bar: Any) -> list[int]:
 
 
 def _check_options(
-    draws: int, epsilon_range: tuple[float, float], batch_size: int, share: bool, scheduler: str | None
+    draws: int, epsilon_range: tuple[float, float], batch_size: BatchSize, share: bool, scheduler: str | None
 ) -> None:
     low, high = epsilon_range
     with np.errstate(over="ignore"):
@@ -219,9 +221,10 @@ def _check_options(
             raise RelevanceError(
                 f"--epsilon-range must be two numbers 0 < LOW <= HIGH in float32, got {low:g} {high:g}"
             )
-    for name, value in (("--draws", draws), ("--batch-size", batch_size)):
-        if value < 1:
-            raise RelevanceError(f"{name} must be at least 1, got {value}")
+    if draws < 1:
+        raise RelevanceError(f"--draws must be at least 1, got {draws}")
+    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
+        raise RelevanceError(f"--batch-size must be at least 1, or auto, got {batch_size}")
     if share and scheduler is not None:
         raise RelevanceError("give --share or --scheduler, not both: a cluster divides the shards by itself")
 
@@ -271,7 +274,7 @@ def _plan(
     )
     images = np.asarray(chosen.images[:LOOKED_AT])
     masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
-    first = explain_shard(model, images, masks, info, 0, LOOKED_AT, torch_device)
+    first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), torch_device)
     maps, width = first.heatmaps, 0 if first.features is None else first.features.shape[1]
     shown = masks if config.debias == "mask" else None
     if model.segmenter is not None:
@@ -342,6 +345,7 @@ class _Opened:
     model: Classifier
     split: Split
     cache: Cache
+    batches: Batches
     device: torch.device
 
 
@@ -364,7 +368,7 @@ def compute_shard(job: Job, shard: int) -> int:
     images = np.asarray(opened.split.images[start:stop])
     masks = None if opened.split.masks is None else np.asarray(opened.split.masks[start:stop])
     with _computing:
-        content = explain_shard(opened.model, images, masks, job.info, start, job.batch_size, opened.device)
+        content = explain_shard(opened.model, images, masks, job.info, start, opened.batches, opened.device)
     opened.cache.write_shard(shard, content)
     return stop - start
 
@@ -401,7 +405,8 @@ def _open(job: Job) -> _Opened:
         raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
     device = pick_device(job.device)
     place(found.model, device)
-    return _Opened(found.model, split, cache, device)
+    batches = Batches.of(job.batch_size, job.info.storage.shard_samples, device)
+    return _Opened(found.model, split, cache, batches, device)
 
 
 def explain_shard(
@@ -410,47 +415,41 @@ def explain_shard(
     masks: np.ndarray | None,
     info: CacheInfo,
     start: int,
-    batch_size: int,
+    batches: Batches,
     device: torch.device,
 ) -> Shard:
     """The content of a shard whose first sample is ``start``: the teacher, in evaluation mode, over its batches.
 
     images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None. Whatever shape ``info`` gives to maps and features,
-    they have the teacher's.
+    they have the teacher's. Raises RelevanceError where ``batches`` are too large for the memory.
     """
     stop = start + len(images)
     explainer = info.explainer
     epsilon = epsilons(explainer.epsilon_low, explainer.epsilon_high, explainer.seed, explainer.draws, start, stop)
     heatmaps = np.empty(0, np.float32)
-    logits, targets, features = [], [], []
-    for first in range(0, stop - start, batch_size):
-        rows = slice(first, min(first + batch_size, stop - start))
+
+    def explain(rows: slice) -> tuple[np.ndarray, ...]:
+        """Logits, classes and, where they are stored, features of a batch; its maps go into ``heatmaps``."""
+        nonlocal heatmaps
         batch_masks = None if masks is None else as_mask(masks[rows], device)
         with torch.no_grad():  # what needs a graph makes one
             forward = Forward(model, as_input(images[rows], device), explainer.rule, batch_masks)
-        logits.append(_array(forward.logits))
-        if info.storage.features:
-            features.append(_array(forward.features))
-        targets.append(
-            target_classes(logits[-1].argmax(1), logits[-1].shape[1], explainer.seed, explainer.draws, start + first)
-        )
+        logits = _array(forward.logits)
+        features = (_array(forward.features),) if info.storage.features else ()
+        targets = target_classes(logits.argmax(1), logits.shape[1], explainer.seed, explainer.draws, start + rows.start)
         for draw in range(explainer.draws):
             maps = forward.maps(
-                torch.from_numpy(targets[-1][:, draw]),
+                torch.from_numpy(targets[:, draw]),
                 torch.from_numpy(epsilon[rows, draw]),
                 keep_graph=draw + 1 < explainer.draws,
             )
             if not heatmaps.size:
                 heatmaps = np.empty((stop - start, explainer.draws, *maps.shape[1:]), np.float32)
             heatmaps[rows, draw] = _array(maps)
-        del forward  # and its graph, before the next one is made
-    return Shard(
-        heatmaps,
-        np.concatenate(targets),
-        epsilon,
-        np.concatenate(logits),
-        np.concatenate(features) if features else None,
-    )
+        return logits, targets, *features
+
+    logits, targets, *features = map(np.concatenate, zip(*batches.run(stop - start, explain), strict=True))
+    return Shard(heatmaps, targets, epsilon, logits, features[0] if features else None)
 
 
 def _array(values: torch.Tensor) -> np.ndarray:

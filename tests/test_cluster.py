@@ -25,21 +25,23 @@ import pipeline.stage_one as stage_one
 import teacher_cache.layout
 from cli import main
 from data import DatasetError, make_coloured_mnist
-from pipeline import ModelError, cache_explanations
+from pipeline import Forward, ModelError, cache_explanations
 from teacher_cache import CacheError, open_cache
 from trainer import train_teacher
 
 ROOT = Path(__file__).parent.parent
 EXPLAIN_SHARD, LOAD_CLASSIFIER = stage_one.explain_shard, stage_one.load_classifier
 loads: list[str] = []
+sizes: list[int] = []  # of batches
 
 
 # These run in the workers.
 
 
 def restore() -> None:
-    stage_one.explain_shard, stage_one.load_classifier = EXPLAIN_SHARD, LOAD_CLASSIFIER
+    stage_one.explain_shard, stage_one.load_classifier, stage_one.Forward = EXPLAIN_SHARD, LOAD_CLASSIFIER, Forward
     loads.clear()
+    sizes.clear()
 
 
 def count_loads() -> None:
@@ -76,6 +78,20 @@ def compute_nothing() -> None:
         raise CacheError(f"{content.heatmaps.shape[0]} maps, and none is any good")
 
     stage_one.explain_shard = zero
+
+
+def hold_twenty_images() -> None:
+    def limited(model, images, *args):
+        sizes.append(len(images))
+        if len(images) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Forward(model, images, *args)
+
+    stage_one.Forward = limited
+
+
+def sizes_of_batches() -> list[int]:
+    return sizes
 
 
 def count_of_loads() -> int:
@@ -278,6 +294,16 @@ def test_what_is_wrong_with_a_task_reaches_the_user_as_in_a_local_run(dataset, t
     paths = ["--data", dataset, "--teacher", teacher, "--out", tmp_path / "c.zarr"]
     result = command(*paths, "--scheduler", client.scheduler.address)
     assert_one_paragraph(result, "64 maps, and none is any good")
+
+
+def test_each_worker_finds_the_batch_that_its_own_memory_holds(dataset, teacher, client, tmp_path):
+    client.run(hold_twenty_images)
+    options = {"draws": 2, "batch_size": "auto", "scheduler": client.scheduler.address}
+    assert cache_explanations(dataset, teacher, tmp_path / "c.zarr", **options).computed_shards == 5
+    for found in client.run(sizes_of_batches).values():
+        tried = [size for size in found if size > 20]
+        assert tried == ([64, 32] if 64 in tried else [44, 32] if found else [])
+        assert set(found) - set(tried) <= {16, 12}
 
 
 def swap_after_the_store_is_created(monkeypatch, first: Path, second: Path | None) -> None:

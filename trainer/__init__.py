@@ -5,6 +5,7 @@ from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.losses import heatmap_loss
 from trainer.pictures import heatmap_picture
+from trainer.show import show_explanations
 from trainer.supervised import train_teacher
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "evaluate",
     "heatmap_loss",
     "heatmap_picture",
+    "show_explanations",
     "train_student",
     "train_teacher",
 ]

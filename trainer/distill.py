@@ -179,7 +179,15 @@ def _check_holds(cache: Cache, dataset: Dataset, terms: dict[str, float]) -> Non
 def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:
     """Open a complete store of one split of this very dataset, or raise CacheError."""
     cache = open_cache(path)
-    info = cache.info.dataset
+    check_paired(cache, dataset, split)
+    check_complete(cache)
+    dataset.split(split).verify()
+    return cache
+
+
+def check_paired(cache: Cache, dataset: Dataset, split: str) -> None:
+    """Raise CacheError unless a store, complete or not, is of one split of this very dataset."""
+    info, path = cache.info.dataset, cache.path
     if info.split != split:
         raise CacheError(
             f"the store {path} explains the split '{info.split}', the {split} split is needed: "
@@ -197,9 +205,6 @@ def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:
             f"the store {path} knows the classes {', '.join(cache.info.teacher.class_names)}, the dataset has "
             f"{', '.join(dataset.class_names)}: give the dataset the names that it had when the store was made"
         )
-    check_complete(cache)
-    dataset.split(split).verify()
-    return cache
 
 
 def _check_validation(train: Cache, validation: Cache) -> None:

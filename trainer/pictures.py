@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,21 @@ from trainer.tables import heading
 
 CPU = torch.device("cpu")
 DPI = 130
+SIDE = 1.7  # inches, of a picture in a grid
+COLOURS = "RdBu_r"  # diverging, and told apart by all kinds of colour vision
 ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of an axis of accuracies
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a grid and what is below it; in bold red where that is ``wrong``.
+
+    content: an image, float32 (C, H, W) in [0, 1], or a heatmap, (h, w); None for nothing at all.
+    """
+
+    content: np.ndarray | None
+    below: str = ""
+    wrong: bool = False
 
 
 def heatmap_picture(
@@ -44,31 +60,93 @@ def heatmap_picture(
         split = dataset.split(name)
         picked = _one_per_class(split, columns)
         labels = np.asarray(split.labels[:])[picked]
-        images = as_input(_rows(split.images, picked), CPU)
-        masks = None if split.masks is None else as_mask(_rows(split.masks, picked), CPU)
+        images = as_input(rows_of(split.images, picked), CPU)
+        masks = None if split.masks is None else as_mask(rows_of(split.masks, picked), CPU)
         panel.suptitle(f"{name}: image, and relevance for its true class (red for, blue against)", fontsize=10)
         axes = panel.subplots(rows, len(picked), squeeze=False)
         _row_title(axes[0, 0], "image")
         for column, image in enumerate(images):
-            axes[0, column].imshow(image.permute(1, 2, 0).numpy())
-            axes[0, column].set_xlabel(dataset.class_names[labels[column]], fontsize=8)
+            _draw(axes[0, column], Cell(image.numpy(), dataset.class_names[labels[column]]))
         for row, (title, model) in enumerate(loaded.items(), start=1):
             _row_title(axes[row, 0], title)
             logits, maps = explain(partial(model, masks=masks), images, torch.from_numpy(labels), EPSILON)
             for column, heatmap in enumerate(maps.sum(1).numpy()):
-                limit = np.abs(heatmap).max() or 1.0
-                axes[row, column].imshow(heatmap, cmap="RdBu_r", vmin=-limit, vmax=limit)
                 says = int(logits[column].argmax())
-                axes[row, column].set_xlabel(
-                    f"says {dataset.class_names[says]}",
-                    fontsize=8,
-                    color="black" if says == labels[column] else "firebrick",
-                    weight="normal" if says == labels[column] else "bold",
-                )
-        for axis in axes.flat:
-            axis.set_xticks([])
-            axis.set_yticks([])
+                cell = Cell(heatmap, f"says {dataset.class_names[says]}", wrong=says != labels[column])
+                _draw(axes[row, column], cell, np.abs(heatmap).max() or 1.0)
     _save(figure, out)
+
+
+def grid_picture(
+    cells: Sequence[Sequence[Cell]],
+    column_titles: Sequence[str],
+    row_titles: Sequence[str],
+    title: str,
+    limit: float,
+    unit: str,
+    out: str | Path,
+    about: str,
+) -> None:
+    """Write a PNG: rows of cells, all heatmaps on the scale from −``limit`` to ``limit``, with its bar at the bottom.
+
+    ``unit`` says what the bar shows, ``about`` goes into the file as its "Description". Raises FileExistsError where
+    there is a file already.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    height, width = next(cell.content for row in cells for cell in row if cell.content is not None).shape[-2:]
+    cells = [[dataclasses.replace(cell, below=_wrapped(cell.below, 26)) for cell in row] for row in cells]
+    titles, row_titles = ([_wrapped(each, 22) for each in texts] for texts in (column_titles, row_titles))
+    lines = max(cell.below.count("\n") + 1 for row in cells for cell in row)
+    tall = SIDE * max(height / width, 0.4) + 0.17 * lines + 0.1
+    heads = 0.17 * max(each.count("\n") + 1 for each in titles) + 0.1
+    across = SIDE * len(titles) + 0.1 + 0.075 * max(len(line) for each in row_titles for line in each.split("\n"))
+    text, bar_text = (_wrapped(each, int(across / 0.08)) for each in (title, unit))
+    top, bottom = (0.19 * (each.count("\n") + 1) for each in (text, bar_text))
+    parts = (top + heads + tall * len(cells), 0.5 + bottom)
+    figure = Figure(figsize=(across, sum(parts)), layout="constrained")
+    grid, foot = figure.subfigures(2, 1, squeeze=False, height_ratios=parts).flat
+    grid.suptitle(text, fontsize=10)
+    axes = grid.subplots(len(cells), len(titles), squeeze=False)
+    for axis, each in zip(axes[0], titles, strict=True):
+        axis.set_title(each, fontsize=9)
+    for line, row, name in zip(axes, cells, row_titles, strict=True):
+        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        for axis, cell in zip(line, row, strict=True):
+            _draw(axis, cell, limit)
+    scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
+    bar = foot.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
+    foot.colorbar(scale, bar, orientation="horizontal", extend="both")
+    bar.tick_params(labelsize=8)
+    bar.set_xlabel(bar_text, fontsize=8)
+    _save(figure, out, about)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Each line of a text in lines of at most so many characters, with dollars that begin no formula."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
+
+
+def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
+    """Fill one place of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if cell.content is None:
+        axis.spines[:].set_visible(False)
+    elif cell.content.ndim == 2:
+        axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
+    elif len(cell.content) == 3:
+        axis.imshow(cell.content.transpose(1, 2, 0))
+    else:  # of one channel, or of some that are no colours
+        axis.imshow(cell.content.mean(0), cmap="gray", vmin=0, vmax=1)
+    axis.set_xlabel(
+        cell.below,
+        fontsize=8,
+        color="firebrick" if cell.wrong else "black",
+        weight="bold" if cell.wrong else "normal",
+    )
 
 
 def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
@@ -157,12 +235,13 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _save(figure: Any, out: str | Path) -> None:
-    """As a PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, format="png")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Folder(Path(out).parent).write(Path(out).name, buffer.getbuffer())
+def _save(figure: Any, out: str | Path, about: str | None = None) -> None:
+    """As a PNG, whole or not at all; one that says what it is ``about`` in place of no other."""
+    out, buffer = Path(out), io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png", metadata=None if about is None else {"Description": about})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not Folder(out.parent).write(out.name, buffer.getbuffer(), exclusive=about is not None):
+        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
 
 
 def _row_title(axis: object, title: str) -> None:
@@ -174,5 +253,6 @@ def _one_per_class(split: Split, classes: int) -> np.ndarray:
     return np.array([np.flatnonzero(labels == label)[0] for label in range(classes) if (labels == label).any()])
 
 
-def _rows(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
+def rows_of(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array of a dataset, in the order given."""
     return np.stack([np.asarray(array[row]) for row in rows.tolist()])

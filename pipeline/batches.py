@@ -1,0 +1,91 @@
+"""How many samples go through a network at once: a number that was given, or the most that the memory holds.
+
+Not here: what is done with a batch (`stage_one.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import torch
+
+from pipeline.rules import RelevanceError
+
+T = TypeVar("T")
+BatchSize = int | Literal["auto"]
+DEFAULT_SIZE = 128
+# What PyTorch says, in a plain RuntimeError, where a library beneath it, or the C library, has no more memory.
+OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+
+
+class Batches:
+    """Runs work over samples in batches of ``size``, which is halved where one is too large, unless it was ``given``.
+
+    One of these belongs to one process and device, and is used by one thread at a time: a size that was too large once
+    is not tried again.
+    """
+
+    def __init__(self, size: int, *, given: bool = True):
+        self.size, self.given = size, given
+
+    @classmethod
+    def of(cls, batch_size: BatchSize, most: int, device: torch.device) -> Batches:
+        """Of the size that was given; of ``auto`` on CUDA, the largest power of two in ``most``, to be halved.
+
+        That is found to fit, or not, by the work itself, as a batch that does not fit fails soon. Elsewhere memory that
+        is short is rarely reported, and more slowly had than computed with, so that ``auto`` begins at the default.
+        """
+        if batch_size != "auto":
+            return cls(batch_size)
+        largest = most if device.type == "cuda" else min(most, DEFAULT_SIZE)
+        return cls(2 ** (max(1, largest).bit_length() - 1), given=False)
+
+    def run(self, samples: int, work: Callable[[slice], T]) -> list[T]:
+        """What ``work(rows)`` returns for each batch, in order; the slices are those of all samples, from 0 on.
+
+        Where it runs out of memory it is called again, with half as many of the same samples: what it wrote elsewhere
+        must be by row. Nothing of a batch that failed is alive any more when the next one begins.
+
+        Raises RelevanceError, with the size, where the memory does not hold a batch of the size that was given, or, of
+        one that may be halved, a single sample.
+        """
+        results, first = [], 0
+        while first < samples:
+            rows = slice(first, min(first + self.size, samples))
+            try:
+                results.append(work(rows))
+                first = rows.stop
+                continue
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # behind the except clause, as the error holds on to the frames of the batch, and these to its graph
+            free_memory()
+            tried = rows.stop - rows.start
+            if self.given:
+                raise RelevanceError(
+                    f"the memory does not hold a batch of --batch-size {self.size} ({reason}): give --batch-size auto, "
+                    "which finds the largest that fits, or a smaller number; the same command continues the store"
+                )
+            if tried == 1:
+                raise RelevanceError(
+                    f"the memory does not hold a batch of one image, the smallest there is ({reason}): see whether "
+                    "other programs use that memory, choose another --device, or a smaller network"
+                )
+            self.size = 2 ** ((tried - 1).bit_length() - 1)
+        return results
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a batch was too large for the memory of the device."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_WORDS)
+
+
+def free_memory() -> None:
+    """Let go of graphs that nobody holds, and hand the memory that they were in back to the device."""
+    gc.collect()  # nodes of a graph may hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

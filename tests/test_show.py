@@ -1,0 +1,295 @@
+"""What `show-explanations` promises: the maps that models and stores give, in one picture that replaces no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+import teacher_cache.layout
+import trainer.show as module
+from cli import main
+from data import DatasetError, DatasetWriter, make_coloured_mnist, open_dataset
+from pipeline import EXPLAINERS, ModelError, RelevanceError, cache_explanations, explain, load_classifier
+from pipeline.device import as_input
+from teacher_cache import CacheError, open_cache
+from trainer import show_explanations, train_student, train_teacher
+from trainer.pictures import Cell
+from trainer.show import common_limit, pick_samples
+
+OUT = "heat.png"
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[dict[str, Any]]:
+    """What pictures would be drawn of, in place of drawing them."""
+    seen: list[dict[str, Any]] = []
+    names = ("cells", "columns", "rows", "title", "limit", "unit", "out", "about")
+
+    def noting(*given: Any) -> None:
+        seen.append(dict(zip(names, given, strict=True)))
+
+    monkeypatch.setattr(module, "grid_picture", noting)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def student(dataset, cache, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "student"
+    train_student(dataset, cache, path, steps=3, batch_size=32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parted(dataset, teacher, tmp_path_factory) -> Path:
+    """A store of the ood split, in shards of 64 samples, of which the second is not there."""
+    path = tmp_path_factory.mktemp("caches") / "ood.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_cache.layout, "MAX_SHARD_SAMPLES", 64)
+        cache_explanations(dataset, teacher, path, split="ood", draws=2)
+    open_cache(path, writable=True).uncommit(1)
+    return path
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["show-explanations", *map(str, arguments)])
+
+
+def in_units(maps: np.ndarray) -> np.ndarray:
+    """Maps (C, h, w), as they are to be shown: in a second, slower way."""
+    summed = sum(channel.astype(float) for channel in maps)
+    some = [abs(value) for value in summed.flat if value]
+    return summed / (sum(some) / len(some))
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+@pytest.mark.parametrize("models", [1, 4])
+def test_a_png_is_written_with_all_that_was_asked_for_in_it(dataset, teacher, student, tmp_path, samples, models):
+    out = tmp_path / "new" / OUT
+    given = [arg for model in [teacher, student, teacher, student][:models] for arg in ("--model", model)]
+    result = run("--data", dataset, *given, "--samples", samples, "--out", out)
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as picture:
+        asked = json.loads(picture.info["Description"])
+        assert picture.width > 200 * models
+        assert picture.height > 200 * samples
+    assert (asked["split"], asked["explain"], asked["epsilon"]) == ("iid", "true", 0.1)
+    assert asked["samples"] == [300 * number // samples for number in range(samples)]
+    assert asked["fingerprint"] == open_dataset(dataset).split("iid").fingerprint
+    assert result.output.startswith(f"{out}: {samples} sample")
+    assert [path.name for path in out.parent.iterdir()] == [OUT]
+
+
+def test_a_models_maps_are_those_of_explain_in_units_of_their_own_mean(dataset, teacher, student, tmp_path, drawn):
+    show_explanations(dataset, tmp_path / OUT, models=[teacher, student], split="ood", samples=[7, 3], epsilon=0.3)
+    (picture,) = drawn
+    split = open_dataset(dataset).split("ood")
+    images, labels = as_input(split.images[:8], torch.device("cpu")), torch.as_tensor(split.labels[:8])
+    assert picture["columns"] == ["image", "teacher", "student"]
+    for column, path in enumerate((teacher, student), start=1):
+        logits, maps = explain(load_classifier(path)[0], images, labels, 0.3)
+        for row, sample in enumerate((7, 3)):
+            cell, says = picture["cells"][row][column], int(logits[sample].argmax())
+            np.testing.assert_allclose(cell.content, in_units(maps[sample].numpy()), rtol=1e-3, atol=1e-3)
+            share = 100 * logits[sample].softmax(0)[says]
+            assert cell.below == f"says {open_dataset(dataset).class_names[says]}, {share:.1f} %"
+            assert cell.wrong == (says != labels[sample])
+    for row, sample in enumerate((7, 3)):
+        assert np.array_equal(picture["cells"][row][0].content, images[sample].numpy())
+        colour = open_dataset(dataset).group_name(int(split.groups[sample]))
+        assert picture["rows"][row].split("\n") == [
+            open_dataset(dataset).class_names[labels[sample]],
+            colour,
+            f"sample {sample}",
+        ]
+
+
+def test_maps_that_differ_in_their_unit_alone_look_alike_and_zeros_count_for_nothing():
+    maps, logits = np.random.default_rng(0).standard_normal((3, 4, 5)), np.array([1.0, 3.0])
+    one, other = (module._cell(("a", "b"), 1, each, logits) for each in (maps, 1e-6 * maps))
+    np.testing.assert_allclose(one.content, other.content)
+    padded = module._cell(("a", "b"), 1, np.pad(maps, ((0, 0), (9, 9), (9, 9))), logits)
+    np.testing.assert_allclose(padded.content[9:-9, 9:-9], one.content)
+    nothing = module._cell(("a", "b"), 1, 0 * maps, logits)
+    assert not nothing.content.any()
+    assert nothing.below.endswith("no relevance at all")
+
+
+def test_one_limit_holds_for_the_picture_and_single_peaks_do_not_set_it():
+    maps = [np.linspace(-1, 1, 100).reshape(10, 10), np.array([[0.0, 1000.0]]), None]
+    assert 0.9 < common_limit(maps) < 1.1
+    assert common_limit([np.zeros((2, 2)), None]) == common_limit([]) == 1
+
+
+def test_a_store_shows_its_first_draws_and_only_of_committed_shards(dataset, teacher, parted, tmp_path, drawn):
+    show_explanations(dataset, tmp_path / OUT, caches=[parted], split="ood", samples=[5, 70, 200])
+    (picture,) = drawn
+    assert picture["columns"] == ["image", "ood.zarr (flex)"]
+    store, names = open_cache(parted), open_dataset(dataset).class_names
+    cells = [row[1] for row in picture["cells"]]
+    assert cells[1] == Cell(None, "not in the store yet")
+    for cell, sample in ((cells[0], 5), (cells[2], 200)):
+        shard = store.read_shard(sample // 64)
+        np.testing.assert_allclose(cell.content, in_units(shard.heatmaps[sample % 64, 0]), rtol=1e-6, atol=1e-6)
+        drawn_class, epsilon = shard.target_class[sample % 64, 0], shard.epsilon[sample % 64, 0]
+        assert cell.below.split("\n")[1] == f"map of {names[drawn_class]}, ε {epsilon:.2g}"
+        assert cell.below.startswith(f"says {names[shard.teacher_logits[sample % 64].argmax()]}, ")
+
+
+@pytest.mark.parametrize("explainer", ["grad-cam", "attention"])
+def test_what_a_map_does_not_know_is_not_said_of_it(dataset, teacher, tmp_path, drawn, explainer):
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", split="ood", explainer=explainer)
+    options = {"models": [teacher], "caches": [tmp_path / "c.zarr"], "split": "ood", "explainer": explainer}
+    show_explanations(dataset, tmp_path / OUT, **options, samples=2)
+    (picture,) = drawn
+    _, model, store = picture["cells"][0]
+    assert model.content.shape == store.content.shape == (3, 3)
+    assert "ε" not in store.below + picture["title"]
+    assert ("map of" in store.below) == ("true class" in picture["title"]) == (explainer == "grad-cam")
+
+
+def test_the_predicted_class_or_one_by_its_name_is_explained(dataset, teacher, student, tmp_path, drawn):
+    split = open_dataset(dataset).split("ood")
+    images = as_input(split.images[:2], torch.device("cpu"))
+    model, _ = load_classifier(teacher)
+    for asked in ("predicted", "four"):
+        show_explanations(dataset, tmp_path / OUT, models=[teacher], split="ood", samples=[0, 1], explain=asked)
+        classes = model(images).argmax(1) if asked == "predicted" else torch.tensor([4, 4])
+        _, maps = explain(model, images, classes, 0.1)
+        for row in range(2):
+            expected = in_units(maps[row].numpy())
+            np.testing.assert_allclose(drawn[-1]["cells"][row][1].content, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_command_gives_the_same_picture_and_evenly_spread_samples(dataset, teacher, tmp_path):
+    for name in ("a.png", "b.png"):
+        show_explanations(dataset, tmp_path / name, models=[teacher], samples=2)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert pick_samples(300, 4, "ood").tolist() == [0, 75, 150, 225]
+    assert pick_samples(3, 8, "ood").tolist() == [0, 1, 2]
+    assert pick_samples(3, [2, 0, 2], "ood").tolist() == [2, 0, 2]
+
+
+def test_without_test_splits_it_is_train_and_images_of_one_channel_and_no_groups_are_shown(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 1, 12, 20), dtype=np.uint8)
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=images, labels=np.arange(6) % 2, masks=images[:, :1] // 128)
+        writer.finish(class_names=["a", "a_class for $5 ^whose_name_goes_on_and_on_for_$6"])
+    train_teacher(tmp_path / "d.zarr", tmp_path / "t", debias="mask", steps=1, batch_size=4)
+    shown = show_explanations(tmp_path / "d.zarr", tmp_path / OUT, models=[tmp_path / "t"], samples=100)
+    assert (shown["split"], shown["samples"]) == ("train", [0, 1, 2, 3, 4, 5])
+    with Image.open(tmp_path / OUT) as picture:
+        assert picture.format == "PNG"
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(dataset, teacher, tmp_path, drawn):
+    twin = tmp_path / "teacher"
+    shutil.copytree(teacher, twin)
+    shown = show_explanations(dataset, tmp_path / OUT, models=[teacher, twin], samples=1)
+    assert shown["columns"] == [str(teacher), str(twin)]
+
+
+FACTORY = """
+from torch import nn
+
+def net(num_classes):
+    features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    return nn.Sequential(features, nn.Linear(16, num_classes))
+"""
+
+
+def test_code_of_ones_own_is_run_for_the_models_that_need_it_and_refused_where_none_does(
+    dataset, teacher, cache, tmp_path, monkeypatch, drawn
+):
+    monkeypatch.chdir(tmp_path)
+    Path("shownnet.py").write_text(FACTORY)
+    factory = {"student_factory": "shownnet:net"}
+    train_student(dataset, cache, "own", steps=1, batch_size=16, **factory)
+    shown = show_explanations(dataset, OUT, models=[teacher, "own"], samples=1, **factory)
+    assert shown["columns"] == ["teacher", "own"]
+    with pytest.raises(ModelError, match="give --student-factory shownnet:net"):
+        show_explanations(dataset, OUT, models=[teacher, "own"], samples=1)
+    with pytest.raises(ModelError, match="leave the option out"):
+        show_explanations(dataset, OUT, models=[teacher], samples=1, **factory)
+
+
+def test_every_explainer_can_be_chosen():
+    (option,) = [each for each in main.commands["show-explanations"].params if each.name == "explainer"]
+    assert list(option.type.choices) == list(EXPLAINERS)
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"explain": "sevn"}, DatasetError, "--explain sevn: .* no such class: did you mean seven"),
+    ({"explain": "tru"}, DatasetError, "did you mean true"),
+    ({"explain": "q"}, DatasetError, "give true, predicted, or one of zero, one, two"),
+    ({"samples": [0, 300]}, DatasetError, "there is no sample 300 in the split 'iid': give a --sample from 0 to 299"),
+    ({"samples": [-1]}, DatasetError, "there is no sample -1"),
+    ({"samples": 0}, RelevanceError, "shows 1 to 100 samples, not 0"),
+    ({"samples": range(101)}, RelevanceError, "shows 1 to 100 samples, not 101"),
+    ({"split": "odd"}, DatasetError, "no split 'odd': choose one of train"),
+    ({"epsilon": float("nan")}, RelevanceError, "--epsilon must be 0 or more, and finite, got nan"),
+    ({"explainer": "lrp"}, RelevanceError, "no explainer is called 'lrp': choose one of flex"),
+    ({"models": []}, RelevanceError, "give a --model or a --cache"),
+    ({"models": ["nowhere"]}, ModelError, "no model at nowhere"),
+    ({"caches": ["nowhere"]}, CacheError, "no heatmap store at nowhere"),
+    ({"device": "tpu"}, ModelError, "the device 'tpu' cannot be used here"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), WRONG)
+def test_what_cannot_be_shown_is_refused_and_nothing_is_written(dataset, teacher, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        show_explanations(dataset, tmp_path / OUT, **{"models": [teacher], **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_another_dataset_or_split_or_without_the_samples_is_refused(
+    dataset, teacher, cache, parted, tmp_path, drawn
+):
+    make_coloured_mnist(tmp_path / "other.zarr", seed=5, limit=300)
+    with pytest.raises(CacheError, match="was made from another dataset"):
+        show_explanations(tmp_path / "other.zarr", tmp_path / OUT, caches=[cache], split="train")
+    with pytest.raises(CacheError, match=r"explains the split 'train', and samples of 'iid' .*give --split train"):
+        show_explanations(dataset, tmp_path / OUT, caches=[cache])
+    with pytest.raises(CacheError, match="is incomplete, and has none of the samples 70, 80 to be shown yet"):
+        show_explanations(dataset, tmp_path / OUT, caches=[parted], split="ood", samples=[70, 80])
+    assert not drawn
+
+
+def test_a_model_that_does_not_fit_the_dataset_is_refused(teacher, tmp_path):
+    for name, shape, classes in (
+        ("size", (3, 32, 32), load_classifier(teacher)[1].class_names),
+        ("few", (3, 28, 28), "ab"),
+    ):
+        with DatasetWriter(tmp_path / name) as writer:
+            writer.write_split("ood", images=np.zeros((4, *shape), np.uint8), labels=np.zeros(4, np.int64))
+            writer.finish(class_names=list(classes))
+        with pytest.raises(ModelError, match="use a model that was trained on"):
+            show_explanations(tmp_path / name, tmp_path / OUT, models=[teacher])
+
+
+def test_a_picture_that_is_there_stays_as_it_is(dataset, teacher, tmp_path, monkeypatch):
+    options = ("--data", dataset, "--model", teacher, "--samples", 1, "--out")
+    (tmp_path / OUT).write_text("mine")
+    result = run(*options, tmp_path / OUT)
+    assert (result.exit_code, "exists: choose another --out" in result.output) == (1, True), result.output
+    monkeypatch.setattr(module, "_check_out", lambda out: None)  # as if it came while the picture was made
+    result = run(*options, tmp_path / OUT)
+    assert (result.exit_code, "exists: choose another --out" in result.output) == (1, True), result.output
+    assert (tmp_path / OUT).read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [OUT]
+
+
+def test_another_kind_of_file_and_samples_given_twice_are_refused(dataset, teacher, tmp_path):
+    options = ("--data", dataset, "--model", teacher, "--out")
+    assert "heat.pdf is no .png" in run(*options, tmp_path / "heat.pdf").output
+    both = run(*options, tmp_path / OUT, "--samples", 2, "--sample", 1)
+    assert (both.exit_code, "give --samples, how many, or --sample, which, not both" in both.output) == (2, True)
+    assert not list(tmp_path.iterdir())
