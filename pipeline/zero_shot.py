@@ -123,6 +123,18 @@ class Preprocess(nn.Module):
         return (images - self.mean) / self.std
 
 
+class _Embedding(nn.Module):
+    """An image tower that returns the image's embedding and its tokens, as CoCa's: the embedding alone."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.tower(images)[0]
+        return embedding
+
+
 def preprocessing(model: nn.Module) -> Preprocess:
     """That of an open_clip model: its own, and open_clip's defaults for what it says nothing of."""
     from open_clip import get_model_preprocess_cfg
@@ -151,7 +163,9 @@ def zero_shot_network(
             head.bias.fill_(float(any_model.logit_bias))
     parts = {
         "preprocess": preprocessing(model),
-        "tower": any_model.visual,
+        "tower": _Embedding(any_model.visual)
+        if getattr(any_model.visual, "output_tokens", False)
+        else any_model.visual,
         "norm": l2_norm(embeddings.shape[1]),
         "head": head,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import sys
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import lxt
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,3 +115,32 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                 monkeypatch.setattr(cls, "forward", attn_lrp_forward)
 
     return patch
+
+
+# --- vision-language models ---
+
+CLIP_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+VIT = {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 7}
+TOWERS = {"resnet": RESNET, "vit": VIT, "vit with average pooling": {**VIT, "pool_type": "avg"}}
+
+
+def small_clip(vision: dict, **changes) -> nn.Module:
+    """An open_clip model of random weights, but for those that open_clip begins with zeros."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(16, vision, CLIP_TEXT, **changes).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and "weight" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith(".bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def save_clip(folder: Path, tower: str = "resnet") -> tuple[str, str]:
+    """Its configuration and its weights, as open_clip reads them: their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "config.json"
+    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": TOWERS[tower], "text_cfg": CLIP_TEXT}))
+    torch.save(small_clip(TOWERS[tower]).state_dict(), folder / "weights.pt")
+    return str(config), str(folder / "weights.pt")

@@ -142,7 +142,7 @@ BAD = {
     f"{STUDENT} --mask-target": (1, "--mask-target needs 'masks' in the train split of data.zarr"),
     "train-student --data data.zarr --out new --method rrr": (1, "needs 'masks' in the train split of data.zarr"),
     f"{STUDENT} --student-factory nowhere:f": (1, "nowhere"),
-    f"{STUDENT} --head other": (2, "'other' is not one of 'frozen', 'free'"),
+    f"{STUDENT} --head other": (2, "'other' is not one of 'frozen', 'attention-pool', 'free'"),
     f"{STUDENT} --log-steps 0": (2, "--log-steps"),
     # many students
     "train-students --cache cache.zarr --out new": (2, "Missing option '--data', and the sweep has no 'data' either"),

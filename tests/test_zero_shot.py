@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from conftest import RESNET, TOWERS, VIT, save_clip, small_clip
 from open_clip.transform import image_transform
 from PIL import Image
 from torch import nn
@@ -29,24 +30,8 @@ from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student
 from trainer.evaluation import bias_warning
 
-TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
-VIT = {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 7}
-TOWERS = {"resnet": RESNET, "vit": VIT, "vit with average pooling": {**VIT, "pool_type": "avg"}}
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROMPTS = ("a handwritten {}", "the digit {}")
-
-
-def small_clip(vision: dict, **changes) -> nn.Module:
-    """Random weights, but for those whose random values are zeros."""
-    torch.manual_seed(0)
-    model = open_clip.CLIP(16, vision, TEXT, **changes).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 and "weight" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-        elif name.endswith(".bias"):
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def tokenize(texts: list[str]) -> torch.Tensor:
@@ -57,17 +42,9 @@ def network_of(model: nn.Module, classes=("cat", "dog", "ship"), templates=PROMP
     return zero_shot_network(model, tokenize, [[t.replace("{}", name) for t in templates] for name in classes])
 
 
-def saved(folder: Path, tower: str = "resnet") -> tuple[str, str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "config.json"
-    config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": TOWERS[tower], "text_cfg": TEXT}))
-    torch.save(small_clip(TOWERS[tower]).state_dict(), folder / "weights.pt")
-    return str(config), str(folder / "weights.pt")
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> tuple[str, str]:
-    return saved(tmp_path_factory.mktemp("clip"))
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")
