@@ -154,6 +154,7 @@ def zero_shot_network(
     (Radford et al., ICML 2021, section 3.1.4).
     """
     any_model: Any = model.eval()
+    tower = any_model.visual
     with torch.no_grad():
         texts = [any_model.encode_text(tokenize(list(of_class)), normalize=True).mean(0) for of_class in prompts]
         embeddings = F.normalize(torch.stack(texts).float(), dim=1)
