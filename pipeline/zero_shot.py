@@ -164,9 +164,7 @@ def zero_shot_network(
             head.bias.fill_(float(any_model.logit_bias))
     parts = {
         "preprocess": preprocessing(model),
-        "tower": _Embedding(any_model.visual)
-        if getattr(any_model.visual, "output_tokens", False)
-        else any_model.visual,
+        "tower": _Embedding(tower) if getattr(tower, "output_tokens", False) else tower,
         "norm": l2_norm(embeddings.shape[1]),
         "head": head,
     }
