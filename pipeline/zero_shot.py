@@ -154,14 +154,14 @@ def zero_shot_network(
     (Radford et al., ICML 2021, section 3.1.4).
     """
     any_model: Any = model.eval()
-    tower = any_model.visual
+    tower, bias = any_model.visual, getattr(any_model, "logit_bias", None)
     with torch.no_grad():
         texts = [any_model.encode_text(tokenize(list(of_class)), normalize=True).mean(0) for of_class in prompts]
         embeddings = F.normalize(torch.stack(texts).float(), dim=1)
-        head = nn.Linear(embeddings.shape[1], len(embeddings), bias=any_model.logit_bias is not None)
+        head = nn.Linear(embeddings.shape[1], len(embeddings), bias=bias is not None)
         head.weight.copy_(any_model.logit_scale.exp() * embeddings)
-        if any_model.logit_bias is not None:
-            head.bias.fill_(float(any_model.logit_bias))
+        if bias is not None:
+            head.bias.fill_(float(bias))
     parts = {
         "preprocess": preprocessing(model),
         "tower": _Embedding(tower) if getattr(tower, "output_tokens", False) else tower,
