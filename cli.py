@@ -146,9 +146,9 @@ class Architecture(click.ParamType):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from pipeline.models import OWN, architectures
+        from pipeline.models import architectures
 
-        return [CompletionItem(name) for name in (*OWN, *architectures()) if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in architectures() if name.startswith(incomplete)]
 
 
 class Names(click.ParamType):

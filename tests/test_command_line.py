@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import yaml
+from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 from click.testing import CliRunner, Result
 
 import command_line
 from cli import main
+from trainer import TrainingError
+from trainer.settings import Runtime, Settings, as_given
 
 ROOT = Path(__file__).parent.parent
 
@@ -260,3 +265,139 @@ def test_a_misspelt_word_is_answered_with_the_nearest(line, tmp_path, monkeypatc
 
 def test_far_words_suggest_nothing():
     assert command_line.did_you_mean("zzz", ["lrp", "output"]) == ""
+
+
+# --- a run's own file ---
+
+
+def trained(*line: object) -> None:
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "weights.pt", weights_only=True)
+
+
+def assert_alike(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_teachers_config_repeats_it_bit_for_bit(dataset, tmp_path):
+    options = ["--steps", 3, "--batch-size", 32, "--arch-option", "width=8", "--augment", "flip,shift", "--seed", 4]
+    trained("train-teacher", "--data", dataset, "--out", tmp_path / "a", "--checkpoint-minutes", "inf", *options)
+    trained("train-teacher", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b")
+    assert_alike(tmp_path / "a", tmp_path / "b")
+    one, other = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab")
+    assert {**one, "out": None} == {**other, "out": None}
+    assert one["arch_options"] == {"width": 8}
+
+
+def test_a_students_config_repeats_it_bit_for_bit_and_says_that_it_is_finished(
+    dataset, cache, validation_cache, tmp_path
+):
+    options = [
+        "--epochs",
+        0.2,
+        "--batch-size",
+        32,
+        "--loss",
+        "lrp=1,output=0.5",
+        "--lr",
+        1e-5,
+        "--memory-budget",
+        "1MB",
+    ]
+    stores = ["--cache", cache, "--validation-cache", validation_cache]
+    trained("train-student", "--data", dataset, "--out", tmp_path / "a", *stores, *options, "--flat", "--ema", 0.9)
+    config = tmp_path / "a" / "config.yaml"
+    trained("train-student", "--config", config, "--out", tmp_path / "b")
+    assert_alike(tmp_path / "a", tmp_path / "b")
+    result = run("train-student", "--config", config)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'a'} holds a finished training" in " ".join(result.output.split())
+    trained("train-student", "--config", config, "--out", tmp_path / "c", "--steps", 1)
+    assert json.loads((tmp_path / "c" / "result.json").read_text())["steps"] == 1
+
+
+def test_an_unfinished_runs_config_goes_on_and_stays_as_it_was(dataset, tmp_path, monkeypatch):
+    line = ["train-teacher", "--data", dataset, "--steps", 4, "--batch-size", 32, "--checkpoint-steps", 2]
+    with monkeypatch.context() as patch:
+
+        def stop(*args, **kwargs):
+            raise TrainingError("stopped")
+
+        patch.setattr("trainer.training.save_weights", stop)
+        assert run(*line, "--out", tmp_path / "a").exit_code == 1
+    config = tmp_path / "a" / "config.yaml"
+    before = config.read_bytes()
+    trained("train-teacher", "--config", config, "--workers", 1)
+    assert config.read_bytes() == before
+    assert len((tmp_path / "a" / "starts.jsonl").read_text().splitlines()) == 2
+    trained(*line, "--out", tmp_path / "b")
+    assert_alike(tmp_path / "a", tmp_path / "b")
+
+
+def test_each_student_of_many_has_a_config_that_repeats_it(dataset, cache, tmp_path):
+    options = ["--steps", 2, "--batch-size", 32, "--seed", 3, "--devices", "cpu"]
+    trained("train-students", "--data", dataset, "--cache", cache, "--out", tmp_path / "many", *options)
+    (config,) = (tmp_path / "many").glob("*/config.yaml")
+    trained("train-student", "--config", config, "--out", tmp_path / "again")
+    assert_alike(config.parent, tmp_path / "again")
+
+
+@pytest.mark.parametrize("command", ["train-teacher", "train-student"])
+def test_what_a_run_notes_is_what_its_command_takes(command, dataset, cache, tmp_path):
+    stores = ["--cache", cache] if command == "train-student" else []
+    trained(command, "--data", dataset, "--out", tmp_path / "a", "--steps", 1, "--batch-size", 8, *stores)
+    noted = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    taken = {param.name for param in main.commands[command].params} - {"config", "arch_options"}
+    assert set(noted) - {"arch_options"} == taken
+
+
+def test_text_that_looks_like_something_else_stays_text():
+    given = as_given({"arch_options": {"a": "true", "b": "x", "c": 3}}, Settings({}, 1), Runtime())
+    assert given["arch_options"] == {"a": '"true"', "b": "x", "c": 3}
+
+
+# --- completion ---
+
+
+def completed(*words: str, incomplete: str) -> list[CompletionItem]:
+    return ShellComplete(main, {}, "explanation-distillation", "_X").get_completions(list(words), incomplete)
+
+
+def test_commands_options_choices_architectures_and_files_are_completed():
+    def values(*words: str, incomplete: str) -> list[str]:
+        return [item.value for item in completed(*words, incomplete=incomplete)]
+
+    assert values(incomplete="train-") == ["train-teacher", "train-student", "train-students"]
+    assert values("make-data", incomplete="coco") == ["coco-on-places"]
+    assert values("train-student", incomplete="--conf") == ["--config"]
+    assert values("train-student", "--method", incomplete="g") == ["gradient-x-input", "grad-cam", "group-dro"]
+    assert values("cache-explanations", "--explainer", incomplete="ep") == ["epsilon-plus"]
+    assert values("train-student", "--arch", incomplete="small-") == ["small-cnn", "small-resnet"]
+    assert {"resnet18", "resnet50"} <= set(values("train-students", "--arch", incomplete="resnet"))
+    assert "gpu" in values("reproduce", "coloured-mnist", "--profile", incomplete="")
+    assert [item.type for item in completed("train-student", "--data", incomplete="D")] == ["dir"]
+    assert [item.type for item in completed("train-student", "--out", incomplete="D")] == ["file"]
+    assert [item.type for item in completed("train-student", "--config", incomplete="")] == ["file"]
+
+
+def test_completion_goes_on_after_a_config(tmp_path):
+    file = write(tmp_path / "a.yaml", {"nonsense": 1})
+    assert [i.value for i in completed("train-student", "--config", str(file), incomplete="--snap")] == ["--snapshots"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_every_shell_has_a_script_as_the_page_says(shell):
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert f"_EXPLANATION_DISTILLATION_COMPLETE={shell}_source explanation-distillation" in page
+    kind = get_completion_class(shell)
+    assert kind is not None
+    variable = "_EXPLANATION_DISTILLATION_COMPLETE"
+    assert f"{variable}={shell}_complete" in kind(main, {}, "explanation-distillation", variable).source_template % (
+        kind(main, {}, "explanation-distillation", variable).source_vars()
+    )
