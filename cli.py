@@ -12,11 +12,13 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from command_line import Choice, Group, options, under
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
@@ -30,6 +32,9 @@ class Location(click.ParamType):
         if not (text := os.fspath(value)):
             self.fail("it is empty: give a folder, or a URL such as s3://bucket/name", param, ctx)
         return text
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
 
 
 class LocalFolder(click.Path):
@@ -50,12 +55,16 @@ class TeacherName(LocalFolder):
         return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
 
 
+# Headings that several commands have, and options of each.
+FILES, NETWORK, MATCHES = "What it reads and writes", "The network", "What it matches"
+LEARNS, RUN, OUTPUT, OWN_CODE = "How it learns", "How it is run", "What it prints", "Code of your own"
+
 DATA = click.option("--data", required=True, type=Location(), help="A dataset in our layout.")
 OUT = click.option(
     "--out", required=True, type=LocalFolder(path_type=Path), help="Where to write: nothing, or an unfinished training."
 )
-SEED = click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-DEVICE = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+SEED = click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of everything that is random.")
+DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 FACTORY = click.option(
     "--student-factory",
     metavar="MODULE:FUNCTION",
@@ -67,14 +76,15 @@ SEGMENTER = click.option(
     help="What makes the masks of --debias segmenter: torchvision:NAME, a file (.pt2, .pt) or MODULE:FUNCTION of your "
     "own. Code of your own is run.",
 )
-OF_CLIP = [
+OF_CLIP = under(
+    "Of a vision-language teacher",
     click.option("--pretrained", metavar="TAG|FILE", help="Of clip:ARCH: open_clip's weights by tag, or a checkpoint."),
     click.option("--classes", metavar="'A; B; …'", help="What the dataset's classes are called in prompts."),
     click.option(
         "--prompt", multiple=True, metavar="TEMPLATE", help="As 'a photo of a {}'. Repeatable: a class is their mean."
     ),
     click.option("--prompts", type=click.Path(path_type=Path), help="A file with a prompt on each line."),
-]
+)
 
 
 class Bytes(click.ParamType[int]):
@@ -114,7 +124,7 @@ class BatchSize(click.ParamType[Any]):
 class Option(click.ParamType):
     """NAME=VALUE, the value a number, true, false or text."""
 
-    name = "name=value"
+    name, pairs = "name=value", True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
         name, equals, text = value.partition("=")
@@ -127,20 +137,36 @@ class Option(click.ParamType):
         return name, found if isinstance(found, bool | int | float | str) else text
 
 
+class Architecture(click.ParamType):
+    """The name of a network, which what builds it looks at."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from pipeline.models import architectures
+
+        return [CompletionItem(name) for name in architectures() if name.startswith(incomplete)]
+
+
 class Names(click.ParamType):
     """Some names, separated by commas."""
 
-    name = "names"
+    name, separator = "names", ","
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return tuple(name.strip() for name in value.split(self.separator) if name.strip())
 
 
 POSITIVE = click.FloatRange(0, min_open=True)
 ARCH = click.option(
-    "--arch", default="small-cnn", show_default=True, help="small-cnn, small-resnet, or a torchvision model."
+    "--arch", default="small-cnn", type=Architecture(), help="small-cnn, small-resnet, or a torchvision model."
 )
-HOW_IT_LEARNS = [
+ITS_FORM = [
     click.option(
         "--arch-option",
         "arch_options",
@@ -149,26 +175,29 @@ HOW_IT_LEARNS = [
         help="Of the architecture, as width=64. Repeatable.",
     ),
     click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
+]
+HOW_IT_LEARNS = under(
+    LEARNS,
     click.option("--steps", type=click.IntRange(1), help="Length in optimizer steps."),
     click.option("--epochs", type=POSITIVE, help="Length in passes over the data."),
     click.option(
         "--batch-size",
         default=128,
-        show_default=True,
         type=click.IntRange(1),
         help="Samples of a step, over all processes.",
     ),
+    click.option("--accumulate", default=1, type=click.IntRange(1), help="Parts a batch is shown in."),
+    click.option("--lr", default=4e-3, type=POSITIVE, help="The peak of the learning rate."),
     click.option(
-        "--accumulate", default=1, show_default=True, type=click.IntRange(1), help="Parts a batch is shown in."
+        "--optimizer", default="adam", type=Choice(["adam", "adamw", "muon", "sgd"]), help="What takes the steps."
     ),
-    click.option("--lr", default=4e-3, show_default=True, type=POSITIVE, help="The peak of the learning rate."),
-    click.option("--optimizer", default="adam", show_default=True, type=click.Choice(["adam", "adamw", "muon", "sgd"])),
+    click.option("--momentum", default=0.9, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."),
+    click.option("--weight-decay", default=0.0, type=click.FloatRange(0), help="Not of biases and norms."),
     click.option(
-        "--momentum", default=0.9, show_default=True, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."
-    ),
-    click.option("--weight-decay", default=0.0, show_default=True, type=click.FloatRange(0)),
-    click.option(
-        "--schedule", default="one-cycle", show_default=True, type=click.Choice(["one-cycle", "cosine", "constant"])
+        "--schedule",
+        default="one-cycle",
+        type=Choice(["one-cycle", "cosine", "constant"]),
+        help="How the learning rate goes.",
     ),
     click.option("--warmup", type=click.IntRange(0), help="Steps in which the learning rate rises."),
     click.option(
@@ -185,14 +214,13 @@ HOW_IT_LEARNS = [
     click.option(
         "--precision",
         default="auto",
-        show_default=True,
-        type=click.Choice(["auto", "float32", "tf32", "bfloat16", "float64"]),
+        type=Choice(["auto", "float32", "tf32", "bfloat16", "float64"]),
         help="auto is tf32 on CUDA, and float32 elsewhere.",
     ),
-]
-HOW_IT_IS_RUN = [
-    DEVICE,
-    click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Threads that read the data."),
+)
+WHILE_IT_RUNS = under(
+    RUN,
+    click.option("--workers", default=2, type=click.IntRange(1), help="Threads that read the data."),
     click.option(
         "--memory-budget",
         type=Bytes(),
@@ -200,16 +228,11 @@ HOW_IT_IS_RUN = [
         "two windows of samples, 512 MiB as a rule at most, are always held.",
     ),
     click.option("--checkpoint-steps", type=click.IntRange(1), help="Write a checkpoint every so many steps."),
-    click.option(
-        "--checkpoint-minutes", default=10.0, show_default=True, type=POSITIVE, help="Write one every so many minutes."
-    ),
-    click.option(
-        "--keep-checkpoints", default=2, show_default=True, type=click.IntRange(1), help="The last ones stay."
-    ),
+    click.option("--checkpoint-minutes", default=10.0, type=POSITIVE, help="Write one every so many minutes."),
+    click.option("--keep-checkpoints", default=2, type=click.IntRange(1), help="The last ones stay."),
     click.option(
         "--log-steps",
         default=20,
-        show_default=True,
         type=click.IntRange(1),
         help="A line in metrics.jsonl every so many steps.",
     ),
@@ -217,48 +240,41 @@ HOW_IT_IS_RUN = [
     click.option(
         "--snapshots",
         default=0,
-        show_default=True,
         type=click.IntRange(0),
         help="Keep the weights at so many moments of the training, evenly spread.",
     ),
-]
-CLIP_NORM = click.option(
-    "--clip-norm", default=1.0, show_default=True, type=POSITIVE, help="Gradients are scaled down to this norm."
 )
-WHAT_IT_MATCHES = [
-    click.option(
-        "--validation-cache",
-        type=Location(),
-        help="A store of the validation split, to choose the weights by; without it the last are kept.",
-    ),
+CLIP_NORM = click.option("--clip-norm", default=1.0, type=POSITIVE, help="Gradients are scaled down to this norm.")
+VALIDATION_CACHE = click.option(
+    "--validation-cache",
+    type=Location(),
+    help="A store of the validation split, to choose the weights by; without it the last are kept.",
+)
+HOW_IT_MATCHES = under(
+    MATCHES,
     click.option(
         "--loss", metavar="METHOD=WEIGHT,…", help="A sum of methods, as in lrp=1,output=0.1, in place of --method."
     ),
     click.option(
         "--map-loss",
         default="l1",
-        show_default=True,
-        type=click.Choice(["l1", "cosine", "mse", "huber", "kl"]),
+        type=Choice(["l1", "cosine", "mse", "huber", "kl"]),
         help="How heatmaps are compared.",
     ),
-    click.option(
-        "--pyramid/--flat", default=True, show_default=True, help="Compare them at several resolutions, or at one."
-    ),
+    click.option("--pyramid/--flat", default=True, help="Compare them at several resolutions, or at one."),
     click.option(
         "--mask-target",
         is_flag=True,
         help="Take the teacher's maps as 0 outside the dataset's masks, on the background.",
     ),
-    click.option(
-        "--head",
-        default="frozen",
-        show_default=True,
-        type=click.Choice(["frozen", "attention-pool", "free"]),
-        help="The student's last layer: the teacher's, with the attention pooling in front of it (CLIP's ResNets), or "
-        "its own.",
-    ),
-    FACTORY,
-]
+)
+HEAD = click.option(
+    "--head",
+    default="frozen",
+    type=Choice(["frozen", "attention-pool", "free"]),
+    help="The student's last layer: the teacher's, with the attention pooling in front of it (CLIP's ResNets), or its "
+    "own.",
+)
 PROFILES = ["cpu", "gpu", "paper"]
 EXPLAINERS = [
     *("flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"),
@@ -268,17 +284,6 @@ METHODS = [
     *("lrp", "complete-lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention"),
     *("features", "output", "erm", "group-dro", "rrr", "isnet"),
 ]
-
-
-def options(*lists: Any) -> Callable[..., Any]:
-    """Give a command all of these options, in their order."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed([option for part in lists for option in (part if isinstance(part, list) else [part])]):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
@@ -306,8 +311,10 @@ class _Said(logging.Handler):
         click.echo(self.format(record), err=True)
 
 
-class Commands(click.Group):
+class Commands(Group):
     """Turns the errors that a user can cause into one paragraph and an exit code, and nothing else."""
+
+    group_class = Group
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -340,6 +347,15 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return DatasetError, CacheError, ClusterError, ModelError, RelevanceError, TrainingError
 
 
+# The headings of the commands, in the order in which one needs them.
+DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = (
+    "Data and teacher",
+    "Stage one: the teacher explains",
+    "Stage two: students learn",
+)
+AFTERWARDS, ALL_IN_ONE = "What came of it", "All in one"
+
+
 def _version() -> str:
     try:
         return importlib.metadata.version("explanation-distillation")
@@ -347,7 +363,11 @@ def _version() -> str:
         return "unknown, as it runs from a checkout that is not installed"
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+    example="quickstart",
+)
 @click.version_option(_version())
 def main() -> None:
     """Explanation distillation: train a student that is immune to the bias of its training data.
@@ -360,16 +380,15 @@ def main() -> None:
         ours.addHandler(_Said())
 
 
-@main.group(name="make-data")
+@main.group(name="make-data", heading=DATA_AND_TEACHER, example="make-data coloured-mnist --out DATA.zarr")
 def make_data() -> None:
     """Build a biased dataset."""
 
 
+MADE = "How it is made"
 DATASET = click.option("--out", required=True, type=Location(), help="The dataset to write.")
 LIMIT = click.option("--limit", type=click.IntRange(1), help="At most so many samples of each split.")
-SIZE = click.option(
-    "--size", default=64, show_default=True, type=click.IntRange(1), help="Height and width of the images, in pixels."
-)
+SIZE = click.option("--size", default=64, type=click.IntRange(1), help="Height and width of the images, in pixels.")
 
 
 FASHION = click.option(
@@ -392,10 +411,8 @@ def _echo_sizes(out: str, sizes: dict[str, int]) -> None:
     click.echo(f"{out}: " + ", ".join(f"{split} {samples}" for split, samples in sizes.items()))
 
 
-@make_data.command(name="coloured-mnist")
-@DATASET
-@SEED
-@LIMIT
+@make_data.command(name="coloured-mnist", example="make-data coloured-mnist --out DATA.zarr")
+@options(under(FILES, DATASET), under(MADE, SEED, LIMIT))
 def coloured_mnist(out: str, seed: int, limit: int | None) -> None:
     """MNIST digits whose colour tells the class in train, validation and iid, and misleads in ood and shift."""
     from data import make_coloured_mnist
@@ -403,13 +420,19 @@ def coloured_mnist(out: str, seed: int, limit: int | None) -> None:
     _echo_sizes(out, make_coloured_mnist(out, seed, limit))
 
 
-@make_data.command(name="fashion-on-textures")
-@DATASET
-@FASHION
-@click.option("--download", is_flag=True, help="Have torchvision fetch them into it first.")
-@SIZE
-@SEED
-@LIMIT
+@make_data.command(
+    name="fashion-on-textures",
+    example="make-data fashion-on-textures --fashion-mnist FOLDER --download --out DATA.zarr",
+)
+@options(
+    under(
+        FILES,
+        FASHION,
+        click.option("--download", is_flag=True, help="Have torchvision fetch them into it first."),
+        DATASET,
+    ),
+    under(MADE, SIZE, SEED, LIMIT),
+)
 def fashion_on_textures(out: str, **options: Any) -> None:
     """Garments whose background, a crop of a photograph, tells the class in train, validation and iid.
 
@@ -420,14 +443,20 @@ def fashion_on_textures(out: str, **options: Any) -> None:
     _echo_sizes(out, make_fashion_on_textures(out, **options))
 
 
-@make_data.command(name="coco-on-places")
-@options(COCO_AND_PLACES)
-@DATASET
-@SIZE
-@SEED
-@LIMIT
-@click.option("--train-per-class", default=800, show_default=True, type=click.IntRange(1))
-@click.option("--test-per-class", default=100, show_default=True, type=click.IntRange(1), help="And for validation.")
+@make_data.command(
+    name="coco-on-places", example="make-data coco-on-places --coco COCO --places data_256 --out DATA.zarr"
+)
+@options(
+    under(FILES, COCO_AND_PLACES, DATASET),
+    under(
+        MADE,
+        SIZE,
+        SEED,
+        LIMIT,
+        click.option("--train-per-class", default=800, type=click.IntRange(1), help="Samples of train."),
+        click.option("--test-per-class", default=100, type=click.IntRange(1), help="Of each test, and of validation."),
+    ),
+)
 def coco_on_places(out: str, **options: Any) -> None:
     """Objects of COCO on scenes of Places365, as published; from the original files, of which none is downloaded.
 
@@ -438,12 +467,17 @@ def coco_on_places(out: str, **options: Any) -> None:
     _echo_sizes(out, make_coco_on_places(out, **options))
 
 
-@make_data.command(name="waterbirds")
-@BIRDS
-@click.option("--masks", type=click.Path(path_type=Path), help=BIRD_MASKS)
-@DATASET
-@click.option("--size", default=224, show_default=True, type=click.IntRange(1), help="Height and width, in pixels.")
-@LIMIT
+@make_data.command(
+    name="waterbirds", example="make-data waterbirds --waterbirds waterbird_complete95_forest2water2 --out DATA.zarr"
+)
+@options(
+    under(FILES, BIRDS, click.option("--masks", type=click.Path(path_type=Path), help=BIRD_MASKS), DATASET),
+    under(
+        MADE,
+        click.option("--size", default=224, type=click.IntRange(1), help="Height and width, in pixels."),
+        LIMIT,
+    ),
+)
 def waterbirds(out: str, **options: Any) -> None:
     """Birds of which most are at home in train, and half are in validation and test; groups are bird and background.
 
@@ -457,7 +491,7 @@ def waterbirds(out: str, **options: Any) -> None:
 class NamedFolder(click.ParamType):
     """NAME=DIR."""
 
-    name = "name=folder"
+    name, pairs = "name=folder", True
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
         name, equals, folder = value.partition("=")
@@ -466,20 +500,40 @@ class NamedFolder(click.ParamType):
         return name, Path(folder)
 
 
-@make_data.command(name="image-folder")
-@click.option("--train", required=True, type=click.Path(path_type=Path), help="A folder with one for each class in it.")
-@click.option("--validation", type=click.Path(path_type=Path), help="Another; a share of --train unless given.")
-@click.option(
-    "--validation-share", default=0.1, show_default=True, type=click.FloatRange(0, 1, min_open=True, max_open=True)
+@make_data.command(
+    name="image-folder",
+    example="make-data image-folder --train images/train --test ood=images/ood --size 64 --out DATA.zarr",
 )
-@click.option("--test", "tests", multiple=True, type=NamedFolder(), help="Another, as ood=DIR. Repeatable.")
-@click.option("--masks", type=click.Path(path_type=Path), help="A folder with a mask for each image, named as it is.")
-@click.option("--groups", type=click.Path(path_type=Path), help="A CSV file with the columns path and group.")
-@click.option("--bias-attribute", default="group", show_default=True, help="What the groups are values of.")
-@click.option("--size", required=True, type=click.IntRange(1), help="Height and width of the images, in pixels.")
-@click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read or lacks its mask or group.")
-@DATASET
-@SEED
+@options(
+    under(
+        FILES,
+        click.option(
+            "--train", required=True, type=click.Path(path_type=Path), help="A folder with one for each class in it."
+        ),
+        click.option("--validation", type=click.Path(path_type=Path), help="Another; a share of --train unless given."),
+        click.option("--test", "tests", multiple=True, type=NamedFolder(), help="Another, as ood=DIR. Repeatable."),
+        click.option(
+            "--masks", type=click.Path(path_type=Path), help="A folder with a mask for each image, named as it is."
+        ),
+        click.option("--groups", type=click.Path(path_type=Path), help="A CSV file with the columns path and group."),
+        DATASET,
+    ),
+    under(
+        MADE,
+        click.option(
+            "--validation-share",
+            default=0.1,
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            help="Of --train, where there is no --validation.",
+        ),
+        click.option("--bias-attribute", default="group", help="What the groups are values of."),
+        click.option(
+            "--size", required=True, type=click.IntRange(1), help="Height and width of the images, in pixels."
+        ),
+        click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read or lacks its mask or group."),
+        SEED,
+    ),
+)
 def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) -> None:
     """Your own images, in folders as torchvision's ImageFolder takes them (docs/own-images.md)."""
     from data import make_image_folder
@@ -493,23 +547,34 @@ def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) 
     _echo_sizes(out, make_image_folder(out, tests=dict(tests), echo=note, **options))
 
 
-@main.command(name="train-teacher")
+@main.command(
+    name="train-teacher",
+    heading=DATA_AND_TEACHER,
+    example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",
+)
 @options(
-    DATA,
-    OUT,
-    click.option(
-        "--debias",
-        default="grayscale",
-        show_default=True,
-        type=click.Choice(["grayscale", "mask", "segmenter", "none"]),
-        help="What the network does not see: hue and brightness, or the background; none is the ERM baseline.",
+    under(FILES, DATA, OUT),
+    under(
+        "What the network does not see",
+        click.option(
+            "--debias",
+            default="grayscale",
+            type=Choice(["grayscale", "mask", "segmenter", "none"]),
+            help="Hue and brightness, or the background; none is the ERM baseline.",
+        ),
+        SEGMENTER,
     ),
-    SEGMENTER,
-    ARCH,
+    under(NETWORK, ARCH, ITS_FORM),
     HOW_IT_LEARNS,
-    click.option("--clip-norm", type=POSITIVE, help="Gradients are scaled down to this norm; not at all unless given."),
-    SEED,
-    HOW_IT_IS_RUN,
+    under(
+        LEARNS,
+        click.option(
+            "--clip-norm", type=POSITIVE, help="Gradients are scaled down to this norm; not at all unless given."
+        ),
+        SEED,
+    ),
+    under(RUN, DEVICE),
+    WHILE_IT_RUNS,
 )
 def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Train a teacher behind a debiasing front, with labels, on the train split alone.
@@ -539,80 +604,91 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
         click.echo(line)
 
 
-@main.command(name="cache-explanations")
-@DATA
+@main.command(
+    name="cache-explanations",
+    heading=STAGE_ONE,
+    example="cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr",
+)
 @options(
-    click.option(
-        "--teacher",
-        required=True,
-        type=TeacherName(),
-        help="A folder of train-teacher, or a vision-language model: "
-        "clip:ARCH, of open_clip by name, a configuration (.json), or a folder with one and weights.",
+    under(
+        FILES,
+        DATA,
+        click.option(
+            "--teacher",
+            required=True,
+            type=TeacherName(),
+            help="A folder of train-teacher, or a vision-language model: "
+            "clip:ARCH, of open_clip by name, a configuration (.json), or a folder with one and weights.",
+        ),
+        click.option("--split", default="train", help="The split to explain."),
+        click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing."),
     ),
     OF_CLIP,
+    under("What the teacher does not see", SEGMENTER),
+    under(
+        "How it explains",
+        click.option(
+            "--explainer",
+            default="flex",
+            type=Choice(EXPLAINERS),
+            help="How decisions are explained, see docs/engine.md; students of the store do the same.",
+        ),
+        click.option(
+            "--draws",
+            show_default="4, and 1 for attention, whose draws are alike",
+            type=click.IntRange(1, 10_000),
+            help="Heatmaps for each sample.",
+        ),
+        click.option(
+            "--epsilon-range",
+            default=(0.01, 1.0),
+            type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
+            help="ε is log-uniform between the two.",
+        ),
+        SEED,
+    ),
+    under(
+        "What is stored",
+        click.option(
+            "--precision",
+            default="float16",
+            type=Choice(["float16", "bfloat16", "int8"]),
+            help="How maps are stored; int8 takes less than half of float16 (docs/results/storage.md).",
+        ),
+        click.option(
+            "--codec",
+            default="auto",
+            help="lz4 (fast) or zstd (small), with the shuffle that makes the first maps smallest; or in full, as "
+            "blosc-zstd-9-bitshuffle. auto is lz4, and zstd for int8.",
+        ),
+        click.option(
+            "--resolution",
+            default=1,
+            type=Choice([1, 2, 4]),
+            help="Store maps average-pooled by it; students are compared from there on.",
+        ),
+        click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features."),
+    ),
+    under(
+        RUN,
+        DEVICE,
+        click.option(
+            "--batch-size",
+            default=128,
+            type=BatchSize(),
+            help="Images at once; auto is the most, a power of two, that a GPU's memory holds, and 128 on a CPU.",
+        ),
+        click.option(
+            "--share", is_flag=True, help="Divide the shards with other processes that write this store with --share."
+        ),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS",
+            help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this "
+            "machine.",
+        ),
+    ),
 )
-@click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing.")
-@click.option("--split", default="train", show_default=True, help="The split to explain.")
-@click.option(
-    "--draws",
-    show_default="4, and 1 for attention, whose draws are alike",
-    type=click.IntRange(1, 10_000),
-    help="Heatmaps for each sample.",
-)
-@click.option(
-    "--epsilon-range",
-    default=(0.01, 1.0),
-    show_default=True,
-    type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
-    help="ε is log-uniform between the two.",
-)
-@click.option(
-    "--explainer",
-    default="flex",
-    show_default=True,
-    type=click.Choice(EXPLAINERS),
-    help="How decisions are explained, see docs/engine.md; students of the store do the same.",
-)
-@click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features.")
-@click.option(
-    "--precision",
-    default="float16",
-    show_default=True,
-    type=click.Choice(["float16", "bfloat16", "int8"]),
-    help="How maps are stored; int8 takes less than half of float16 (docs/results/storage.md).",
-)
-@click.option(
-    "--codec",
-    default="auto",
-    show_default=True,
-    help="lz4 (fast) or zstd (small), with the shuffle that makes the first maps smallest; or in full, as "
-    "blosc-zstd-9-bitshuffle. auto is lz4, and zstd for int8.",
-)
-@click.option(
-    "--resolution",
-    default=1,
-    show_default=True,
-    type=click.Choice([1, 2, 4]),
-    help="Store maps average-pooled by it; students are compared from there on.",
-)
-@click.option(
-    "--share", is_flag=True, help="Divide the shards with other processes that write this store with --share."
-)
-@click.option(
-    "--scheduler",
-    metavar="ADDRESS",
-    help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this machine.",
-)
-@SEGMENTER
-@click.option(
-    "--batch-size",
-    default=128,
-    show_default=True,
-    type=BatchSize(),
-    help="Images at once; auto is the most, a power of two, that a GPU's memory holds, and 128 on a CPU.",
-)
-@SEED
-@DEVICE
 def cache_explanations_command(teacher: str, **options: Any) -> None:
     """Stage one: run the teacher over a split once and write its heatmaps to a store.
 
@@ -628,11 +704,27 @@ def cache_explanations_command(teacher: str, **options: Any) -> None:
     )
 
 
-@main.command(name="inspect-cache")
+@main.command(
+    name="inspect-cache",
+    heading=STAGE_ONE,
+    example="inspect-cache CACHE.zarr --verify",
+)
 @click.argument("cache", type=Location())
-@click.option("--verify", is_flag=True, help="Read everything and name what is damaged; exit code 1 if anything is.")
-@click.option("--repair", is_flag=True, help="Verify, and take what is damaged out, so that it is computed anew.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options(
+    under(
+        "What it does",
+        click.option(
+            "--verify", is_flag=True, help="Read everything and name what is damaged; exit code 1 if anything is."
+        ),
+        click.option(
+            "--repair", is_flag=True, help="Verify, and take what is damaged out, so that it is computed anew."
+        ),
+    ),
+    under(
+        OUTPUT,
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    ),
+)
 def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool) -> None:
     """What a heatmap store is, how far, and whether it is what was committed.
 
@@ -670,24 +762,35 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
         raise click.exceptions.Exit(1)
 
 
-@main.command(name="train-student")
+@main.command(
+    name="train-student",
+    heading=STAGE_TWO,
+    example="train-student --data DATA.zarr --cache CACHE.zarr --arch resnet18 --out STUDENT",
+)
 @options(
-    DATA,
-    click.option(
-        "--cache", type=Location(), help="A store of the train split. erm, group-dro, rrr and isnet need none."
+    under(
+        FILES,
+        DATA,
+        click.option(
+            "--cache", type=Location(), help="A store of the train split. erm, group-dro, rrr and isnet need none."
+        ),
+        VALIDATION_CACHE,
+        OUT,
     ),
-    OUT,
-    click.option(
-        "--method",
-        type=click.Choice(METHODS),
-        help="What the student matches; the maps of the store unless --method or --loss is given.",
+    under(
+        MATCHES,
+        click.option(
+            "--method",
+            type=Choice(METHODS),
+            help="What the student matches; the maps of the store unless --method or --loss is given.",
+        ),
     ),
-    WHAT_IT_MATCHES,
-    ARCH,
+    HOW_IT_MATCHES,
+    under(NETWORK, ARCH, ITS_FORM, HEAD, FACTORY),
     HOW_IT_LEARNS,
-    CLIP_NORM,
-    SEED,
-    HOW_IT_IS_RUN,
+    under(LEARNS, CLIP_NORM, SEED),
+    under(RUN, DEVICE),
+    WHILE_IT_RUNS,
 )
 def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Stage two: train a student to make its own heatmaps match the stored ones.
@@ -710,24 +813,49 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
         )
 
 
-@main.command(name="train-students")
+@main.command(
+    name="train-students",
+    heading=STAGE_TWO,
+    example="train-students --data DATA.zarr --cache CACHE.zarr --out STUDENTS --seed 0 --seed 1",
+)
 @click.argument("sweep", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @options(
-    click.option("--data", type=Location(), help="A dataset in our layout."),
-    click.option("--cache", type=Location(), help="A store of the train split."),
-    click.option("--out", type=LocalFolder(path_type=Path), help="The folder of the students' folders."),
-    click.option("--method", type=click.Choice(METHODS), multiple=True, help="Repeatable."),
-    WHAT_IT_MATCHES,
-    click.option("--arch", multiple=True, help="small-cnn, small-resnet, or a torchvision model. Repeatable."),
-    HOW_IT_LEARNS,
-    CLIP_NORM,
-    click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),
-    click.option(
-        "--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."
+    under(
+        FILES,
+        click.option("--data", type=Location(), help="A dataset in our layout."),
+        click.option("--cache", type=Location(), help="A store of the train split."),
+        VALIDATION_CACHE,
+        click.option("--out", type=LocalFolder(path_type=Path), help="The folder of the students' folders."),
     ),
-    HOW_IT_IS_RUN[1:],
+    under(MATCHES, click.option("--method", type=Choice(METHODS), multiple=True, help="Repeatable.")),
+    HOW_IT_MATCHES,
+    under(
+        NETWORK,
+        click.option(
+            "--arch",
+            multiple=True,
+            type=Architecture(),
+            help="small-cnn, small-resnet, or a torchvision model. Repeatable.",
+        ),
+        ITS_FORM,
+        HEAD,
+        FACTORY,
+    ),
+    HOW_IT_LEARNS,
+    under(
+        LEARNS,
+        CLIP_NORM,
+        click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),
+    ),
+    under(
+        RUN,
+        click.option(
+            "--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."
+        ),
+    ),
+    WHILE_IT_RUNS,
+    under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")),
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")
 @click.pass_context
 def train_students_command(
     context: click.Context,
@@ -770,15 +898,23 @@ def train_students_command(
         raise click.exceptions.Exit(1)
 
 
-@main.command(name="evaluate")
-@DATA
-@click.option("--model", type=LocalFolder(path_type=Path), help="A teacher's or student's folder.")
-@click.option("--teacher", type=TeacherName(), help="The same, or clip:ARCH, as cache-explanations takes it.")
-@options(OF_CLIP)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@FACTORY
-@SEGMENTER
-@DEVICE
+@main.command(
+    name="evaluate",
+    heading=AFTERWARDS,
+    example="evaluate --data DATA.zarr --model STUDENT",
+)
+@options(
+    under(
+        FILES,
+        DATA,
+        click.option("--model", type=LocalFolder(path_type=Path), help="A teacher's or student's folder."),
+        click.option("--teacher", type=TeacherName(), help="The same, or clip:ARCH, as cache-explanations takes it."),
+    ),
+    OF_CLIP,
+    under(OWN_CODE, FACTORY, SEGMENTER),
+    under(RUN, DEVICE),
+    under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
+)
 def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals.
 
@@ -808,48 +944,62 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
 
 
-@main.command(name="show-explanations")
-@DATA
-@click.option("--split", help="Whose samples; the first test split unless given, or train where there is none.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    type=LocalFolder(path_type=Path),
-    help="A teacher's or student's folder, a column each. Repeatable.",
+@main.command(
+    name="show-explanations",
+    heading=AFTERWARDS,
+    example="show-explanations --data DATA.zarr --model TEACHER --model STUDENT --out HEATMAPS.png",
 )
-@click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH.")
-@options(OF_CLIP)
-@click.option(
-    "--cache",
-    "caches",
-    multiple=True,
-    type=Location(),
-    help="A store of the split, whose first draws are a column. Repeatable.",
+@options(
+    under(
+        FILES,
+        DATA,
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            type=LocalFolder(path_type=Path),
+            help="A teacher's or student's folder, a column each. Repeatable.",
+        ),
+        click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH."),
+        click.option(
+            "--cache",
+            "caches",
+            multiple=True,
+            type=Location(),
+            help="A store of the split, whose first draws are a column. Repeatable.",
+        ),
+        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write."),
+    ),
+    OF_CLIP,
+    under(
+        "Which samples",
+        click.option("--split", help="Whose samples; the first test split unless given, or train where there is none."),
+        click.option(
+            "--samples", show_default="8", type=click.IntRange(1, 100), help="How many, evenly spread over the split."
+        ),
+        click.option(
+            "--sample", "indices", multiple=True, type=click.IntRange(0), help="This one, from 0 on. Repeatable."
+        ),
+    ),
+    under(
+        "How models are explained",
+        click.option(
+            "--explain",
+            default="true",
+            metavar="true|predicted|CLASS",
+            help="The class that models explain: the true one, the one that each says, or one by its name.",
+        ),
+        click.option("--epsilon", default=0.1, type=click.FloatRange(0), help="ε of the models' maps."),
+        click.option(
+            "--explainer",
+            default="flex",
+            type=Choice(EXPLAINERS),
+            help="How models are explained, see docs/engine.md; stores show what they have.",
+        ),
+    ),
+    under(OWN_CODE, FACTORY, SEGMENTER),
+    under(RUN, DEVICE),
 )
-@click.option(
-    "--samples", show_default="8", type=click.IntRange(1, 100), help="How many, evenly spread over the split."
-)
-@click.option("--sample", "indices", multiple=True, type=click.IntRange(0), help="This one, from 0 on. Repeatable.")
-@click.option(
-    "--explain",
-    default="true",
-    show_default=True,
-    metavar="true|predicted|CLASS",
-    help="The class that models explain: the true one, the one that each says, or one by its name.",
-)
-@click.option("--epsilon", default=0.1, show_default=True, type=click.FloatRange(0), help="ε of the models' maps.")
-@click.option(
-    "--explainer",
-    default="flex",
-    show_default=True,
-    type=click.Choice(EXPLAINERS),
-    help="How models are explained, see docs/engine.md; stores show what they have.",
-)
-@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write.")
-@FACTORY
-@SEGMENTER
-@DEVICE
 def show_explanations_command(
     samples: int | None, indices: tuple[int, ...], teacher: str | None, models: tuple[Path, ...], **options: Any
 ) -> None:
@@ -870,17 +1020,26 @@ def show_explanations_command(
     click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
 
 
-@main.command(name="export")
-@click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A student's folder.")
-@click.option(
-    "--format",
-    "form",
-    required=True,
-    type=click.Choice(["torch-export", "onnx", "state-dict"]),
-    help="A .pt2 file for torch.export.load, an ONNX file, or the weights alone.",
+@main.command(
+    name="export",
+    heading=AFTERWARDS,
+    example="export --model STUDENT --format onnx --out STUDENT.onnx",
 )
-@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The file to write.")
-@FACTORY
+@options(
+    under(
+        FILES,
+        click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A student's folder."),
+        click.option(
+            "--format",
+            "form",
+            required=True,
+            type=Choice(["torch-export", "onnx", "state-dict"]),
+            help="A .pt2 file for torch.export.load, an ONNX file, or the weights alone.",
+        ),
+        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The file to write."),
+    ),
+    under(OWN_CODE, FACTORY),
+)
 def export_command(model: Path, form: str, out: Path, student_factory: str | None) -> None:
     """A trained student as a file that needs nothing of this program, checked against it.
 
@@ -892,9 +1051,15 @@ def export_command(model: Path, form: str, out: Path, student_factory: str | Non
     click.echo(f"{out}: its logits differ from the model's by {difference:.2g} at most")
 
 
-@main.command(name="quickstart")
-@click.option("--out", default="quickstart", show_default=True, type=LocalFolder(path_type=Path))
-@SEED
+@main.command(
+    name="quickstart",
+    heading=ALL_IN_ONE,
+    example="quickstart --out quickstart",
+)
+@options(
+    under(FILES, click.option("--out", default="quickstart", type=LocalFolder(path_type=Path), help="Where to write.")),
+    under(LEARNS, SEED),
+)
 def quickstart_command(out: Path, seed: int) -> None:
     """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""
     import dataclasses
@@ -913,36 +1078,47 @@ def _echo_table(results: list[dict[str, Any]], benchmark: Any) -> None:
     click.echo(f"\n{text(summarise(results, benchmark))}\n")
 
 
-@main.group(name="reproduce")
+@main.group(name="reproduce", heading=ALL_IN_ONE, example="reproduce coloured-mnist --out TABLE --seeds 3")
 def reproduce_group() -> None:
     """Make a published table anew, with all that it takes."""
 
 
+REPRODUCED_IN = click.option(
+    "--out",
+    required=True,
+    type=LocalFolder(path_type=Path),
+    help="Where to write: nothing, or an earlier reproduction, which goes on.",
+)
+TABLE = "The table"
 HOW_IT_IS_REPRODUCED = [
-    click.option(
-        "--out",
-        required=True,
-        type=LocalFolder(path_type=Path),
-        help="Where to write: nothing, or an earlier reproduction, which goes on.",
+    *under(
+        TABLE,
+        click.option(
+            "--methods", type=Names(), help="Rows of the table, as lrp,output, or all; the usual ones unless given."
+        ),
+        click.option("--seeds", default=3, type=click.IntRange(1), help="Students of each row."),
+        click.option("--arch", type=Architecture(), help="Of teachers and students; the profile's unless given."),
     ),
-    click.option(
-        "--methods", type=Names(), help="Rows of the table, as lrp,output, or all; the usual ones unless given."
-    ),
-    click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Students of each row."),
-    click.option("--arch", help="Of teachers and students; the profile's unless given."),
-    DEVICE,
+    *under(RUN, DEVICE),
 ]
 
 
-@reproduce_group.command(name="coloured-mnist")
-@click.option(
-    "--profile",
-    default="cpu",
-    show_default=True,
-    type=click.Choice(PROFILES),
-    help="What is spent: hours on a CPU, a GPU's, or the paper's own setting.",
+@reproduce_group.command(
+    name="coloured-mnist", example="reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3"
 )
-@options(HOW_IT_IS_REPRODUCED)
+@options(
+    under(FILES, REPRODUCED_IN),
+    under(
+        TABLE,
+        click.option(
+            "--profile",
+            default="cpu",
+            type=Choice(PROFILES),
+            help="What is spent: hours on a CPU, a GPU's, or the paper's own setting.",
+        ),
+    ),
+    HOW_IT_IS_REPRODUCED,
+)
 def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
     """The paper's table on COLOURED MNIST: its data, teacher, stores and the students of every row, tested and drawn.
 
@@ -953,16 +1129,20 @@ def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
     _reproduce(profiles.PROFILES[profile], **options)
 
 
-@reproduce_group.command(name="fashion-on-textures")
-@FASHION
-@click.option(
-    "--profile",
-    default="cpu",
-    show_default=True,
-    type=click.Choice(["cpu", "gpu"]),
-    help="What is spent: 32×32 and hours on a CPU, or 64×64 on a GPU.",
+@reproduce_group.command(name="fashion-on-textures", example="reproduce fashion-on-textures --out TABLE --profile gpu")
+@options(
+    under(FILES, FASHION, REPRODUCED_IN),
+    under(
+        TABLE,
+        click.option(
+            "--profile",
+            default="cpu",
+            type=Choice(["cpu", "gpu"]),
+            help="What is spent: 32×32 and hours on a CPU, or 64×64 on a GPU.",
+        ),
+    ),
+    HOW_IT_IS_REPRODUCED,
 )
-@options(HOW_IT_IS_REPRODUCED)
 def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: str, **options: Any) -> None:
     """The same on Fashion-on-Textures, where the background tells the class; with the rivals that use masks.
 
@@ -974,9 +1154,10 @@ def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: s
     _reproduce(profiles.ON_TEXTURES[profile], sources=sources, **options)
 
 
-@reproduce_group.command(name="coco-on-places")
-@options(COCO_AND_PLACES)
-@options(HOW_IT_IS_REPRODUCED)
+@reproduce_group.command(
+    name="coco-on-places", example="reproduce coco-on-places --coco COCO --places data_256 --out TABLE"
+)
+@options(under(FILES, COCO_AND_PLACES, REPRODUCED_IN), HOW_IT_IS_REPRODUCED)
 def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -> None:
     """The same on COCO-on-Places, from the original files; best on a GPU."""
     from trainer import profiles
@@ -984,10 +1165,18 @@ def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -
     _reproduce(profiles.ON_PLACES, sources={"coco": coco, "places": places}, **options)
 
 
-@reproduce_group.command(name="waterbirds")
-@BIRDS
-@click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS)
-@options(HOW_IT_IS_REPRODUCED)
+@reproduce_group.command(
+    name="waterbirds", example="reproduce waterbirds --waterbirds FOLDER --masks segmentations --out TABLE"
+)
+@options(
+    under(
+        FILES,
+        BIRDS,
+        click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS),
+        REPRODUCED_IN,
+    ),
+    HOW_IT_IS_REPRODUCED,
+)
 def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) -> None:
     """The same on Waterbirds, from the published folder, with GroupDRO; best on a GPU."""
     from trainer import profiles

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.device import to_device
-from trainer.errors import TrainingError
+from trainer.errors import TrainingError, did_you_mean
 
 Kind = Literal["image", "map", "mask"]
 
@@ -40,7 +40,9 @@ def check_augmentations(
     """
     for name in names:
         if name not in NAMES:
-            raise TrainingError(f"unknown --augment '{name}': choose from {', '.join(NAMES)}")
+            raise TrainingError(
+                f"unknown --augment '{name}': choose from {', '.join(NAMES)}.{did_you_mean(name, NAMES)}"
+            )
         if name not in valid:
             remedy = f"it can have {', '.join(valid)}" if valid else "it can have none"
             raise TrainingError(f"--augment {name} is not valid for this method: {remedy}")

@@ -58,6 +58,7 @@ def train_student(
 
     Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError, TrainingInterrupted.
     """
+    asked = {**locals(), **options}  # all that it was told, by the names that the command line has for it
     check_free(Path(out))
     dataset = open_dataset(data)
     if method is None and loss is None and cache is not None:
@@ -144,7 +145,7 @@ def train_student(
         validation=None if validation is None else explained_source(dataset.split("validation"), validation, wanted),
         paths={name: str(path) for name, path in paths.items() if path is not None},
     )
-    return train(out, config, material, settings, runtime, purpose=STUDENT, student_factory=student_factory)
+    return train(out, config, material, settings, runtime, asked, purpose=STUDENT, student_factory=student_factory)
 
 
 def _check_masks(dataset: Dataset, wanted: Collection[str], option: str, split: str) -> None:

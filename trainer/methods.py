@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline import EXPLAINERS, Forward
 from trainer.augmentation import BACKGROUND
-from trainer.errors import TrainingError
+from trainer.errors import TrainingError, did_you_mean
 
 Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
 Compare = Callable[[Tensor, Tensor], Tensor]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)
@@ -187,7 +187,9 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
     for term in (loss if loss is not None else method or "lrp").split(","):
         name, given, weight = (part.strip() for part in term.partition("="))
         if name not in METHODS:
-            raise TrainingError(f"no method is called '{name}': choose one of {', '.join(METHODS)}")
+            raise TrainingError(
+                f"no method is called '{name}': choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+            )
         try:
             terms[name] = float(weight) if given else 1.0
         except ValueError:

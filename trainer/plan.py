@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.explainers import find_explainer
-from trainer.errors import TrainingError
+from trainer.errors import TrainingError, did_you_mean
 from trainer.methods import needs, parse_terms
 from trainer.profiles import Options, Profile
 
@@ -42,7 +42,9 @@ def chosen(profile: Profile, methods: Sequence[str] | None) -> tuple[str, ...]:
         methods = known
     for key in methods:
         if key not in known:
-            raise TrainingError(f"no row is called '{key}' in --methods: choose from all, {', '.join(known)}")
+            raise TrainingError(
+                f"no row is called '{key}' in --methods: choose from all, {', '.join(known)}.{did_you_mean(key, known)}"
+            )
     if not methods:
         raise TrainingError(f"--methods names no row: choose from all, {', '.join(known)}")
     wanted = {*methods, *(table.rows[key].teacher for key in methods)}

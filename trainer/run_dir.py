@@ -1,4 +1,4 @@
-"""The folder of one training: ``config.json`` first, metrics and checkpoints on the way, ``result.json`` last.
+"""The folder of one training: its configuration first, metrics and checkpoints on the way, ``result.json`` last.
 
 Every file is written whole or not at all; a line of a log may be cut off, and is then dropped by who continues.
 """
@@ -11,11 +11,13 @@ import json
 import re
 import subprocess
 import zipfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import yaml
 
 from data.storage import PARTIAL, Folder
 from pipeline import ModelConfig, ModelError
@@ -23,7 +25,16 @@ from pipeline.classifier import versions
 from trainer.errors import TrainingError
 
 FILES = {
-    *("config.json", "starts.jsonl", "metrics.jsonl", "failure.json", "weights.pt", "model.pt", "result.json"),
+    *(
+        "config.json",
+        "config.yaml",
+        "starts.jsonl",
+        "metrics.jsonl",
+        "failure.json",
+        "weights.pt",
+        "model.pt",
+        "result.json",
+    ),
     *(".lock", "checkpoints", "snapshots", "tensorboard", "profile"),
 }
 
@@ -32,13 +43,14 @@ class RunDir:
     """One training's folder, claimed for this process as long as that lives; close it after the last look at it.
 
     Found unfinished, with the same configuration, it is continued: `checkpoint` is what from. With another
-    configuration and without any checkpoint it begins anew, as nothing is lost.
+    configuration and without any checkpoint it begins anew, as nothing is lost. ``given`` are the options of its first
+    start, which ``config.yaml`` has for a command that repeats it.
 
     Raises FileExistsError for a path that holds anything else, TrainingError for an unfinished training with another
     configuration, and for one that another process is at.
     """
 
-    def __init__(self, out: str | Path, config: ModelConfig):
+    def __init__(self, out: str | Path, config: ModelConfig, given: Mapping[str, Any]):
         self.path = Path(out)
         check_free(self.path)
         self._folder = Folder(self.path)
@@ -56,6 +68,10 @@ class RunDir:
                 )
             if differing or not found.exists():
                 write_json(found, config.to_dict())
+            if differing or not (self.path / "config.yaml").exists():
+                again = f"python cli.py train-{config.kind} --config {self.path / 'config.yaml'} --out ANOTHER"
+                text = f"# To train it once more: {again}\n{yaml.safe_dump(dict(given), sort_keys=False)}"
+                self._folder.write("config.yaml", text.encode())
         except BaseException:
             self.close()
             raise

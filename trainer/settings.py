@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,6 +115,36 @@ def split_options(options: Mapping[str, Any], **settled: Any) -> tuple[Settings,
     of_runtime = {field.name for field in dataclasses.fields(Runtime)}
     runtime = Runtime(**{name: value for name, value in options.items() if name in of_runtime})
     return Settings(**{name: value for name, value in options.items() if name not in of_runtime}, **settled), runtime
+
+
+def as_given(given: Mapping[str, Any], settings: Settings, runtime: Runtime) -> dict[str, Any]:
+    """The options of a training as they were given, and the rest as it is taken to be; plain values, for YAML.
+
+    Text that could be read as something else in ``arch_options`` is in quotes, as on the command line.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple | list):
+            return [plain(one) for one in value]
+        finite = isinstance(value, bool | int | None) or (isinstance(value, float) and math.isfinite(value))
+        return value if finite else str(value)
+
+    taken = {**dataclasses.asdict(settings), **dataclasses.asdict(runtime)}
+    for of_students in ("loss", "map_loss", "pyramid", "mask_target"):  # which teachers have no options for
+        del taken[of_students]
+    options = {
+        name: plain(value) for name, value in {**taken, **given}.items() if name not in ("options", "arch_options")
+    }
+    of_arch = {name: _as_text(value) for name, value in (given.get("arch_options") or {}).items()}
+    return {**options, "arch_options": of_arch} if of_arch else options
+
+
+def _as_text(value: Any) -> Any:
+    try:
+        json.loads(value)
+    except (TypeError, ValueError):
+        return value
+    return json.dumps(value)
 
 
 def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float | None, default: int) -> int:

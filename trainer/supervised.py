@@ -42,6 +42,7 @@ def train_teacher(
 
     Raises DatasetError, ModelError, FileExistsError, TrainingError, TrainingInterrupted.
     """
+    asked = {**locals(), **options}  # all that it was told, by the names that the command line has for it
     check_free(Path(out))
     dataset = open_dataset(data)
     split = dataset.split("train")
@@ -76,4 +77,4 @@ def train_teacher(
         training=settings.to_dict(),
     )
     material = Material(source=labelled_source(split), paths={"data": str(data)})
-    return train(out, config, material, settings, runtime, purpose=TEACHER, segmenter=frozen)
+    return train(out, config, material, settings, runtime, asked, purpose=TEACHER, segmenter=frozen)

@@ -48,7 +48,7 @@ from trainer.order import step_samples
 from trainer.repainting import repaint
 from trainer.run_dir import RunDir
 from trainer.schedule import is_moment, make_ema, make_optimizer, make_schedule
-from trainer.settings import PRECISIONS, Runtime, Settings
+from trainer.settings import PRECISIONS, Runtime, Settings, as_given
 from trainer.stream import Batch, Source, read_block, stored_heatmaps, stream
 from trainer.watch import Watch
 
@@ -82,6 +82,7 @@ def train(
     material: Material,
     settings: Settings,
     runtime: Runtime,
+    given: Mapping[str, Any],
     *,
     purpose: int,
     student_factory: str | None = None,
@@ -91,8 +92,8 @@ def train(
 
     However often it was stopped, by whatever way, the weights are those of a training that was not: bit for bit on a
     CPU, with as many threads. SIGTERM and Ctrl-C write a checkpoint first. Under torchrun every process has its share
-    of each batch, and batch norms see all of it. ``purpose`` is part of the seed of the initial weights. Returns what
-    it writes to ``result.json``.
+    of each batch, and batch norms see all of it. ``given`` are the options as they were given, for ``config.yaml``.
+    ``purpose`` is part of the seed of the initial weights. Returns what it writes to ``result.json``.
 
     Raises TrainingError, ModelError, RelevanceError, FileExistsError, CacheError, DatasetError, TrainingInterrupted.
     """
@@ -140,7 +141,11 @@ def train(
         progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None}
 
         # where it was stopped
-        run = cleanup.enter_context(closing(RunDir(out, config))) if ranks.main else None
+        run = (
+            cleanup.enter_context(closing(RunDir(out, config, as_given(given, settings, runtime))))
+            if ranks.main
+            else None
+        )
         state = None if run is None else _newest(run)
         if ranks.ranks > 1:
             state = ranks.share(state or _state(parts, progress))
