@@ -87,7 +87,7 @@ OF_CLIP = under(
 )
 
 
-class Bytes(click.ParamType[int]):
+class Bytes(click.ParamType):
     """A size such as 4GB, 500MiB or 2e9, as a number of bytes."""
 
     name = "size"
@@ -104,7 +104,7 @@ class Bytes(click.ParamType[int]):
         return size
 
 
-class BatchSize(click.ParamType[Any]):
+class BatchSize(click.ParamType):
     """A number of samples, at least 1, or auto."""
 
     name = "integer|auto"

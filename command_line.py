@@ -142,7 +142,7 @@ def _write_example(formatter: click.HelpFormatter, example: str) -> None:
             formatter.write(f"{INDENT}python cli.py {example}\n")
 
 
-class Choice(click.Choice[Any]):
+class Choice(click.Choice):
     """Some words, the nearest of which is offered for another one."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
