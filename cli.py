@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -868,6 +869,51 @@ def show_explanations_command(
     columns = ", ".join(shown["columns"])
     samples = len(shown["samples"])
     click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
+
+
+class _KeepsArguments(click.Command):
+    """A command that knows how it was given: `click.Context.meta` has its arguments."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
+
+
+@main.command(name="report", cls=_KeepsArguments)
+@click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
+@click.option("--data", type=Location(), help="A dataset; the one that the runs say they learnt from unless given.")
+@click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH.")
+@options(OF_CLIP)
+@click.option(
+    "--reference",
+    type=LocalFolder(path_type=Path),
+    help="Whose heatmaps the others' are compared with; the first teacher with a debiasing front, or clip:ARCH, unless "
+    "given.",
+)
+@click.option(
+    "--samples", default=6, show_default=True, type=click.IntRange(1, 50), help="Of each split in the gallery."
+)
+@click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The HTML file to write.")
+@FACTORY
+@SEGMENTER
+@DEVICE
+@click.pass_context
+def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:
+    """Everything about some models, side by side, in one HTML file that needs nothing else.
+
+    Accuracy, confusions, training, calibration, heatmaps of whichever class the reader chooses, how far they agree with
+    the teacher's, how much of them is on the object, and where everything is from.
+    """
+    from trainer import write_report
+
+    named = _teacher(teacher, options)
+    command = shlex.join(["python", "cli.py", "report", *context.meta["arguments"]])
+    made = write_report(runs if named is None else (named, *runs), command=command, **options)
+    models, size = len(made["models"]), made["bytes"] / 1e6
+    click.echo(
+        f"{options['out']}: {models} model{'s' * (models > 1)} on {', '.join(made['splits'])}, {size:.1f} MB; "
+        + (f"heatmaps compared with {made['reference']}'s" if made["reference"] else "no heatmaps compared")
+    )
 
 
 @main.command(name="export")

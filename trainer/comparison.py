@@ -110,7 +110,7 @@ class Curve:
     validation_losses: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelReport:
     """All of a model. ``totals`` is what `evaluate` has at the top. ``unexplained``: why it has no maps, where so.
 
@@ -183,8 +183,8 @@ def compare(
     """Measure models on every test split of a dataset, without ``data`` of the one that they were trained on.
 
     ``reference`` is the model that heatmaps are compared with, one more where it is none of them; without it the
-    first that sees no bias by its making: behind a debiasing front, or a vision-language one. ``samples`` of each split,
-    evenly spread, are explained. ``student_factory`` and ``segmenter`` as in `pipeline.load_teacher`.
+    first teacher behind a debiasing front, or that is a vision-language one. ``samples`` of each split, evenly spread,
+    are explained. ``student_factory`` and ``segmenter`` as in `pipeline.load_teacher`.
 
     Raises DatasetError, ModelError, RelevanceError; OSError.
     """
@@ -205,7 +205,7 @@ def compare(
         for model, (factory, masker) in own_code(models, student_factory, segmenter)
     ]
     compared_with = _reference(identities, loaded, reference)
-    titles = distinct([model if "clip:" in model[:5] else Path(model).name for model in identities], models)
+    titles = distinct([str(each) if isinstance(each, ZeroShot) else each.name for each in identities], models)
 
     torch_device = pick_device(device)
     explained, prepared = _classes_to_explain(dataset), {}
@@ -308,12 +308,12 @@ def _recorded(run: Path) -> list[str]:
     return [data] if "://" in data or Path(data).is_absolute() else [data, str(run.absolute().parent / data)]
 
 
-def _identity(model: Model) -> str:
+def _identity(model: Model) -> Path | ZeroShot:
     """By which a model is known to be the same."""
-    return str(model) if isinstance(model, ZeroShot) else str(Path(model).resolve())
+    return model if isinstance(model, ZeroShot) else Path(model).resolve()
 
 
-def _reference(identities: Sequence[str], loaded: Sequence[Teacher], asked: Model | None) -> int | None:
+def _reference(identities: Sequence[Path | ZeroShot], loaded: Sequence[Teacher], asked: Model | None) -> int | None:
     """The place of the model whose heatmaps the others' are compared with; None without one that is free of bias."""
     if asked is not None:
         return identities.index(_identity(asked))

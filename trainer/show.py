@@ -139,10 +139,7 @@ def pick_samples(there: int, samples: int | Sequence[int], split: str) -> np.nda
 
     Raises DatasetError for one that there is not, and RelevanceError for more than a picture has room for.
     """
-    if isinstance(samples, int):
-        rows = spread(there, samples)
-    else:
-        rows = np.asarray(samples, np.int64)
+    rows = spread(there, samples) if isinstance(samples, int) else np.asarray(samples, np.int64)
     if not 1 <= len(rows) <= MOST_SAMPLES:
         raise RelevanceError(f"a picture shows 1 to {MOST_SAMPLES} samples, not {len(rows)}: give fewer, or others")
     if len(outside := rows[(rows < 0) | (rows >= there)]):
