@@ -132,7 +132,7 @@ class ModelReport:
             return "vision-language teacher"
         if self.config.kind == "teacher":
             front = self.config.debias
-            return "trained on labels, no front (ERM)" if front == "none" else f"teacher behind --debias {front}"
+            return "trained on labels, no front (ERM)" if front == "none" else f"teacher, front {front}"
         return f"student, {loss_name(self.config)}"
 
 
