@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from command_line import Choice, Group, options, under
+from command_line import ARGUMENTS, Choice, Group, options, under
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
@@ -1018,6 +1019,52 @@ def show_explanations_command(
     columns = ", ".join(shown["columns"])
     samples = len(shown["samples"])
     click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
+
+
+@main.command(
+    name="report",
+    heading=AFTERWARDS,
+    example="report TEACHER ERM STUDENT --out report.html",
+)
+@click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
+@options(
+    under(
+        FILES,
+        click.option("--data", type=Location(), help="A dataset; that of the runs unless given."),
+        click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH."),
+        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The HTML file to write."),
+    ),
+    OF_CLIP,
+    under(
+        "What is compared",
+        click.option(
+            "--reference",
+            type=LocalFolder(path_type=Path),
+            help="Whose heatmaps the others' are compared with; the first teacher with a debiasing front, or of clip:, "
+            "unless given.",
+        ),
+        click.option("--samples", default=6, type=click.IntRange(1, 50), help="Of each split in the gallery."),
+    ),
+    under(OWN_CODE, FACTORY, SEGMENTER),
+    under(RUN, DEVICE),
+)
+@click.pass_context
+def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:
+    """Everything about some models, side by side, in one HTML file that needs nothing else.
+
+    Accuracy, confusions, training, calibration, heatmaps of whichever class the reader chooses, how far they agree with
+    the teacher's, how much of them is on the object, and where everything is from.
+    """
+    from trainer import write_report
+
+    named = _teacher(teacher, options)
+    command = shlex.join(["python", "cli.py", "report", *context.meta[ARGUMENTS]])
+    made = write_report(runs if named is None else (named, *runs), command=command, **options)
+    models, size = len(made["models"]), made["bytes"] / 1e6
+    click.echo(
+        f"{options['out']}: {models} model{'s' * (models > 1)} on {', '.join(made['splits'])}, {size:.1f} MB; "
+        + (f"heatmaps compared with {made['reference']}'s" if made["reference"] else "no heatmaps compared")
+    )
 
 
 @main.command(

@@ -15,6 +15,7 @@ import click
 
 OTHERS = "Other options"
 INDENT = "  "  # of an example
+ARGUMENTS = f"{__name__}.arguments"  # in a context's meta: the command as it was given
 FILE = f"{__name__}.file"  # in a context's meta: where the values come from that the command line does not give
 # of each pair a command takes one, so that what the command line gives makes void what a file says of the other
 EITHER_OR = (("steps", "epochs"), ("method", "loss"), ("arch", "student_factory"), ("model", "teacher"))
@@ -80,6 +81,7 @@ class Command(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
         try:
             rest = super().parse_args(ctx, args)
         except click.BadParameter as error:

@@ -190,6 +190,21 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     Folder(path.parent).write(path.name, content)
 
 
+def read_config(directory: Path) -> ModelConfig:
+    """What a saved model, or an unfinished training, is. Raises ModelError where the folder holds none."""
+    hint = "give the --out folder of train-teacher or train-student"
+    try:
+        values = json.loads((directory / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(f"no model at {directory}: there is no config.json; {hint}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ModelError(f"no model at {directory}: its config.json is not JSON; {hint}") from None
+    try:
+        return ModelConfig.from_dict(values if isinstance(values, dict) else {})
+    except ModelError as error:
+        raise ModelError(f"{directory} holds no model that this program can read: {error}; {hint}") from None
+
+
 def load_classifier(
     directory: str | Path, student_factory: str | None = None, segmenter: str | None = None
 ) -> tuple[Classifier, ModelConfig]:
@@ -203,17 +218,7 @@ def load_classifier(
     segmenter was not given.
     """
     directory = Path(directory)
-    hint = "give the --out folder of train-teacher or train-student"
-    try:
-        values = json.loads((directory / "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ModelError(f"no model at {directory}: there is no config.json; {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ModelError(f"no model at {directory}: its config.json is not JSON; {hint}") from None
-    try:
-        config = ModelConfig.from_dict(values if isinstance(values, dict) else {})
-    except ModelError as error:
-        raise ModelError(f"{directory} holds no model that this program can read: {error}; {hint}") from None
+    config = read_config(directory)
     if not (directory / "weights.pt").exists():
         raise ModelError(f"the training of {directory} was not finished: there is no weights.pt; train it again")
     try:

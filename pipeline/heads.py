@@ -62,8 +62,8 @@ class HeadSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HeadSpec:
-        """Raises TypeError for fields that it does not have."""
-        pool = values.get("pool")
+        """Raises TypeError for fields that it does not have, and for what has none."""
+        pool = dict(values).get("pool")
         return cls(**{**values, "pool": None if pool is None else PoolSpec(**pool)})
 
 

@@ -5,6 +5,7 @@ from trainer.errors import TrainingError
 from trainer.evaluation import evaluate
 from trainer.losses import heatmap_loss
 from trainer.pictures import heatmap_picture
+from trainer.report import write_report
 from trainer.show import show_explanations
 from trainer.supervised import train_teacher
 
@@ -16,4 +17,5 @@ __all__ = [
     "show_explanations",
     "train_student",
     "train_teacher",
+    "write_report",
 ]

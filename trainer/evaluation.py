@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -41,33 +42,57 @@ def evaluate(
 
     Raises DatasetError, ModelError.
     """
-    dataset = open_dataset(data)
-    if not dataset.test_splits:
-        raise DatasetError(f"the dataset {data} has no test split besides train and validation: add one, such as 'ood'")
+    dataset = open_tested(data)
     shape = dataset.test_splits[0].image_shape
     found = load_teacher(model, dataset.class_names, shape, student_factory=student_factory, segmenter=segmenter)
-    classifier, config = found.model, found.config
-    torch_device = pick_device(device)
-    place(classifier, torch_device)
+    config, torch_device = found.config, pick_device(device)
+    place(found.model, torch_device)
     splits = {}
     for split in dataset.test_splits:
         split.verify()
-        correct = predict(classifier, split, torch_device) == np.asarray(split.labels[:])
-        on_object = None if split.masks is None else relevance_on_object(classifier, split, torch_device)
-        splits[split.name] = {**_summary(correct, split, dataset), "on_object": on_object}
-    accuracies = {name: splits[name]["accuracy"] if name in splits else None for name in ("iid", "ood", "shift")}
-    iid, ood = accuracies["iid"], accuracies["ood"]
-    worst = [summary["worst_group"] for summary in splits.values() if summary["worst_group"] is not None]
+        splits[split.name] = score(found.model, split, dataset, answers(found.model, split, torch_device), torch_device)
     return {
-        **accuracies,
-        "gap": None if iid is None or ood is None else round(iid - ood, 6),
-        "worst_group": min(worst, key=lambda group: group["accuracy"], default=None),
-        "splits": splits,
+        **summary(splits),
         "dataset": dataset.name,
         "model": str(model),
         "kind": config.kind,
         "arch": config.arch,
         "debias": config.debias,
+    }
+
+
+def open_tested(data: Location) -> Dataset:
+    """A dataset that has something to test on. Raises DatasetError."""
+    dataset = open_dataset(data)
+    if not dataset.test_splits:
+        raise DatasetError(f"the dataset {data} has no test split besides train and validation: add one, such as 'ood'")
+    return dataset
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of samples: the class, int64 (N,), and its probability by softmax, float64 (N,)."""
+
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+
+def score(model: Classifier, split: Split, dataset: Dataset, said: Answers, device: torch.device) -> dict[str, Any]:
+    """What `evaluate` returns of one split, by what the model said of all of it."""
+    on_object = None if split.masks is None else relevance_on_object(model, split, device)
+    return {**_summary(said.classes == np.asarray(split.labels[:]), split, dataset), "on_object": on_object}
+
+
+def summary(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What `evaluate` has at the top, by what `score` returned of each split, and the ``splits`` themselves."""
+    accuracies = {name: splits[name]["accuracy"] if name in splits else None for name in ("iid", "ood", "shift")}
+    iid, ood = accuracies["iid"], accuracies["ood"]
+    worst = [found["worst_group"] for found in splits.values() if found["worst_group"] is not None]
+    return {
+        **accuracies,
+        "gap": None if iid is None or ood is None else round(iid - ood, 6),
+        "worst_group": min(worst, key=lambda group: group["accuracy"], default=None),
+        "splits": splits,
     }
 
 
@@ -135,15 +160,21 @@ def relevance_on_object(model: Classifier, split: Split, device: torch.device) -
     return 100 * float(found.mean()) if len(found) else None
 
 
-@torch.no_grad()
 def predict(model: Classifier, split: Split, device: torch.device, every: int = 1) -> np.ndarray:
     """The predicted class of every sample, or of every n-th, int64 (N,); the model in evaluation mode."""
-    predictions = []
+    return answers(model, split, device, every).classes
+
+
+@torch.no_grad()
+def answers(model: Classifier, split: Split, device: torch.device, every: int = 1) -> Answers:
+    """What the model, in evaluation mode, says of every sample, or of every n-th."""
+    classes, probabilities = [], []
     for rows in _batches(split, every, BATCH_SIZE):
         masks = None if split.masks is None else as_mask(np.asarray(split.masks[rows]), device)
         logits = model(as_input(np.asarray(split.images[rows]), device), masks)
-        predictions.append(logits.argmax(1).cpu().numpy())
-    return np.concatenate(predictions)
+        classes.append(logits.argmax(1).cpu().numpy())
+        probabilities.append(logits.cpu().double().softmax(1).amax(1).numpy())
+    return Answers(np.concatenate(classes), np.concatenate(probabilities))
 
 
 def _batches(split: Split, every: int, size: int) -> Iterator[slice]:

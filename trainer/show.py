@@ -87,7 +87,7 @@ def show_explanations(
         raise RelevanceError(f"{len(models) + len(caches)} maps beside each other are too many: give {MOST_COLUMNS}")
     named = _class_to_explain(dataset, explain)
     stores = [_open_store(cache, dataset, chosen) for cache in caches]
-    loaded = [load_shown(model, dataset, *code) for model, code in _own_code(models, student_factory, segmenter)]
+    loaded = [load_shown(model, dataset, *code) for model, code in own_code(models, student_factory, segmenter)]
 
     torch_device = pick_device(device)
     labels = np.asarray(chosen.labels[:])[rows].astype(np.int64)
@@ -100,8 +100,8 @@ def show_explanations(
         model.cpu()
     columns += [_stored(store, rows, labels, dataset.class_names) for store in stores]
 
-    titles = _distinct([title for _, title in loaded], models)
-    titles += _distinct([Path(str(cache)).name for cache in caches], caches)
+    titles = distinct([title for _, title in loaded], models)
+    titles += distinct([Path(str(cache)).name for cache in caches], caches)
     rules = [None] * len(loaded) + [store.info.explainer.rule for store in stores]
     titles = [title if rule is None else f"{title} ({rule})" for title, rule in zip(titles, rules, strict=True)]
     asked = {
@@ -139,10 +139,7 @@ def pick_samples(there: int, samples: int | Sequence[int], split: str) -> np.nda
 
     Raises DatasetError for one that there is not, and RelevanceError for more than a picture has room for.
     """
-    if isinstance(samples, int):
-        rows = np.arange(min(samples, there)) * there // max(1, min(samples, there))
-    else:
-        rows = np.asarray(samples, np.int64)
+    rows = spread(there, samples) if isinstance(samples, int) else np.asarray(samples, np.int64)
     if not 1 <= len(rows) <= MOST_SAMPLES:
         raise RelevanceError(f"a picture shows 1 to {MOST_SAMPLES} samples, not {len(rows)}: give fewer, or others")
     if len(outside := rows[(rows < 0) | (rows >= there)]):
@@ -150,6 +147,17 @@ def pick_samples(there: int, samples: int | Sequence[int], split: str) -> np.nda
             f"there is no sample {outside[0]} in the split '{split}': give a --sample from 0 to {there - 1}"
         )
     return rows
+
+
+def spread(there: int, samples: int) -> np.ndarray:
+    """Indices of so many samples, spread evenly, the first one first; of all where there are fewer. int64."""
+    return np.arange(min(samples, there)) * there // max(1, min(samples, there))
+
+
+def in_units(summed: np.ndarray) -> np.ndarray:
+    """A map (h, w), summed over channels, divided by its mean |relevance| over the positions that have any."""
+    some = np.abs(summed[summed != 0])
+    return summed / (some.mean() if len(some) else 1.0)
 
 
 def common_limit(maps: Sequence[np.ndarray | None]) -> float:
@@ -179,7 +187,7 @@ def _class_to_explain(dataset: Dataset, explain: str) -> int | None:
     return dataset.class_names.index(explain)
 
 
-def _own_code(
+def own_code(
     models: Sequence[str | Path | ZeroShot], student_factory: str | None, segmenter: str | None
 ) -> list[tuple[str | Path | ZeroShot, tuple[str | None, str | None]]]:
     """Each model with the options that it needs; with all of them where none does, to be refused as in `evaluate`."""
@@ -276,15 +284,13 @@ def _stored(cache: Cache, rows: np.ndarray, labels: np.ndarray, class_names: tup
 
 def _cell(class_names: tuple[str, ...], label: int, maps: np.ndarray, logits: np.ndarray, note: str = "") -> Cell:
     """A map (C, h, w), summed over channels and in units of its own mean, with what the logits (K,) say below it."""
-    summed = maps.sum(0, dtype=np.float64)
-    some = np.abs(summed[summed != 0])
-    unit = some.mean() if len(some) else 0.0
+    content = in_units(maps.sum(0, dtype=np.float64))
     powers = np.exp(logits - logits.max(), dtype=np.float64)
     says, share = int(logits.argmax()), powers.max() / powers.sum()
     below = [f"says {class_names[says]}, {100 * share:.1f} %", *([note] if note else [])]
-    if not unit:
+    if not content.any():
         below.append("no relevance at all")
-    return Cell(summed / (unit or 1), "\n".join(below), wrong=says != label)
+    return Cell(content, "\n".join(below), wrong=says != label)
 
 
 def _told(explainer: str, explain: str, epsilon: float, models: bool, caches: bool) -> str:
@@ -314,7 +320,7 @@ def _row_titles(dataset: Dataset, split: Split, rows: np.ndarray, labels: np.nda
     return ["\n".join([*title, f"sample {row}"]) for title, row in zip(titles, rows.tolist(), strict=True)]
 
 
-def _distinct(titles: Sequence[str], locations: Sequence[Any]) -> list[str]:
+def distinct(titles: Sequence[str], locations: Sequence[Any]) -> list[str]:
     """Of those that have the same name, all of the path as it was given."""
     times = Counter(titles)
     return [title if times[title] == 1 else str(where) for title, where in zip(titles, locations, strict=True)]
