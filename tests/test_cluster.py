@@ -30,7 +30,7 @@ from teacher_cache import CacheError, open_cache
 from trainer import train_teacher
 
 ROOT = Path(__file__).parent.parent
-EXPLAIN_SHARD, LOAD_CLASSIFIER = stage_one.explain_shard, stage_one.load_classifier
+EXPLAIN_SHARD, LOAD_TEACHER = stage_one.explain_shard, stage_one.load_teacher
 loads: list[str] = []
 sizes: list[int] = []  # of batches
 
@@ -39,17 +39,17 @@ sizes: list[int] = []  # of batches
 
 
 def restore() -> None:
-    stage_one.explain_shard, stage_one.load_classifier, stage_one.Forward = EXPLAIN_SHARD, LOAD_CLASSIFIER, Forward
+    stage_one.explain_shard, stage_one.load_teacher, stage_one.Forward = EXPLAIN_SHARD, LOAD_TEACHER, Forward
     loads.clear()
     sizes.clear()
 
 
 def count_loads() -> None:
-    def counting(directory, **options):
-        loads.append(directory)
-        return LOAD_CLASSIFIER(directory, **options)
+    def counting(teacher, *dataset, **options):
+        loads.append(teacher)
+        return LOAD_TEACHER(teacher, *dataset, **options)
 
-    stage_one.load_classifier = counting
+    stage_one.load_teacher = counting
 
 
 def killed_while_it_computes_its_second_shard() -> None:
@@ -329,7 +329,7 @@ def test_a_worker_that_sees_another_disk_is_refused(what, dataset, teacher, clie
     if what == "teacher":
         train_teacher(dataset, tmp_path / "other", steps=1, batch_size=32, seed=1)
         swap_after_the_store_is_created(monkeypatch, model, tmp_path / "other")
-        error, words = ModelError, f"the teacher {model}, as .* sees it, is another one: the SHA-256 of its weights.pt"
+        error, words = ModelError, f"the teacher {model}, as .* sees it, is another one: the SHA-256 of its weights is"
     elif what == "dataset":
         make_coloured_mnist(tmp_path / "other", seed=1, limit=300)
         swap_after_the_store_is_created(monkeypatch, data, tmp_path / "other")

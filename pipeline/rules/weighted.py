@@ -139,7 +139,9 @@ class Linear:
     """``x Wᵀ + b`` over the last axis."""
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
+        made = F.linear(x, weight, bias)
+        # of more than two axes it is a view in some releases, which may not be changed in place behind a node of ours
+        return aten._unsafe_view(made, made.shape) if made._is_view() else made
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return g @ weight
