@@ -18,9 +18,9 @@ import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
-from pipeline import Classifier, Forward, ModelConfig, RelevanceError, ZeroShot, load_teacher
+from pipeline import Classifier, Forward, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
 from pipeline.batches import Batches
-from pipeline.classifier import versions
+from pipeline.classifier import read_config, versions
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.explainers import find_explainer
 from pipeline.models import is_factory
@@ -213,8 +213,8 @@ def own_code(
 def _config(directory: str | Path) -> ModelConfig | None:
     """None for what cannot be read, of which `load_classifier` says why."""
     try:
-        return ModelConfig.from_dict(json.loads((Path(directory) / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError):
+        return read_config(Path(directory))
+    except (OSError, ModelError):
         return None
 
 
