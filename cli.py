@@ -239,6 +239,11 @@ WHILE_IT_RUNS = under(
     ),
     click.option("--profile", is_flag=True, help="Write a torch profiler trace of some steps."),
     click.option(
+        "--cuda-graph/--no-cuda-graph",
+        default=None,
+        help="On CUDA, record a step and replay it, which is faster; unless given, where the network is not your own.",
+    ),
+    click.option(
         "--snapshots",
         default=0,
         type=click.IntRange(0),

@@ -15,7 +15,9 @@ from pipeline.models import ModelError
 def pick_device(name: str) -> torch.device:
     """``auto`` (CUDA where there is one, else the CPU), or any device name of PyTorch's that is usable here.
 
-    For the CPU the allocator is told to `keep_freed_memory`.
+    For the CPU the allocator is told to `keep_freed_memory`. CUDA is told to compute in full float32: by itself it
+    rounds what enters convolutions to TF32, which moves a heatmap where a ReLU opens or closes by it. A training
+    chooses its own precision after this.
 
     Raises ModelError for a device that this machine does not have.
     """
@@ -29,7 +31,15 @@ def pick_device(name: str) -> torch.device:
         raise ModelError(f"the device '{name}' cannot be used here ({reason}): choose auto, cpu or cuda") from None
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        round_to_tf32(False)
     return device
+
+
+def round_to_tf32(allowed: bool) -> None:
+    """Whether CUDA may round what enters convolutions and matrix products to TF32, in this process."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def place(model: nn.Module, device: torch.device) -> None:

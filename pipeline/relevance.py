@@ -123,15 +123,15 @@ class Trace:
 
         A cotangent that depends on the logits is held where it is; with ``create_graph`` it is differentiated too.
         """
-        epsilon = _checked_epsilon(epsilon, len(self.logits))
+        wide = torch.promote_types(self.logits.dtype, torch.float32)
         if self.state.epsilon is not None:
             raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
-        self.state.uniform = (
-            (float(epsilon[0]) if len(epsilon) else 0.0) if bool((epsilon == epsilon[:1]).all()) else None
-        )
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
-            wide = torch.promote_types(self.logits.dtype, torch.float32)
-            self.state.epsilon = epsilon.clone().to(self.logits.device, wide)
+            values, self.state.uniform = _checked_epsilon(epsilon, len(self.logits))
+            if self.state.uniform is None:
+                self.state.epsilon = values.clone().to(self.logits.device, wide)
+            else:
+                self.state.epsilon = self.logits.new_full((len(self.logits),), self.state.uniform, dtype=wide)
             try:
                 (gradient,) = torch.autograd.grad(
                     self.logits,
@@ -170,19 +170,30 @@ def _checked_classes(target_class: Tensor, samples: int, classes: int) -> Tensor
             f"target_class must hold one integer for each of the {samples} images, "
             f"got {target_class.dtype} {tuple(target_class.shape)}"
         )
-    outside = target_class[(target_class < 0) | (target_class >= classes)]
-    if len(outside):
-        raise ValueError(f"target_class {outside[0].item()} is outside the model's {classes} classes")
+    if not _recorded(target_class):
+        outside = target_class[(target_class < 0) | (target_class >= classes)]
+        if len(outside):
+            raise ValueError(f"target_class {outside[0].item()} is outside the model's {classes} classes")
     return target_class.long()
 
 
-def _checked_epsilon(epsilon: float | Tensor, samples: int) -> Tensor:
+def _checked_epsilon(epsilon: float | Tensor, samples: int) -> tuple[Tensor, float | None]:
+    """ε as (N,), and the number that it is where it is one for all, as far as that is known."""
     values = epsilon if isinstance(epsilon, Tensor) else torch.as_tensor(epsilon, dtype=torch.float64)
     if values.dim() == 0:
         values = values.expand(samples)
     if values.shape != (samples,):
         raise ValueError(f"epsilon must be a number or have shape ({samples},), got {tuple(values.shape)}")
+    if _recorded(values):
+        return values, None
     wrong = values[~((values >= 0) & values.isfinite())]
     if len(wrong):
         raise ValueError(f"epsilon must be 0 or more, and finite, got {wrong[0].item()}")
-    return values
+    if not bool((values == values[:1]).all()):
+        return values, None
+    return values, float(values[0]) if samples else 0.0
+
+
+def _recorded(values: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which holds no numbers yet, so that none can be looked at."""
+    return values.is_cuda and torch.cuda.is_current_stream_capturing()

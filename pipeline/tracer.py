@@ -26,6 +26,7 @@ from pipeline.rules import (
 )
 
 _PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch's that return their input
+_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined]  # as checkpointing does, up to PyTorch 2.13
 
 
 class Tracer(TorchFunctionMode):
@@ -49,6 +50,8 @@ class Tracer(TorchFunctionMode):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # else a compiled model compiles the choice of rules in
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == _ASKS_FOR_ITS_NODE:
+            return func(*args)
         given = tensors([args, kwargs])
         carrying = [tensor for tensor in (given[:1] if func in LIKE_THE_SECOND else given) if self.carries(tensor)]
         if not carrying:

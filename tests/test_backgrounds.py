@@ -186,7 +186,8 @@ def test_the_share_of_relevance_on_the_object_is_counted_and_all_of_it_behind_a_
     torch.manual_seed(0)
     network, _ = build_network("small-cnn", 10, split.image_shape, free_of_biases=True)
     plain, masked = (
-        evaluate(textures, saved(tmp_path / debias, network, split.image_shape, debias)) for debias in ("none", "mask")
+        evaluate(textures, saved(tmp_path / debias, network, split.image_shape, debias), device="cpu")
+        for debias in ("none", "mask")
     )
     for name in ("iid", "ood", "shift"):
         assert masked["splits"][name]["on_object"] == pytest.approx(100)

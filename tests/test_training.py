@@ -66,7 +66,7 @@ def test_a_student_sees_neither_labels_nor_outputs(dataset, cache, tmp_path):
     # the maps as they are stored would be rounded a second time: write what rounds to the same
     store.write_shard(0, type(shard)(shard.heatmaps, shard.target_class, shard.epsilon, shard.teacher_logits * 0 + 7))
     for name, data, path in (("a", dataset, cache), ("b", blind_data, blind_cache)):
-        train_student(data, path, tmp_path / name, steps=5, batch_size=64)
+        train_student(data, path, tmp_path / name, steps=5, batch_size=64, device="cpu")
     for name, value in weights(tmp_path / "a").items():
         torch.testing.assert_close(value, weights(tmp_path / "b")[name], rtol=1e-3, atol=1e-5)
 
@@ -142,6 +142,7 @@ def test_the_same_seed_gives_the_same_weights(dataset, cache, tmp_path):
 
 def test_threads_and_memory_change_speed_and_nothing_else(dataset, cache, tmp_path):
     for name, options in (("a", {"workers": 1, "memory_budget": 0}), ("b", {"workers": 3})):
+        options["device"] = "cpu"  # bit for bit
         train_teacher(dataset, tmp_path / f"t{name}", steps=3, batch_size=128, **options)
         result = train_student(dataset, cache, tmp_path / f"s{name}", steps=3, batch_size=128, **options)
         assert 0 < result["seconds_waiting"] < result["seconds"]
@@ -284,7 +285,7 @@ def test_what_is_no_saved_model_is_said(teacher, tmp_path, damage):
 
 
 def test_evaluation_counts_what_it_says(dataset, teacher):
-    result = evaluate(dataset, teacher)
+    result = evaluate(dataset, teacher, device="cpu")
     model, _ = load_classifier(teacher)
     opened = open_dataset(dataset)
     for name in ("iid", "ood", "shift"):
@@ -352,7 +353,7 @@ def test_a_profile_is_a_trace_with_events(dataset, tmp_path):
 
 
 def test_the_averaged_weights_are_the_moving_average_of_every_step(dataset, tmp_path):
-    options = {"steps": 4, "batch_size": 16, "checkpoint_steps": 1, "keep_checkpoints": 9}
+    options = {"steps": 4, "batch_size": 16, "checkpoint_steps": 1, "keep_checkpoints": 9, "device": "cpu"}
     train_teacher(dataset, tmp_path / "t", ema=0.7, **options)
     states = [
         torch.load(path, weights_only=True)["model"] for path in sorted((tmp_path / "t" / "checkpoints").iterdir())
@@ -366,7 +367,7 @@ def test_the_averaged_weights_are_the_moving_average_of_every_step(dataset, tmp_
         assert not torch.equal(states[0][name], states[3][name])
 
 
-SGD = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "steps": 1}
+SGD = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "steps": 1, "device": "cpu"}
 
 
 def test_a_batch_shown_in_parts_is_learnt_as_the_whole(dataset, cache, tmp_path, monkeypatch):

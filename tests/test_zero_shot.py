@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -189,7 +190,7 @@ def test_the_published_architectures_are_explained_and_teach(name, tmp_path, mon
     for key, parameter in model.named_parameters():
         if key.endswith("bn3.weight"):
             nn.init.ones_(parameter)
-    monkeypatch.setattr(zero_shot, "_load", lambda teacher: (model, open_clip.get_tokenizer(name)))
+    monkeypatch.setattr(zero_shot, "_load", lambda teacher: (copy.deepcopy(model), open_clip.get_tokenizer(name)))
     make_coloured_mnist(tmp_path / "few.zarr", limit=2)
     teacher = load_teacher(ZeroShot(name, "any"), NAMES, (3, 28, 28))
     cache_explanations(tmp_path / "few.zarr", ZeroShot(name, "any"), tmp_path / "store.zarr", draws=1)

@@ -72,8 +72,9 @@ class Runtime:
     device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream`. checkpoint_steps,
     checkpoint_minutes: how often there is a checkpoint, None for not by that; the last keep_checkpoints stay.
     log_steps: every so many steps there is a line in ``metrics.jsonl``. profile: write a trace of some steps.
-    snapshots: at so many moments, evenly spread and the last step among them, the weights are kept (the averaged ones,
-    where there is an average).
+    cuda_graph: whether a step is recorded and replayed on CUDA, by one process; None is for networks of our own and of
+    torchvision. snapshots: at so many moments, evenly spread and the last step among them, the weights are kept (the
+    averaged ones, where there is an average).
     """
 
     device: str = "auto"
@@ -84,6 +85,7 @@ class Runtime:
     keep_checkpoints: int = 2
     log_steps: int = 20
     profile: bool = False
+    cuda_graph: bool | None = None
     snapshots: int = 0
 
     def __post_init__(self) -> None:

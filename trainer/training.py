@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ from pipeline import (
     synchronise_batch_norm,
 )
 from pipeline.classifier import build_classifier, save_weights
-from pipeline.device import as_input, as_mask, pick_device, place, to_device
+from pipeline.device import as_input, as_mask, pick_device, place, round_to_tf32, to_device
 from pipeline.heads import copy_head
 from pipeline.segmenters import Segmenter
 from teacher_cache import CacheInfo
 from trainer.augmentation import BACKGROUND, augment, augment_masks
 from trainer.clock import Clock, Timed
+from trainer.cuda_graph import Passes, Recorded
 from trainer.distributed import LostProcess, Ranks, connect
 from trainer.errors import TrainingError
 from trainer.groups import GroupWeights
@@ -189,6 +191,10 @@ def train(
         timed = Timed(cleanup.enter_context(closing(batches)))
         clock = Clock(progress, timed)
         model.train()
+        passes: Passes = partial(_passes, model, material.store, settings, autocast)
+        ours = student_factory is None and segmenter is None
+        if device.type == "cuda" and ranks.ranks == 1 and (ours if runtime.cuda_graph is None else runtime.cuda_graph):
+            passes = Recorded(passes, learnt)
         for step in range(start, settings.steps):
             batch = next(timed)
             size = len(batch["sample"])
@@ -197,16 +203,7 @@ def train(
             shown = on_device(batch, material.store, settings, device, moved)
             if balance is not None:
                 shown["group_weights"] = balance.of_samples(shown["groups"])
-            losses = {name: shown["images"].new_empty(size) for name in settings.loss}
-            for first in range(min(settings.accumulate, size)):
-                rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
-                with autocast(), _too_few_said(settings):
-                    of_part = losses_of(
-                        model, {name: values[rows] for name, values in shown.items()}, material.store, settings
-                    )
-                (weighted(of_part, settings.loss).sum() / size).backward()
-                for name, values in of_part.items():
-                    losses[name][rows] = values.detach()
+            losses = passes(shown)
             if balance is not None:
                 balance.update(shown["groups"], losses["group-dro"] / shown["group_weights"])
             ranks.average_gradients(learnt)
@@ -276,6 +273,26 @@ def train(
             run.finish(result)
         ranks.wait()
         return result
+
+
+def _passes(
+    model: Classifier,
+    store: CacheInfo | None,
+    settings: Settings,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    shown: Batch,
+) -> dict[str, Tensor]:
+    """The passes forward and backward of a step, in as many parts as were asked for, and the losses as `losses_of`."""
+    size = len(shown["images"])
+    losses = {name: shown["images"].new_empty(size) for name in settings.loss}
+    for first in range(min(settings.accumulate, size)):
+        rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
+        with autocast(), _too_few_said(settings):
+            of_part = losses_of(model, {name: values[rows] for name, values in shown.items()}, store, settings)
+        (weighted(of_part, settings.loss).sum() / size).backward()
+        for name, values in of_part.items():
+            losses[name][rows] = values.detach()
+    return losses
 
 
 def on_device(
@@ -405,8 +422,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[Callable[[], Abst
     if name == "auto":
         name = "tf32" if device.type == "cuda" else "float32"
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = name == "tf32"
+        round_to_tf32(name == "tf32")
     elif name == "tf32":
         raise TrainingError(f"--precision tf32 is of CUDA, and this trains on {device.type}: give float32 or bfloat16")
     if name == "bfloat16":
