@@ -103,12 +103,14 @@ def _contrastive(images: Tensor, texts: Tensor, scale: Tensor, labels: Tensor) -
     return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
 
 
-def _run(work: Path, tower: str, clip_steps: int, steps: int, chosen: tuple[str, ...]) -> list[list[Any]]:
+def _run(
+    work: Path, tower: str, clip_steps: int, steps: int, chosen: tuple[str, ...], limit: int | None
+) -> list[list[Any]]:
     data, folder = work / "data.zarr", work / tower
     try:
         open_dataset(data)
     except DatasetError:
-        make_coloured_mnist(data)
+        make_coloured_mnist(data, limit=limit)
     if not (folder / "clip" / "weights.pt").exists():
         train_clip(data, tower, folder / "clip", clip_steps)
     teacher = ZeroShot(str(folder / "clip" / "config.json"), str(folder / "clip" / "weights.pt"), templates=PROMPTS)
@@ -136,8 +138,11 @@ def _run(work: Path, tower: str, clip_steps: int, steps: int, chosen: tuple[str,
 )
 @click.option("--steps", default=3000, show_default=True, type=click.IntRange(1), help="Of a student's training.")
 @click.option("--row", "rows", multiple=True, type=click.Choice(list(STUDENTS)), help="All unless given.")
-def main(work: Path, towers: tuple[str, ...], clip_steps: int, steps: int, rows: tuple[str, ...]) -> None:
-    lines = [line for tower in towers or TOWERS for line in _run(work, tower, clip_steps, steps, rows)]
+@click.option("--limit", type=click.IntRange(1), help="At most so many samples of each split.")
+def main(
+    work: Path, towers: tuple[str, ...], clip_steps: int, steps: int, rows: tuple[str, ...], limit: int | None
+) -> None:
+    lines = [line for tower in towers or TOWERS for line in _run(work, tower, clip_steps, steps, rows, limit)]
     click.echo(table(["image tower", "", "IID", "OOD", "shift"], lines))
     click.echo("\n" + processor(torch.device("cpu")))
 

@@ -149,19 +149,18 @@ def zero_shot_network(
     """An open_clip model as a classifier, frozen, without its text tower: images (N, 3, H, W) in [0, 1] → (N, K).
 
     Its preprocessing, its image tower, the division by the L2 norm, and a linear layer whose weights are the classes'
-    text embeddings times the temperature: logits are ``exp(logit_scale) · cos(image, text)``, and the bias of models
-    that have one. ``prompts`` are those of each class: its embedding is the normalised mean of theirs, normalised each
-    (Radford et al., ICML 2021, section 3.1.4).
+    text embeddings, less their mean, times the temperature: logits are ``exp(logit_scale) · cos(image, text)`` less
+    their mean over the classes. Decisions and softmax are the same; a heatmap tells what speaks for its class rather
+    than for the others, and not what all texts have in common. ``prompts`` are those of each class: its embedding is
+    the normalised mean of theirs, normalised each (Radford et al., ICML 2021, section 3.1.4).
     """
     any_model: Any = model.eval()
-    tower, bias = any_model.visual, getattr(any_model, "logit_bias", None)
+    tower = any_model.visual
     with torch.no_grad():
         texts = [any_model.encode_text(tokenize(list(of_class)), normalize=True).mean(0) for of_class in prompts]
         embeddings = F.normalize(torch.stack(texts).float(), dim=1)
-        head = nn.Linear(embeddings.shape[1], len(embeddings), bias=bias is not None)
-        head.weight.copy_(any_model.logit_scale.exp() * embeddings)
-        if bias is not None:
-            head.bias.fill_(float(bias))
+        head = nn.Linear(embeddings.shape[1], len(embeddings), bias=False)
+        head.weight.copy_(any_model.logit_scale.exp() * (embeddings - embeddings.mean(0)))
     parts = {
         "preprocess": preprocessing(model),
         "tower": _Embedding(tower) if getattr(tower, "output_tokens", False) else tower,
@@ -201,7 +200,8 @@ def build_zero_shot(
     except Exception as error:
         raise ModelError(f"{teacher} does not take images of shape {image_shape}: {_first_line(error)}") from error
     record = {"pretrained": teacher.pretrained or teacher.arch, "prompts": json.dumps(prompts, ensure_ascii=False)}
-    digest = hashlib.sha256(json.dumps([record["prompts"], cast(Any, model).logit_scale.item()]).encode())
+    decides = ["less their mean", record["prompts"], cast(Any, model).logit_scale.item()]
+    digest = hashlib.sha256(json.dumps(decides).encode())
     for part in (network.preprocess, network.tower):
         digest.update(repr([value for key, value in sorted(vars(part).items()) if key in _DECIDING]).encode())
         for name, value in sorted(part.state_dict().items()):
