@@ -1,0 +1,159 @@
+"""The examples run as they stand there (with small sizes), and the notebook's outputs are of a real run."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import torch
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+from data.coloured_mnist import CLASS_NAMES
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+NOTEBOOK = EXAMPLES / "quickstart.ipynb"
+SMALL = {"LIMIT": 120, "TEACHER_STEPS": 2, "ERM_STEPS": 2, "STUDENT_STEPS": 2}
+PATHS = re.compile(r"(?<![\w.])/(home|root|tmp|Users|usr|opt|var|mnt|private|work)\b|[A-Z]:\\")  # of somebody's machine
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """Starts the kernel with the interpreter of the tests, whatever is installed as python3."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
+
+def read() -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def parameters(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    return cell
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed(notebook: nbformat.NotebookNode) -> str:
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+
+
+def images(notebook: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def table(notebook: nbformat.NotebookNode) -> dict[str, tuple[float, ...]]:
+    """Accuracies on iid, ood and shift, by model."""
+    rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+) +([\d.]+)$", printed(notebook), re.MULTILINE)
+    return {title: tuple(map(float, row)) for title, *row in rows}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def call(*command: str, folder: Path) -> str:
+    """What a Python program says, started in a folder."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_notebook_runs(tmp_path):
+    notebook = read()
+    cell = parameters(notebook)
+    for name, size in SMALL.items():
+        cell.source, found = re.subn(rf"^{name} = [\d_]+", f"{name} = {size}", cell.source, flags=re.MULTILINE)
+        assert found == 1, name
+    folders = {name: str(tmp_path / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_manager_class=ThisInterpreter,
+        resources={"metadata": {"path": str(tmp_path)}},
+    )
+    client.execute(env=environment(**folders))  # raises where a cell does
+    assert images(notebook) == images(read()) > 0
+    rows = table(notebook)
+    assert set(rows) == {"ERM", "teacher", "student"}
+    assert all(0 <= accuracy <= 100 for row in rows.values() for accuracy in row)
+
+
+def test_the_notebooks_outputs_are_there_and_of_one_run_from_top_to_bottom():
+    notebook = read()
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    silent = [cell for cell in cells if not cell.outputs]
+    assert all("show(" not in cell.source and "print_answers(" not in cell.source for cell in silent)
+    assert len(silent) == 2  # the sizes, the imports
+    assert all(output.output_type != "error" and output.get("name") != "stderr" for output in outputs(notebook))
+    assert NOTEBOOK.stat().st_size < 600_000
+
+
+def test_the_notebook_says_nothing_of_the_machine_that_it_ran_on():
+    notebook = read()
+    texts = [cell.source for cell in notebook.cells] + [printed(notebook), str(notebook.metadata)]
+    for output in outputs(notebook):
+        for kind, content in output.get("data", {}).items():
+            texts.append(content if kind.startswith("text/") else base64.b64decode(content)[:500].decode("latin-1"))
+    for text in texts:
+        assert not PATHS.search(text), text
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+
+
+def test_the_notebooks_prose_says_what_its_outputs_do():
+    rows = table(read())
+    assert rows["ERM"][0] > 99  # "next to perfect"
+    assert rows["ERM"][2] < 10  # "worse than guessing"
+    assert min(rows["teacher"]) > 95
+    behind = [theirs - ours for theirs, ours in zip(rows["teacher"], rows["student"], strict=True)]
+    assert max(behind) < 1  # "less than a point behind its teacher on each test"
+    answers = re.findall(r"^(\w+)((?: +[a-z]+){10})$", printed(read()), re.MULTILINE)
+    said = {title: words.split() for title, words in answers}
+    assert sum(map(str.__eq__, said["ERM"], CLASS_NAMES)) >= 8  # "nearly every colour is answered with its own digit"
+    assert set(said["teacher"]) == set(said["student"]) == {"seven"}
+
+
+def test_an_own_model_is_explained_trained_compared_and_exported(tmp_path):
+    small = ("--limit", "120", "--teacher-steps", "2", "--erm-steps", "2", "--student-steps", "2", "--width", "4")
+    out = tmp_path / "out"
+    said = call(str(EXAMPLES / "own_model.py"), "--out", str(out), *small, folder=tmp_path)
+    assert re.findall(r"^(\w[\w, -]+?)  +([\d.]+) +([\d.]+) +([\d.]+)$", said, re.MULTILINE)[2][0] == (
+        "own network, heatmaps"
+    )
+    assert (out / "heatmaps.png").read_bytes()[:4] == b"\x89PNG"
+    network = torch.export.load(out / "student.pt2").module()
+    assert network(torch.rand(3, 3, 28, 28)).shape == (3, 10)
+
+    # and on the command line, as its docstring says: where the file is
+    model = ("--data", str(out / "data.zarr"), "--model", str(out / "student"), "--device", "cpu")
+    evaluated = call(str(ROOT / "cli.py"), "evaluate", *model, "--student-factory", "own_model:build", folder=EXAMPLES)
+    assert "shift" in evaluated
+
+
+def test_an_own_model_has_help_and_overwrites_nothing(tmp_path):
+    script = str(EXAMPLES / "own_model.py")
+    assert "--student-steps" in call(script, "--help", folder=tmp_path)
+    refused = subprocess.run(
+        [sys.executable, script, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "exists: choose another --out" in refused.stderr
