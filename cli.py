@@ -19,6 +19,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+import inline_picture
 from command_line import ARGUMENTS, Choice, Group, options, under
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
@@ -975,6 +976,11 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
             help="A store of the split, whose first draws are a column. Repeatable.",
         ),
         click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write."),
+        click.option(
+            "--display/--no-display",
+            default=None,
+            help="Show it in the terminal too; unless given, where the terminal can.",
+        ),
     ),
     OF_CLIP,
     under(
@@ -1007,20 +1013,28 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
     under(RUN, DEVICE),
 )
 def show_explanations_command(
-    samples: int | None, indices: tuple[int, ...], teacher: str | None, models: tuple[Path, ...], **options: Any
+    samples: int | None,
+    indices: tuple[int, ...],
+    teacher: str | None,
+    models: tuple[Path, ...],
+    display: bool | None,
+    **options: Any,
 ) -> None:
     """Heatmaps of models and stores beside the images that they are of, as one picture.
 
     Each map is in units of its own mean |relevance|, as maps of different networks have no other common unit: where
     relevance is can be compared, and how much there is cannot.
     """
-    from trainer import show_explanations
-
     if samples is not None and indices:
         raise click.UsageError("give --samples, how many, or --sample, which, not both")
+    inline = inline_picture.choose(display, os.environ)
+    from trainer import show_explanations
+
     named = _teacher(teacher, options)
     every = models if named is None else (named, *models)
     shown = show_explanations(samples=indices or samples or 8, models=every, **options)
+    if inline is not None:
+        inline_picture.show(options["out"].read_bytes(), inline)
     columns = ", ".join(shown["columns"])
     samples = len(shown["samples"])
     click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")

@@ -26,7 +26,7 @@ from pipeline.rules import (
 )
 
 _PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch's that return their input
-_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined]  # as checkpointing does, up to PyTorch 2.13
+_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # as checkpointing, up to 2.13
 
 
 class Tracer(TorchFunctionMode):

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import fcntl
 import json
+import os
+import pty
+import re
 import shutil
+import struct
+import termios
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click import UsageError
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import inline_picture
 import teacher_cache.layout
 import trainer.show as module
 from cli import main
@@ -293,3 +303,151 @@ def test_another_kind_of_file_and_samples_given_twice_are_refused(dataset, teach
     both = run(*options, tmp_path / OUT, "--samples", 2, "--sample", 1)
     assert (both.exit_code, "give --samples, how many, or --sample, which, not both" in both.output) == (2, True)
     assert not list(tmp_path.iterdir())
+
+
+# --- in the terminal ----------------------------------------------------------------------------------------
+
+OF_KITTY = re.compile("\x1b_G([^;]*);([A-Za-z0-9+/=]*)\x1b\\\\")
+OF_ITERM2 = re.compile("\x1b]1337;File=([^:]*):([A-Za-z0-9+/=]*)\x07")
+
+
+def keys_and_png(sequences: str, protocol: Any) -> tuple[dict[str, str], bytes]:
+    """What the sequences of a picture ask for, and the PNG in them; they have to be all that there is."""
+    kitty = protocol is inline_picture.kitty
+    pattern = OF_KITTY if kitty else OF_ITERM2
+    assert pattern.sub("", sequences) == ""
+    asked, data = zip(*pattern.findall(sequences), strict=True)
+    keys = dict(key.split("=") for key in asked[0].split("," if kitty else ";"))
+    if kitty:  # each but the last says that there is more, and is full
+        assert [f"m={keys['m']}", *asked[1:]] == ["m=1"] * (len(asked) - 1) + ["m=0"]
+        assert all(len(each) == 4096 for each in data[:-1])
+    else:
+        assert len(data) == 1
+    return keys, base64.b64decode("".join(data), validate=True)
+
+
+@pytest.mark.parametrize("size", [1, 3071, 3072, 3073, 20_000])
+@pytest.mark.parametrize("protocol", [inline_picture.kitty, inline_picture.iterm2])
+def test_the_sequences_of_a_picture_have_all_of_its_bytes(protocol, size):
+    png = np.random.default_rng(size).bytes(size)
+    kitty = protocol is inline_picture.kitty
+    for columns in (None, 80):
+        keys, decoded = keys_and_png(protocol(png, columns), protocol)
+        assert decoded == png
+        assert keys.get("c" if kitty else "width") == ("80" if columns else None if kitty else "auto")
+        rest = {"a": "T", "f": "100", "q": "2"} if kitty else {"inline": "1", "size": str(size)}
+        assert keys.items() >= rest.items()
+
+
+XTERM = {"TERM": "xterm-256color"}
+TERMINALS = [
+    ({"TERM": "xterm-kitty", "KITTY_WINDOW_ID": "1"}, inline_picture.kitty),
+    ({"TERM": "xterm-kitty"}, inline_picture.kitty),  # over ssh
+    ({**XTERM, "KITTY_WINDOW_ID": "1"}, inline_picture.kitty),
+    ({"TERM": "xterm-ghostty", "TERM_PROGRAM": "ghostty"}, inline_picture.kitty),
+    ({**XTERM, "GHOSTTY_RESOURCES_DIR": "/usr/share/ghostty"}, inline_picture.kitty),
+    ({**XTERM, "KONSOLE_VERSION": "220400"}, inline_picture.kitty),
+    ({**XTERM, "KONSOLE_VERSION": "211203"}, None),
+    ({**XTERM, "KONSOLE_VERSION": "new"}, None),
+    ({**XTERM, "TERM_PROGRAM": "iTerm.app"}, inline_picture.iterm2),
+    ({**XTERM, "LC_TERMINAL": "iTerm2"}, inline_picture.iterm2),
+    ({**XTERM, "TERM_PROGRAM": "WezTerm"}, inline_picture.iterm2),
+    ({"TERM": "wezterm", "WEZTERM_EXECUTABLE": "/usr/bin/wezterm-gui"}, inline_picture.iterm2),
+    ({**XTERM, "TERM_PROGRAM": "mintty"}, inline_picture.iterm2),
+    ({**XTERM, "TERM_PROGRAM": "vscode", "KITTY_WINDOW_ID": "1"}, inline_picture.iterm2),  # started from kitty
+    ({**XTERM, "TERM_PROGRAM": "Apple_Terminal", "LC_TERMINAL": "iTerm2"}, None),
+    ({"TERM": "xterm-kitty", "TERM_PROGRAM": "vscode"}, inline_picture.kitty),
+    ({"TERM": "tmux-256color", "TERM_PROGRAM": "tmux", "TMUX": "/tmp/tmux", "KITTY_WINDOW_ID": "1"}, None),
+    ({**XTERM, "TMUX": "/tmp/tmux", "KITTY_WINDOW_ID": "1"}, None),
+    ({"TERM": "screen.xterm-256color", "STY": "1.pts", "LC_TERMINAL": "iTerm2"}, None),
+    ({"TERM": "xterm-kitty", "ZELLIJ": "0", "KITTY_WINDOW_ID": "1"}, None),
+    ({"TERM": "dumb", "KITTY_WINDOW_ID": "1"}, None),  # as in Emacs, started from kitty
+    (XTERM, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("environ", "protocol"), TERMINALS)
+def test_what_a_terminal_can_show_is_told_by_its_environment(environ, protocol):
+    assert inline_picture.protocol_of(environ) is protocol
+
+
+def in_terminal(monkeypatch, environ: dict[str, str], pixels: int, *arguments: object) -> str:
+    """What show-explanations prints on a pseudo-terminal of 80 columns, so many pixels wide (0: it does not tell)."""
+    for each in {key for known, _ in TERMINALS for key in known}:
+        monkeypatch.delenv(each, raising=False)
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, pixels, 0))
+    told = bytearray()
+
+    def read() -> None:
+        try:
+            while piece := os.read(ours, 65536):
+                told.extend(piece)
+        except OSError:  # Linux's end of file, when the other side is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with open(theirs, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", terminal)
+            main(["show-explanations", *map(str, arguments)], standalone_mode=False)
+    finally:
+        reader.join(timeout=60)
+        os.close(ours)
+    return told.decode().replace("\r\n", "\n")
+
+
+def test_a_terminal_that_can_shows_the_picture_above_its_name(dataset, teacher, tmp_path, monkeypatch):
+    given = ("--data", dataset, "--model", teacher, "--samples", 1)
+    for name, protocol, environ, pixels, fits in [
+        ("kitty", inline_picture.kitty, {"TERM": "xterm-kitty"}, 4000, None),
+        ("narrow", inline_picture.kitty, {"TERM": "xterm-kitty"}, 100, "80"),
+        ("iterm2", inline_picture.iterm2, {**XTERM, "TERM_PROGRAM": "iTerm.app"}, 100, "80"),
+        ("plain", None, XTERM, 100, None),
+    ]:
+        out = tmp_path / name / OUT
+        *picture, line = in_terminal(monkeypatch, environ, pixels, *given, "--out", out).splitlines()
+        assert line.startswith(f"{out}: 1 sample of iid"), line
+        if protocol is None:
+            assert not picture
+        else:
+            keys, png = keys_and_png("".join(picture), protocol)
+            assert png == out.read_bytes()
+            assert keys.get("c", keys.get("width")) == fits
+    said = in_terminal(monkeypatch, {"TERM": "xterm-kitty"}, 0, *given, "--no-display", "--out", tmp_path / OUT)
+    assert said.startswith(str(tmp_path))
+    assert "\x1b" not in said
+
+
+def test_a_width_in_pixels_that_is_not_told_is_that_of_small_characters(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fcntl, "ioctl", lambda *_: struct.pack("4H", 24, 80, 0, 0))
+    with open(os.devnull, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", terminal)
+        for across in (640, 641):
+            header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", across, 9)
+            inline_picture.show(header, lambda _, columns: asked.append(columns) or "")
+    assert asked == [None, 80]
+
+
+def test_a_picture_that_cannot_be_shown_is_refused_where_it_was_asked_for(dataset, teacher, tmp_path, monkeypatch):
+    given = ("--data", dataset, "--model", teacher, "--samples", 1, "--out", tmp_path / OUT)
+    for environ, where in [
+        ({**XTERM, "TERM_PROGRAM": "Apple_Terminal"}, r"\(Apple_Terminal\)"),
+        ({"TERM": "linux"}, r"\(TERM=linux\)"),
+        ({**XTERM, "TMUX": "/tmp/tmux", "TERM_PROGRAM": "tmux"}, r"\(tmux\)"),
+    ]:
+        with pytest.raises(
+            UsageError, match=rf"{where} is not known to show any: leave it out and open the PNG, or run"
+        ):
+            in_terminal(monkeypatch, environ, 0, *given, "--display")
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    result = run(*given, "--display")
+    assert (result.exit_code, "and this is no terminal: leave it out" in result.output) == (2, True), result.output
+    assert not list(tmp_path.iterdir())
+    result = run(*given)  # what is piped has the line alone
+    assert (result.exit_code, result.output.count("\n"), "\x1b" in result.output) == (0, 1, False), result.output
