@@ -19,8 +19,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-import inline_picture
-from command_line import ARGUMENTS, Choice, Group, options, under
+from terminal import inline_picture
+from terminal.command_line import ARGUMENTS, Choice, Group, options, under
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
@@ -148,7 +148,7 @@ class Architecture(click.ParamType):
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from pipeline.models import architectures
+        from pipeline.networks.models import architectures
 
         return [CompletionItem(name) for name in architectures() if name.startswith(incomplete)]
 
@@ -879,7 +879,7 @@ def train_students_command(
     of train-student, for all of them at the top and for each under 'students'. What is given here counts for all. Run
     again, it goes on.
     """
-    from trainer.sweep import plan_sweep, read_sweep, sweep_table, train_students
+    from trainer.reproduction.sweep import plan_sweep, read_sweep, sweep_table, train_students
 
     given = {
         name: value
@@ -929,7 +929,7 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
     bias is another one is warned of: its students will learn it too.
     """
     from trainer import evaluate
-    from trainer.evaluation import bias_warning
+    from trainer.results.evaluation import bias_warning
 
     if (model is None) == (teacher is None):
         raise click.UsageError("give either --model or --teacher.")
@@ -1130,8 +1130,8 @@ def quickstart_command(out: Path, seed: int) -> None:
     """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""
     import dataclasses
 
-    from trainer.profiles import PROFILES
-    from trainer.quickstart import quickstart
+    from trainer.reproduction.profiles import PROFILES
+    from trainer.reproduction.quickstart import quickstart
 
     results = quickstart(out, dataclasses.replace(PROFILES["quickstart"], seed=seed), click.echo)
     _echo_table(results, PROFILES["quickstart"].table)
@@ -1139,7 +1139,7 @@ def quickstart_command(out: Path, seed: int) -> None:
 
 
 def _echo_table(results: list[dict[str, Any]], benchmark: Any) -> None:
-    from trainer.tables import summarise, text
+    from trainer.results.tables import summarise, text
 
     click.echo(f"\n{text(summarise(results, benchmark))}\n")
 
@@ -1190,7 +1190,7 @@ def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
 
     Stopped in whatever way, the same command goes on; with more --methods or --seeds it adds them.
     """
-    from trainer import profiles
+    from trainer.reproduction import profiles
 
     _reproduce(profiles.PROFILES[profile], **options)
 
@@ -1214,7 +1214,7 @@ def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: s
 
     The teacher sees the garment alone, by the dataset's masks. It goes on, and is added to, in the same way.
     """
-    from trainer import profiles
+    from trainer.reproduction import profiles
 
     sources = {} if fashion_mnist is None else {"fashion_mnist": fashion_mnist}
     _reproduce(profiles.ON_TEXTURES[profile], sources=sources, **options)
@@ -1226,7 +1226,7 @@ def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: s
 @options(under(FILES, COCO_AND_PLACES, REPRODUCED_IN), HOW_IT_IS_REPRODUCED)
 def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -> None:
     """The same on COCO-on-Places, from the original files; best on a GPU."""
-    from trainer import profiles
+    from trainer.reproduction import profiles
 
     _reproduce(profiles.ON_PLACES, sources={"coco": coco, "places": places}, **options)
 
@@ -1245,7 +1245,7 @@ def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -
 )
 def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) -> None:
     """The same on Waterbirds, from the published folder, with GroupDRO; best on a GPU."""
-    from trainer import profiles
+    from trainer.reproduction import profiles
 
     _reproduce(profiles.WATERBIRDS, sources={"waterbirds": waterbirds, "masks": masks}, **options)
 
@@ -1253,7 +1253,7 @@ def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) 
 def _reproduce(profile: Any, arch: str | None, out: Path, **options: Any) -> None:
     import dataclasses
 
-    from trainer.reproduce import reproduce
+    from trainer.reproduction.reproduce import reproduce
 
     if arch is not None:
         teacher, student = (

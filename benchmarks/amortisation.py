@@ -27,10 +27,10 @@ from pipeline import build_network, cache_explanations, load_classifier
 from pipeline.device import as_input, pick_device, place
 from teacher_cache import open_cache
 from trainer import heatmap_loss, train_student, train_teacher
-from trainer.schedule import make_optimizer
+from trainer.loop.optim import make_optimizer
+from trainer.loop.training import losses_of, on_device
 from trainer.settings import Settings
-from trainer.stream import Batch, explained_source, labelled_source, stream
-from trainer.training import losses_of, on_device
+from trainer.stream.stream import Batch, explained_source, labelled_source, stream
 
 STORE, ONLINE = "student step, from the store", "online step: teacher, and plain double backward"
 STUDENT_ALONE, TEACHER_ALONE = "of it the student", "of it the teacher"

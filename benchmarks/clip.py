@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline import Trace
 from pipeline.device import pick_device, place
-from pipeline.zero_shot import zero_shot_network
+from pipeline.networks.zero_shot import zero_shot_network
 
 CLASSES = 10
 FORWARD, GRADIENT, GRADIENTS, HEATMAP, STAGE_ONE = "forward", "+ input gradient", "+ {}", "one heatmap", "stage one, {}"

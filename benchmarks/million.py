@@ -57,7 +57,7 @@ def generate(path: Path, samples: int) -> None:
 
 
 def stub(model: Any, images: np.ndarray, masks: Any, info: Any, start: int, batches: Any, device: Any) -> Any:
-    """In place of `pipeline.stage_one.explain_shard`: each draw's map is the image times noise."""
+    """In place of `pipeline.caching.stage_one.explain_shard`: each draw's map is the image times noise."""
     from teacher_cache import Shard
 
     rows = (len(images), info.explainer.draws)
@@ -67,7 +67,7 @@ def stub(model: Any, images: np.ndarray, masks: Any, info: Any, start: int, batc
 
 
 def explain(data: Path, teacher: Path, cache: Path) -> None:
-    import pipeline.stage_one as stage_one
+    import pipeline.caching.stage_one as stage_one
 
     stage_one.explain_shard = stub
     stage_one.cache_explanations(data, teacher, cache, draws=2)
@@ -76,7 +76,7 @@ def explain(data: Path, teacher: Path, cache: Path) -> None:
 def an_epoch(data: Path, cache: Path) -> None:
     from data import open_dataset
     from teacher_cache import open_cache
-    from trainer.stream import explained_source, stream
+    from trainer.stream.stream import explained_source, stream
 
     split = open_dataset(data).split("train")
     batches = stream(explained_source(split, open_cache(cache)), batch_size=128, seed=0, memory_budget=BUDGET)

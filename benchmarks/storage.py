@@ -26,9 +26,9 @@ from report import processor, table
 
 from data import DatasetWriter, Split, make_coloured_mnist, open_dataset
 from pipeline import load_classifier
-from pipeline.batches import Batches
+from pipeline.caching.batches import Batches
+from pipeline.caching.stage_one import cache_explanations, explain_shard
 from pipeline.device import pick_device, place
-from pipeline.stage_one import cache_explanations, explain_shard
 from teacher_cache import Cache, CacheInfo, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
 from teacher_cache.codec import LEVELS, SHUFFLES, Compression, average_pool, dequantise, quantise
 from trainer import evaluate, train_student, train_teacher

@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 from data import make_coloured_mnist
 from pipeline import cache_explanations
 from teacher_cache import Cache, open_cache
-from trainer import order, train_student, train_teacher
-from trainer.stream import Source, stream
+from trainer import train_student, train_teacher
+from trainer.stream import order
+from trainer.stream.stream import Source, stream
 
 ROOF, COLD, WARM = "memory map, taken into place", "stream, from compressed shards", "stream, from RAM"
 NAMES = ("heatmaps", "scale", "target_class", "epsilon")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import DatasetError, make_coloured_mnist, open_dataset
 from pipeline import ZeroShot, cache_explanations
-from pipeline.zero_shot import preprocessing
+from pipeline.networks.zero_shot import preprocessing
 from trainer import evaluate, train_student
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}

@@ -1,12 +1,12 @@
 """Biased datasets: build, store and open them. Knows nothing of models."""
 
-from data.coco_on_places import make_coco_on_places
-from data.coloured_mnist import make_coloured_mnist
-from data.fashion_on_textures import make_fashion_on_textures
-from data.image_folder import make_image_folder
+from data.builders.coco_on_places import make_coco_on_places
+from data.builders.coloured_mnist import make_coloured_mnist
+from data.builders.fashion_on_textures import make_fashion_on_textures
+from data.builders.image_folder import make_image_folder
+from data.builders.waterbirds import make_waterbirds
 from data.layout import Dataset, DatasetError, DatasetWriter, Split, open_dataset
 from data.storage import Location
-from data.waterbirds import make_waterbirds
 
 __all__ = [
     "Dataset",

@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))  # what it draws is that of this checkout
 from data import make_coloured_mnist, open_dataset  # noqa: E402
 from pipeline import cache_explanations, explain, load_classifier  # noqa: E402
 from trainer import train_student, train_teacher  # noqa: E402
-from trainer.losses import heatmap_loss  # noqa: E402
-from trainer.show import common_limit, in_units  # noqa: E402
+from trainer.loop.losses import heatmap_loss  # noqa: E402
+from trainer.results.show import common_limit, in_units  # noqa: E402
 
-COLOURS = "RdBu_r"  # as in trainer/pictures.py: red speaks for the class, blue against it
+COLOURS = "RdBu_r"  # as in trainer/results/pictures.py: red speaks for the class, blue against it
 INK, MUTED, BOX, BLUE = "#222222", "#666666", "#f1f3f6", "#2b6cb0"
 LIMIT, STEPS = 12_000, (3, 600)  # images; steps of the student that has hardly begun, and of the other one
 SEVEN, EPSILON, BATCH = 7, 0.1, 128

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models import ModelError, last_layer
+from pipeline.networks.models import ModelError, last_layer
 from pipeline.relevance import Trace
 from pipeline.rules import RULE_SETS, RelevanceError
 

@@ -17,7 +17,7 @@ def run(ranks: int, function: Callable[..., Any], *arguments: Any, seconds: floa
     # they meet at a port that nobody else has
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=seconds))
     context = multiprocessing.get_context("forkserver")  # which imports everything once
-    context.set_forkserver_preload(["torchvision", "trainer.distributed"])
+    context.set_forkserver_preload(["torchvision", "trainer.loop.distributed"])
     processes = [
         context.Process(target=_run, args=(rank, ranks, store.port, function, arguments), daemon=True)
         for rank in range(ranks)

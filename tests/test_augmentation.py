@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import TrainingError
-from trainer.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
-from trainer.repainting import repaint
+from trainer.loop.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
+from trainer.loop.repainting import repaint
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from data import DatasetError, make_fashion_on_textures, open_dataset
-from data.backgrounds import Scenes, tied_groups, write_on_backgrounds
-from data.fashion_on_textures import BIASING, CLASS_NAMES, UNSEEN
+from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
+from data.builders.fashion_on_textures import BIASING, CLASS_NAMES, UNSEEN
 from pipeline import Classifier, ModelConfig, build_network, explain
 from trainer import evaluate
 

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 
 import teacher_cache.layout
 from cli import main
-from pipeline import RelevanceError, cache_explanations, stage_one
-from pipeline.batches import Batches, out_of_memory
+from pipeline import RelevanceError, cache_explanations
+from pipeline.caching import stage_one
+from pipeline.caching.batches import Batches, out_of_memory
 from pipeline.explainers import Forward
 from teacher_cache import check_complete, open_cache
 

@@ -20,8 +20,8 @@ from click.testing import CliRunner, Result
 from distributed import Client, LocalCluster
 from test_stage_one import assert_equal_bit_for_bit
 
-import pipeline.cluster
-import pipeline.stage_one as stage_one
+import pipeline.caching.cluster
+import pipeline.caching.stage_one as stage_one
 import teacher_cache.layout
 from cli import main
 from data import DatasetError, make_coloured_mnist
@@ -185,7 +185,7 @@ def test_a_worker_loads_the_model_once_and_lets_go_of_it_in_the_end(dataset, tea
 
 
 def test_a_worker_killed_while_it_computes_costs_nothing(dataset, teacher, local, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.cluster, "IN_FLIGHT", 2)
+    monkeypatch.setattr(pipeline.caching.cluster, "IN_FLIGHT", 2)
     (victim, _), *others = client.run(os.getpid).items()
     pids = set(client.run(os.getpid).values())
     client.run(killed_while_it_computes_its_second_shard, workers=[victim])

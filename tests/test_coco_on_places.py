@@ -16,8 +16,8 @@ from pycocotools import mask as rle
 
 from cli import main
 from data import DatasetError, make_coco_on_places, open_dataset
-from data.coco_on_places import BIASING, CLASSES, UNSEEN
-from trainer import profiles
+from data.builders.coco_on_places import BIASING, CLASSES, UNSEEN
+from trainer.reproduction import profiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
 FEW = {"train_per_class": 3, "test_per_class": 2}

@@ -16,8 +16,8 @@ import yaml
 from click.shell_completion import CompletionItem, ShellComplete, get_completion_class
 from click.testing import CliRunner, Result
 
-import command_line
 from cli import main
+from terminal import command_line
 from trainer import TrainingError
 from trainer.settings import Runtime, Settings, as_given
 
@@ -329,7 +329,7 @@ def test_an_unfinished_runs_config_goes_on_and_stays_as_it_was(dataset, tmp_path
         def stop(*args, **kwargs):
             raise TrainingError("stopped")
 
-        patch.setattr("trainer.training.save_weights", stop)
+        patch.setattr("trainer.loop.training.save_weights", stop)
         assert run(*line, "--out", tmp_path / "a").exit_code == 1
     config = tmp_path / "a" / "config.yaml"
     before = config.read_bytes()

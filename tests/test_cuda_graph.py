@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer import evaluate, train_student, train_teacher
-from trainer.cuda_graph import WARMUP, Recorded
+from trainer.loop.cuda_graph import WARMUP, Recorded
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are of CUDA")
 STEPS = WARMUP + 4

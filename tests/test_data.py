@@ -18,8 +18,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DatasetError, DatasetWriter, idx, layout, make_coloured_mnist, open_dataset
-from data.coloured_mnist import BIASING_COLOURS
+from data import DatasetError, DatasetWriter, layout, make_coloured_mnist, open_dataset
+from data.builders import idx
+from data.builders.coloured_mnist import BIASING_COLOURS
 
 
 def files(path: Path) -> dict[str, bytes]:

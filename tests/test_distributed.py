@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pipeline import ModelError, explain, synchronise_batch_norm
-from trainer import distributed
-from trainer.distributed import LostProcess, Ranks, connect, device_of, ranks_of
 from trainer.errors import TrainingError
+from trainer.loop import distributed
+from trainer.loop.distributed import LostProcess, Ranks, connect, device_of, ranks_of
 
 RANKS = 3
 

@@ -42,7 +42,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, fashion):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.fashion_on_textures.DEBIAN", str(fashion))
+    monkeypatch.setattr("data.builders.fashion_on_textures.DEBIAN", str(fashion))
     if page.name == "clip.md":
         save_clip(Path("TINY/vit/clip"), "vit")
     save_files(page)

@@ -15,7 +15,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from data.coloured_mnist import CLASS_NAMES
+from data.builders.coloured_mnist import CLASS_NAMES
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -16,8 +16,8 @@ from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
 
 from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
-from pipeline.classifier import Classifier
-from pipeline.heads import HeadSpec, attach_head
+from pipeline.networks.classifier import Classifier
+from pipeline.networks.heads import HeadSpec, attach_head
 
 COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
 TARGETS = torch.tensor([2, 0, 1])

@@ -19,12 +19,12 @@ import torchvision
 from click.testing import CliRunner
 from torch import nn
 
-import pipeline.export
+import pipeline.networks.export
 from cli import main
 from pipeline import ModelConfig, ModelError, ScaleNorm, bias_free, export_model, load_classifier, plain, save_plain
-from pipeline.classifier import Classifier, build_classifier, save_weights
-from pipeline.export import FORMATS
-from pipeline.heads import HeadSpec
+from pipeline.networks.classifier import Classifier, build_classifier, save_weights
+from pipeline.networks.export import FORMATS
+from pipeline.networks.heads import HeadSpec
 
 SHAPE = (3, 28, 28)
 BATCHES = (1, 5)
@@ -240,11 +240,13 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(tiny, tmp_path,
         network.head.weight.data[3] *= 1.01
         return honest.encode(network, images)
 
-    monkeypatch.setitem(FORMATS, "state-dict", pipeline.export.Format(careless, honest.decode))
+    monkeypatch.setitem(FORMATS, "state-dict", pipeline.networks.export.Format(careless, honest.decode))
     with pytest.raises(ModelError, match="computes something else, with logits that differ by up to"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")
     monkeypatch.setitem(
-        FORMATS, "state-dict", pipeline.export.Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan)
+        FORMATS,
+        "state-dict",
+        pipeline.networks.export.Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan),
     )
     with pytest.raises(ModelError, match="differ by up to nan"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")

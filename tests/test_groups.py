@@ -11,8 +11,8 @@ import torch
 
 from data import DatasetError, DatasetWriter, open_dataset
 from trainer import train_student
-from trainer.distributed import Ranks
-from trainer.groups import STEP_SIZE, GroupWeights, groups_of
+from trainer.loop.distributed import Ranks
+from trainer.loop.groups import STEP_SIZE, GroupWeights, groups_of
 
 CPU = torch.device("cpu")
 

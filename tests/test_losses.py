@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from teacher_cache import average_pool
 from trainer import heatmap_loss
-from trainer.losses import MAP_LOSSES
+from trainer.loop.losses import MAP_LOSSES
 
 every_kind = pytest.mark.parametrize("kind", MAP_LOSSES)
 

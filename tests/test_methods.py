@@ -24,11 +24,11 @@ from pipeline import EXPLAINERS, Classifier, Forward, cache_explanations, explai
 from pipeline.device import as_input, as_mask
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, heatmap_loss, train_student, train_teacher
-from trainer.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
-from trainer.repainting import repaint
+from trainer.loop.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
+from trainer.loop.repainting import repaint
+from trainer.loop.training import losses_of, on_device, weighted
 from trainer.settings import Settings
-from trainer.stream import explained_source, read_block
-from trainer.training import losses_of, on_device, weighted
+from trainer.stream.stream import explained_source, read_block
 
 WITHOUT_STORE = ["erm", "group-dro", "rrr", "isnet"]
 WITH_STORE = [name for name in METHODS if name not in WITHOUT_STORE]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.muon import BETAS, RMS, Muon, orthogonalised
+from trainer.loop.muon import BETAS, RMS, Muon, orthogonalised
 
 SIDES = st.integers(2, 40)
 

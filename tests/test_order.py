@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.draws import epsilons, target_classes, uniforms
-from trainer import order
+from pipeline.caching.draws import epsilons, target_classes, uniforms
+from trainer.stream import order
 
 SEEDS = st.integers(0, 2**63 - 1)
 EPOCHS = st.integers(0, 2**40)

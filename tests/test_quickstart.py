@@ -11,9 +11,9 @@ import json
 import pytest
 
 from trainer import TrainingError
-from trainer.profiles import PROFILES, QUOTED, ROWS
-from trainer.quickstart import quickstart
-from trainer.tables import summarise, text
+from trainer.reproduction.profiles import PROFILES, QUOTED, ROWS
+from trainer.reproduction.quickstart import quickstart
+from trainer.results.tables import summarise, text
 
 QUICK = PROFILES["quickstart"]
 TINY = dataclasses.replace(
@@ -52,7 +52,7 @@ def test_it_writes_results_and_picture_and_the_second_time_says_it_is_finished(t
 
 def test_what_it_does_not_need_is_not_stored(tmp_path):
     """No maps but those of LRP, and no features, which only other rows of the table match."""
-    from trainer.plan import chosen, plan
+    from trainer.reproduction.plan import chosen, plan
 
     stages = plan(QUICK, chosen(QUICK, None), seeds=1)
     stores = [stage.options for stage in stages if stage.kind == "store"]

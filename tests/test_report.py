@@ -19,14 +19,14 @@ from click.testing import CliRunner, Result
 from conftest import save_clip
 from scipy.stats import spearmanr
 
-import trainer.comparison as comparison
+import trainer.results.comparison as comparison
 from cli import main
 from data import DatasetError, DatasetWriter, make_coloured_mnist, open_dataset
 from pipeline import ModelError, RelevanceError, ZeroShot, explain, load_classifier
 from pipeline.device import as_input
 from trainer import evaluate, train_student, train_teacher, write_report
-from trainer.comparison import compare
-from trainer.report import render
+from trainer.results.comparison import compare
+from trainer.results.report import render
 
 CHROMIUM = Path("/usr/bin/chromium")
 MADE = {"command": "python cli.py report", "date": "2026-01-01", "versions": {"torch": "2"}, "revision": None}
@@ -113,7 +113,7 @@ def test_the_command_writes_one_page_whole_and_replaces_none(runs, tmp_path, mon
     assert result.output.splitlines()[-1] == expected
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
     assert f"python cli.py report {runs[0]} {runs[1]} {runs[2]} --samples 1 --out {out}" in out.read_text()
-    monkeypatch.setattr("trainer.report.compare", None)  # refused before anything is measured
+    monkeypatch.setattr("trainer.results.report.compare", None)  # refused before anything is measured
     again = run(*runs, "--out", out)
     assert (again.exit_code, "choose another --out" in again.output, out.stat().st_size) == (1, True, size)
 

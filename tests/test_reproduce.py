@@ -22,19 +22,20 @@ from test_training import weights
 
 import cli
 from data import open_dataset
-from data.fashion_on_textures import UNSEEN
+from data.builders.fashion_on_textures import UNSEEN
 from pipeline import ModelError, load_classifier
 from teacher_cache import open_cache
-from trainer import TrainingError, evaluate, profiles, train_student, train_teacher
-from trainer import reproduce as module
-from trainer.evaluation import evaluate_snapshots, predict
-from trainer.interruption import TrainingInterrupted
-from trainer.plan import before, chosen, plan
-from trainer.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
-from trainer.reproduce import reproduce
+from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer.loop.interruption import TrainingInterrupted
+from trainer.reproduction import profiles
+from trainer.reproduction import reproduce as module
+from trainer.reproduction.plan import before, chosen, plan
+from trainer.reproduction.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
+from trainer.reproduction.reproduce import reproduce
+from trainer.results.evaluation import evaluate_snapshots, predict
+from trainer.results.tables import escape, latex, markdown, measured, summarise, text
 from trainer.run_dir import lock, snapshots
 from trainer.settings import Runtime, Settings, check_types
-from trainer.tables import escape, latex, markdown, measured, summarise, text
 
 CPU = PROFILES["cpu"]
 TINY = dataclasses.replace(

@@ -19,12 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import metrics, weights
 
-import trainer.training
+import trainer.loop.training
 from data.storage import Folder
 from trainer import TrainingError, train_student, train_teacher
-from trainer.interruption import TrainingInterrupted
+from trainer.loop.interruption import TrainingInterrupted
+from trainer.loop.optim import is_moment
 from trainer.run_dir import RunDir, snapshots
-from trainer.schedule import is_moment
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -58,14 +58,14 @@ def numbers(path: Path) -> list[dict]:
 @pytest.fixture
 def stop_after(monkeypatch):
     """A training gets a SIGTERM while it makes the step that is arranged, counted from 1; 0 is none."""
-    real, arranged = trainer.training.seed_torch, [0]
+    real, arranged = trainer.loop.training.seed_torch, [0]
 
     def seed(*seeds: int) -> None:
-        if len(seeds) > 2 and seeds[1] == trainer.training.STEP and seeds[2] == arranged[0] - 1:
+        if len(seeds) > 2 and seeds[1] == trainer.loop.training.STEP and seeds[2] == arranged[0] - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         real(*seeds)
 
-    monkeypatch.setattr(trainer.training, "seed_torch", seed)
+    monkeypatch.setattr(trainer.loop.training, "seed_torch", seed)
     return lambda step: arranged.__setitem__(0, step)
 
 
@@ -346,6 +346,6 @@ def test_damaged_and_foreign_checkpoints_never_take_the_place_of_whole_ones(data
 
 def test_a_validation_loss_that_is_no_number_chooses_nothing(dataset, cache, validation_cache, tmp_path, monkeypatch):
     losses = iter([float("nan"), 0.5, float("nan"), 0.7, 0.6])
-    monkeypatch.setattr(trainer.training, "validate", lambda *_: next(losses))
+    monkeypatch.setattr(trainer.loop.training, "validate", lambda *_: next(losses))
     result = train_student(dataset, cache, tmp_path / "s", validation_cache=validation_cache, steps=5, batch_size=50)
     assert (result["kept_step"], result["validation_loss"]) == (2, 0.5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from trainer import TrainingError
-from trainer.schedule import OPTIMIZERS, SCHEDULES, make_ema, make_optimizer, make_schedule
+from trainer.loop.optim import OPTIMIZERS, SCHEDULES, make_ema, make_optimizer, make_schedule
 
 STEPS = 10
 

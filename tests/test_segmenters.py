@@ -15,7 +15,7 @@ from torch import nn
 from cli import main
 from data import DatasetWriter
 from pipeline import ModelError, cache_explanations, explain, load_classifier
-from pipeline.segmenters import Segmenter, build_segmenter
+from pipeline.networks.segmenters import Segmenter, build_segmenter
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
 
@@ -177,7 +177,7 @@ def test_one_of_torchvisions_is_saved_with_the_teacher(data, of_own, monkeypatch
         "get_model",
         lambda name, weights=None, **options: real(name, weights=None, weights_backbone=None, num_classes=21),
     )
-    monkeypatch.setattr("pipeline.segmenters.SHORTER_SIDE", 32)
+    monkeypatch.setattr("pipeline.networks.segmenters.SHORTER_SIDE", 32)
     spec = "torchvision:lraspp_mobilenet_v3_large"
     train_teacher(data, "t", debias="segmenter", segmenter=spec, steps=2, batch_size=16)
     first, second = (load_classifier("t")[0] for _ in range(2))

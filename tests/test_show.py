@@ -22,17 +22,17 @@ from click import UsageError
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import inline_picture
 import teacher_cache.layout
-import trainer.show as module
+import trainer.results.show as module
 from cli import main
 from data import DatasetError, DatasetWriter, make_coloured_mnist, open_dataset
 from pipeline import EXPLAINERS, ModelError, RelevanceError, cache_explanations, explain, load_classifier
 from pipeline.device import as_input
 from teacher_cache import CacheError, open_cache
+from terminal import inline_picture
 from trainer import show_explanations, train_student, train_teacher
-from trainer.pictures import Cell
-from trainer.show import common_limit, pick_samples
+from trainer.results.pictures import Cell
+from trainer.results.show import common_limit, pick_samples
 
 OUT = "heat.png"
 

@@ -10,7 +10,7 @@ from stores import expected, filled, info
 
 from data import DatasetError, DatasetWriter, open_dataset
 from teacher_cache import Cache, CacheError
-from trainer.stream import explained_source, read_block, stream
+from trainer.stream.stream import explained_source, read_block, stream
 
 
 def test_a_source_has_what_is_needed_of_store_and_split_and_reads_nothing_else(tmp_path, monkeypatch):

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from data import open_dataset
 from teacher_cache import open_cache
-from trainer import order
-from trainer import stream as module
-from trainer.memory import free_memory
-from trainer.stream import (
+from trainer.stream import order
+from trainer.stream import stream as module
+from trainer.stream.memory import free_memory
+from trainer.stream.stream import (
     Slots,
     Source,
     explained_source,

@@ -19,10 +19,10 @@ from torch import nn
 from cli import main
 from data import open_dataset
 from pipeline import ModelConfig, ModelError, build_network, explain, homogeneity_error, load_classifier
-from pipeline.classifier import Classifier, build_classifier, save_weights
-from pipeline.heads import HeadSpec, attach_head, copy_head, head_arrays
-from pipeline.models import last_layer, small_cnn
-from trainer.evaluation import evaluate
+from pipeline.networks.classifier import Classifier, build_classifier, save_weights
+from pipeline.networks.heads import HeadSpec, attach_head, copy_head, head_arrays
+from pipeline.networks.models import last_layer, small_cnn
+from trainer.results.evaluation import evaluate
 
 SHAPE = (3, 28, 28)
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from test_training import weights
 
 from cli import main
-from trainer import TrainingError, sweep
-from trainer.sweep import plan_sweep, read_sweep
+from trainer import TrainingError
+from trainer.reproduction import sweep
+from trainer.reproduction.sweep import plan_sweep, read_sweep
 
 ROOT = Path(__file__).parent.parent
 ARCHS, METHODS = st.sampled_from(["small-cnn", "resnet18", "vgg11"]), st.sampled_from(["lrp", "output", "erm"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeline import ModelError, ScaleNorm, bias_free, explain, synchronise_batch_norm
 from pipeline.rules.batch_norm import moments
 from trainer import heatmap_loss
-from trainer.distributed import Ranks, connect
+from trainer.loop.distributed import Ranks, connect
 
 SAMPLES = 6
 EVEN = {1: [6], 2: [3, 3], 3: [2, 2, 2]}

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-import trainer.training
+import trainer.loop.training
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
-from trainer.distributed import Ranks
-from trainer.evaluation import predict, wilson_interval
+from trainer.loop.distributed import Ranks
+from trainer.results.evaluation import predict, wilson_interval
 from trainer.run_dir import revision
 from trainer.settings import Settings
-from trainer.stream import explained_source
+from trainer.stream.stream import explained_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -115,7 +115,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(dataset, cache, va
         states.append({name: value.clone() for name, value in model.state_dict().items()})
         return next(losses)
 
-    monkeypatch.setattr(trainer.training, "validate", fake)
+    monkeypatch.setattr(trainer.loop.training, "validate", fake)
     result = train_student(dataset, cache, tmp_path / "s", validation_cache=validation_cache, steps=10, batch_size=32)
     assert result["kept_step"] == 4
     assert result["validation_loss"] == 0.3
@@ -128,7 +128,7 @@ def test_the_validation_loss_is_the_mean_over_the_validation_split(dataset, cach
     store = open_cache(validation_cache)
     source = explained_source(open_dataset(dataset).split("validation"), store)
     settings = Settings(loss={"lrp": 1.0}, steps=1, batch_size=33)
-    found = trainer.training.validate(student, source, store.info, settings, torch.device("cpu"), Ranks())
+    found = trainer.loop.training.validate(student, source, store.info, settings, torch.device("cpu"), Ranks())
     assert abs(found - result["validation_loss"]) < 1e-4
 
 

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_training import metrics
 
-import trainer.training
+import trainer.loop.training
 from trainer import TrainingError, train_student
-from trainer.distributed import Ranks
-from trainer.methods import METHODS
-from trainer.watch import EXPLODED, NAMED, Watch
+from trainer.loop.distributed import Ranks
+from trainer.loop.methods import METHODS
+from trainer.loop.watch import EXPLODED, NAMED, Watch
 
 ADVICE = "train with a smaller --lr, a longer --warmup or a smaller --clip-norm, or look whether these images are"
 
@@ -132,7 +132,7 @@ def spoil(monkeypatch):
 
     def arrange(name, what):
         shown: list[list[int]] = []
-        real_device, real = trainer.training.on_device, METHODS[name].loss
+        real_device, real = trainer.loop.training.on_device, METHODS[name].loss
 
         def on_device(batch, *arguments):
             if "sample" in batch:  # not where the network is tried out
@@ -146,7 +146,7 @@ def spoil(monkeypatch):
                 row[17] = len(shown) == STEP
             return WRONG[what](losses, row) if row.any() else losses
 
-        monkeypatch.setattr(trainer.training, "on_device", on_device)
+        monkeypatch.setattr(trainer.loop.training, "on_device", on_device)
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], loss=loss))
         return shown
 

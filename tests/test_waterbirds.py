@@ -15,7 +15,8 @@ from PIL import Image
 
 from cli import main
 from data import DatasetError, make_waterbirds, open_dataset
-from trainer import evaluate, profiles
+from trainer import evaluate
+from trainer.reproduction import profiles
 
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
 HEADER = ["img_id", "img_filename", "y", "split", "place", "place_filename"]

@@ -20,16 +20,16 @@ from open_clip.transform import image_transform
 from PIL import Image
 from torch import nn
 
-import pipeline.zero_shot as zero_shot
+import pipeline.networks.zero_shot as zero_shot
 from cli import main
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, Trace, ZeroShot, cache_explanations, explain, load_classifier, load_teacher, plain
-from pipeline.heads import AttentionPool, HeadSpec, head_arrays, l2_norm
-from pipeline.teachers import parse_teacher
-from pipeline.zero_shot import Preprocess, zero_shot_network
+from pipeline.networks.heads import AttentionPool, HeadSpec, head_arrays, l2_norm
+from pipeline.networks.teachers import parse_teacher
+from pipeline.networks.zero_shot import Preprocess, zero_shot_network
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student
-from trainer.evaluation import bias_warning
+from trainer.results.evaluation import bias_warning
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 PROMPTS = ("a handwritten {}", "the digit {}")

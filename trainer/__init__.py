@@ -2,11 +2,11 @@
 
 from trainer.distill import train_student
 from trainer.errors import TrainingError
-from trainer.evaluation import evaluate
-from trainer.losses import heatmap_loss
-from trainer.pictures import heatmap_picture
-from trainer.report import write_report
-from trainer.show import show_explanations
+from trainer.loop.losses import heatmap_loss
+from trainer.results.evaluation import evaluate
+from trainer.results.pictures import heatmap_picture
+from trainer.results.report import write_report
+from trainer.results.show import show_explanations
 from trainer.supervised import train_teacher
 
 __all__ = [

@@ -9,17 +9,17 @@ from typing import Any
 
 from data import Dataset, Location, open_dataset
 from pipeline import ModelConfig
-from pipeline.heads import HeadSpec
-from pipeline.models import OWN
+from pipeline.networks.heads import HeadSpec
+from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, check_complete, open_cache
-from trainer.augmentation import BACKGROUND, check_augmentations
 from trainer.errors import TrainingError
-from trainer.groups import groups_of
-from trainer.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
+from trainer.loop.augmentation import BACKGROUND, check_augmentations
+from trainer.loop.groups import groups_of
+from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
+from trainer.loop.training import STUDENT, Material, train
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
-from trainer.stream import explained_source, labelled_source
-from trainer.training import STUDENT, Material, train
+from trainer.stream.stream import explained_source, labelled_source
 
 
 def train_student(
@@ -45,7 +45,7 @@ def train_student(
 
     The method of Bassi et al., arXiv 2407.09788, unless another one is named or the store has other maps: the loss is
     on heatmaps alone, and no label and no output is looked at. Each step shows one stored draw of each sample,
-    explained by the student for the same class with the same ε. ``method`` is one of `trainer.methods.METHODS`;
+    explained by the student for the same class with the same ε. ``method`` is one of `trainer.loop.methods.METHODS`;
     ``loss`` a sum of some, as in ``lrp=1,output=0.1``. Those that learn from the dataset alone (``erm``, ``group-dro``,
     ``rrr``, ``isnet``) need no ``cache`` (None).
 

@@ -21,7 +21,7 @@ import yaml
 
 from data.storage import PARTIAL, Folder
 from pipeline import ModelConfig, ModelError
-from pipeline.classifier import versions
+from pipeline.networks.classifier import versions
 from trainer.errors import TrainingError
 
 FILES = {

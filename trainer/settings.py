@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from trainer.errors import TrainingError
-from trainer.losses import MAP_LOSSES
-from trainer.order import steps_per_epoch
+from trainer.loop.losses import MAP_LOSSES
+from trainer.stream.order import steps_per_epoch
 
 MAX_STEPS = 10**9
 PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float64")
@@ -22,11 +22,11 @@ PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float64")
 class Settings:
     """What decides the weights, besides data, store and network; it is in ``config.json`` under ``training``.
 
-    loss: the weight of each method (`trainer.methods`). batch_size: samples of a step, over all processes.
-    lr (the peak), optimizer, momentum, weight_decay, schedule, warmup (steps), ema (decay): see `trainer.schedule`.
+    loss: the weight of each method (`trainer.loop.methods`). batch_size: samples of a step, over all processes.
+    lr (the peak), optimizer, momentum, weight_decay, schedule, warmup (steps), ema (decay): see `trainer.loop.optim`.
     clip_norm: gradients are scaled down to it, None for not at all. accumulate: parts that a batch is shown in.
-    augment: names of `trainer.augmentation`. map_loss, pyramid: how maps are compared (`trainer.losses`). mask_target:
-    the teacher's map is 0 outside the dataset's mask.
+    augment: names of `trainer.loop.augmentation`. map_loss, pyramid: how maps are compared (`trainer.loop.losses`).
+    mask_target: the teacher's map is 0 outside the dataset's mask.
     precision: float32, tf32 (in the matrix products of CUDA), bfloat16 (layers, while heatmaps and parameters stay in
     float32), float64 (all, to compare trainings); auto is tf32 on CUDA and float32 elsewhere.
     """
@@ -69,7 +69,7 @@ class Settings:
 class Runtime:
     """How a training is run, which decides nothing of its result but rounding.
 
-    device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream`. checkpoint_steps,
+    device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream.stream`. checkpoint_steps,
     checkpoint_minutes: how often there is a checkpoint, None for not by that; the last keep_checkpoints stay.
     log_steps: every so many steps there is a line in ``metrics.jsonl``. profile: write a trace of some steps.
     cuda_graph: whether a step is recorded and replayed on CUDA, by one process; None is for networks of our own and of

@@ -7,16 +7,16 @@ from typing import Any
 
 from data import Location, open_dataset
 from pipeline import ModelConfig
-from pipeline.classifier import DEBIAS
-from pipeline.models import OWN
-from pipeline.segmenters import build_segmenter
-from trainer.augmentation import BACKGROUND, check_augmentations
+from pipeline.networks.classifier import DEBIAS
+from pipeline.networks.models import OWN
+from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
-from trainer.methods import moves
+from trainer.loop.augmentation import BACKGROUND, check_augmentations
+from trainer.loop.methods import moves
+from trainer.loop.training import TEACHER, Material, train
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
-from trainer.stream import labelled_source
-from trainer.training import TEACHER, Material, train
+from trainer.stream.stream import labelled_source
 
 
 def train_teacher(
@@ -36,8 +36,9 @@ def train_teacher(
     """Train a classifier with cross-entropy on the train split alone and save it in ``out``; or continue it.
 
     1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
-    (`pipeline.models.OWN`) only. The last weights are kept; no other split is looked at. ``debias="segmenter"`` needs a
-    ``segmenter``, which is what `build_segmenter` takes. ``options`` are fields of `trainer.settings.Settings` and
+    (`pipeline.networks.models.OWN`) only. The last weights are kept; no other split is looked at.
+    ``debias="segmenter"`` needs a ``segmenter``, which is what `build_segmenter` takes.
+    ``options`` are fields of `trainer.settings.Settings` and
     `trainer.settings.Runtime`. Returns the result that it writes.
 
     Raises DatasetError, ModelError, FileExistsError, TrainingError, TrainingInterrupted.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pipeline.processes import Processes
+from pipeline.networks.processes import Processes
 from pipeline.rules.table import PassState, require_constant, rule_for
 from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 

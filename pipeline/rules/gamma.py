@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.processes import Processes
+from pipeline.networks.processes import Processes
 from pipeline.rules.batch_norm import batch_norm, moments
 from pipeline.rules.node import input_gradient, node, stabilised_quotient
 from pipeline.rules.table import Rule, require_constant

@@ -1,0 +1,117 @@
+"""Waterbirds (Sagawa et al., ICLR 2020): birds of CUB on backgrounds of Places, as their folder is published."""
+
+from __future__ import annotations
+
+import csv
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.builders.rows import Rows, open_mask, open_squeezed
+from data.layout import DatasetError, DatasetWriter
+from data.storage import Location
+
+PUBLISHED = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"
+MASKS = "the folder segmentations of CUB-200-2011"
+CLASSES, PLACES, SPLITS = ("landbird", "waterbird"), ("land", "water"), ("train", "validation", "test")
+COLUMNS = {"y": CLASSES, "place": PLACES, "split": SPLITS}  # and what their numbers stand for
+NAMED = 5  # missing files in an error
+
+
+def make_waterbirds(
+    out: Location, waterbirds: str | Path, masks: str | Path | None = None, *, size: int = 224, limit: int | None = None
+) -> dict[str, int]:
+    """Write Waterbirds in the dataset layout; returns the number of samples of each split.
+
+    Images uint8 (N, 3, size, size), squeezed. ``train`` (4,795; 95 % of the birds are at home), ``validation`` (1,199)
+    and ``test`` (5,794), in both of which half of each kind are; in the order of ``metadata.csv``, of which ``limit``
+    keeps the first of each. ``groups`` are the four of the paper, kind of bird and of background.
+
+    ``waterbirds`` is the folder that holds ``metadata.csv``; ``masks`` the folder ``segmentations`` of CUB-200-2011, if
+    there are to be masks.
+
+    Raises FileExistsError, DatasetError for files that are missing or damaged.
+    """
+    folder = Path(waterbirds)
+    samples = _metadata(folder / "metadata.csv")
+    birds = {split: [row for row in samples if row[0] == split][:limit] for split in SPLITS}
+    birds = {split: rows for split, rows in birds.items() if rows}
+    if "train" not in birds:
+        raise DatasetError(
+            f"{folder / 'metadata.csv'} has no sample with split 0, for training: fetch {PUBLISHED} again"
+        )
+    pairs = [(folder / name, None if masks is None else _mask_of(Path(masks), name)) for _, _, _, name in samples]
+    _check_there([path for path, _ in pairs], f"unpack {PUBLISHED} again")
+    _check_there([path for _, path in pairs if path is not None], f"give --masks {MASKS}")
+    with DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for split, rows in birds.items():
+            names = [name for *_, name in rows]
+            arrays: dict[str, Any] = {
+                "images": Rows((len(rows), 3, size, size), pool, partial(_image, folder, names, size)),
+                "labels": np.array([bird for _, bird, _, _ in rows], np.int64),
+                "groups": np.array([len(PLACES) * bird + place for _, bird, place, _ in rows], np.int64),
+            }
+            if masks is not None:
+                arrays["masks"] = Rows((len(rows), 1, size, size), pool, partial(_mask, Path(masks), names, size))
+            writer.write_split(split, **arrays)
+        writer.finish(
+            name="waterbirds",
+            class_names=list(CLASSES),
+            bias_attribute="bird and background",
+            group_names=[f"{bird} on {place}" for bird in CLASSES for place in PLACES],
+            builder={"command": "make-data waterbirds", "size": size, "limit": limit, "masks": masks is not None},
+        )
+    return {split: len(rows) for split, rows in birds.items()}
+
+
+def _metadata(path: Path) -> list[tuple[str, int, int, str]]:
+    """The split, bird, place and file of each sample."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = sorted({"img_filename", *COLUMNS} - set(reader.fieldnames or ()))
+            if missing:
+                raise DatasetError(
+                    f"{path} has no column {', '.join(missing)}: give --waterbirds the folder that {PUBLISHED} "
+                    "unpacks to"
+                )
+            return [_sample(path, reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise DatasetError(
+            f"there is no {path}: give --waterbirds the folder that {PUBLISHED} unpacks to, which has it"
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} is no CSV file ({error}): unpack {PUBLISHED} again") from None
+
+
+def _sample(path: Path, line: int, row: dict[str, str]) -> tuple[str, int, int, str]:
+    numbers = {}
+    for column, meanings in COLUMNS.items():
+        if row[column] not in map(str, range(len(meanings))):
+            allowed = ", ".join(f"{number} ({meaning})" for number, meaning in enumerate(meanings))
+            raise DatasetError(f"{path}, line {line}: {column} is {row[column]!r}, and not one of {allowed}")
+        numbers[column] = int(row[column])
+    return SPLITS[numbers["split"]], numbers["y"], numbers["place"], row["img_filename"]
+
+
+def _image(folder: Path, names: list[str], size: int, sample: int) -> np.ndarray:
+    return open_squeezed(folder / names[sample], size, f"unpack {PUBLISHED} again")
+
+
+def _mask(masks: Path, names: list[str], size: int, sample: int) -> np.ndarray:
+    return open_mask(_mask_of(masks, names[sample]), size, f"unpack {MASKS} again")
+
+
+def _mask_of(masks: Path, name: str) -> Path:
+    return (masks / name).with_suffix(".png")
+
+
+def _check_there(paths: list[Path], remedy: str) -> None:
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+        raise DatasetError(f"there is no {', '.join(missing[:NAMED])}{more}: {remedy}")

@@ -1,0 +1,1 @@
+"""Stage one: the teacher explains a dataset once, shard by shard."""

@@ -1,0 +1,1 @@
+"""Networks and what surrounds them: architectures, debiasing fronts, heads, teachers, export."""

@@ -1,0 +1,294 @@
+"""What stands at the end of a network: the teacher's last layer as a store keeps it, and the frozen copy in a student.
+
+Not here: what a network is made of in front of it (`models.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pipeline.networks.models import ImageShape, ModelError, last_layer, outputs_of_last_layer
+
+POOL = "pool."  # in front of the names of an attention pooling's arrays
+POOL_HEADS = POOL + "heads"
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """An `AttentionPool`: positions on a side of the map that it takes, its channels, heads, and outputs."""
+
+    side: int
+    channels: int
+    heads: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The frozen last layer copied from a teacher: its input width and whether it has a bias.
+
+    normalised: what enters it has been divided by its L2 norm, as in front of CLIP's text embeddings. pool: the
+    teacher's attention pooling that stands in front of both, where that is copied too.
+    """
+
+    features: int
+    bias: bool
+    normalised: bool = False
+    pool: PoolSpec | None = None
+
+    @classmethod
+    def of(cls, head: Mapping[str, np.ndarray], *, with_pool: bool = False) -> HeadSpec:
+        """That of the arrays of `head_arrays`. Raises ModelError for a pooling that is not among them."""
+        weight = head["weight"]
+        pool = None
+        if with_pool:
+            if POOL_HEADS not in head:
+                raise ModelError(
+                    "--head attention-pool needs a teacher that pools by attention, as the ResNets of CLIP do, and "
+                    "this one does not: give --head frozen"
+                )
+            positions, channels = head[POOL + "positional_embedding"].shape
+            outputs = len(head[POOL + "c_proj.weight"])
+            pool = PoolSpec(round((positions - 1) ** 0.5), channels, int(head[POOL_HEADS].item()), outputs)
+        return cls(weight.shape[1], "bias" in head, "norm" in head, pool)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> HeadSpec:
+        """Raises TypeError for fields that it does not have, and for what has none."""
+        pool = dict(values).get("pool")
+        return cls(**{**values, "pool": None if pool is None else PoolSpec(**pool)})
+
+
+class AttentionPool(nn.Module):
+    """The attention pooling of CLIP's ResNets: (N, channels, side, side) to (N, outputs).
+
+    The mean over positions is one more position, and the one that asks (Radford et al., ICML 2021, section 2.4).
+    Parameters have the names of OpenAI's and open_clip's, so that it takes their values.
+    """
+
+    def __init__(self, side: int, channels: int, heads: int, outputs: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(side**2 + 1, channels) / channels**0.5)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
+        self.c_proj = nn.Linear(channels, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (N, positions, channels)
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding
+        of_heads = [
+            layer(y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (N, heads, positions, channels of a head)
+            for layer, y in ((self.q_proj, x[:, :1]), (self.k_proj, x), (self.v_proj, x))
+        ]
+        return self.c_proj(F.scaled_dot_product_attention(*of_heads).transpose(1, 2).flatten(1))
+
+
+def l2_norm(features: int) -> nn.RMSNorm:
+    """The division of (N, features) by the L2 norm, as a norm that PyTorch has: by √features times the RMS.
+
+    For relevance the norm is a constant, as every denominator is (AttnLRP, ICML 2024, prop. 3.4). Frozen.
+    """
+    norm = nn.RMSNorm(features, eps=1e-24)
+    nn.init.constant_(norm.weight, features**-0.5)
+    return norm.requires_grad_(False)
+
+
+def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
+    """The last layer of a teacher's network: ``weight`` (K, F), ``bias`` (K,) if it has one; float32.
+
+    Where a norm is the layer's direct neighbour in an `nn.Sequential`, as `l2_norm` is, also its ``norm`` (F,), what
+    features are multiplied by once they are divided by their RMS; where the network has a module ``attnpool`` with
+    CLIP's parameters, also these, by their names behind ``pool.``, and the number of its heads. None of it where the
+    network ends in no layer that we know.
+    """
+    name = last_layer(network, classes)
+    if name is None:
+        return {}
+    head = network.get_submodule(name)
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    found: dict[str, Any] = {"weight": head.weight.flatten(1), "bias": head.bias}
+    parent = network.get_submodule(name.rpartition(".")[0])
+    before = [module for module in parent.children() if isinstance(parent, nn.Sequential)][-2:-1]
+    if before and isinstance(before[0], nn.RMSNorm):
+        found["norm"] = before[0].weight
+    for module_name, module in network.named_modules():
+        if module_name.rpartition(".")[2] == "attnpool" and hasattr(module, "c_proj"):
+            found |= {POOL + key: value for key, value in module.state_dict().items()}
+            found[POOL_HEADS] = torch.tensor([getattr(module, "num_heads", getattr(module, "heads", 1))])
+    return {key: value.detach().float().cpu().numpy() for key, value in found.items() if value is not None}
+
+
+def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
+    """Give the frozen layers of `attach_head` the teacher's values, as `head_arrays` has them."""
+    name = last_layer(network, len(head["weight"]))
+    assert name is not None  # attach_head has put it there
+    layer = network.get_submodule(name)
+    state = layer.state_dict()
+    layer.load_state_dict({key: torch.from_numpy(head[key]).view_as(value) for key, value in state.items()})
+    for pool in (module for module in network.modules() if isinstance(module, AttentionPool)):
+        pool.load_state_dict({key: torch.from_numpy(head[POOL + key]) for key in pool.state_dict()})
+
+
+def attach_head(
+    network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, *, adapter_bias: bool
+) -> None:
+    """Put a frozen last layer of the teacher's shape in place of the network's own, as a layer of the same kind.
+
+    Where the network's feature width differs, a learnt adapter stands in front of it, and the two take the place
+    as an `nn.Sequential`: a 1×1 convolution in front of a convolution; a 1×1 convolution on the positions where a
+    linear layer sees a flattened map of several, and the teacher's width is a multiple of their number; else a
+    linear layer. Behind global average pooling a 1×1 convolution in front of the pooling is the very same function
+    as that linear layer, at more cost.
+
+    Where the head's features are normalised, the division by their norm stands between adapter and layer. Where the
+    head has a ``pool``, it takes the place of the network's last adaptive average pooling: a learnt 1×1 convolution to
+    the pooling's channels, the map pooled or repeated to its side, and the pooling, frozen (Bassi et al., arXiv
+    2407.09788, for CLIP's ResNets).
+
+    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution, has no such pooling, or
+    does not work with another module in that place.
+    """
+    name = last_layer(network, num_classes)
+    if name is None:
+        raise ModelError(
+            f"this student ends in neither a linear layer nor a 1×1 convolution with {num_classes} outputs, so the "
+            "teacher's last layer cannot take its place: choose another network, such as small-cnn or resnet18, or "
+            "let it keep its own (--head free)"
+        )
+    own = network.get_submodule(name)
+    if _run_last(network, num_classes, image_shape) not in (own, None):
+        raise ModelError(
+            f"this student's layers with {num_classes} outputs run in another order than they are registered in, so it "
+            f"is not clear that '{name}' is its last: register the last one last in __init__, or let the student keep "
+            "its own (--head free)"
+        )
+    if head.normalised and isinstance(own, nn.Conv2d):
+        raise ModelError(
+            "this student ends in a 1×1 convolution, and the teacher's last layer takes features that are normalised "
+            "once they are pooled: choose another network, such as small-cnn or resnet18, or --head free"
+        )
+    if head.pool is not None:
+        adapter: nn.Module | None = None
+        frozen: nn.Module = nn.Linear(head.features, num_classes, bias=head.bias)
+        _attach_pool(network, own, head.pool, num_classes, image_shape, adapter_bias)
+    else:
+        adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
+    frozen.requires_grad_(False)
+    parts = [adapter, l2_norm(head.features) if head.normalised else None, frozen]
+    there = [part for part in parts if part is not None]
+    network.set_submodule(name, nn.Sequential(*there) if len(there) > 1 else frozen)
+    try:
+        _pass(network, image_shape)
+    except Exception as error:
+        raise ModelError(
+            f"this student does not work with the teacher's last layer in place of its own '{name}' "
+            f"({type(error).__name__}: {error}): its forward must only call '{name}', or let it keep its own "
+            "(--head free)"
+        ) from error
+
+
+def _attach_pool(
+    network: nn.Module, own: nn.Module, pool: PoolSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
+) -> None:
+    """Put an `AttentionPool` behind an adapter in place of the adaptive average pooling that ``own`` is behind."""
+    poolings: list[tuple[str, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: poolings.append((name, inputs[0])))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.AdaptiveAvgPool2d) and name
+    ]
+    _pass(network, image_shape)
+    for hook in hooks:
+        hook.remove()
+    if not isinstance(own, nn.Linear) or not poolings:
+        raise ModelError(
+            "this student has no adaptive average pooling (nn.AdaptiveAvgPool2d) in front of a last linear layer, that "
+            "the teacher's attention pooling could take the place of: give --head frozen, or choose another network, "
+            "such as small-cnn, small-resnet or resnet18"
+        )
+    name, entered = poolings[-1]
+    frozen = AttentionPool(pool.side, pool.channels, pool.heads, pool.outputs).requires_grad_(False)
+    adapter = nn.Conv2d(entered.shape[1], pool.channels, 1, bias=adapter_bias)
+    network.set_submodule(name, nn.Sequential(adapter, nn.AdaptiveAvgPool2d(pool.side), frozen))
+
+
+def _adapter_and_head(
+    network: nn.Module, own: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
+) -> tuple[nn.Module | None, nn.Module]:
+    if isinstance(own, nn.Conv2d):
+        frozen: nn.Module = nn.Conv2d(head.features, num_classes, 1, bias=head.bias)
+        if own.in_channels == head.features:
+            return None, frozen
+        return nn.Conv2d(own.in_channels, head.features, 1, bias=adapter_bias), frozen
+    assert isinstance(own, nn.Linear)
+    frozen = nn.Linear(head.features, num_classes, bias=head.bias)
+    if own.in_features == head.features:
+        return None, frozen
+    channels, height, width = _flattened_map(network, own, image_shape)
+    positions = height * width
+    if positions > 1 and head.features % positions == 0:
+        convolution = nn.Conv2d(channels, head.features // positions, 1, bias=adapter_bias)
+        return nn.Sequential(nn.Unflatten(1, (channels, height, width)), convolution, nn.Flatten()), frozen
+    return nn.Linear(own.in_features, head.features, bias=adapter_bias), frozen
+
+
+def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape) -> ImageShape:
+    """(C, h, w) of the map that a layer sees flattened, found by a pass; (in_features, 1, 1) where it sees none."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    with _Flattenings(layer.in_features) as flattenings:
+        _pass(network, image_shape)
+    hook.remove()
+    for flat, shape in reversed(flattenings.found):
+        if any(torch.equal(flat, x) for x in seen):
+            return shape
+    return layer.in_features, 1, 1
+
+
+def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> nn.Module | None:
+    """The layer with ``num_classes`` outputs that a pass calls last."""
+    called: list[nn.Module] = []
+    candidates = [module for module in network.modules() if outputs_of_last_layer(module) == num_classes]
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in candidates]
+    _pass(network, image_shape)
+    for hook in hooks:
+        hook.remove()
+    return called[-1] if called else None
+
+
+@torch.no_grad()
+def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
+    """The logits of two images in evaluation mode; the network's mode and the draws of PyTorch's seed stay theirs."""
+    modes = {module: module.training for module in network.modules()}
+    logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
+    for module, training in modes.items():
+        module.training = training
+    return logits
+
+
+class _Flattenings(TorchFunctionMode):
+    """Notes every (N, features) that is made of an (N, C, h, w) by a change of shape alone, and its (C, h, w)."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+        self.found: list[tuple[Tensor, ImageShape]] = []
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _RESHAPES and output.ndim == 2 and output.shape[1] == self.features:
+            batch, *shape = (*args, *(kwargs or {}).values())[0].shape
+            if len(shape) == 3 and batch == len(output):
+                self.found.append((output, (shape[0], shape[1], shape[2])))
+        return output
+
+
+_RESHAPES = {torch.flatten, torch.reshape, Tensor.flatten, Tensor.reshape, Tensor.view}

@@ -1,0 +1,83 @@
+"""Norms whose statistics in training are those of the batches of all processes of a torch.distributed job.
+
+A job of many processes then learns what one process with the whole batch does. Not here: the norms' rules and
+gradients (`rules/batch_norm.py`), and the averaging of gradients (`trainer/loop/distributed.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.networks.homogeneous import ScaleNorm
+from pipeline.networks.models import ModelError
+from pipeline.networks.processes import Processes
+from pipeline.rules import joint_batch_norm, scale_norm
+
+
+class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """A batch norm for (N, C, ...); in evaluation, and in a process alone, the plain one."""
+
+    processes: Processes
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input (N, C, ...), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.processes.count == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        mean = var = None
+        momentum = self.momentum
+        if self.track_running_stats:
+            mean, var = self.running_mean, self.running_var
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if momentum is None:  # the average of all batches
+                    momentum = 1 / float(self.num_batches_tracked)
+        vectors = (mean, var, self.weight, self.bias)
+        return joint_batch_norm(input, *vectors, True, momentum or 0.0, self.eps, self.processes)
+
+
+class SynchronisedScaleNorm(ScaleNorm):
+    """A scale-only norm for (N, C, ...); in evaluation, and in a process alone, the plain one."""
+
+    processes: Processes
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.processes.count == 1:
+            return super().forward(x)
+        return scale_norm(x, self.weight, self.running_second_moment, True, self.momentum, self.eps, self.processes)
+
+
+_SIBLINGS: dict[type[nn.Module], type[SynchronisedBatchNorm | SynchronisedScaleNorm]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SynchronisedBatchNorm),
+    SynchronisedBatchNorm: SynchronisedBatchNorm,
+    **dict.fromkeys((ScaleNorm, SynchronisedScaleNorm), SynchronisedScaleNorm),
+}
+
+
+def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Make every norm over the batch, in training, one over the batches of all processes of the group.
+
+    The group None is that of all processes. The modules stay the same objects with the same parameters and buffers:
+    only their class changes, so that optimisers, hooks and saved weights are unaffected. In training every process
+    then runs the model, and its backward passes, equally often. With gradients averaged over the processes, loss,
+    heatmaps, gradients and running statistics are those of one process with all their samples, where each has as many.
+
+    Raises ModelError for a norm whose class is not known, as it may do more than normalise; nothing is changed then.
+    """
+    kinds = (nn.modules.batchnorm._BatchNorm, ScaleNorm)
+    norms: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name, norm in norms.items():
+        if type(norm) not in _SIBLINGS:
+            raise ModelError(
+                f"the norm '{name}' ({type(norm).__name__}) cannot be synchronised over processes: only "
+                "nn.BatchNorm1d, 2d, 3d, nn.SyncBatchNorm and pipeline.ScaleNorm can; put one of these in its place"
+            )
+    for norm in norms.values():
+        norm.__class__ = _SIBLINGS[type(norm)]
+        norm.processes = Processes(group)

@@ -1,0 +1,1 @@
+"""One training step after another: methods, losses, optimizers, augmentation, processes."""

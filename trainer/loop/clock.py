@@ -1,0 +1,56 @@
+"""Where a training's time goes: in all, waiting for data, since the last line of the log, since the last checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.stream.stream import Batch
+
+
+class Timed:
+    """Hands batches on; ``seconds_waiting`` is the time that their consumer has waited for them."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+        self.seconds_waiting = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self.seconds_waiting += time.perf_counter() - started
+
+
+class Clock:
+    """Adds up ``seconds`` and ``seconds_waiting`` in a training's progress, over all its starts."""
+
+    def __init__(self, progress: dict[str, Any], timed: Timed):
+        self._progress, self._timed = progress, timed
+        self._before = progress["seconds"], progress["seconds_waiting"]
+        self._started = self._checkpoint = time.perf_counter()
+        self._lap = (self._started, 0.0, progress["step"])
+
+    def update(self) -> None:
+        """Bring the progress up to now."""
+        self._progress["seconds"] = self._before[0] + time.perf_counter() - self._started
+        self._progress["seconds_waiting"] = self._before[1] + self._timed.seconds_waiting
+
+    def lap(self, batch_size: int) -> dict[str, float]:
+        """``samples_per_second``, and the share of time ``waiting`` for data, since this was last asked."""
+        now, waited, step = time.perf_counter(), self._timed.seconds_waiting, self._progress["step"]
+        seconds, steps = max(now - self._lap[0], 1e-9), step - self._lap[2]
+        share = (waited - self._lap[1]) / seconds
+        self._lap = (now, waited, step)
+        return {"samples_per_second": batch_size * steps / seconds, "waiting": share}
+
+    def minutes_since_checkpoint(self) -> float:
+        return (time.perf_counter() - self._checkpoint) / 60
+
+    def checkpointed(self) -> None:
+        self._checkpoint = time.perf_counter()

@@ -1,0 +1,241 @@
+"""What a student can match, side by side: a method is its loss for each sample, and what it needs for that.
+
+To add one is to write a function here. Not here: how maps are made (`pipeline.explainers`) and compared (`losses.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline import EXPLAINERS, Forward
+from trainer.errors import TrainingError, did_you_mean
+from trainer.loop.augmentation import BACKGROUND
+
+Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
+Compare = Callable[[Tensor, Tensor], Tensor]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)
+TEMPERATURE = 3.0
+# of ISNet, as in its authors' code: ε, the decay of global weighted rank pooling, and the sum of |relevance| that is
+# natural to a heatmap, between which and which there is no loss
+ISNET_EPSILON, GWRP_DECAY, NATURAL_RELEVANCE, TINY = 0.01, 0.9, (1.0, 25.0), 1e-10
+# what a name alone stands for, where that is no method by itself
+SUMS = {"rrr": {"erm": 1.0, "rrr": 0.01}, "isnet": {"erm": 0.3, "isnet": 0.7}}
+
+
+@dataclass(frozen=True)
+class Method:
+    """``loss(forward, target, compare)`` is (N,), one number for each sample, of one forward pass of the student.
+
+    ``needs``: entries of `target`, from the store (heatmaps, teacher_logits, features), the dataset (labels, masks) or
+    the training (group_weights). ``explainers``: of which of them the stored heatmaps may be; none where it needs no
+    heatmaps. ``explains``: the explainer that the student is traced with where that is not said by a store.
+    ``moves``: the augmentations under which what it needs stays right, as it is moved along or does not change.
+    """
+
+    name: str
+    loss: Callable[[Forward, Target, Compare], Tensor]
+    needs: tuple[str, ...]
+    explainers: tuple[str, ...] = ()
+    explains: str | None = None
+    moves: tuple[str, ...] = ()
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Enter the function below as a method."""
+
+    def enter(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        METHODS[name] = Method(name, loss, **declared)
+        return loss
+
+    return enter
+
+
+_LRP = ("flex", "cp-lrp", "epsilon-plus", "gamma")
+
+
+@method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))
+@method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
+@method("input-gradient", needs=("heatmaps",), explainers=("input-gradient",), moves=("flip", "shift"))
+@method("grad-cam", needs=("heatmaps",), explainers=("grad-cam",), moves=("flip",))
+@method("attention", needs=("heatmaps",), explainers=("attention",), moves=("flip",))
+def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """The student's own map of the same class with the same ε is the teacher's (Bassi et al., arXiv 2407.09788).
+
+    What kind of map it is, the store's explainer says. An input gradient is no share of the logit, so the area of
+    a crop has no meaning for it.
+    """
+    maps = forward.maps(target["target_class"], target["epsilon"], create_graph=torch.is_grad_enabled())
+    return compare(maps, target["heatmaps"])
+
+
+@method("complete-lrp", needs=("heatmaps", "teacher_logits"), explainers=_LRP)
+def complete_explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Both maps with the share of the explained logit that they do not see, spread in proportion to |relevance|.
+
+    What ε absorbs is such a share, and what biases and batch norms add, which is much in a teacher that has them. As
+    both maps then sum to the logit, a student that matches them has the teacher's outputs too, with biases of its own
+    or without. Not from the paper; measured in docs/results/coloured-mnist.md.
+    """
+    classes = target["target_class"]
+    ours = forward.maps(classes, target["epsilon"], create_graph=torch.is_grad_enabled())
+    theirs = target["heatmaps"]
+    logits = [of.gather(1, classes[:, None])[:, 0] for of in (forward.logits, target["teacher_logits"])]
+    pooled = ours.shape[2:].numel() // theirs.shape[2:].numel()  # the values of which one stored value is the mean
+    return compare(_completed(ours, logits[0]), _completed(theirs, logits[1], pooled))
+
+
+def _completed(maps: Tensor, logits: Tensor, pooled: int = 1) -> Tensor:
+    """Maps (N, C, h, w) whose sum, times ``pooled``, is the logit (N,), but for maps of zeros."""
+    missing = logits - pooled * maps.sum((1, 2, 3))
+    size = pooled * maps.abs().sum((1, 2, 3))
+    return maps + maps.abs() * (missing / size.clamp_min(torch.finfo(maps.dtype).tiny)).view(-1, 1, 1, 1)
+
+
+@method("features", needs=("features",))
+def features(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Mean squared difference of what enters the last layer (hints, Romero et al., ICLR 2015).
+
+    Raises TrainingError where the student has another number of features.
+    """
+    ours, theirs = forward.features, target["features"]
+    if ours.shape != theirs.shape:
+        raise TrainingError(
+            f"the student has {ours.shape[1]} features, and the store has {theirs.shape[1]} of the teacher's to match "
+            "them with: give --head frozen, which puts a learnt adapter between the two, or another --arch"
+        )
+    return (ours - theirs).square().mean(1)
+
+
+@method("output", needs=("teacher_logits",))
+def output(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """KL divergence from the teacher's outputs at temperature 3, times 9 (Hinton et al., 2015)."""
+    ours, theirs = (F.log_softmax(logits / TEMPERATURE, 1) for logits in (forward.logits, target["teacher_logits"]))
+    return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+
+
+@method("erm", needs=("labels",), moves=("flip", "shift", "crop"))
+def erm(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Cross-entropy with the labels: no teacher, and the bias with them."""
+    return F.cross_entropy(forward.logits, target["labels"], reduction="none")
+
+
+@method("group-dro", needs=("labels", "group_weights"), moves=("flip", "shift", "crop"))
+def group_dro(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Cross-entropy, weighted so that the group with the largest loss counts most (`trainer.loop.groups`)."""
+    return target["group_weights"] * F.cross_entropy(forward.logits, target["labels"], reduction="none")
+
+
+@method("rrr", needs=("masks",), explains="gradient-x-input", moves=("flip", "shift", "crop"))
+def right_for_the_right_reasons(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Σ of the squared gradient, at the image outside the mask, of Σ_k log p_k (Ross et al., IJCAI 2017, equation 1).
+
+    The second of its three terms; cross-entropy is the first. Batch norms are the affine maps that they are in
+    evaluation.
+    """
+    slope = 1 - forward.logits.shape[1] * forward.logits.softmax(1)  # of Σ_k log p_k, at the logits
+    gradient = forward.trace.pull_back(slope, 0.0, create_graph=torch.is_grad_enabled())
+    return ((1 - target["masks"]) * gradient).square().sum((1, 2, 3))
+
+
+@method("isnet", needs=("masks",), explains="flex", moves=("flip", "shift", "crop"))
+def background_relevance(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """The heatmap loss of ISNet on LRP-Flex: no relevance outside the mask, neither too much nor too little inside.
+
+    Bassi et al., Nature Communications 15, 291 (2024), equations 5 to 10, in the stochastic form of Faster ISNet (arXiv
+    2401.08409): one logit of each sample is explained, chosen at random. Cross-entropy is added to it.
+    """
+    samples, classes = forward.logits.shape
+    chosen = torch.randint(classes, (samples,), device=forward.logits.device)
+    maps = forward.maps(chosen, ISNET_EPSILON, create_graph=torch.is_grad_enabled()).abs()
+    object_, background = target["masks"], 1 - target["masks"]
+    inside = (maps * object_).sum((1, 2, 3))
+    mean_inside = inside / (object_.sum((1, 2, 3)) * maps.shape[1]).clamp_min(1)
+    outside = (maps / mean_inside.clamp_min(TINY).view(-1, 1, 1, 1) * background).flatten(2)
+    ranked = outside.sort(2, descending=True).values
+    weights = GWRP_DECAY ** torch.arange(ranked.shape[2], device=ranked.device, dtype=ranked.dtype)
+    pooled = (ranked * weights).sum(2) / weights.sum()
+    of_background = pooled.log1p().mean(1)  # −log(1 − x / (x + 1))
+    low, high = NATURAL_RELEVANCE
+    too_little, too_much = (1 - inside / low).clamp_min(0), ((inside - high) / low).clamp_min(0)
+    # beyond low + high the square becomes a line of the same value, as in Faster ISNet
+    return of_background + too_little.square() + torch.where(too_much > 1, 1 + low * (too_much - 1), too_much.square())
+
+
+def method_of(explainer: str) -> str:
+    """The method that matches the maps of an explainer."""
+    return next(name for name, method in METHODS.items() if explainer in method.explainers)
+
+
+def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
+    """The weight of each method: one alone, or a sum such as ``lrp=1,output=0.1``. Raises TrainingError."""
+    if method is not None and loss is not None:
+        same = ",".join(f"{name}={weight:g}" for name, weight in SUMS.get(method, {method: 1}).items())
+        raise TrainingError(
+            f"give --method ({method}) or --loss ({loss}), not both: --method {method} is --loss {same}"
+        )
+    if loss is None and method in SUMS:
+        return dict(SUMS[method])
+    terms: dict[str, float] = {}
+    for term in (loss if loss is not None else method or "lrp").split(","):
+        name, given, weight = (part.strip() for part in term.partition("="))
+        if name not in METHODS:
+            raise TrainingError(
+                f"no method is called '{name}': choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+            )
+        try:
+            terms[name] = float(weight) if given else 1.0
+        except ValueError:
+            terms[name] = float("nan")
+        if not 0 < terms[name] < float("inf"):
+            raise TrainingError(
+                f"--loss {term.strip()}: '{weight}' is no weight; give a positive number, as in lrp=1,output=0.1"
+            )
+    if loss is not None and len(terms) < len(loss.split(",")):
+        raise TrainingError(f"--loss {loss} has a method twice: give each once")
+    maps = [name for name in terms if METHODS[name].explainers or METHODS[name].explains]
+    if len(maps) > 1:
+        raise TrainingError(
+            f"{' and '.join(maps)} each explain the student in their own way, and a step explains it in one: give one"
+        )
+    return terms
+
+
+def needs(terms: Mapping[str, float]) -> tuple[str, ...]:
+    """All that the methods need, by name."""
+    return tuple(dict.fromkeys(need for name in terms for need in METHODS[name].needs))
+
+
+def of_store(terms: Mapping[str, float]) -> set[str]:
+    """What the methods need of a store; they learn without one where it is nothing."""
+    return set(needs(terms)) & {"heatmaps", "teacher_logits", "features"}
+
+
+def moves(terms: Mapping[str, float]) -> tuple[str, ...]:
+    """The augmentations that every one of the methods allows; another background changes nothing that any needs."""
+    return (*(move for move in METHODS["erm"].moves if all(move in METHODS[name].moves for name in terms)), BACKGROUND)
+
+
+def missing_from(terms: Mapping[str, float], explainer: str | None, stored: tuple[str, ...]) -> str:
+    """What a store lacks for the methods, as options of cache-explanations; empty where it has all.
+
+    ``explainer`` is that of its maps, None where there is no store, and ``stored`` what else it has: teacher_logits,
+    features.
+    """
+    for name in terms:
+        if (allowed := METHODS[name].explainers) and explainer not in allowed:
+            return f"--explainer {allowed[0]}" + " --features" * ("features" in needs(terms))
+    lacking = of_store(terms) - {"heatmaps", *stored}
+    if "features" not in lacking:
+        return ""
+    return "--features" if explainer is None else f"--explainer {explainer} --features"
+
+
+assert set(EXPLAINERS) == {name for method in METHODS.values() for name in method.explainers}

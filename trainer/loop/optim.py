@@ -1,0 +1,121 @@
+"""Optimisers, learning-rate schedules and the moving average of weights, by the names that the command line has.
+
+All but Muon are PyTorch's own, and all are restored bit for bit: make them anew with the same values, in the order
+optimiser, schedule, average, and then load the ``state_dict()`` of each (a new schedule sets the optimiser's learning
+rates).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from trainer.errors import TrainingError
+from trainer.loop.muon import Muon
+
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+
+
+def make_optimizer(
+    model: nn.Module, name: str, lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0
+) -> Optimizer:
+    """One of `OPTIMIZERS` over the parameters that require a gradient.
+
+    ``momentum`` is SGD's (with PyTorch's update, not Nesterov's). ``weight_decay`` shrinks tensors of more than one
+    dimension alone: not biases, nor the scales of norms. It is decoupled from the gradient in ``adamw`` and ``muon``,
+    and added to it in the others.
+
+    Raises TrainingError for an unknown name, ``lr`` not positive, ``momentum`` outside [0, 1), ``weight_decay`` < 0.
+    """
+    _check_known("--optimizer", name, OPTIMIZERS)
+    _check_lr(lr)
+    if not 0 <= momentum < 1:
+        raise TrainingError(f"--momentum must be at least 0 and less than 1, got {momentum:g}")
+    if not 0 <= weight_decay < math.inf:
+        raise TrainingError(f"--weight-decay must be a number of at least 0, got {weight_decay:g}")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if weight_decay:
+        decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others}]
+        groups = [group for group in groups if group["params"]]
+    if name == "muon":
+        return Muon(groups, lr)
+    # one pass through memory for all that a step does, which on a CPU takes half the time
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    if name == "sgd":
+        return SGD(groups, lr, momentum=momentum, fused=fused)
+    return (AdamW if name == "adamw" else Adam)(groups, lr, weight_decay=0, fused=fused)
+
+
+def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, warmup: int | None = None) -> LRScheduler:
+    """One of `SCHEDULES` of peak ``lr`` over ``steps`` steps; its ``step()`` is called after each of the optimiser's.
+
+    ``warmup`` is the number of steps in which the rate rises, the last of them at its peak: by default 0 in ``cosine``,
+    which then falls to 0 after the last step, and ``constant``. These rise in a straight line. ``one-cycle`` is
+    PyTorch's OneCycleLR: it rises from a 25th of the peak, by default for 0.3 of the steps, and falls to a 250,000th.
+    It moves Adam's β₁ from 0.95 to 0.85 and back. SGD's momentum stays the one that was asked for: PyTorch would put
+    0.85 to 0.95 in its place, and the 0.99 of Bassi et al., arXiv 2407.09788, is not that; and so does Muon's.
+
+    Raises TrainingError for an unknown name, ``lr`` not positive, and ``warmup`` that is negative or not less than
+    ``steps``.
+    """
+    _check_known("--schedule", name, SCHEDULES)
+    _check_lr(lr)
+    if warmup is not None and not 0 <= warmup < steps:
+        raise TrainingError(
+            f"--warmup must be at least 0 and less than the {steps} steps of the training, got {warmup}"
+        )
+    if name != "one-cycle":
+        return LambdaLR(optimizer, lambda step: rate(name, step, steps, warmup or 0))
+    cycle_momentum = not isinstance(optimizer, SGD | Muon)
+    if warmup is None:
+        return OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=cycle_momentum)
+    rising = max(0.0, warmup - 1e-9)  # a rise of exactly one step is divided by its length less one, which is 0
+    return OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rising / steps, cycle_momentum=cycle_momentum)
+
+
+def rate(name: str, step: int, steps: int, warmup: int) -> float:
+    """The learning rate of a step, counted from 0, in ``cosine`` or ``constant``: a part of the peak."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if name == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))) / 2
+
+
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of the model's weights; call ``update_parameters(model)`` after each step.
+
+    The first update copies the weights, each later one leaves ``decay`` of the average and takes 1 − ``decay`` of the
+    model's. Buffers, such as the running statistics of norms, are the model's own of the last update, copied. The
+    averaged model is ``.module``, of the type of ``model`` (which is bare, not wrapped for several processes).
+
+    Raises TrainingError for a ``decay`` that is not between 0 and 1.
+    """
+    if not 0 < decay < 1:
+        raise TrainingError(f"--ema must be more than 0 and less than 1, got {decay:g}")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
+def is_moment(step: int, steps: int, count: int) -> bool:
+    """Whether a step, counted from 1, is one of ``count`` that are evenly spread, the last one among them."""
+    return step * count // steps > (step - 1) * count // steps
+
+
+def _check_lr(lr: float) -> None:
+    if not 0 < lr < math.inf:
+        raise TrainingError(f"--lr must be a positive number, got {lr:g}")
+
+
+def _check_known(option: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise TrainingError(f"unknown {option} '{name}': choose one of {', '.join(known)}")

@@ -1,0 +1,1 @@
+"""Whole tables from one command: profiles, plans, sweeps."""

@@ -1,0 +1,133 @@
+"""What a reproduction has to make, and in which order: pure functions of the rows, the profile and the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.explainers import find_explainer
+from trainer.errors import TrainingError, did_you_mean
+from trainer.loop.methods import needs, parse_terms
+from trainer.reproduction.profiles import Options, Profile
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing to make.
+
+    kind: data, teacher, store or student. path: where, in the reproduction's folder. options: the keywords of what
+    makes it. needs: what it is made from, in the order in which that is handed over. row, seed: of a model.
+    """
+
+    kind: str
+    path: str
+    says: str
+    options: Options
+    needs: tuple[Stage, ...] = ()
+    row: str | None = None
+    seed: int = 0
+
+
+def chosen(profile: Profile, methods: Sequence[str] | None) -> tuple[str, ...]:
+    """The rows to make, in the order of the table: those of the paper, or the ones named, with the teachers they need.
+
+    ``all`` names all. Raises TrainingError for a row that there is not.
+    """
+    table = profile.table
+    known = profile.rows or tuple(table.rows)
+    if methods is None:
+        methods = [key for key in known if key in table.usual]
+    elif "all" in methods:
+        methods = known
+    for key in methods:
+        if key not in known:
+            raise TrainingError(
+                f"no row is called '{key}' in --methods: choose from all, {', '.join(known)}.{did_you_mean(key, known)}"
+            )
+    if not methods:
+        raise TrainingError(f"--methods names no row: choose from all, {', '.join(known)}")
+    wanted = {*methods, *(table.rows[key].teacher for key in methods)}
+    return tuple(key for key in table.rows if key in wanted)
+
+
+def plan(profile: Profile, rows: Sequence[str], seeds: int) -> list[Stage]:
+    """All stages that the rows need, each once and after what it needs; every row of a seed before the next seed."""
+    stages: dict[str, Stage] = {}
+
+    def add(stage: Stage) -> None:
+        for needed in stage.needs:
+            add(needed)
+        stages.setdefault(stage.path, stage)
+
+    for seed in range(profile.seed, profile.seed + seeds):
+        for row in rows:
+            is_teacher = profile.table.rows[row].loss is None
+            add(_teacher(profile, row) if is_teacher else _student(profile, row, seed))
+    return list(stages.values())
+
+
+def before(stage: Stage) -> dict[str, Stage]:
+    """By path, all that has to be there before a stage."""
+    found: dict[str, Stage] = {}
+    for needed in stage.needs:
+        found |= before(needed) | {needed.path: needed}
+    return found
+
+
+def _data(profile: Profile) -> Stage:
+    options = {**profile.data, **({"seed": profile.seed} if profile.table.seeded else {}), "limit": profile.limit}
+    return Stage("data", "data.zarr", profile.table.says, options)
+
+
+def _teacher(profile: Profile, row: str) -> Stage:
+    options = {**profile.teacher, "debias": profile.table.debias, "bias_free": _bias_free(profile, row)}
+    options |= {"seed": profile.seed}
+    says = f"{row}, which sees {profile.table.sees}: {_length(options)}"
+    return Stage("teacher", f"models/{row}", says, options, (_data(profile),), row, profile.seed)
+
+
+def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
+    rows = profile.table.rows
+    readers = [
+        row for key in profile.rows or rows if ((row := rows[key]).teacher, row.explainer) == (teacher, explainer)
+    ]
+    explained = profile.draws if split == "train" else 1  # of the validation split, the first draw alone is looked at
+    options = {
+        "split": split,
+        "explainer": explainer,
+        "features": any("features" in needs(parse_terms(None, row.loss)) for row in readers),
+        "draws": None if find_explainer(explainer).rules is None else explained,
+        "epsilon_range": profile.epsilon_range,
+        "seed": profile.seed,
+    }
+    says = f"stage one: {teacher}'s maps ({explainer}) of the {split} split, written to a store"
+    path = f"stores/{teacher}-{explainer}-{split}.zarr"
+    return Stage("store", path, says, options, (_data(profile), _teacher(profile, teacher)))
+
+
+def _student(profile: Profile, key: str, seed: int) -> Stage:
+    row = profile.table.rows[key]
+    options: dict[str, Any] = {**profile.student, **profile.of_row.get(key, {})}
+    options |= {"loss": row.loss, "bias_free": _bias_free(profile, key), "seed": seed}
+    if row.augment:
+        options["augment"] = row.augment
+    stores: tuple[Stage, ...] = ()
+    if row.explainer is not None:
+        assert row.teacher is not None
+        splits = ("train", "validation") if profile.table.biased_validation else ("train",)
+        stores = tuple(_store(profile, row.teacher, row.explainer, split) for split in splits)
+    says = f"{key}, seed {seed}: {_length(options)}"
+    return Stage("student", f"models/{key}-{seed}", says, options, (_data(profile), *stores), key, seed)
+
+
+def _bias_free(profile: Profile, key: str) -> bool:
+    row = profile.table.rows[key]
+    if row.bias_free is not None:
+        return row.bias_free
+    return bool(profile.teacher["bias_free"]) if row.teacher is None else _bias_free(profile, row.teacher)
+
+
+def _length(options: Options) -> str:
+    length = f"{options['steps']:,} steps" if "steps" in options else f"{options['epochs']:g} epochs"
+    return f"{length} of {options['arch']}"

@@ -1,0 +1,258 @@
+"""Pictures: what models look at, how accurate they get as they learn, and on which colours. Nothing is decided here."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from data import Dataset, Split
+from data.storage import Folder
+from pipeline import explain, load_classifier
+from pipeline.device import as_input, as_mask
+from trainer.results.evaluation import EPSILON
+from trainer.results.tables import heading
+
+CPU = torch.device("cpu")
+DPI = 130
+SIDE = 1.7  # inches, of a picture in a grid
+COLOURS = "RdBu_r"  # diverging, and told apart by all kinds of colour vision
+ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of an axis of accuracies
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a grid and what is below it; in bold red where that is ``wrong``.
+
+    content: an image, float32 (C, H, W) in [0, 1], or a heatmap, (h, w); None for nothing at all.
+    """
+
+    content: np.ndarray | None
+    below: str = ""
+    wrong: bool = False
+
+
+def heatmap_picture(
+    dataset: Dataset, split_names: tuple[str, ...], models: Mapping[str, str | Path], out: str | Path
+) -> None:
+    """Write a PNG: of each split one image per class (ten at most), and each model's heatmap of the true class.
+
+    ``models`` maps row titles to saved models. Heatmaps are summed over the channels; red speaks for the
+    class, blue against it, each map on its own scale. Below each map is what the model says.
+    """
+    from matplotlib.figure import Figure
+
+    loaded = {title: load_classifier(path)[0] for title, path in models.items()}
+    columns = min(10, len(dataset.class_names))
+    rows = len(models) + 1
+    figure = Figure(figsize=(1.15 * columns + 1.4, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
+    for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
+        split = dataset.split(name)
+        picked = _one_per_class(split, columns)
+        labels = np.asarray(split.labels[:])[picked]
+        images = as_input(rows_of(split.images, picked), CPU)
+        masks = None if split.masks is None else as_mask(rows_of(split.masks, picked), CPU)
+        panel.suptitle(f"{name}: image, and relevance for its true class (red for, blue against)", fontsize=10)
+        axes = panel.subplots(rows, len(picked), squeeze=False)
+        _row_title(axes[0, 0], "image")
+        for column, image in enumerate(images):
+            _draw(axes[0, column], Cell(image.numpy(), dataset.class_names[labels[column]]))
+        for row, (title, model) in enumerate(loaded.items(), start=1):
+            _row_title(axes[row, 0], title)
+            logits, maps = explain(partial(model, masks=masks), images, torch.from_numpy(labels), EPSILON)
+            for column, heatmap in enumerate(maps.sum(1).numpy()):
+                says = int(logits[column].argmax())
+                cell = Cell(heatmap, f"says {dataset.class_names[says]}", wrong=says != labels[column])
+                _draw(axes[row, column], cell, np.abs(heatmap).max() or 1.0)
+    _save(figure, out)
+
+
+def grid_picture(
+    cells: Sequence[Sequence[Cell]],
+    column_titles: Sequence[str],
+    row_titles: Sequence[str],
+    title: str,
+    limit: float,
+    unit: str,
+    out: str | Path,
+    about: str,
+) -> None:
+    """Write a PNG: rows of cells, all heatmaps on the scale from −``limit`` to ``limit``, with its bar at the bottom.
+
+    ``unit`` says what the bar shows, ``about`` goes into the file as its "Description". Raises FileExistsError where
+    there is a file already.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    height, width = next(cell.content for row in cells for cell in row if cell.content is not None).shape[-2:]
+    cells = [[dataclasses.replace(cell, below=_wrapped(cell.below, 26)) for cell in row] for row in cells]
+    titles, row_titles = ([_wrapped(each, 22) for each in texts] for texts in (column_titles, row_titles))
+    lines = max(cell.below.count("\n") + 1 for row in cells for cell in row)
+    tall = SIDE * max(height / width, 0.4) + 0.17 * lines + 0.1
+    heads = 0.17 * max(each.count("\n") + 1 for each in titles) + 0.1
+    across = SIDE * len(titles) + 0.1 + 0.075 * max(len(line) for each in row_titles for line in each.split("\n"))
+    text, bar_text = (_wrapped(each, int(across / 0.08)) for each in (title, unit))
+    top, bottom = (0.19 * (each.count("\n") + 1) for each in (text, bar_text))
+    parts = (top + heads + tall * len(cells), 0.5 + bottom)
+    figure = Figure(figsize=(across, sum(parts)), layout="constrained")
+    grid, foot = figure.subfigures(2, 1, squeeze=False, height_ratios=parts).flat
+    grid.suptitle(text, fontsize=10)
+    axes = grid.subplots(len(cells), len(titles), squeeze=False)
+    for axis, each in zip(axes[0], titles, strict=True):
+        axis.set_title(each, fontsize=9)
+    for line, row, name in zip(axes, cells, row_titles, strict=True):
+        line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+        for axis, cell in zip(line, row, strict=True):
+            _draw(axis, cell, limit)
+    scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
+    bar = foot.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
+    foot.colorbar(scale, bar, orientation="horizontal", extend="both")
+    bar.tick_params(labelsize=8)
+    bar.set_xlabel(bar_text, fontsize=8)
+    _save(figure, out, about)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Each line of a text in lines of at most so many characters, with dollars that begin no formula."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
+
+
+def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
+    """Fill one place of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if cell.content is None:
+        axis.spines[:].set_visible(False)
+    elif cell.content.ndim == 2:
+        axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
+    elif len(cell.content) == 3:
+        axis.imshow(cell.content.transpose(1, 2, 0))
+    else:  # of one channel, or of some that are no colours
+        axis.imshow(cell.content.mean(0), cmap="gray", vmin=0, vmax=1)
+    axis.set_xlabel(
+        cell.below,
+        fontsize=8,
+        color="firebrick" if cell.wrong else "black",
+        weight="bold" if cell.wrong else "normal",
+    )
+
+
+def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
+    """Write a PNG: accuracy against steps, a panel for each test split and a line for each method.
+
+    A point has ``title`` (of the method), ``seed``, ``step``, and the accuracy on each of the ``splits`` in %. Lines
+    are means over seeds, bands from the lowest to the highest seed. The axis is the logit of the accuracy, which shows
+    the differences near 100 % too.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(point["title"] for point in points))
+    figure = Figure(figsize=(3 + 3.5 * len(splits), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(splits), sharey=True, squeeze=False)[0]
+    for axis, split in zip(axes, splits, strict=True):
+        for index, title in enumerate(titles):
+            by_step: dict[int, list[float]] = {}
+            for point in points:
+                if point["title"] == title:
+                    share = min(max(point[split] / 100, ENDS[0]), ENDS[1])  # neither end of a logit axis is finite
+                    by_step.setdefault(point["step"], []).append(share)
+            steps = sorted(by_step)
+            look = {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
+            means = [statistics.fmean(by_step[step]) for step in steps]
+            axis.plot(steps, means, label=title, marker=".", linewidth=1.6, **look)
+            lowest, highest = ([bound(by_step[step]) for step in steps] for bound in (min, max))
+            axis.fill_between(steps, lowest, highest, color=look["color"], alpha=0.15, linewidth=0)
+        axis.set_title(heading(split))
+        axis.set_xlabel("steps")
+        axis.set_xlim(left=0)
+        axis.set_yscale("logit")
+        axis.set_yticks(TICKS, [f"{100 * tick:g}" for tick in TICKS])
+        axis.set_yticks([], minor=True)
+        axis.set_ylim(*ENDS)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("accuracy in %")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle("As they learn, on a part of the test images; nothing was chosen by it", fontsize=10)
+    _save(figure, out)
+
+
+def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
+    """Write a PNG: the accuracy of each method on each group of the splits; of colours the darkest first.
+
+    A result has ``title`` (of the method) and ``groups``, each with ``split``, ``group`` (a name, or a colour as
+    #rrggbb) and ``accuracy`` in %. Numbers are means over the results of a title.
+    """
+    from matplotlib.colors import is_color_like, to_rgb
+    from matplotlib.figure import Figure
+
+    titles = list(dict.fromkeys(result["title"] for result in results))
+    scores: dict[tuple[str, str, str], list[float]] = {}
+    for result in results:
+        for group in result["groups"]:
+            scores.setdefault((group["split"], group["group"], result["title"]), []).append(group["accuracy"])
+    colours = all(group.startswith("#") and is_color_like(group) for _, group, _ in scores)
+    figure = Figure(figsize=(2.5 + 6.5 * len(splits), 1.5 + 0.36 * len(titles)), layout="constrained")
+    axes = figure.subplots(2, len(splits), squeeze=False, height_ratios=(1 if colours else 0.01, len(titles)))
+    for (swatches, axis), split in zip(axes.T, splits, strict=True):
+        groups = list(dict.fromkeys(group for of, group, _ in scores if of == split))
+        groups = sorted(groups, key=_luminance) if colours else groups
+        values = np.array([[statistics.fmean(scores[split, group, title]) for group in groups] for title in titles])
+        swatches.set_title(f"{split}: accuracy in % by {'colour' if colours else 'group'}", fontsize=10)
+        if colours:
+            swatches.imshow([[to_rgb(colour) for colour in groups]], aspect="auto")
+            swatches.set_xticks([])
+            swatches.set_yticks([])
+        else:
+            swatches.set_axis_off()
+        axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            ink = "white" if value < 35 else "black"
+            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(len(groups)), groups, fontsize=7, rotation=30)
+        axis.set_yticks(range(len(titles)), titles if split == splits[0] else [""] * len(titles), fontsize=9)
+        axis.tick_params(length=0)
+    _save(figure, out)
+
+
+def _luminance(colour: str) -> float:
+    """Of #rrggbb, by the weights of ITU-R BT.709."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _save(figure: Any, out: str | Path, about: str | None = None) -> None:
+    """As a PNG, whole or not at all; one that says what it is ``about`` in place of no other."""
+    out, buffer = Path(out), io.BytesIO()
+    figure.savefig(buffer, dpi=DPI, format="png", metadata=None if about is None else {"Description": about})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not Folder(out.parent).write(out.name, buffer.getbuffer(), exclusive=about is not None):
+        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+
+
+def _row_title(axis: object, title: str) -> None:
+    axis.set_ylabel(textwrap.fill(title, 14, break_long_words=False), fontsize=9)  # type: ignore[attr-defined]
+
+
+def _one_per_class(split: Split, classes: int) -> np.ndarray:
+    labels = np.asarray(split.labels[:])
+    return np.array([np.flatnonzero(labels == label)[0] for label in range(classes) if (labels == label).any()])
+
+
+def rows_of(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array of a dataset, in the order given."""
+    return np.stack([np.asarray(array[row]) for row in rows.tolist()])

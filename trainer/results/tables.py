@@ -1,0 +1,196 @@
+"""Results to tables, in Markdown, LaTeX and plain text: pure functions, the arithmetic apart from the writing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.reproduction.profiles import Benchmark
+
+Result = Mapping[str, Any]  # a line of results.jsonl
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The mean over seeds and the sample standard deviation (n − 1), None of one seed."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        mean = f"{self.mean:.2f}".replace("-", "−")
+        return mean if self.deviation is None else f"{mean} ± {self.deviation:.2f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table; all but ``seconds`` in % or points, each by the heading of its column, without what there is
+    not.
+
+    ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object. to_teacher:
+    the splits but IID, less those of the row's teacher. published: as quoted.
+    """
+
+    title: str
+    ours: Mapping[str, Measured]
+    to_teacher: Mapping[str, float]
+    published: Mapping[str, float]
+    seconds: float | None
+    note: str
+
+
+def measured(values: Sequence[float]) -> Measured:
+    """The mean and the spread of at least one value."""
+    return Measured(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def summarise(results: Sequence[Result], benchmark: Benchmark) -> list[Line]:
+    """The lines of a benchmark's table: a method's seeds as one, in the order of the results, and then what is quoted.
+
+    ``results`` are lines of ``results.jsonl``.
+    """
+    methods: dict[str, list[Result]] = {}
+    for result in results:
+        methods.setdefault(result["method"], []).append(result)
+    return [_line(seeds, methods, benchmark) for seeds in methods.values()] + [
+        Line(row.title, {}, {}, _published(row.published), None, row.note) for row in benchmark.quoted
+    ]
+
+
+def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> Line:
+    first, last = seeds[0], benchmark.tests[-1]
+    teacher = methods.get(first["teacher"], ())
+    ours = {heading(split): [result[split] for result in seeds] for split in benchmark.tests}
+    ours["gap"] = [result["gap"] for result in seeds if result.get("gap") is not None]
+    ours["worst group"] = [group["accuracy"] for result in seeds if (group := result.get("worst_group"))]
+    ours["on object"] = [
+        share for result in seeds if (share := result.get("on_object", {}).get(last)) is not None
+    ]  # of all |relevance|
+    return Line(
+        title=first["title"],
+        ours={name: measured(values) for name, values in ours.items() if values},
+        to_teacher={
+            heading(split): statistics.fmean(result[split] for result in seeds)
+            - statistics.fmean(result[split] for result in teacher)
+            for split in benchmark.tests
+            if teacher and split != "iid"
+        },
+        published=_published(first["published"]),
+        seconds=statistics.fmean(result["seconds"] for result in seeds),
+        note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
+        + ("no number quoted" if first["published"] is None else "published numbers as quoted"),
+    )
+
+
+def _published(scores: Mapping[str, float] | None) -> dict[str, float]:
+    return {heading(name): score for name, score in (scores or {}).items()}
+
+
+def heading(split: str) -> str:
+    """A split's name in a table or picture."""
+    return split.upper() if split in ("iid", "ood") else split
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Neighbours in a table: their common heading, their own ones, and the cells of a line."""
+
+    title: str
+    names: tuple[str, ...]
+    cells: Callable[[Line], Sequence[str]]
+
+
+def _columns(lines: Sequence[Line]) -> list[_Columns]:
+    """What any of the lines has."""
+
+    def of(title: str, get: Callable[[Line], Mapping[str, Any]], write: Callable[[Any], str]) -> _Columns:
+        names = tuple(dict.fromkeys(name for line in lines for name in get(line)))
+        return _Columns(title, names, lambda line: [write(get(line)[n]) if n in get(line) else MISSING for n in names])
+
+    found = (
+        of("accuracy", lambda line: line.ours, str),
+        of("less its teacher's", lambda line: line.to_teacher, lambda points: f"{points:+.2f}".replace("-", "−")),
+        of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
+    )
+    return [columns for columns in found if columns.names]
+
+
+def _seconds(line: Line) -> str:
+    return MISSING if line.seconds is None else f"{line.seconds:.0f}"
+
+
+def text(lines: Sequence[Line]) -> str:
+    """For a terminal: without the distance to the teacher, and with a note where all is quoted."""
+    columns = [each for each in _columns(lines) if each.title != "less its teacher's"]
+    header = ["in %"]
+    for each in columns:
+        first, *others = each.names
+        header += [first if each.title == "accuracy" else f"{each.title}: {first}", *others]
+    rows = [[*_cells(columns, line)[:-1], "" if line.ours else line.note] for line in lines]
+    header += ["seconds", ""]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1]), row[-1]]).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    columns = _columns(lines)
+    header = [""]
+    for each in columns:
+        header += each.names if each.title == "accuracy" else [f"{each.title}: {name}" for name in each.names]
+    header += ["seconds of training", "what it is"]
+    rows = [header, ["---"] * len(header), *(_cells(columns, line) for line in lines)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+
+def latex(lines: Sequence[Line]) -> str:
+    """A ``tabular`` that needs nothing but the package booktabs."""
+    columns = _columns(lines)
+    rows = [" & ".join(map(escape, _cells(columns, line))) + r" \\" for line in lines]
+    titles, rules, at = "", [], 2
+    for each in columns:
+        title = r"in \%" if each.title == "accuracy" else escape(each.title)
+        titles += rf" & \multicolumn{{{len(each.names)}}}{{c}}{{{title}}}"
+        rules.append(rf"\cmidrule(lr){{{at}-{at + len(each.names) - 1}}}")
+        at += len(each.names)
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{tabular}{l" + "r" * (at - 1) + "l}",
+            r"\toprule",
+            titles + r" & training & \\",
+            " ".join(rules),
+            "".join(f" & {escape(name)}" for each in columns for name in each.names) + r" & in s & \\",
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _cells(columns: Sequence[_Columns], line: Line) -> list[str]:
+    return [line.title, *(cell for each in columns for cell in each.cells(line)), _seconds(line), line.note]
+
+
+def escape(words: str) -> str:
+    """Plain text as LaTeX that shows it."""
+    return "".join(_LATEX.get(character, character) for character in words)
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "×": r"$\times$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "ε": r"$\varepsilon$",
+}

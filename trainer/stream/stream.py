@@ -1,0 +1,356 @@
+"""Batches at the speed of memory, in the order of `order.py`, within bounded memory.
+
+Threads decode blocks straight into *slots*, rows of large preallocated arrays; a batch is gathered from there with
+one copy. With slots for everything each block is decoded once, with fewer again when it is needed again: the same
+code, the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import DatasetError, Split
+from pipeline.device import to_device
+from teacher_cache import Cache, CacheError
+from trainer.stream import order
+from trainer.stream.memory import free_memory
+
+Field = tuple[tuple[int, ...], np.dtype[Any]]  # shape of one sample, dtype
+Arrays = dict[str, np.ndarray]
+Batch = dict[str, Tensor]
+Key = tuple[int, ...]  # (block,) or (block, draw)
+
+BLOCK_SAMPLES, BLOCK_BYTES = 1024, 2**21  # read at once from a dataset without a store
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples in blocks, and how one block is read.
+
+    ``fields`` are the same in all draws, ``draw_fields`` differ. ``read(block, out)`` and
+    ``read_draw(block, draw, out)`` fill ``out``, one array for each field with the block's samples on the first axis.
+    They are called from several threads, and what they raise reaches the consumer.
+    """
+
+    samples: int
+    block_samples: int
+    fields: Mapping[str, Field]
+    read: Callable[[int, Arrays], object]
+    draws: int = 1
+    draw_fields: Mapping[str, Field] = field(default_factory=dict)
+    read_draw: Callable[[int, int, Arrays], object] = _nothing
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.samples // self.block_samples)
+
+    @property
+    def slot_rows(self) -> int:
+        return min(self.block_samples, self.samples)
+
+    @property
+    def window_samples(self) -> int:
+        return order.window_samples(_bytes(self.fields) + _bytes(self.draw_fields), self.block_samples)
+
+
+def stream(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 2,
+    memory_budget: int | None = None,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """Shuffled batches: this rank's part of each step of ``batch_size`` samples, epoch after epoch without end.
+
+    A batch has every field as a new tensor (batch_size / ranks, …) of the stored dtype, and as ``sample``, int64
+    (batch_size / ranks,), the index of each sample. The ranks' batches of a step, one after the other, are the batch
+    of one rank alone: the order depends on the source's sizes, ``batch_size`` and the seed. What is left over at the
+    end of an epoch is dropped, unless there are fewer samples than ``batch_size``: then a step has all of them, as far
+    as the ranks can share them. From ``start_step`` on it is exactly what an uninterrupted stream yields.
+
+    ``workers`` threads read the window ahead. ``memory_budget`` is in bytes, for this rank; None means half of the
+    free memory, shared by the ranks. The rank's blocks of two windows, each of 256 MiB at most or one block, and of
+    a batch, are always held. What was once decoded stays as long as the budget has room. Close the generator to stop
+    the threads.
+
+    Raises ValueError for a rank that there is not, more ranks than samples, or a batch that they cannot share.
+    """
+    batch_size = order.step_samples(source.samples, batch_size, rank, ranks)
+    if memory_budget is None:
+        memory_budget = free_memory() // (2 * ranks)
+    slots, draw_slots = plan_slots(source, memory_budget, batch_size, rank, ranks)
+    windows = order.windows(
+        samples=source.samples,
+        block_samples=source.block_samples,
+        window_samples=source.window_samples,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        rank=rank,
+        ranks=ranks,
+    )
+
+    def block_alone(block: int, epoch: int) -> Key:
+        return (block,)
+
+    def block_and_draw(block: int, epoch: int) -> Key:
+        return block, order.draw_of_block(block, source.draws, seed, epoch)
+
+    shared = Slots(source, source.fields, source.read, slots, block_alone)
+    drawn = Slots(source, source.draw_fields, source.read_draw, draw_slots, block_and_draw)
+    tables = [table for table in (shared, drawn) if table.arrays]
+    return _batches(windows, tables, batch_size // ranks, workers, pin_memory)
+
+
+def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
+    """How many slots there are for ``fields`` and for ``draw_fields``: for two windows, and more within the budget.
+
+    ``fields`` come first: they are needed in every epoch, one draw only in every ``draws``-th.
+    """
+    window_blocks = order.window_blocks(
+        source.samples, source.block_samples, source.window_samples, batch_size, rank, ranks
+    )
+    left, counts = memory_budget, []
+    tables = ((source.fields, source.blocks), (source.draw_fields, source.blocks * source.draws))
+    least = [min(2 * window_blocks, most) for _, most in tables]
+    sizes = [max(1, source.slot_rows * _bytes(fields)) for fields, _ in tables]
+    left -= sum(count * size for count, size in zip(least, sizes, strict=True))
+    for (_, most), count, size in zip(tables, least, sizes, strict=True):
+        more = min(max(0, left // size), most - count)
+        left -= more * size
+        counts.append(count + more)
+    return counts[0], counts[1]
+
+
+class Slots:
+    """One preallocated array for each field, in slots of a block's size, and what lies in which slot.
+
+    Used from one thread. A reader gets views of its slot's rows; that slot is held, from before the read starts until
+    it is let go, and only slots that are not held are filled anew. So nobody reads rows that somebody writes,
+    provided that who holds a slot waits for its read, and lets it go after the last look at it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        fields: Mapping[str, Field],
+        read: Callable[..., object],
+        slots: int,
+        key: Callable[[int, int], Key],
+    ):
+        self._source, self._read, self._key, self.slots = source, read, key, slots
+        # np.empty: the system commits the memory of a slot when it is first written
+        rows = slots * source.slot_rows
+        self.arrays = {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
+        self._slot_of: dict[Key, int] = {}
+        self._idle: dict[Key, None] = {}  # those not held, the one let go last at the end
+
+    def hold(self, window: order.Window, pool: Executor) -> Held:
+        """Hold the slots of a window's blocks; those that are not there are being read when this returns."""
+        block_of, row_of = np.divmod(window.samples, self._source.block_samples)
+        blocks = np.flatnonzero(np.bincount(block_of))
+        keys = [self._key(block, window.epoch) for block in blocks.tolist()]
+        for key in keys:  # first, lest one takes the slot of another
+            self._idle.pop(key, None)
+        reads = [
+            pool.submit(self._read, *key, self._rows(self._take_slot(key), key[0]))
+            for key in keys
+            if key not in self._slot_of
+        ]
+        starts = np.empty(blocks[-1] + 1, np.int64)  # by block, as far as there are any
+        starts[blocks] = [self._slot_of[key] * self._source.slot_rows for key in keys]
+        return Held(keys, starts[block_of] + row_of, reads)
+
+    def let_go(self, keys: Iterable[Key]) -> None:
+        """Give up slots that were held. What is in them stays there until their place is needed."""
+        self._idle.update(dict.fromkeys(keys))
+
+    def _take_slot(self, key: Key) -> int:
+        if len(self._slot_of) < self.slots:
+            slot = len(self._slot_of)
+        else:
+            # What was let go last is needed again last, as epochs follow each other. Giving up the oldest instead
+            # would, with room for nearly everything, give up each block shortly before it is needed.
+            key_given_up, _ = self._idle.popitem()
+            slot = self._slot_of.pop(key_given_up)
+        self._slot_of[key] = slot
+        return slot
+
+    def _rows(self, slot: int, block: int) -> Arrays:
+        start = slot * self._source.slot_rows
+        stop = start + order.block_rows(block, self._source.samples, self._source.block_samples)
+        return {name: array[start:stop] for name, array in self.arrays.items()}
+
+
+class Held(NamedTuple):
+    """Slots that a window holds, its ``rows`` in them, int64 (n,), and the ``reads`` to wait for before a look."""
+
+    keys: list[Key]
+    rows: np.ndarray
+    reads: list[Future[object]]
+
+
+def _batches(
+    windows: Iterator[order.Window], tables: Sequence[Slots], batch_size: int, workers: int, pin_memory: bool
+) -> Generator[Batch, None, None]:
+    """Gather batches from the windows, one after the other."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
+    try:
+        for samples, rows_of_tables in _loaded(windows, tables, pool):
+            for first in range(0, len(samples), batch_size):
+                part = slice(first, first + batch_size)
+                batch: Batch = {}
+                batch["sample"], out = _empty((batch_size,), samples.dtype, pin_memory)
+                out[...] = samples[part]
+                for table, rows in zip(tables, rows_of_tables, strict=True):
+                    for name, array in table.arrays.items():
+                        batch[name], out = _empty((batch_size, *array.shape[1:]), array.dtype, pin_memory)
+                        # mode "clip" as "raise", the default, goes through a buffer; all rows are in range
+                        array.take(rows[part], axis=0, out=out, mode="clip")
+                yield batch
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _loaded(
+    windows: Iterator[order.Window], tables: Sequence[Slots], pool: Executor
+) -> Generator[tuple[np.ndarray, list[np.ndarray]], None, None]:
+    """For each window its samples and, once they are read, its rows in the arrays of each table.
+
+    By then the next window is being read. A window's slots are held until the following one is asked for.
+    """
+    samples, ahead = np.empty(0, np.int64), list[Held]()
+    for window in windows:
+        # the window before the last has been let go, so two are held at most, and its slots are free for this one
+        following = [table.hold(window, pool) for table in tables]
+        for held in ahead:
+            for read in held.reads:
+                read.result()
+        if ahead:
+            yield samples, [held.rows for held in ahead]
+        for table, held, still in zip(tables, ahead, following, strict=False):
+            table.let_go(set(held.keys) - set(still.keys))
+        samples, ahead = window.samples, following
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> tuple[Tensor, np.ndarray]:
+    """A new tensor, and its memory as NumPy sees it."""
+    if pin_memory:
+        tensor = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+        return tensor, tensor.numpy()
+    # NumPy's, as PyTorch's allocator takes fresh pages for each batch, which cost half as much as the gathering
+    array = np.empty(shape, dtype)
+    return torch.from_numpy(array), array
+
+
+def read_block(source: Source, block: int, draw: int) -> Batch:
+    """All fields of one block, with one draw, in the order in which they are stored."""
+    rows = order.block_rows(block, source.samples, source.block_samples)
+    shared, drawn = (
+        {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
+        for fields in (source.fields, source.draw_fields)
+    )
+    source.read(block, shared)
+    if drawn:
+        source.read_draw(block, draw, drawn)
+    return {name: torch.from_numpy(values) for name, values in (shared | drawn).items()}
+
+
+def labelled_source(split: Split, groups: np.ndarray | None = None) -> Source:
+    """``images``, ``labels`` and, where the split has them, ``masks``; and ``groups`` (N,), as given."""
+    arrays: dict[str, Any] = {"images": split.images, "labels": split.labels}
+    if split.masks is not None:
+        arrays["masks"] = split.masks
+    if groups is not None:
+        arrays["groups"] = groups
+    return _of_split(arrays, _block_samples(split))
+
+
+def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heatmaps",)) -> Source:
+    """``images``, and what else is needed, in blocks of the store's shards.
+
+    ``needs`` are out of ``heatmaps`` (of each draw the maps as stored, ``scale``, ``target_class`` and ``epsilon``),
+    ``teacher_logits`` and ``features`` of the store, ``labels`` and ``masks`` of the split. Without heatmaps there is
+    one draw, of nothing.
+
+    Raises CacheError for a store without features, DatasetError for a split without masks.
+    """
+    arrays = {"images": split.images}
+    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "masks"}:
+        raise ValueError(f"no store and no split has {', '.join(sorted(unknown))}")
+    if "features" in needs and "features" not in cache.sample_fields:
+        raise CacheError(
+            f"the store {cache.path} has no features of the teacher: make another with cache-explanations --features"
+        )
+    if "labels" in needs:
+        arrays["labels"] = split.labels
+    if "masks" in needs:
+        if split.masks is None:
+            raise DatasetError(f"the split '{split.name}' has no 'masks', which are needed: add them to the dataset")
+        arrays["masks"] = split.masks
+    source = of_split = _of_split(arrays, cache.info.storage.shard_samples)
+    stored = {name: kind for name, kind in cache.sample_fields.items() if name in needs}
+
+    def read(block: int, out: Arrays) -> None:
+        of_split.read(block, {name: out[name] for name in arrays})
+        cache.read_samples(block, {name: out[name] for name in stored})
+
+    if stored:
+        source = replace(source, fields={**source.fields, **stored}, read=read)
+    if "heatmaps" not in needs:
+        return source
+    return replace(source, draws=cache.info.explainer.draws, draw_fields=cache.draw_fields, read_draw=cache.read_draw)
+
+
+def _of_split(arrays: Mapping[str, Any], block_samples: int) -> Source:
+    samples = arrays["images"].shape[0]
+
+    def read(block: int, out: Arrays) -> None:
+        start = block * block_samples
+        for name, array in arrays.items():
+            out[name][...] = array[start : start + block_samples]
+
+    fields = {name: (array.shape[1:], np.dtype(array.dtype).newbyteorder("=")) for name, array in arrays.items()}
+    return Source(samples, block_samples, fields, read)
+
+
+def _block_samples(split: Split) -> int:
+    """Rows to read at once: whole chunks of the images, as a chunk is decoded whole, of about 2 MiB."""
+    size, chunk = int(np.prod(split.image_shape)), split.images.chunks[0]
+    fitting = max(1, min(BLOCK_SAMPLES, BLOCK_BYTES // size))
+    if chunk * size > order.WINDOW_BYTES:  # rather decode it more than once than hold two of it
+        return fitting
+    return chunk * max(1, fitting // chunk)
+
+
+def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: torch.device) -> Tensor:
+    """Heatmaps as they are stored, (N, C, h, w), and their ``scale`` (N,), as float32 heatmaps on the device.
+
+    The inverse of `teacher_cache.codec.quantise`, as `dequantise` is: it decodes there, so that half the bytes move and
+    no reading thread casts.
+    """
+    maps = to_device(heatmaps, device)
+    maps = maps.view(torch.bfloat16).float() if precision == "bfloat16" else maps.float()
+    if precision == "int8":
+        maps = maps * maps.abs() / 127**2
+    return maps * to_device(scale, device)[:, None, None, None]
+
+
+def _bytes(fields: Mapping[str, Field]) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields.values())
