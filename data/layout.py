@@ -24,6 +24,7 @@ import zarr
 import zarr.errors
 from zarr.abc.store import Store
 
+from data.errors import DatasetError
 from data.storage import (
     PARTIAL,
     ROOT,
@@ -50,10 +51,6 @@ WRITTEN = re.compile(
     rf"{ROOT}|[^/]+/{ROOT}|[^/]+/({'|'.join(ARRAYS)})/({ROOT}|c/[0-9/]+)|(.*/)?\.[^/]+\.[0-9a-f]{{32}}\{PARTIAL}"
 )
 REMEDY = "build one with: python cli.py make-data"
-
-
-class DatasetError(ValueError):
-    """Not a dataset in our layout, or not one that fits; the text has the path and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from options.fields import (
     option_fields,
     takes,
 )
+from options.lazy import Lazy
 from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined
 from options.registry import Registry
 
@@ -28,6 +29,7 @@ __all__ = [
     "Gt",
     "Heading",
     "Kind",
+    "Lazy",
     "Le",
     "Lt",
     "Message",

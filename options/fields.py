@@ -107,9 +107,13 @@ class OptionSet:
             check(field, getattr(self, field.name), self.ERROR)
 
 
-@cache
-def option_fields(options: Any) -> tuple[OptionField, ...]:
+def option_fields(options: type[OptionSet]) -> tuple[OptionField, ...]:
     """The fields of an `OptionSet`: the class's own first, then those of its bases in their order."""
+    return _option_fields(options)  # type: ignore[arg-type]
+
+
+@cache
+def _option_fields(options: Any) -> tuple[OptionField, ...]:
     hints = get_type_hints(options, include_extras=True)
     defaults = {field.name: _default(field) for field in dataclasses.fields(options)}
     fields: dict[str, OptionField] = {}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.networks.models import ModelError
+from pipeline.errors import ModelError
 
 
 def pick_device(name: str) -> torch.device:

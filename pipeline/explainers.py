@@ -1,25 +1,23 @@
-"""What an explainer reads off one forward pass of a classifier: heatmaps, and the quantities of rival methods.
+"""How a decision can be explained: heatmaps, and the quantities of rival methods, by name.
 
-Stage one reads the teacher with it, the trainers the student, so both are explained alike. Not here: how relevance is
-propagated (`relevance.py`), and what maps are for.
+Stage one explains the teacher with them, the trainers the student, so both are explained alike. Names are known without
+PyTorch. Not here: the forward pass (`forward.py`) and how relevance is propagated (`relevance.py`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from options import Registry
+from pipeline.errors import RelevanceError
+from pipeline.rules import RULE_SETS
 
-from pipeline.networks.models import ModelError, last_layer
-from pipeline.relevance import Trace
-from pipeline.rules import RULE_SETS, RelevanceError
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -62,167 +60,9 @@ def attention(forward: Forward, target_class: Tensor, epsilon: float | Tensor, *
     return forward.feature_maps.square().sum(1, keepdim=True)
 
 
-EXPLAINERS: dict[str, Explainer] = {
-    **{name: Explainer(heatmaps, name) for name in RULE_SETS},
-    "input-gradient": Explainer(input_gradient, "gradient-x-input"),
-    "grad-cam": Explainer(grad_cam, "gradient-x-input", coarse=True),
-    "attention": Explainer(attention, None, coarse=True),
-}
-
-
-def find_explainer(name: str) -> Explainer:
-    """An explainer by name; raises RelevanceError with all names for one that there is not."""
-    if name not in EXPLAINERS:
-        raise RelevanceError(f"no explainer is called '{name}': choose one of {', '.join(EXPLAINERS)}")
-    return EXPLAINERS[name]
-
-
-class Forward:
-    """One forward pass of a classifier, and what is read off it. The model is left as it was.
-
-    ``logits`` is (N, K), attached to the graph. Without an ``explainer`` it is an ordinary pass without maps.
-    images: floating (N, C, H, W); masks: (N, 1, H, W), for a model that takes them. One pass of a model at a time, as
-    it is watched by hooks.
-
-    Raises RelevanceError for an explainer that there is not or cannot explain the model, ModelError for a coarse one
-    of a network without feature maps.
-    """
-
-    trace: Trace  # where the explainer has rules
-    feature_maps: Tensor  # (N, C, h, w), where its maps are coarse
-
-    def __init__(self, model: nn.Module, images: Tensor, explainer: str | None = None, masks: Tensor | None = None):
-        self._explainer = None if explainer is None else find_explainer(explainer)
-        call = model if masks is None else partial(model, masks=masks)
-        coarse = self._explainer is not None and self._explainer.coarse
-        seen = _Seen(images)
-        with _watched(model, seen, coarse):
-            if self._explainer is None or self._explainer.rules is None:
-                self.logits: Tensor = call(images)
-            else:
-                self.trace = Trace(call, images, self._explainer.rules)
-                self.logits = self.trace.logits
-        if coarse:
-            self.feature_maps = seen.feature_maps(str(explainer))
-        classes = self.logits.shape[1]
-        last, found = last_layer(model, classes), seen.entering.get(classes)
-        runs = last is not None and found is not None and model.get_submodule(last) is found[0]
-        self._last = found if runs else None
-
-    @property
-    def features(self) -> Tensor:
-        """What enters the last layer, (N, F), attached to the graph; its mean over positions where it has any.
-
-        Raises ModelError where there is no last layer.
-        """
-        if self._last is None:
-            raise ModelError(
-                "this network has no features to match, as it does not end in a layer that they could enter: match "
-                "something else, or choose another architecture, such as small-cnn or resnet18"
-            )
-        layer, x = self._last
-        if isinstance(layer, nn.Conv2d):
-            return x.mean((2, 3))
-        return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
-
-    def maps(
-        self, target_class: Tensor, epsilon: float | Tensor, *, create_graph: bool = False, keep_graph: bool = False
-    ) -> Tensor:
-        """The explainer's maps of one class (N,) and ε, a number or (N,), per image; see `Explainer` for their shape.
-
-        With ``create_graph`` they are differentiable with respect to the parameters; ``keep_graph`` allows further
-        calls. gradient-x-input, input-gradient and grad-cam ignore ε, attention ignores the class too.
-        """
-        if self._explainer is None:
-            raise ValueError("a pass without an explainer has no maps: give Forward the name of one")
-        with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
-            return self._explainer.read(self, target_class, epsilon, create_graph=create_graph, keep_graph=keep_graph)
-
-
-class _Seen:
-    """What the hooks of one pass note: what enters layers, and the last activations that have positions."""
-
-    def __init__(self, images: Tensor) -> None:
-        self.entering: dict[int, tuple[nn.Module, Tensor]] = {}  # by number of outputs, of the layer that came last
-        self._samples, self._no_maps = len(images), {(1, 1), tuple(images.shape[2:])}
-        self._grids = set(self._no_maps)  # (h, w) of what is (N, C, h, w) for certain
-        self._maps: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # by last two sizes: when, and what came last
-        self._learnt: dict[tuple[int, ...], int] = {}  # by sizes: when a layer with parameters last returned such
-        self._began: dict[nn.Module, int] = {}
-        self._returned = 0
-
-    def enters(self, layer: nn.Linear | nn.Conv2d, inputs: Any) -> None:
-        if inputs:
-            outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            self.entering[outputs] = layer, inputs[0]
-
-    def begins(self, module: nn.Module, inputs: Any) -> None:
-        self._began[module] = self._returned
-
-    def returns(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not isinstance(output, Tensor):
-            return
-        self._returned += 1
-        sizes = tuple(output.shape)
-        entered = [(tuple(x.shape)[2:], x) for x in inputs if isinstance(x, Tensor) and x.dim() == 4]
-        if isinstance(module, _CHANNELS_FIRST) and len(sizes) == 4:
-            self._grids.update([*(grid for grid, _ in entered), sizes[2:]])
-        taken = {grid: (self._returned, x) for grid, x in entered if grid not in self._no_maps}
-        if taken and type(module).forward is not nn.Sequential.forward:
-            # all that is explained goes through what it takes and what it returns; what is within may be a branch
-            began = self._began[module]
-            self._maps = {grid: found for grid, found in self._maps.items() if found[0] <= began} | taken
-        if len(sizes) == 4 and sizes[2:] != (1, 1) and (1, 1) not in dict(entered):  # one position, repeated
-            self._maps[sizes[2:]] = self._returned, output
-        if len(sizes) > 2 and next(module.parameters(), None) is not None:
-            self._learnt[sizes] = self._returned
-
-    def feature_maps(self, explainer: str) -> Tensor:
-        """The last activation (N, C, h, w) with more than one position that modules hand on to each other.
-
-        Raises ModelError where there is none, and where layers behind it learn of positions that lie otherwise, as
-        tokens do: then it is one of the first and not of the last.
-        """
-        found = [self._maps[grid] for grid in self._maps.keys() & self._grids]
-        when, maps = max(found, default=(0, None), key=lambda each: each[0])
-        behind = [sizes for sizes, time in self._learnt.items() if time > when and sizes[2:] not in self._grids]
-        if maps is None or any(math.prod(sizes[:-1]) > self._samples for sizes in behind):
-            raise ModelError(
-                f"the explainer '{explainer}' needs a network that ends in feature maps (N, C, h, w) with more than "
-                "one position, and this one does not, as transformers do not: choose another --explainer, such as "
-                "flex or input-gradient, or a convolutional network"
-            )
-        return maps
-
-
-# modules whose tensors of four axes are (N, C, h, w), in any network; of others, as of a ReLU, it cannot be known
-_CHANNELS_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-)
-
-
-@contextmanager
-def _watched(model: nn.Module, seen: _Seen, maps: bool) -> Iterator[None]:
-    """Note what enters layers and, for ``maps``, what all modules return: by hooks, which work in a traced pass too."""
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                hooks.callback(module.register_forward_pre_hook(seen.enters).remove)
-            if maps:
-                hooks.callback(module.register_forward_pre_hook(seen.begins).remove)
-                hooks.callback(module.register_forward_hook(seen.returns).remove)
-        yield
-
-
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, h, w) with ``size`` positions: means along a side that gets shorter, bilinear along one that grows.
-
-    So the coarse maps of two networks can be compared. Differentiable.
-    """
-    height, width = maps.shape[2:]
-    maps = F.adaptive_avg_pool2d(maps, (min(height, size[0]), min(width, size[1])))
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+EXPLAINERS: Registry[Explainer] = Registry("explainer", RelevanceError)
+for _rules in RULE_SETS:
+    EXPLAINERS.enter(_rules, Explainer(heatmaps, _rules))
+EXPLAINERS.enter("input-gradient", Explainer(input_gradient, "gradient-x-input"))
+EXPLAINERS.enter("grad-cam", Explainer(grad_cam, "gradient-x-input", coarse=True))
+EXPLAINERS.enter("attention", Explainer(attention, None, coarse=True))

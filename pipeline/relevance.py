@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.rules import RelevanceError, RuleSet, rule_set
+from pipeline.errors import RelevanceError
+from pipeline.rules import RuleSet, rule_set
 from pipeline.tracer import Tracer
 
 Model = Callable[[Tensor], Tensor]

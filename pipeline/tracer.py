@@ -15,15 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from pipeline.rules import (
-    LIKE_THE_SECOND,
-    PassState,
-    RelevanceError,
-    RuleSet,
-    StopRelevance,
-    batch_axis_after,
-    tensors,
-)
+from pipeline.errors import RelevanceError
+from pipeline.rules import LIKE_THE_SECOND, PassState, RuleSet, StopRelevance, batch_axis_after, tensors
 
 _PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch's that return their input
 _ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # as checkpointing, up to 2.13

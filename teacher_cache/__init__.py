@@ -1,44 +1,5 @@
 """The heatmap store: layout, writer and reader. Usable alone: it needs NumPy and Zarr, no model and no PyTorch."""
 
-from teacher_cache.claims import Claims, claim_writing
-from teacher_cache.codec import COMPRESSORS, LEVELS, PRECISIONS, average_pool, choose_compression
-from teacher_cache.inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair
-from teacher_cache.layout import (
-    CacheError,
-    CacheInfo,
-    DatasetInfo,
-    ExplainerInfo,
-    StorageInfo,
-    TeacherInfo,
-    plan_storage,
-)
-from teacher_cache.store import Cache, Shard, check_complete, create_cache, head_sha256, open_cache
+import lazy_loader
 
-__all__ = [
-    "COMPRESSORS",
-    "LEVELS",
-    "PRECISIONS",
-    "Cache",
-    "CacheError",
-    "CacheInfo",
-    "Claims",
-    "DatasetInfo",
-    "ExplainerInfo",
-    "Shard",
-    "StorageInfo",
-    "TeacherInfo",
-    "average_pool",
-    "check_complete",
-    "choose_compression",
-    "claim_writing",
-    "committed_shards",
-    "continuing",
-    "create_cache",
-    "damaged_shards",
-    "describe",
-    "head_sha256",
-    "inspect_cache",
-    "open_cache",
-    "plan_storage",
-    "repair",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

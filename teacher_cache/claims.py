@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from zarr.abc.store import Store
 
 from data.storage import ROOT, Folder, delete, names, process_runs, read, write, write_new
-from teacher_cache.layout import CacheError
+from teacher_cache.errors import CacheError
 from teacher_cache.store import CONTINUE, Cache
 
 LEASE_SECONDS, RENEWED_EVERY, SETTLING = 60.0, 15.0, 1.0

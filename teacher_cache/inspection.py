@@ -11,7 +11,7 @@ import numpy as np
 
 from data.storage import size
 from teacher_cache.claims import claim_writing
-from teacher_cache.layout import CacheError
+from teacher_cache.errors import CacheError
 from teacher_cache.store import Cache
 
 LOOKED_AT = 8  # shards, for the maps' statistics

@@ -11,13 +11,10 @@ from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
 from teacher_cache.codec import PRECISIONS, Compression, checksum
+from teacher_cache.errors import CacheError
 
 KIND = "explanation-distillation cache"
 FORMAT_VERSION = 3
-
-
-class CacheError(ValueError):
-    """Not a heatmap store of ours, or not one that fits; the text has the path and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from data.storage import (
 )
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
-from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo, plan_arrays
+from teacher_cache.errors import CacheError
+from teacher_cache.layout import FORMAT_VERSION, KIND, CacheInfo, plan_arrays
 
 REMEDY = "make one with: python cli.py cache-explanations"
 CONTINUE = "run the cache-explanations command that made it again, it continues where it stopped"

@@ -132,7 +132,7 @@ BAD = {
     ),
     f"{STUDENT} --map-loss l3": (2, "'l3' is not one of 'l1', 'cosine'"),
     f"{STUDENT} --loss lrp=x": (1, "--loss lrp=x: 'x' is no weight; give a positive number"),
-    f"{STUDENT} --loss lrp=1,cam=1": (1, "no method is called 'cam': choose one of"),
+    f"{STUDENT} --loss lrp=1,cam=1": (1, "unknown method 'cam': choose one of"),
     f"{STUDENT} --method lrp --loss output=1": (1, "give --method (lrp) or --loss (output=1), not both"),
     f"{STUDENT} --method grad-cam": (1, "make one with python cli.py cache-explanations --data data.zarr"),
     f"{STUDENT} --method erm": (1, "--method erm learns without a store: leave --cache cache.zarr out"),

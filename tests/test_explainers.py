@@ -414,7 +414,7 @@ def test_masks_reach_the_model(name):
 
 
 def test_what_is_no_explainer_is_said_with_all_that_are():
-    with pytest.raises(RelevanceError, match=r"no explainer is called 'lrp': choose one of flex, .*, attention"):
+    with pytest.raises(RelevanceError, match=r"unknown explainer 'lrp': choose one of flex, .*, attention"):
         Forward(plain(), images(), "lrp")
     with pytest.raises(ValueError, match="a pass without an explainer has no maps"):
         Forward(plain(), images()).maps(TARGETS, 0.1)

@@ -603,7 +603,7 @@ def test_transformers_equal_lxt(patched, rules, dtype, tolerance):
 
 
 def test_unknown_rules_are_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="no rules are called 'lrp': choose one of flex, cp-lrp, gradient-x-input"):
+    with pytest.raises(ValueError, match="unknown rules 'lrp': choose one of flex, cp-lrp, gradient-x-input"):
         explain(plain_cnn(), torch.rand(1, 3, 8, 8), torch.tensor([0]), 0.1, rules="lrp")
 
 

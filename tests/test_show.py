@@ -245,7 +245,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"samples": range(101)}, RelevanceError, "shows 1 to 100 samples, not 101"),
     ({"split": "odd"}, DatasetError, "no split 'odd': choose one of train"),
     ({"epsilon": float("nan")}, RelevanceError, "--epsilon must be 0 or more, and finite, got nan"),
-    ({"explainer": "lrp"}, RelevanceError, "no explainer is called 'lrp': choose one of flex"),
+    ({"explainer": "lrp"}, RelevanceError, "unknown explainer 'lrp': choose one of flex"),
     ({"models": []}, RelevanceError, "give a --model or a --cache"),
     ({"models": ["nowhere"]}, ModelError, "no model at nowhere"),
     ({"caches": ["nowhere"]}, CacheError, "no heatmap store at nowhere"),

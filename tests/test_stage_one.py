@@ -410,7 +410,7 @@ def test_every_rule_set_makes_a_store_whose_students_use_it_too(explainer, datas
 
 
 def test_an_unknown_explainer_is_refused_before_anything_is_written(dataset, teacher, tmp_path):
-    with pytest.raises(RelevanceError, match="no explainer is called 'lrp': choose one of flex"):
+    with pytest.raises(RelevanceError, match="unknown explainer 'lrp': choose one of flex"):
         cache_explanations(dataset, teacher, tmp_path / "store", explainer="lrp")
     assert not (tmp_path / "store").exists()
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
 from data.builders.rows import OPAQUE, open_squeezed
-from data.layout import DatasetError
+from data.errors import DatasetError
 from data.storage import Location
 
 CLASSES = ("boat", "airplane", "truck", "dog", "zebra", "horse", "bird", "train", "bus")

@@ -15,7 +15,7 @@ from PIL import Image
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
 from data.builders.idx import read_idx
 from data.builders.rows import OPAQUE
-from data.layout import DatasetError
+from data.errors import DatasetError
 from data.storage import Location
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist

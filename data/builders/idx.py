@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.layout import DatasetError
+from data.errors import DatasetError
 
 MNIST_DIR = Path(__file__).parent.parent / "mnist"
 MNIST_SHA256 = {

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.builders.rows import OPAQUE, Rows
-from data.layout import DatasetError, DatasetWriter
+from data.errors import DatasetError
+from data.layout import DatasetWriter
 from data.storage import Location
 
 NAMED = 20  # bad files in an error

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.layout import DatasetError
+from data.errors import DatasetError
 
 OPAQUE = 255
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from data.builders.rows import Rows, open_mask, open_squeezed
-from data.layout import DatasetError, DatasetWriter
+from data.errors import DatasetError
+from data.layout import DatasetWriter
 from data.storage import Location
 
 PUBLISHED = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"

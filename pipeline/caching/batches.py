@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from pipeline.rules import RelevanceError
+from pipeline.errors import RelevanceError
 
 T = TypeVar("T")
 BatchSize = int | Literal["auto"]

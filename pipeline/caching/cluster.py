@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 import dask.config
 from dask.utils import parse_timedelta
 
+from pipeline.errors import ClusterError
+
 if TYPE_CHECKING:  # an optional dependency, imported where it is used
     from distributed import Client, Future
 
 # Each costs client and scheduler together 60 to 100 kB (as measured, with 1,000 class names) and some ms, so that
 # 10,000 at once would be a gigabyte. More threads than this in one cluster would find no task.
 IN_FLIGHT = 1000
-
-
-class ClusterError(ValueError):
-    """A Dask cluster that cannot be used, or was lost; the text has its address and the remedy."""
 
 
 @contextmanager

@@ -29,14 +29,14 @@ from pipeline.caching.batches import DEFAULT_SIZE, Batches, BatchSize
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.device import as_input, as_mask, pick_device, place
-from pipeline.explainers import Forward, find_explainer
+from pipeline.errors import ModelError, RelevanceError
+from pipeline.explainers import EXPLAINERS
+from pipeline.forward import Forward
 from pipeline.networks.classifier import Classifier, versions
 from pipeline.networks.heads import head_arrays
-from pipeline.networks.models import ModelError
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
-from pipeline.rules import RelevanceError
 from teacher_cache import (
     COMPRESSORS,
     LEVELS,
@@ -138,7 +138,7 @@ def cache_explanations(
 
     Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError, ClusterError.
     """
-    class_policy = "none" if find_explainer(explainer).rules is None else CLASS_POLICY
+    class_policy = "none" if EXPLAINERS.find(explainer).rules is None else CLASS_POLICY
     if draws is None:
         draws = 1 if class_policy == "none" else 4
     _check_options(draws, epsilon_range, batch_size, share, scheduler)

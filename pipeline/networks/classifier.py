@@ -22,9 +22,10 @@ import zarr
 from torch import Tensor, nn
 
 from data.storage import Folder
+from pipeline.errors import ModelError
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
-from pipeline.networks.models import ImageShape, ModelError, build_network, check_factory
+from pipeline.networks.models import ImageShape, build_network, check_factory
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
 from pipeline.rules import stop_relevance
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import ModelError
 from pipeline.networks.classifier import Classifier, load_classifier, write_whole
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm
-from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.models import ImageShape
 
 BATCHES = (1, 5)  # on which a file is checked: not the size that it is traced with
 TOLERANCE = 1e-3  # of the largest logit; other kernels round otherwise

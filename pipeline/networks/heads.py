@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.networks.models import ImageShape, ModelError, last_layer, outputs_of_last_layer
+from pipeline.errors import ModelError
+from pipeline.networks.models import ImageShape, last_layer, outputs_of_last_layer
 
 POOL = "pool."  # in front of the names of an attention pooling's arrays
 POOL_HEADS = POOL + "heads"

@@ -21,14 +21,11 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
 
 ImageShape = tuple[int, int, int]
 Options = Mapping[str, int | float | bool | str]
-
-
-class ModelError(ValueError):
-    """A network that does not exist or does not fit the data; the text names it and what would."""
 
 
 def architectures() -> list[str]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pipeline.networks.models import ImageShape, ModelError, call_function
+from pipeline.errors import ModelError
+from pipeline.networks.models import ImageShape, call_function
 
 TORCHVISION = "torchvision:"
 FILES = (".pt", ".pth", ".ts", ".pt2")

@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import ScaleNorm
-from pipeline.networks.models import ModelError
 from pipeline.networks.processes import Processes
 from pipeline.rules import joint_batch_norm, scale_norm
 

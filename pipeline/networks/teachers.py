@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from pipeline.errors import ModelError
 from pipeline.networks.classifier import Classifier, ModelConfig, check_fits, load_classifier, weights_sha256
-from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.models import ImageShape
 from pipeline.networks.zero_shot import PREFIX, ZeroShot, build_zero_shot
 
 

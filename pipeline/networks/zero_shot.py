@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import ModelError
 from pipeline.networks.heads import l2_norm
-from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.models import ImageShape
 
 PREFIX = "clip:"
 CONFIG = "open_clip_config.json"  # of a folder of open_clip's own

@@ -6,32 +6,6 @@ gradient otherwise. The rules' own backwards serve the gradient of a loss on hea
 raises. Not here: how a pass is run (`relevance.py`) and how relevance is followed (`tracer.py`).
 """
 
-from pipeline.rules import activations, attention, norms, products, relu, weighted  # their rules enter the table
-from pipeline.rules.batch_axis import batch_axis_after
-from pipeline.rules.batch_norm import joint_batch_norm, scale_norm
-from pipeline.rules.linear import LIKE_THE_SECOND, StopRelevance, stop_relevance
-from pipeline.rules.rule_sets import RULE_SETS, RuleSet, rule_set
-from pipeline.rules.table import RULES, PassState, RelevanceError, rule_for, tensors
+import lazy_loader
 
-__all__ = [
-    "LIKE_THE_SECOND",
-    "RULES",
-    "RULE_SETS",
-    "PassState",
-    "RelevanceError",
-    "RuleSet",
-    "StopRelevance",
-    "activations",
-    "attention",
-    "batch_axis_after",
-    "joint_batch_norm",
-    "norms",
-    "products",
-    "relu",
-    "rule_for",
-    "rule_set",
-    "scale_norm",
-    "stop_relevance",
-    "tensors",
-    "weighted",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,22 +1,28 @@
-"""Sets of rules by name. Not here: the rules."""
+"""Sets of rules by name. Their names are known without PyTorch. Not here: the rules."""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
+from options import Lazy, Registry
+from pipeline.errors import RelevanceError
 
-from pipeline.rules.activations import ACTIVATIONS, activation_passes, hardsigmoid_by_gradient
-from pipeline.rules.attention import SOFTMAX, constant_softmax, multi_head_attention, scaled_dot_product_attention
-from pipeline.rules.batch_norm import batch_norm, joint_batch_norm, scale_norm, scale_norm_rule
-from pipeline.rules.gamma import epsilon, gamma, layer_rule, merged_batch_norm, z_plus
-from pipeline.rules.linear import gradient, stop, stop_relevance
-from pipeline.rules.table import RULES, RelevanceError, Rule
-from pipeline.rules.weighted import convolution, transposed_convolution
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+
+    from pipeline import rules
+    from pipeline.rules import activations, attention, batch_norm, gamma, linear, weighted
+    from pipeline.rules.table import Rule
+else:
+    torch, F = Lazy("torch"), Lazy("torch.nn.functional")
+    rules = Lazy("pipeline.rules")
+    activations, attention = Lazy("pipeline.rules.activations"), Lazy("pipeline.rules.attention")
+    batch_norm, gamma = Lazy("pipeline.rules.batch_norm"), Lazy("pipeline.rules.gamma")
+    linear, weighted = Lazy("pipeline.rules.linear"), Lazy("pipeline.rules.weighted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +40,62 @@ class RuleSet:
         return self.rules.get(function, self.otherwise)
 
 
+RULE_SETS: Registry[RuleSet] = Registry("rules", RelevanceError)
+
+
+@RULE_SETS.defer("flex")
+def flex() -> RuleSet:
+    """LRP-Flex on ReLUs (Bassi et al., arXiv 2407.09788), AttnLRP in transformers (Achtibat et al., ICML 2024)."""
+    return RuleSet("flex", rules.RULES)
+
+
+@RULE_SETS.defer("cp-lrp")
+def cp_lrp() -> RuleSet:
+    """Flex, with attention weights as constants."""
+    return RuleSet("cp-lrp", _with(dict.fromkeys(attention.SOFTMAX, attention.constant_softmax)))
+
+
+@RULE_SETS.defer("gradient-x-input")
+def gradient_x_input() -> RuleSet:
+    """The gradient: ε is ignored, no operation is refused, and batch norm is the affine map all the same."""
+    # the nodes with a second order that PyTorch's own lack, or compute slowly
+    nodes: dict[Any, Rule] = {
+        linear.stop_relevance: linear.stop,
+        **dict.fromkeys((F.batch_norm, batch_norm.joint_batch_norm), _or_gradient(batch_norm.batch_norm)),
+        batch_norm.scale_norm: _or_gradient(batch_norm.scale_norm_rule),
+        F.hardsigmoid: activations.hardsigmoid_by_gradient,
+        F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
+        F.multi_head_attention_forward: attention.multi_head_attention,
+        **dict.fromkeys(_convolutions(), _or_gradient(weighted.convolution)),
+        **dict.fromkeys(_transposed(), _or_gradient(weighted.transposed_convolution)),
+    }
+    return RuleSet("gradient-x-input", nodes, otherwise=linear.gradient)
+
+
+@RULE_SETS.defer("epsilon-plus")
+def epsilon_plus() -> RuleSet:
+    """The z⁺ rule in convolutions, the ε rule in linear layers."""
+    return RuleSet("epsilon-plus", _layers(gamma.layer_rule(gamma.z_plus)))
+
+
+@RULE_SETS.defer("gamma")
+def gamma_quarter() -> RuleSet:
+    """The γ rule with γ = 0.25 in convolutions, the ε rule in linear layers."""
+    return RuleSet("gamma", _layers(gamma.layer_rule(gamma.gamma(0.25))))
+
+
+def rule_set(rules: str | RuleSet) -> RuleSet:
+    """Return a rule set by its name, or the one that is passed in.
+
+    Raises:
+        RelevanceError: there is no rule set of this name; the text lists all.
+    """
+    return rules if isinstance(rules, RuleSet) else RULE_SETS.find(rules)
+
+
 def _with(changes: dict[Any, Rule]) -> Mapping[Callable[..., Any], Rule]:
-    """The base table with some changes; what enters the table later is seen too."""
-    return ChainMap(changes, RULES)
+    """Return the table with some changes; a rule that enters the table later is seen too."""
+    return ChainMap(changes, rules.RULES)
 
 
 def _or_gradient(rule: Rule) -> Rule:
@@ -44,60 +103,28 @@ def _or_gradient(rule: Rule) -> Rule:
         try:
             return rule(trace, func, *args, **kwargs)
         except RelevanceError:
-            return gradient(trace, func, *args, **kwargs)
+            return linear.gradient(trace, func, *args, **kwargs)
 
     return otherwise_gradient
 
 
-_STANDARD: Any = (torch.conv1d, torch.conv2d, torch.conv3d)
-_TRANSPOSED: Any = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-_RELU: Any = (F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch.Tensor.relu_)
+def _convolutions() -> tuple[Any, ...]:
+    return torch.conv1d, torch.conv2d, torch.conv3d
 
-# the nodes with a second order that PyTorch's own lack, or do slowly
-_GRADIENT: dict[Any, Rule] = {
-    stop_relevance: stop,
-    **dict.fromkeys((F.batch_norm, joint_batch_norm), _or_gradient(batch_norm)),
-    scale_norm: _or_gradient(scale_norm_rule),
-    F.hardsigmoid: hardsigmoid_by_gradient,
-    F.scaled_dot_product_attention: scaled_dot_product_attention,
-    F.multi_head_attention_forward: multi_head_attention,
-    **dict.fromkeys(_STANDARD, _or_gradient(convolution)),
-    **dict.fromkeys(_TRANSPOSED, _or_gradient(transposed_convolution)),
-}
+
+def _transposed() -> tuple[Any, ...]:
+    return torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d
 
 
 def _layers(convolutions: Rule) -> Mapping[Callable[..., Any], Rule]:
-    """A rule for convolutions with the ε rule for linear layers; these hold the stabilisers and activations pass."""
+    """Return a rule for convolutions with the ε rule for linear layers; these hold the stabilisers."""
+    relu = (F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch.Tensor.relu_)
     return _with(
         {
-            **dict.fromkeys(_STANDARD + _TRANSPOSED, convolutions),
-            F.linear: layer_rule(epsilon),
-            **dict.fromkeys((F.batch_norm, joint_batch_norm), merged_batch_norm),
-            **dict.fromkeys(_RELU, gradient),
-            **dict.fromkeys(ACTIVATIONS, activation_passes),
+            **dict.fromkeys(_convolutions() + _transposed(), convolutions),
+            F.linear: gamma.layer_rule(gamma.epsilon),
+            **dict.fromkeys((F.batch_norm, batch_norm.joint_batch_norm), gamma.merged_batch_norm),
+            **dict.fromkeys(relu, linear.gradient),
+            **dict.fromkeys(activations.ACTIVATIONS, activations.activation_passes),
         }
     )
-
-
-# flex: LRP-Flex on ReLUs, AttnLRP in transformers. cp-lrp: flex with attention weights as constants.
-# gradient-x-input: ε is ignored, no operation is refused, and batch norm is the affine map all the same.
-# epsilon-plus, gamma: the z⁺ rule, or the γ rule with γ = 0.25, in convolutions; the ε rule in linear layers.
-RULE_SETS: dict[str, RuleSet] = {
-    rule_set.name: rule_set
-    for rule_set in (
-        RuleSet("flex", RULES),
-        RuleSet("cp-lrp", _with(dict.fromkeys(SOFTMAX, constant_softmax))),
-        RuleSet("gradient-x-input", _GRADIENT, otherwise=gradient),
-        RuleSet("epsilon-plus", _layers(layer_rule(z_plus))),
-        RuleSet("gamma", _layers(layer_rule(gamma(0.25)))),
-    )
-}
-
-
-def rule_set(rules: str | RuleSet) -> RuleSet:
-    """A rule set by name; raises RelevanceError with all names for one that there is not."""
-    if isinstance(rules, RuleSet):
-        return rules
-    if rules not in RULE_SETS:
-        raise RelevanceError(f"no rules are called '{rules}': choose one of {', '.join(RULE_SETS)}, or give a RuleSet")
-    return RULE_SETS[rules]

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.errors import RelevanceError
+
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
-
-
-class RelevanceError(ValueError):
-    """The model's operations do not allow a correct heatmap; the text names the operation and the module."""
 
 
 @dataclass(eq=False)

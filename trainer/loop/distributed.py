@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.networks.models import ModelError
+from pipeline.errors import ModelError
 from pipeline.networks.processes import LostProcess, collective, lost_process
 from trainer.errors import TrainingError
 

@@ -188,7 +188,7 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
         name, given, weight = (part.strip() for part in term.partition("="))
         if name not in METHODS:
             raise TrainingError(
-                f"no method is called '{name}': choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
+                f"unknown method '{name}': choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
             )
         try:
             terms[name] = float(weight) if given else 1.0

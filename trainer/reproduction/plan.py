@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.explainers import find_explainer
+from pipeline.explainers import EXPLAINERS
 from trainer.errors import TrainingError, did_you_mean
 from trainer.loop.methods import needs, parse_terms
 from trainer.reproduction.profiles import Options, Profile
@@ -97,7 +97,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
         "split": split,
         "explainer": explainer,
         "features": any("features" in needs(parse_terms(None, row.loss)) for row in readers),
-        "draws": None if find_explainer(explainer).rules is None else explained,
+        "draws": None if EXPLAINERS.find(explainer).rules is None else explained,
         "epsilon_range": profile.epsilon_range,
         "seed": profile.seed,
     }

@@ -21,7 +21,7 @@ from data.storage import absolute
 from pipeline import Classifier, Forward, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
 from pipeline.caching.batches import Batches
 from pipeline.device import as_input, as_mask, pick_device, place
-from pipeline.explainers import find_explainer
+from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import read_config, versions
 from pipeline.networks.models import is_factory
 from pipeline.networks.segmenters import TORCHVISION
@@ -79,7 +79,7 @@ def show_explanations(
         raise RelevanceError("there is nothing to show beside the images: give a --model or a --cache, or several")
     if not 0 <= epsilon < math.inf:
         raise RelevanceError(f"--epsilon must be 0 or more, and finite, got {epsilon}")
-    find_explainer(explainer)
+    EXPLAINERS.find(explainer)
     dataset = open_dataset(data)
     chosen = dataset.split(split or next((test.name for test in dataset.test_splits), "train"))
     rows = pick_samples(len(chosen), samples, chosen.name)
@@ -304,11 +304,11 @@ def _told(explainer: str, explain: str, epsilon: float, models: bool, caches: bo
 
 
 def _knows_class(explainer: str) -> bool:
-    return find_explainer(explainer).rules is not None
+    return EXPLAINERS.find(explainer).rules is not None
 
 
 def _knows_epsilon(explainer: str) -> bool:
-    return find_explainer(explainer).rules not in (None, "gradient-x-input")
+    return EXPLAINERS.find(explainer).rules not in (None, "gradient-x-input")
 
 
 def _row_titles(dataset: Dataset, split: Split, rows: np.ndarray, labels: np.ndarray) -> list[str]:

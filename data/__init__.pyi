@@ -1,0 +1,22 @@
+from .builders.coco_on_places import make_coco_on_places
+from .builders.coloured_mnist import make_coloured_mnist
+from .builders.fashion_on_textures import make_fashion_on_textures
+from .builders.image_folder import make_image_folder
+from .builders.waterbirds import make_waterbirds
+from .errors import DatasetError
+from .layout import Dataset, DatasetWriter, Split, open_dataset
+from .storage import Location
+
+__all__ = [
+    "Dataset",
+    "DatasetError",
+    "DatasetWriter",
+    "Location",
+    "Split",
+    "make_coco_on_places",
+    "make_coloured_mnist",
+    "make_fashion_on_textures",
+    "make_image_folder",
+    "make_waterbirds",
+    "open_dataset",
+]
