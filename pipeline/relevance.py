@@ -170,8 +170,8 @@ class Trace:
                 self.state.epsilon = None
         if gradient is None:
             raise RelevanceError(
-                "the logits do not depend on the activation whose gradient is needed: it lies on no path from the image "
-                "to them, or a norm that is not a module replaced its layer; use another explainer or architecture"
+                "the logits do not depend on the activation whose gradient is needed: it lies on no path from the "
+                "image to them, or a norm that is not a module replaced its layer; choose another explainer"
             )
         return gradient
 
