@@ -378,7 +378,7 @@ def test_a_store_is_made_by_workers_as_by_this_process(dataset, clip_teacher, tm
         (["clip:FOLDER", "--pretrained", "WEIGHTS"], "has its own weights: leave --pretrained"),
         (["clip:FOLDER"], "has no open_clip_config.json"),
         (["clip:CONFIG", "--pretrained", "WEIGHTS", "--segmenter", "a:b"], "--segmenter a:b was given, but"),
-        (["FOLDER", "--prompt", "a {}"], "--prompt a {} is an option of vision-language teachers"),
+        (["FOLDER", "--prompt", "a {}"], "--prompt 'a {}' is an option of vision-language teachers"),
     ],
 )
 def test_what_is_wrong_with_a_teacher_is_said(dataset, files, tmp_path, options, said):
