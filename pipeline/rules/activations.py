@@ -31,20 +31,20 @@ ACTIVATIONS: set[Any] = {
 
 @rule_for(*ACTIVATIONS)
 def activation(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """g · f(x) / (x + ε·sign(x)): all relevance of f(x) goes to x (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
+    """Pass g · f(x) / (x + ε·sign(x)): x gets all relevance of f(x) (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
 
-    On a ReLU this is LRP-Flex. Where f(0) is not 0, as at a sigmoid, ε bounds what a small x can get.
+    On a ReLU this is LRP-Flex. If f(0) is not 0, as for a sigmoid, ε bounds the share of a small x.
     """
     return identity_rule(trace, func, input, args, kwargs, stabiliser=True)
 
 
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """g · f(x) / x: the identity rule where other operations hold the stabilisers."""
+    """Pass g · f(x) / x: the identity rule of rule sets in which the layers hold the stabilisers."""
     return identity_rule(trace, func, input, args, kwargs, stabiliser=False)
 
 
 class _IdentityRelevance(Function):
-    """g · f(x) / d with d = x + ε·sign(x), as in `stabilised_quotient`, with less memory moved."""
+    """g · f(x) / d with d = x + ε·sign(x), as in `stabilised_quotient`, with less memory traffic."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any) -> Tensor:
@@ -66,7 +66,7 @@ class _IdentityRelevance(Function):
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
     require_constant(trace, func, args, kwargs)
     writes = func.__name__.endswith("_")
-    inplace = writes or kwargs.get("inplace", False) or any(arg is True for arg in args)  # the one boolean they have
+    inplace = writes or kwargs.get("inplace", False) or any(arg is True for arg in args)  # they have no other boolean
     args = [arg for arg in args if not isinstance(arg, bool)]
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
     state, axis, positional, names = trace.state, trace.batch_axis(input), len(args), tuple(kwargs)
@@ -86,14 +86,14 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
 
 
 def hardsigmoid_by_gradient(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
-    """Its gradient; PyTorch's own cannot be differentiated once more."""
+    """Pass the gradient; PyTorch's own backward pass cannot be differentiated again."""
     output = F.hardtanh(input + 3, 0.0, 6.0) / 6
     return input.copy_(output) if inplace else output
 
 
 @rule_for(F.glu)
 def glu(trace: Tracer, func: Any, input: Tensor, dim: int = -1) -> Tensor:
-    """A product of a half with the sigmoid of the other."""
+    """Write it out: the product of one half with the sigmoid of the other."""
     return trace.written_out(_gated, input, dim)
 
 

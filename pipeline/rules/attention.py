@@ -1,8 +1,8 @@
-"""Attention, written out in products, a softmax and linear layers, each of which has a rule.
+"""Attention, written out as products, a softmax and linear layers, each with its own rule.
 
-The fused kernels have no second derivative. Written out, the uniform rule on both products and the gradient of the
-softmax make AttnLRP (Achtibat et al., ICML 2024, section 3.3), and a stop at the softmax makes CP-LRP (Ali et al., ICML
-2022): relevance through the values alone.
+The fused kernels have no second derivative. The uniform rule on both products and the gradient of the softmax make
+AttnLRP (Achtibat et al., ICML 2024, section 3.3). A stop at the softmax makes CP-LRP (Ali et al., ICML 2022), in which
+relevance passes through the values alone.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SOFTMAX: set[Any] = {F.softmax, torch.softmax, T.softmax}
 
 @rule_for(*SOFTMAX)
 def softmax(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """R_i = x_i (R_i − s_i Σ_j R_j), which is gradient times input (AttnLRP, ICML 2024, prop. 3.1)."""
+    """Pass R_i = x_i (R_i − s_i Σ_j R_j), which is gradient times input (AttnLRP, ICML 2024, prop. 3.1)."""
     return func(*args, **kwargs)
 
 
 def constant_softmax(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention weights as constants for relevance, connected in the outer gradient (CP-LRP, Ali et al., ICML 2022)."""
+    """Treat attention weights as constants for relevance, connected in the outer gradient (CP-LRP, ICML 2022)."""
     return StopRelevance.apply(trace.state, func(*args, **kwargs))
 
 
@@ -51,7 +51,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """(..., L, E), (..., S, E), (..., S, F) → (..., L, F), as `F.scaled_dot_product_attention`."""
+    """Compute `F.scaled_dot_product_attention`: (..., L, E), (..., S, E), (..., S, F) → (..., L, F)."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
@@ -68,7 +68,7 @@ def _causal(scores: Tensor) -> Tensor:
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """A boolean mask says what takes part, any other is added."""
+    """Apply a mask: a boolean one is true for the keys that take part, others are added to the scores."""
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
@@ -104,7 +104,7 @@ def _multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(L, N, E), (S, N, E'), (S, N, E'') → (L, N, E), as `F.multi_head_attention_forward`; N may be missing."""
+    """Compute `F.multi_head_attention_forward`: (L, N, E), (S, N, E'), (S, N, E'') → (L, N, E), or all without N."""
     unbatched = query.dim() == 2
     if is_causal and attn_mask is None:
         raise RuntimeError("is_causal says what attn_mask holds, and needs it")
@@ -131,7 +131,7 @@ def _multi_head_attention(
 
     scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)  # (N, heads, L, S)
     added = scores.shape[-1] - key.shape[0] if static_k is None else int(add_zero_attn)
-    if is_causal and key_padding_mask is None and not need_weights:  # PyTorch goes by the hint, then and only then
+    if is_causal and key_padding_mask is None and not need_weights:  # the only case in which PyTorch uses the hint
         scores, attn_mask = _masked(scores, _causal(scores)), None
     for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
         if mask is not None:
@@ -148,5 +148,5 @@ def _multi_head_attention(
 
 
 def _extended(mask: Tensor, added: int) -> Tensor:
-    """A mask with room for the keys that were added, which all take part."""
+    """Extend a mask by the keys that were added, which all take part."""
     return F.pad(mask, (0, added)) if added else mask

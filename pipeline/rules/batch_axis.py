@@ -1,8 +1,8 @@
-"""Where the batch axis is, for an ε that differs between images.
+"""The batch axis of activations, for an ε that differs between images.
 
-An activation has its batch at axis k where its size is a multiple N·r of the N images and index i belongs to image
-i // r: the windows of an image, or its heads, may be folded into the batch behind it. What cannot be told is None,
-and an ε for each image is then refused; a wrong answer would be a wrong ε that nobody sees.
+An activation has its batch at axis k if the size of that axis is a multiple N·r of the N images, and index i belongs to
+image i // r: the windows of an image, or its heads, may be folded into the batch. An unknown axis is None, and then an
+ε for each image is refused, as a wrong axis would silently give a wrong ε.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ Axes = dict[int, int | None]  # by the id of a tensor that carries relevance
 
 
 def batch_axis_after(axes: Axes, samples: int, func: Any, args: Any, kwargs: Any, output: Tensor) -> int | None:
-    """Where ``func`` leaves the batch axis; None where that cannot be told.
+    """Return the batch axis of an output of ``func``; None if it is unknown.
 
-    ``axes`` holds the axis in each of its arguments that carry relevance, of ``samples`` images.
+    Args:
+        axes: the batch axis of each argument that carries relevance.
+        samples: the number of images.
+        func: the torch function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        output: the output.
     """
     if None in axes.values() or not output.dim() or not samples:
         return None
     follow = _FOLLOW.get(func, _same_shape)
     try:
         axis = follow(_Call(axes, samples, args, kwargs, output))
-    except (IndexError, KeyError, TypeError, ValueError):  # a call in a form that is not known here
+    except (IndexError, KeyError, TypeError, ValueError):  # an unknown form of the call
         return None
     return axis if axis is not None and output.shape[axis] % samples == 0 else None
 
@@ -48,7 +54,7 @@ class _Call:
         return [tensor for tensor in tensors([self.args, self.kwargs]) if id(tensor) in self.axes]
 
     def get(self, position: int, *names: str) -> Any:
-        """An argument by its position or by one of its names; None where it is not given."""
+        """Return an argument by its position or one of its names; None for a missing one."""
         if len(self.args) > position:
             return self.args[position]
         return next((self.kwargs[name] for name in names if name in self.kwargs), None)
@@ -62,11 +68,11 @@ class _Call:
 
     @property
     def axis(self) -> int:
-        """The axis in the first argument, which is the only one that carries relevance, or one like it."""
+        """The batch axis of the first argument, which alone carries relevance, or like the others."""
         return self.axes[id(self.input)]  # type: ignore[return-value]
 
     def dims(self, position: int, *names: str) -> list[int]:
-        """Axes, given as one or many, or one by one, counted from the left."""
+        """Return an argument that is one axis, a sequence of axes, or several arguments, counted from the left."""
         value = self.get(position, *names)
         values = value if isinstance(value, tuple | list) else [value, *self.args[position + 1 :]]
         return [dim % self.input.dim() for dim in values]
@@ -81,19 +87,19 @@ def _agreed(values: list[int]) -> int | None:
 
 
 def _same_shape(call: _Call) -> int | None:
-    """An operation of which nothing else is known: it keeps the axis if it keeps the shape."""
+    """Follow an unknown operation: it keeps the axis if it keeps the shape."""
     alone = len(call.carrying) == 1 and call.carrying[0] is call.input
     return call.axis if alone and call.output.shape == call.input.shape else None
 
 
 def _broadcast(call: _Call) -> int | None:
-    """Shapes are aligned at their right ends."""
+    """Follow broadcasting, which aligns shapes at their right ends."""
     from_right = _agreed([call.axes[id(tensor)] - tensor.dim() for tensor in call.carrying])  # type: ignore[operator]
     return None if from_right is None else from_right + call.output.dim()
 
 
 def _rows(call: _Call) -> int | None:
-    """Layers for (N, C, ...)."""
+    """Follow a layer for (N, C, ...)."""
     return 0 if call.axis == 0 and call.output.shape[0] == call.input.shape[0] else None
 
 
@@ -102,12 +108,12 @@ def _convolution(call: _Call) -> int | None:
 
 
 def _kept_but_last(call: _Call) -> int | None:
-    """A linear layer."""
+    """Follow a linear layer."""
     return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
 
 
 def _reshape(call: _Call) -> int | None:
-    """The order of the values stays: an axis with as much in front of it, in which the images still divide."""
+    """Follow a reshape, which keeps the order of values: find the axis with as many values in front of it."""
     before = call.input.shape[: call.axis].numel()
     if not call.output.numel() or call.output.numel() != call.input.numel():
         return None
@@ -161,13 +167,13 @@ def _reduce(position: int) -> Callable[[_Call], int | None]:
 
 
 def _drop(call: _Call) -> int | None:
-    """One of another axis is selected."""
+    """Follow the selection of one index of another axis."""
     dim = call.dim(1, 0)
     return None if dim == call.axis else call.axis - (dim < call.axis)
 
 
 def _other_axis(position: int, default: int | None = None) -> Callable[[_Call], int | None]:
-    """Something happens along an axis, which is not to be that of the batch; the others stay."""
+    """Follow an operation along one axis, which must not be the batch axis."""
 
     def follow(call: _Call) -> int | None:
         return call.axis if call.dim(position, default) != call.axis and len(call.carrying) == 1 else None
@@ -188,7 +194,7 @@ _INDEX = (Integral, slice, type(None), type(Ellipsis), Tensor)
 def _getitem(call: _Call) -> int | None:
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
     if any(isinstance(item, bool) or not isinstance(item, _INDEX) for item in index):
-        return None  # a mask, or a sequence, which indexes as a tensor does
+        return None  # a mask, or a sequence, which indexes like a tensor
     advanced = [item for item in index if isinstance(item, Tensor)]
     if advanced and (len(advanced) > 1 or advanced[0].dtype == torch.bool or any(isinstance(i, int) for i in index)):
         return None
@@ -230,7 +236,7 @@ def _repeat(call: _Call) -> int | None:
 def _repeat_interleave(call: _Call) -> int | None:
     if call.get(2, "dim") is None or (call.dim(2) == call.axis and not isinstance(call.get(1, "repeats"), int)):
         return None
-    return call.axis  # parts of the same image come one after the other
+    return call.axis  # parts of the same image stay next to each other
 
 
 def _pad(call: _Call) -> int | None:
@@ -248,16 +254,16 @@ def _reversed_matmul(call: _Call) -> int | None:
 
 
 def _product(call: _Call, left: Tensor, right: Tensor) -> int | None:
-    """(..., n, k) @ (..., k, m): the axis k is summed over, the others stay where they are, counted from the right."""
+    """Follow (..., n, k) @ (..., k, m), which sums over k and keeps the other axes, counted from the right."""
     if left.dim() < 2 or right.dim() < 2:
         return None
-    found = []
+    from_ends = []
     for tensor, summed in ((left, -1), (right, -2)):
         if id(tensor) in call.axes:
-            found.append(call.axes[id(tensor)] - tensor.dim())  # type: ignore[operator]
-            if found[-1] == summed:
+            from_ends.append(call.axes[id(tensor)] - tensor.dim())  # type: ignore[operator]
+            if from_ends[-1] == summed:
                 return None
-    from_right = _agreed(found)
+    from_right = _agreed(from_ends)
     return None if from_right is None else from_right + call.output.dim()
 
 
@@ -271,7 +277,7 @@ def _sum_with_product(call: _Call) -> int | None:
 
 
 def _einsum(call: _Call) -> int | None:
-    """The axis has a letter in the equation."""
+    """Follow the letter of the batch axis in the equation."""
     equation = call.args[0].replace(" ", "")
     operands = call.args[1] if isinstance(call.args[1], tuple | list) else call.args[1:]
     if "." in equation or "->" not in equation:

@@ -1,7 +1,7 @@
-"""Norms over the batch: affine maps in the relevance pass, their statistics connected in the outer gradient.
+"""Norms over the batch: affine maps in the relevance pass, with statistics connected in the outer gradient.
 
-A norm is ``k·z + shift`` with k = γ / σ, and k is all that the relevance pass needs of it. No relevance goes
-through the statistics, but with σ detached from the outer gradient a student does not learn.
+A norm is ``k·z + shift`` with k = γ / σ, and the relevance pass needs k alone. No relevance passes through the
+statistics, but a student does not learn if σ is detached from the outer gradient.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # at z, γ and β
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # with respect to z, γ and β
 
 
 class Norm(Protocol):
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The output, k (C,), and the tensors that `backward` wants back."""
+        """Return the output, k (C,), and the tensors that `backward` needs."""
 
     def backward(
         self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
     ) -> Gradients:
-        """The true gradients, from those at the output and at k; either may be None."""
+        """Return the true gradients from those with respect to the output and k, of which either may be None."""
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNorm:
-    """``(z − μ) / σ · γ + β`` with σ = sqrt(E[(z − μ)²] + eps), of the batch or running."""
+    """``(z − μ) / σ · γ + β`` with σ = sqrt(E[(z − μ)²] + eps), with the batch's or running statistics."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -81,10 +81,10 @@ class BatchNorm:
 
 @dataclass(frozen=True, eq=False)
 class JointBatchNorm:
-    """`BatchNorm` in training, over the batches of all processes together.
+    """`BatchNorm` in training, over the batches of all processes.
 
-    The gradients are those of the sum of all processes' losses, at what this process has of it: its mean over the
-    processes is the gradient of the mean loss.
+    The gradients are those of the sum of all processes' losses with respect to the tensors of this process: their mean
+    over the processes is the gradient of the mean loss.
     """
 
     running_mean: Tensor | None
@@ -109,7 +109,7 @@ class JointBatchNorm:
         self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
     ) -> Gradients:
         mean, inverse = saved
-        if torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
+        if torch.is_grad_enabled():  # a second derivative passes through the statistics too
             mean, var, _ = moments(z, self.processes)
             inverse = torch.rsqrt(var + self.eps)
         centred = z.to(mean.dtype) - channels(mean, z)
@@ -130,7 +130,7 @@ class JointBatchNorm:
 
 @dataclass(frozen=True, eq=False)
 class SecondMomentNorm:
-    """``z / σ · γ`` with σ = sqrt(E[z²] + eps), of the batch (of all ``processes``, where given) or running."""
+    """``z / σ · γ`` with σ = sqrt(E[z²] + eps) of the batch, or of the batches of all ``processes``, or running."""
 
     running_second_moment: Tensor
     training: bool
@@ -152,7 +152,7 @@ class SecondMomentNorm:
     ) -> Gradients:
         (inverse,) = saved
         assert gamma is not None
-        if self.training and torch.is_grad_enabled():  # a second derivative is wanted, which sees the statistics too
+        if self.training and torch.is_grad_enabled():  # a second derivative passes through the statistics too
             inverse = torch.rsqrt(self._second_moment(z) + self.eps)
         at_k, dz = dk, None
         if g is not None:
@@ -176,29 +176,29 @@ def _k(gamma: Tensor | None, inverse: Tensor, z: Tensor) -> Tensor:
 
 
 def _slope(dinverse: Tensor, inverse: Tensor, count: Any) -> Tensor:
-    """What the gradient at 1/σ does to z, per unit of its distance from the mean."""
+    """Return the gradient with respect to z of a gradient with respect to 1/σ, per unit of distance from the mean."""
     return dinverse * inverse**3 / -count
 
 
 def _count(z: Tensor) -> int:
-    """The values of z in each channel."""
+    """Return the number of values of z in each channel."""
     return z.numel() // z.shape[1]
 
 
 def _over_all(processes: Processes | None, z: Tensor, *sums: Tensor) -> tuple[Any, ...]:
-    """Sums (C,) over this process's z as sums over that of all processes, and the values in each channel of it."""
+    """Add up sums (C,) over all processes, and the numbers of values of z in each channel."""
     if processes is None:
         return *sums, _count(z)
-    wide = torch.promote_types(sums[0].dtype, torch.float32)  # half precision cannot count
+    wide = torch.promote_types(sums[0].dtype, torch.float32)  # half precision cannot hold the count
     total = processes.total(torch.cat([*sums, sums[0].new_full((1,), _count(z), dtype=wide)]))
     return *total[:-1].chunk(len(sums)), total[-1]
 
 
 def moments(z: Tensor, processes: Processes | None = None) -> tuple[Tensor, Tensor, Any]:
-    """Mean and biased variance (C,) of z (N, C, ...), and how many values they are of in each channel.
+    """Return mean and biased variance (C,) of z (N, C, ...), and the number of values in each channel.
 
-    Over all processes by their means and squared distances from these (Chan, Golub and LeVeque, 1979): a sum of
-    squares would lose a small variance far from 0.
+    Over several processes they follow from each process's mean and squared distances from it (Chan, Golub and LeVeque,
+    1979): a sum of squares would lose a small variance far from 0.
     """
     values, count = z.to(torch.promote_types(z.dtype, torch.float32)), _count(z)
     mean = sum_per_channel(values) / max(count, 1)
@@ -213,7 +213,7 @@ def moments(z: Tensor, processes: Processes | None = None) -> tuple[Tensor, Tens
 
 
 class _Normalised(Function):
-    """norm(z) where no convolution or linear layer stands right before it; and k."""
+    """norm(z) and k, for a norm without a convolution or linear layer directly before it."""
 
     @staticmethod
     def forward(
@@ -252,9 +252,12 @@ def joint_batch_norm(
     eps: float,
     processes: Processes,
 ) -> Tensor:
-    """``F.batch_norm`` with the statistics of the batches of all ``processes``; for training alone.
+    """Compute ``F.batch_norm`` with the statistics of the batches of all ``processes``; for training alone.
 
-    Every process calls it, with a batch (N, C, ...) of any N. Raises LostProcess where one of them does not.
+    Every process must call it, with a batch (N, C, ...) of any N.
+
+    Raises:
+        LostProcess: a process does not.
     """
     if has_torch_function_unary(input):
         vectors = (running_mean, running_var, weight, bias)
@@ -282,13 +285,15 @@ def batch_norm(
     require_constant(trace, func, weight, bias)
     vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, vector in vectors.items():
-        if vector is not None and vector.numel() != input.shape[1]:  # the kernel would read and write past its end
+        if (
+            vector is not None and vector.numel() != input.shape[1]
+        ):  # the kernel would read and write past the end of the vector
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements, not {vector.numel()}")
     if processes is not None:
         return _norm(trace, JointBatchNorm(running_mean, running_var, momentum, eps, processes), input, weight, bias)
-    if not input.numel():  # the kernel of the backward pass divides by the number of values, and the process dies
+    if not input.numel():  # the backward kernel divides by the number of values, which would crash the process
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and input.numel() == input.shape[1]:  # as PyTorch does, before the running variance becomes NaN
+    if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
         raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)
 
@@ -302,11 +307,17 @@ def scale_norm(
     eps: float = 1e-5,
     processes: Processes | None = None,
 ) -> Tensor:
-    """Scale-only norm ``x · γ / sqrt(E[x²] + eps)``: a batch norm with neither mean nor shift.
+    """Compute the scale-only norm ``x · γ / sqrt(E[x²] + eps)``: a batch norm with neither mean nor shift.
 
-    x is (N, C, ...), weight γ and ``running_second_moment`` (C,). In training E[x²] is that of the batch and
-    the running one is updated in place; in evaluation it is the running one, and the norm is linear. With ``processes``
-    the batch is that of all of them, every one of which calls it.
+    Args:
+        x: (N, C, ...).
+        weight: γ, (C,).
+        running_second_moment: the running E[x²], (C,). Training uses the E[x²] of the batch and updates the running one
+            in place. Evaluation uses the running one, and the norm is linear.
+        training: whether this is training.
+        momentum: weight of the batch in the running second moment.
+        eps: added to E[x²].
+        processes: in training, take E[x²] over the batches of all these processes, each of which must call it.
     """
     options = (running_second_moment, training, momentum, eps, processes)
     if has_torch_function_unary(x):

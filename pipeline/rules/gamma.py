@@ -1,7 +1,7 @@
 """Layers with modified weights: the ε, z⁺ and γ rules, with batch norms merged into the layers before them.
 
-In these rules the layer holds the stabiliser, and activations pass relevance as it is. Written for clarity: a layer
-is run anew in the backward pass, once for each modification of its weights.
+In these rules the layer holds the stabiliser, and activations pass relevance unchanged. The code favours clarity over
+speed: the backward pass runs a layer again for each modification of its weights.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Modified(NamedTuple):
-    """What a rule puts in the place of a layer's parameters, for outputs of one sign (+1, −1, or 0 for all)."""
+    """The modified parameters of a layer, for outputs of one sign (+1, −1, or 0 for all)."""
 
     sign: int
-    for_positive: Tensor  # weights that positive inputs meet
+    for_positive: Tensor  # the weights of positive inputs
     for_negative: Tensor
     bias: Tensor | None
 
@@ -66,7 +66,7 @@ def gamma(value: float) -> Modification:
 def _propagate(
     modify: Modification, layer: Layer, g: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stabiliser: Tensor
 ) -> Tensor:
-    """The modified gradient: R_j = z_j g_j in, g_i = R_i / x_i out."""
+    """Return the modified gradient g_i = R_i / x_i of the relevances R_j = z_j g_j."""
     z = layer(x, weight, bias)
     parts = []
     for sign, for_positive, for_negative, modified_bias in modify(weight, bias):
@@ -88,7 +88,7 @@ _LAYER = "the layer that made this"
 
 
 def layer_rule(modify: Modification) -> Rule:
-    """The rule for convolutions and linear layers under which ``modify`` changes the weights."""
+    """Return the rule for convolutions and linear layers whose weights ``modify`` changes."""
 
     def rule(
         trace: Tracer, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any
@@ -98,7 +98,7 @@ def layer_rule(modify: Modification) -> Rule:
         require_constant(trace, func, weight, bias)
         state, axis = trace.state, trace.batch_axis(input)
         if axis is not None and not (axis < input.dim() - 1 if func is F.linear else axis == 0):
-            axis = None  # it mixes what lies along that axis
+            axis = None  # the layer mixes values along that axis
 
         def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return func(x, weight, bias, *args, **options)
@@ -128,10 +128,10 @@ def merged_batch_norm(
     eps: float = 1e-5,
     processes: Processes | None = None,
 ) -> Tensor:
-    """A batch norm right behind a convolution or linear layer is one layer with it; any other is the affine map.
+    """Merge a batch norm with the convolution or linear layer directly before it; others are the affine map.
 
-    The merged layer takes the place of both in the graph, so that the first gets no relevance of its own. The
-    statistics of a batch are constants for relevance, and connected in the outer gradient.
+    The merged layer replaces both in the graph, so that the first layer gets no relevance of its own. The statistics of
+    a batch are constants for relevance, and connected in the outer gradient.
     """
     made: Any = input.grad_fn
     if made is None or _LAYER not in made.metadata:
@@ -162,7 +162,7 @@ def merged_batch_norm(
 
 
 def _scaled(func: Any, weight: Tensor, factor: Tensor) -> Tensor:
-    """Weights (out, in, ...) times one factor for each output channel; of a transposed convolution (in, out/groups)."""
+    """Multiply weights (out, in, ...), or (in, out/groups, ...) of a transposed convolution, by output channel."""
     if func not in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         return weight * factor.view(-1, *[1] * (weight.dim() - 1))
     groups = len(factor) // weight.shape[1]

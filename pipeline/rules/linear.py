@@ -1,4 +1,4 @@
-"""Operations whose relevance rule is PyTorch's own backward, and the stop of relevance."""
+"""Operations whose rule is PyTorch's own backward pass, and the stop of relevance."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class StopRelevance(Function):
 
 
 def stop_relevance(x: Tensor) -> Tensor:
-    """``x`` as a constant for relevance: none passes through it, while ordinary gradients do.
+    """Return ``x`` as a constant for relevance: no relevance passes through it, while ordinary gradients do.
 
-    For statistics and normalisers in a model of your own, such as the maximum that an image is divided by.
+    Use it for statistics and normalisers in a model of your own, such as the maximum that an image is divided by.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(stop_relevance, (x,), x)
@@ -53,7 +53,7 @@ T: Any = torch.Tensor
     # averages over windows, and interpolation
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d, F.interpolate,
-    # moving values about
+    # moving values
     torch.stack, F.pad, T.masked_fill, torch.masked_fill, T.masked_fill_,
     torch.where, T.where, torch.tril, T.tril, torch.triu, T.triu, torch.hstack, torch.vstack, torch.dstack,
     torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as,
@@ -80,12 +80,12 @@ T: Any = torch.Tensor
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout,
 )  # fmt: skip
 def gradient(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Linear maps, and pooling by the winner: relevance passes as the gradient does."""
+    """Pass relevance through linear maps, and to the winner of a max-pooling, as the gradient passes."""
     return func(*args, **kwargs)
 
 
 class _Concatenate(Function):
-    """Whose backward splits: PyTorch's own pads each part with zeros again when it is differentiated once more."""
+    """A concatenation whose second derivative splits; PyTorch's own pads each part with zeros again."""
 
     @staticmethod
     def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
@@ -116,11 +116,11 @@ def concatenation(trace: Tracer, func: Any, tensors: Any, dim: int = 0, axis: in
 
 @rule_for(T.__setitem__)
 def assignment(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) -> None:
-    """What is written takes the place of what was there; the rest keeps its relevance."""
+    """Replace some values of a tensor; the others keep their relevance."""
     axis = trace.batch_axis(input) if trace.carries(input) else None
     func(input, index, value)
     trace.mark(input, axis, outer=True)
 
 
-# of these only the first argument's values are used, of the second its shape or type
+# functions that use the values of the first argument, and the shape or type of the second
 LIKE_THE_SECOND: set[Any] = {T.view_as, T.reshape_as, T.expand_as, T.type_as, T.to}

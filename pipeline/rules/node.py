@@ -1,4 +1,4 @@
-"""The node that most rules are made of. Not here: the nodes that are written for speed (convolution, ReLU, norms)."""
+"""The node that most rules use. Not here: the nodes that are written for speed (convolution, ReLU, norms)."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class _Node(Function):
 def node(
     state: PassState, function: Callable[..., Tensor], relevance: Callable[..., Tensor], first: Tensor, *others: Any
 ) -> Tensor:
-    """``function(first, *others)`` with two behaviours in the backward pass.
+    """Return ``function(first, *others)``, with two behaviours in the backward pass.
 
-    While relevance is propagated, ``relevance(g, first, *others)`` is the modified gradient of ``first`` and the
-    others get none. Otherwise the gradient goes through the function as PyTorch has it. The relevance is made of
-    differentiable torch operations, which give the second order, and must hold on to no tensor of the graph.
+    In a relevance pass ``relevance(g, first, *others)`` is the modified gradient of ``first``, and the others get none.
+    In other backward passes the gradient is PyTorch's. ``relevance`` must consist of differentiable torch operations,
+    which give the second order, and must hold no tensor of the graph.
     """
     return _Node.apply(state, relevance, function(first, *others), first, *others)
 
 
 def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
-    """The gradient ``g · ∂function/∂x`` at x, differentiable where autograd asks for that."""
+    """Return the gradient ``g · ∂function/∂x`` at x, differentiable if autograd needs that."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # a view of x is a place at which to stop, still connected to x for the second order
+        # the gradient stops at a view of x, which is connected to x for the second order
         local = x.view_as(x) if create_graph else x.detach().requires_grad_()
         output = function(local)
     return torch.autograd.grad(output, local, g, create_graph=create_graph)[0]
@@ -66,20 +66,20 @@ class _Share(Function):
 
 
 def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
-    """``x``, through which passes a fraction of the relevance and the whole ordinary gradient."""
+    """Return ``x``; a fraction of the relevance and the whole ordinary gradient pass through it."""
     return _Share.apply(state, x, fraction)
 
 
 def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
-    """``x + ε·sign(x)`` with sign(0) = +1, for 0 of either sign."""
+    """Return ``x + ε·sign(x)`` with sign(0) = +1, for both signs of 0."""
     return x + torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x + 0)  # -0 + 0 = 0
 
 
 def stabilised_quotient(numerator: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
-    """``numerator / (x + ε·sign(x))`` with sign(0) = +1, where both are small together.
+    """Return ``numerator / (x + ε·sign(x))`` with sign(0) = +1, for numbers that are small together.
 
-    Where the denominator is below the rounding error of 1 the quotient is a constant for the second order: the slope
-    of a quotient of two such small numbers is rounding noise, and boundless.
+    If the denominator is below the rounding error of 1, the quotient is a constant for the second order: the slope of a
+    quotient of two such small numbers is unbounded rounding noise.
     """
     denominator = stabilised(x, epsilon)
     flat = denominator.abs() < torch.finfo(x.dtype).eps

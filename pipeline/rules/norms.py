@@ -1,7 +1,8 @@
-"""Norms of single samples: the scale is a constant for relevance, and connected in the outer gradient.
+"""Norms of single samples. Their scale is a constant for relevance, and connected in the outer gradient.
 
 The centring is a linear map of the sample, and relevance passes through it (AttnLRP, ICML 2024, prop. 3.4, as a
-modified gradient): without a shift such a norm conserves relevance. Not here: norms over the batch (`batch_norm.py`).
+modified gradient), so that a norm without a shift conserves relevance. Not here: norms over the batch
+(`batch_norm.py`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def _through(g: Tensor, x: Tensor, dims: Any, eps: float, centred: bool = True) -> Tensor:
-    """What passes back through (x − E[x]) / σ, σ² = E[(x − E[x])²] + eps: the scale, then the centring."""
-    single = torch.promote_types(x.dtype, torch.float32)  # half precision has no room for squares
+    """Pass g back through (x − E[x]) / σ with σ² = E[(x − E[x])²] + eps: first the scale, then the centring."""
+    single = torch.promote_types(x.dtype, torch.float32)  # squares overflow half precision
     g, x = g.to(single), x.to(single)
     if not centred:
         return g * torch.rsqrt(x.square().mean(dims, keepdim=True) + eps)
@@ -115,7 +116,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """A group norm of single channels; in evaluation, with running statistics, a batch norm."""
+    """Treat it as a group norm of single channels, or, in evaluation with running statistics, as a batch norm."""
     if not use_input_stats:
         return trace.written_out(F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:

@@ -1,4 +1,4 @@
-"""Products, quotients and powers of what depends on the image."""
+"""Products, quotients and powers of tensors that depend on the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T: Any = torch.Tensor
 
 
 def shared(trace: Tracer, *factors: Any) -> list[Any]:
-    """The factors with equal shares of the relevance for those that depend on the image."""
+    """Return the factors; those that depend on the image get equal shares of the relevance."""
     carrying = [trace.carries(factor) if isinstance(factor, Tensor) else False for factor in factors]
     if sum(carrying) < 2:
         return list(factors)
@@ -34,9 +34,9 @@ def shared(trace: Tracer, *factors: Any) -> list[Any]:
     T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv,
 )  # fmt: skip
 def product(trace: Tracer, func: Any, input: Any, other: Any = None, **kwargs: Any) -> Any:
-    """A product of two activations gives half of the relevance to each (AttnLRP, ICML 2024, eq. 7: uniform rule).
+    """Give half of the relevance to each of two activations (AttnLRP, ICML 2024, eq. 7: uniform rule).
 
-    A product in which one factor alone depends on the image is linear in that factor, which gets all.
+    If only one factor depends on the image, the product is linear in it, and it gets all relevance.
     """
     for name in [name for name in kwargs if name in ("mat2", "vec", "tensor2")]:
         other = kwargs.pop(name)
@@ -63,8 +63,8 @@ def sum_with_product(trace: Tracer, func: Any, input: Tensor, first: Tensor, sec
 
 @rule_for(torch.div, T.div, torch.divide, T.divide, torch.true_divide, T.true_divide, T.__truediv__)
 def quotient(trace: Tracer, func: Any, input: Any, other: Any, *, rounding_mode: str | None = None) -> Any:
-    """A quotient gives all its relevance to the numerator: the denominator is a constant for relevance, though
-    connected in the outer gradient (AttnLRP, ICML 2024, prop. 3.4: the identity rule of normalisations)."""
+    """Give all relevance to the numerator. The denominator is a constant for relevance, but connected in the outer
+    gradient (AttnLRP, ICML 2024, prop. 3.4: the identity rule of normalisations)."""
     if rounding_mode is not None:
         raise trace.unknown(func, f"with rounding_mode='{rounding_mode}'")
     if not any(trace.carries(tensor) for tensor in tensors([input])):
@@ -83,7 +83,7 @@ def quotient_in_place(trace: Tracer, func: Any, input: Tensor, other: Any, *, ro
 
 @rule_for(T.__rdiv__, T.__rtruediv__, torch.reciprocal, T.reciprocal, torch.rsqrt, T.rsqrt)
 def denominator(trace: Tracer, func: Any, *args: Any) -> Tensor:
-    """What is divided by: a constant for relevance, see `quotient`."""
+    """Treat a denominator as a constant for relevance, see `quotient`."""
     return StopRelevance.apply(trace.state, func(*args))
 
 
@@ -94,8 +94,8 @@ def _stopped(trace: Tracer, value: Any) -> Any:
 
 @rule_for(torch.pow, T.pow, T.__pow__)
 def power(trace: Tracer, func: Any, input: Any, exponent: Any) -> Tensor:
-    """x^p keeps its relevance with the fraction 1/p of the gradient, p x^p / x (Euler's theorem on homogeneous
-    functions); for p = 2 that is the uniform rule on x · x. Negative powers are denominators, see `quotient`."""
+    """Pass the fraction 1/p of the gradient p x^p / x, which conserves relevance (Euler's theorem on homogeneous
+    functions). For p = 2 that is the uniform rule on x · x. Negative powers are denominators, see `quotient`."""
     if not isinstance(exponent, int | float) or exponent == 0:
         raise trace.unknown(func, f"with the exponent {exponent if isinstance(exponent, int | float) else 'a tensor'}")
     if exponent < 0:
@@ -117,5 +117,5 @@ def square_root(trace: Tracer, func: Any, input: Tensor) -> Tensor:
 
 @rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std)
 def of_degree_one(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """A positively homogeneous function keeps its relevance with its gradient, see `power`."""
+    """Pass the gradient, which conserves the relevance of a positively homogeneous function, see `power`."""
     return func(*args, **kwargs)

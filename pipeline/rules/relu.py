@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def _shared_out(g: Tensor, a: Tensor, epsilon: Tensor) -> Tensor:
-    """g / (a + ε), in one fresh tensor: another one of this size costs more than the arithmetic on it."""
-    wide = torch.float32 if a.dtype == torch.float16 else a.dtype  # float16 has no room for 1 / ε
+    """Return g / (a + ε) in one new tensor: another tensor of this size costs more than the arithmetic."""
+    wide = torch.float32 if a.dtype == torch.float16 else a.dtype  # 1 / ε overflows float16
     out = a.to(wide) + epsilon.to(wide).clamp_min(torch.finfo(wide).tiny ** 0.8)  # g times its reciprocal is finite
     return torch.div(g, out, out=out)
 
@@ -36,7 +36,7 @@ class _ReLURelevance(Function):
         share = _shared_out(v, a, epsilon)
         dg = (share * a).to(a.dtype)
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
-        return dg, share.mul_(epsilon).mul_(scaled).to(a.dtype), None  # in this order, lest it be infinity times 0
+        return dg, share.mul_(epsilon).mul_(scaled).to(a.dtype), None  # another order could be infinity times 0
 
 
 class _ReLU(Function):

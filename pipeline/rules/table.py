@@ -1,4 +1,4 @@
-"""What a rule is, the table of rules, and what all rules share. Not here: any rule."""
+"""The type of a rule, the table of rules, and the tools that all rules share. Not here: any rule."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class PassState:
-    """What the nodes of one traced forward pass know of the backward pass that runs through them.
+    """The state that the nodes of one traced forward pass share during a backward pass.
 
-    ``epsilon`` is the (N,) stabiliser of the relevance pass in progress, or None: true gradient; ``uniform`` is its
-    value where all are equal, else None. The nodes of one pass share one object, so passes in other threads, and
-    autograd's own threads on CUDA, see what belongs to them. It must never hold a tensor of the graph (that
-    would be a reference cycle).
+    The state belongs to the pass and not to a thread, so that several threads can propagate relevance, and autograd's
+    own threads on CUDA see it. It must never hold a tensor of the graph, which would be a reference cycle.
+
+    Attributes:
+        epsilon: the stabiliser (N,) of the relevance pass in progress; None for the true gradient.
+        uniform: its value if all are equal, else None.
     """
 
     epsilon: Tensor | None = None
     uniform: float | None = None
 
     def epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
-        """The pass's ε, one per sample, shaped to broadcast over an activation with its batch at ``batch_axis``."""
+        """Return the ε of each sample, shaped to broadcast over an activation with its batch at ``batch_axis``.
+
+        Raises:
+            RelevanceError: ε differs between samples, and the activation has no batch axis.
+        """
         assert self.epsilon is not None
         if self.uniform is not None:
             return activation.new_full((), self.uniform)
@@ -42,16 +48,16 @@ class PassState:
             )
         shape = [1] * activation.dim()
         shape[batch_axis] = -1
-        parts = activation.shape[batch_axis] // samples  # of a sample, such as the windows of an image
+        parts = activation.shape[batch_axis] // samples  # in each sample, such as the windows of an image
         return self.epsilon.to(activation.dtype).repeat_interleave(parts).view(shape)
 
 
-Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call it stands in for) → what func would return
+Rule = Callable[..., Any]  # (trace, func, *args, **kwargs of the call that it replaces) → the result of func
 RULES: dict[Callable[..., Any], Rule] = {}
 
 
 def rule_for(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Decorator that enters a rule in the table for the given torch functions."""
+    """Enter the decorated rule in the table, for these torch functions."""
 
     def enter(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(functions, rule))
@@ -61,7 +67,7 @@ def rule_for(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 
 class _Refuse(Function):
-    """A value whose gradient nobody may ask for."""
+    """A value whose gradient is refused."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, *inputs: Tensor) -> Tensor:
@@ -73,9 +79,9 @@ class _Refuse(Function):
 
 
 def last_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Decorator for a `Function.backward` that is not to be differentiated: who tries is refused, on every path.
+    """Decorate a `Function.backward` that must not be differentiated, so that every attempt raises an error.
 
-    (`once_differentiable` lets `autograd.grad` with explicit inputs pass by.)
+    (`once_differentiable` misses `autograd.grad` with explicit inputs.)
     """
 
     def wrapper(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,23 +96,27 @@ def last_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Calla
 
 
 def require_constant(trace: Tracer, func: Any, *weights: Any) -> None:
-    """Raise RelevanceError where what a rule takes for a constant depends on the image."""
+    """Check that the weights, which a rule treats as constants, do not depend on the image.
+
+    Raises:
+        RelevanceError: they do.
+    """
     if any(trace.carries(tensor) for tensor in tensors(weights)):
         raise trace.unknown(func, "with weights that depend on the image")
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """Every tensor in a nest of tuples, lists and dictionaries, in order."""
+    """Return all tensors in nested tuples, lists and dictionaries, in order."""
     if isinstance(value, Tensor):
         return [value]
-    found: list[Tensor] = []
+    flat: list[Tensor] = []
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, tuple | list):
-        return found
+        return flat
     for item in value:
         if isinstance(item, Tensor):
-            found.append(item)
+            flat.append(item)
         elif isinstance(item, tuple | list | dict):
-            found += tensors(item)
-    return found
+            flat += tensors(item)
+    return flat

@@ -1,7 +1,7 @@
-"""Convolution and linear layers, alone or with the norm right behind them.
+"""Convolution and linear layers, alone or with the norm that directly follows them.
 
-They are linear, so their rule is their gradient; the nodes are here for speed. A norm over the batch is the
-affine map ``k·z + shift`` in the relevance pass, with k = γ / σ connected in the outer gradient.
+They are linear, so their rule is their gradient, and the nodes exist for speed. A norm over the batch is the affine map
+``k·z + shift`` in the relevance pass, with k = γ / σ connected in the outer gradient.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Layer(Protocol):
     """A map that is linear in its input and in its weight, as three functions of tensors."""
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
-    def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor: ...  # of x only the shape is used
-    def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor: ...  # of weight only the shape
+    def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor: ...  # uses the shape of x alone
+    def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor: ...  # uses the shape of weight
     def bias_grad(self, g: Tensor) -> Tensor: ...
 
 
@@ -45,7 +45,9 @@ class Convolution:
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._covers(x, weight):
             made = F.linear(_rows(x), _rows(weight), bias)
-            return aten._unsafe_view(made, [*made.shape, 1, 1])  # no view for autograd, so it may be changed in place
+            return aten._unsafe_view(
+                made, [*made.shape, 1, 1]
+            )  # not a view for autograd, so it may be changed in place
         return aten.convolution(*_by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -63,12 +65,12 @@ class Convolution:
         return aten.convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
 
     def _covers(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether the kernel is as large as the map, so that this is a linear layer."""
+        """Return whether the kernel is as large as the map, so that this is a linear layer."""
         _, padding, dilation = self.options[:3]
         return self._plain(x) and not any(padding) and max(dilation) == 1 and x.shape[2:] == weight.shape[2:]
 
     def _plain(self, x: Tensor) -> bool:
-        """Whether this is of the kind, on a CPU, for which the functions below are faster than its kernels."""
+        """Return whether the functions below may be faster than PyTorch's kernels: on a CPU, for plain convolutions."""
         return x.dim() == 4 and x.device.type == "cpu" and not self.options[3] and self.options[5] == 1
 
     def bias_grad(self, g: Tensor) -> Tensor:
@@ -76,19 +78,19 @@ class Convolution:
 
 
 def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, padding: Any) -> Tensor:
-    """The input gradient (N, C, H, W) of a convolution with strides, as one ordinary convolution of g.
+    """Return the input gradient (N, C, H, W) of a convolution with strides, as one ordinary convolution of g.
 
-    The positions of the input fall into phases, one for each place within a stride, and every phase meets taps of its
-    own: they become the channels of a convolution without strides, and then lie beside each other again. For the few
+    The positions of the input fall into phases, one for each place within a stride, and every phase has taps of its
+    own. They become the channels of a convolution without strides, which are then interleaved again. For the few
     channels of an image this takes half the time of the kernel (sub-pixel convolution, Shi et al., CVPR 2016).
     """
-    taps = [-(-size // s) for size, s in zip(weight.shape[2:], stride, strict=True)]  # that one phase meets
+    taps = [-(-size // s) for size, s in zip(weight.shape[2:], stride, strict=True)]  # of one phase
     more = [t * s - size for t, s, size in zip(taps, stride, weight.shape[2:], strict=True)]
     by_phase = (
         F.pad(weight, (0, more[1], 0, more[0])).unflatten(3, (taps[1], stride[1])).unflatten(2, (taps[0], stride[0]))
     )
     by_phase = by_phase.permute(1, 3, 5, 0, 2, 4).flip(4, 5).flatten(0, 2)  # (C·phases, channels of g, *taps)
-    first = [p // s for p, s in zip(padding, stride, strict=True)]  # of the strides that touch the input
+    first = [p // s for p, s in zip(padding, stride, strict=True)]  # stride that touches the input
     count = [(p + size - 1) // s + 1 - f for p, size, s, f in zip(padding, sizes, stride, first, strict=True)]
     before = [t - 1 - f for t, f in zip(taps, first, strict=True)]
     after = [c + t - 1 - b - size for c, t, b, size in zip(count, taps, before, g.shape[2:], strict=True)]
@@ -106,14 +108,14 @@ def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, pa
 
 
 def _rows(values: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H·W·C), without a copy where it is channels last."""
+    """Return (N, C, H, W) as (N, H·W·C), without a copy if it is channels last."""
     return values.permute(0, 2, 3, 1).flatten(1)
 
 
 def _weight_grad_by_positions(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """The weight's gradient (O, C, kh, kw) of a convolution over small maps: one matrix product for all pairs of an
-    output and an input position, of which each is of one tap, or of none. The kernel takes three to six times that,
-    most of it for padding."""
+    """Return the weight's gradient (O, C, kh, kw) of a convolution over small maps: one matrix product for all pairs
+    of an output and an input position, each of which belongs to one tap or none. The kernel takes three to six times
+    as long, mostly for padding."""
     (height, width), (rows, columns) = x.shape[2:], g.shape[2:]
     pairs = (_rows(g).T @ _rows(x)).view(rows, columns, g.shape[1], height, width, x.shape[1])
     made = weight.new_zeros((weight.shape[0], *weight.shape[2:], weight.shape[1]))
@@ -127,8 +129,8 @@ def _weight_grad_by_positions(x: Tensor, g: Tensor, weight: Tensor, stride: Any,
 
 
 def _by_channel(image: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    """What a convolution over few positions is given, laid out channel by channel on a CPU, whose kernels for that take
-    half the time of those for channels last."""
+    """Return the arguments of a convolution over few positions with channels first on a CPU, whose kernels for that
+    layout take half the time of those for channels last."""
     if image.dim() == 4 and 1 < image.shape[2] * image.shape[3] <= 4 and image.device.type == "cpu":
         return tuple(tensor.contiguous() for tensor in given)
     return given
@@ -140,7 +142,7 @@ class Linear:
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         made = F.linear(x, weight, bias)
-        # of more than two axes it is a view in some releases, which may not be changed in place behind a node of ours
+        # with more than two axes it is a view in some releases, which may not be changed in place after a node of ours
         return aten._unsafe_view(made, made.shape) if made._is_view() else made
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ class Linear:
 
 
 def channels(value: Tensor, like: Tensor) -> Tensor:
-    """A (C,) vector shaped to broadcast over ``like`` (N, C, ...)."""
+    """Shape a vector (C,) to broadcast over ``like``, (N, C, ...)."""
     return value.view(1, -1, *[1] * (like.dim() - 2))
 
 
@@ -162,18 +164,18 @@ def sum_per_channel(value: Tensor) -> Tensor:
     return value.sum([0, *range(2, value.dim())])
 
 
-# Both the loss's way back through the relevance pass and the one through the forward pass add to the gradient of a
-# weight. The first is always over when the second reaches a layer, so it leaves what it has with the layer as
-# `Pending`, and the weight gets one gradient, where it pays by one kernel over both. That the order holds is autograd's
-# work: the relevance node depends on the forward node's output ``link``, an empty tensor.
+# The gradient of a weight has two parts: the loss is differentiated through the relevance pass, and then through the
+# forward pass. The first part is always complete when the second reaches a layer. The layer keeps it as `Pending`, and
+# the weight gets one gradient, by one kernel over both parts if that is faster. Autograd guarantees the order, as the
+# relevance node depends on an output of the forward node: ``link``, an empty tensor.
 
 
 class Pending:
-    """Parts of a weight's gradient, of the backward pass that is running: one that ended early leaves some behind."""
+    """Parts of a weight's gradient, for the running backward pass; those of a pass that ended early are dropped."""
 
     def __init__(self) -> None:
         self.backward_pass = -1
-        self.parts: list[Any] = []  # (input, output gradient) pairs, or what they make
+        self.parts: list[Any] = []  # (input, output gradient) pairs, or weight gradients
 
     def add(self, part: Any) -> None:
         self.parts = [*self.take(), part]
@@ -185,7 +187,7 @@ class Pending:
 
 
 def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
-    """Whether k may be applied to the weight, whose rows are then the channels of g, and is cheaper to apply there."""
+    """Return whether the rows of the weight are the channels of g, and k is cheaper to apply to the weight."""
     rows_are_channels = not layer.options[3] if isinstance(layer, Convolution) else g.dim() == 2
     return weight.numel() < g.numel() and rows_are_channels
 
@@ -201,8 +203,8 @@ def _input_grad(layer: Layer, g: Tensor, weight: Tensor, k: Tensor | None, x: Te
 class _WeightedRelevance(Function):
     """The input gradient of a layer as a function (g, weight, k) → gradient; k (C,) scales g, or is None.
 
-    It is linear in each, so its own backward is one layer and one weight-gradient kernel, where PyTorch's
-    double backward of convolution takes several times that (pytorch issue 22577).
+    It is linear in each argument, so its own backward pass is one layer and one weight-gradient kernel. PyTorch's
+    double backward of a convolution takes several times as long (pytorch issue 22577).
     """
 
     @staticmethod
@@ -247,10 +249,10 @@ def _scaled_rows(weight: Tensor, k: Tensor) -> Tensor:
 
 
 class _Weighted(Function):
-    """norm(layer(x)) where there is a norm, else layer(x); and ``link``, and k of the norm.
+    """norm(layer(x)), or layer(x) without a norm; also ``link``, and k of the norm.
 
-    ``z`` is the layer's output where it has been computed already. ``outer`` says whether the outer gradient
-    is wanted at x: nobody asks for that of the images.
+    ``z`` is the layer's output if it has been computed already. ``call.outer`` tells whether the outer gradient is
+    needed at x: usually it is not needed at the images.
     """
 
     @staticmethod
@@ -293,7 +295,7 @@ class _Weighted(Function):
         wanted = ctx.needs_input_grad
         dgamma = dbeta = None
         if ctx.norm is not None and (g is not None or dk is not None):
-            if torch.is_grad_enabled():  # a second derivative is wanted, which sees how z came about
+            if torch.is_grad_enabled():  # a second derivative passes through z to x too
                 z = layer.output(x, weight, bias)
             g, dgamma, dbeta = ctx.norm.backward(g, dk, z, gamma, *saved)
             dbeta = dbeta if wanted[7] else None
@@ -306,12 +308,12 @@ class _Weighted(Function):
             parts = [*ctx.pending.take(), *([] if g is None else [(x, g)])]
             dweight = _weight_grad(layer, parts, weight)
             if dweight is not None and dlink is not None and dlink.requires_grad:
-                dweight = dweight + dlink.sum()  # adds nothing, but is refused if differentiated once more
+                dweight = dweight + dlink.sum()  # adds 0, and raises if it is differentiated again
         return None, dx, dweight, dbias, None, None, dgamma, dbeta
 
 
 def _weight_grad(layer: Layer, parts: list[Any], weight: Tensor) -> Tensor | None:
-    """The sum of weight gradients, given as (input, output gradient) pairs or already made."""
+    """Add up weight gradients, which are (input, output gradient) pairs or tensors."""
     made = [part for part in parts if isinstance(part, Tensor)]
     pairs = [part for part in parts if not isinstance(part, Tensor)]
     if len(pairs) > 1 and sum(x.numel() + g.numel() for x, g in pairs) < 2 * weight.numel():
@@ -322,7 +324,7 @@ def _weight_grad(layer: Layer, parts: list[Any], weight: Tensor) -> Tensor | Non
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What is known of one call of a layer beyond its tensors."""
+    """The facts of one call of a layer beside its tensors."""
 
     state: Any
     layer: Layer
@@ -330,9 +332,9 @@ class _Call:
 
 
 def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Call a layer and remember the call, for the norm that may come next."""
+    """Call a layer, and remember the call for a norm that may follow."""
     require_constant(trace, func, weight, bias)
-    if x.dim() < weight.dim():  # a single sample: the kernels want a batch
+    if x.dim() < weight.dim():  # a single sample: the kernels need a batch
         return weighted(trace, func, layer, x.unsqueeze(0), weight, bias).squeeze(0)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
     if torch.is_autocast_enabled(x.device.type):
@@ -345,14 +347,14 @@ def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, 
 
 
 def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor | None:
-    """The norm of a layer's output as one node with the layer, where ``z`` comes right from one; else None.
+    """Return the norm of a layer's output as one node with the layer; None if ``z`` is no layer's direct output.
 
-    The layer's own node stays for whoever else uses z; if nobody does, it is never run.
+    The layer's own node stays for other uses of z. Without any it never runs.
     """
     node, arguments = trace.latest
     if node is None or z.grad_fn is not node:
         return None
-    if z._backward_hooks or z.retains_grad:  # somebody looks at z's gradient, or changes it
+    if z._backward_hooks or z.retains_grad:  # z's gradient is observed or changed
         return None
     return _Weighted.apply(*arguments, z.detach(), norm, gamma, beta)[0]
 
@@ -392,7 +394,7 @@ def convolution(
 def _without_dead_taps(
     sizes: Any, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
-    """The weight without the rows and columns that only ever meet padding, as on images smaller than the kernel."""
+    """Return the weight without rows and columns that meet padding alone, as on images smaller than the kernel."""
     if all(size > d * (taps - 1) for size, taps, d in zip(sizes, weight.shape[2:], dilation, strict=True)):
         return weight, padding
     keep = []
@@ -409,8 +411,8 @@ def _without_dead_taps(
 
 
 class _Cropped(Function):
-    """Some taps of a weight. Its gradient lies in memory as the weight does, so that an optimizer goes through both
-    at once: for networks made for larger images this is most of their weights."""
+    """Some taps of a weight. Its gradient has the weight's memory layout, so that an optimizer reads both in one sweep:
+    in networks for larger images these are most of the weights."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, keep: tuple[tuple[int, int], ...]) -> Tensor:
