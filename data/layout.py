@@ -22,22 +22,8 @@ from typing import Any
 import numpy as np
 import zarr
 import zarr.errors
-from zarr.abc.store import Store
 
-from data.storage import (
-    PARTIAL,
-    ROOT,
-    Folder,
-    Location,
-    clear,
-    keys,
-    names,
-    open_store,
-    process_runs,
-    read,
-    write,
-    write_new,
-)
+from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
@@ -272,7 +258,6 @@ class DatasetWriter:
         self.path = str(location)
         self._store = open_store(location, writable=True)
         self._mark = {"writer": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-        self._made_folder = isinstance(self._store, Folder) and not self._store.root.exists()
         self._finished = False
         self._labels: dict[str, tuple[int, int]] = {}  # the lowest and the highest of each split
         self._claim()
@@ -280,11 +265,11 @@ class DatasetWriter:
 
     def _claim(self) -> None:
         taken = f"{self.path} exists and is not empty: choose another --out, or remove it first"
-        if isinstance(self._store, Folder):
-            if self._store.root.exists() and not self._store.root.is_dir():
-                raise FileExistsError(taken)
-            self._store.make()
-        if names(self._store):
+        try:
+            self._made_folder = self._store.make()
+        except NotADirectoryError:
+            raise FileExistsError(taken) from None
+        if self._store.names():
             mark = _mark(self._store)
             if mark is None:
                 raise FileExistsError(taken)
@@ -293,19 +278,18 @@ class DatasetWriter:
                     f"{self.path} is being written by process {mark.get('pid')}: let it finish, or choose another --out"
                 )
             self._clear()
-            if isinstance(self._store, Folder):
-                self._store.make()
-        if not write_new(self._store, ROOT, _root({UNFINISHED: self._mark})):
+            self._store.make()
+        if not self._store.write(ROOT, _root({UNFINISHED: self._mark}), exclusive=True):
             raise FileExistsError(f"{self.path} is being written by another process: choose another --out")
 
     def _clear(self) -> None:
         """Remove what a writer wrote. Raises FileExistsError, before anything is removed, where there is more."""
-        if foreign := [key for key in keys(self._store) if not WRITTEN.fullmatch(key)]:
+        if foreign := [key for key in self._store.all_keys() if not WRITTEN.fullmatch(key)]:
             raise FileExistsError(
                 f"{self.path} is a dataset that was not finished, and holds {foreign[0]}, which is no part of one: "
                 "take it out first, or choose another --out"
             )
-        clear(self._store)
+        self._store.remove_all()
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -316,8 +300,8 @@ class DatasetWriter:
         with contextlib.suppress(OSError):  # what cannot be removed is marked, and the next writer removes it
             if _mark(self._store) == self._mark:
                 self._clear()
-                if self._made_folder and isinstance(self._store, Folder):
-                    self._store.root.rmdir()
+                if self._made_folder:
+                    self._store.remove_root()
 
     def write_split(self, name: str, **arrays: Any) -> None:
         """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``.
@@ -354,7 +338,7 @@ class DatasetWriter:
         for name, (lowest, highest) in self._labels.items():
             _check_labels(f"the split '{name}' for {self.path}", lowest, highest, len(attributes["class_names"]))
         self._check_ours()
-        write(self._store, ROOT, _root(attributes))
+        self._store.write(ROOT, _root(attributes))
         self._finished = True
 
     def _check_ours(self) -> None:
@@ -375,10 +359,10 @@ def _root(attributes: Mapping[str, Any]) -> bytes:
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": ours}, indent=2).encode()
 
 
-def _mark(store: Store) -> dict[str, Any] | None:
+def _mark(store: Storage) -> dict[str, Any] | None:
     """Who left a dataset unfinished here; None where there is no such thing."""
     try:
-        attributes = json.loads(read(store, ROOT) or b"")["attributes"]
+        attributes = json.loads(store.read(ROOT) or b"")["attributes"]
         return dict(attributes[UNFINISHED]) if attributes["kind"] == KIND else None
     except (ValueError, TypeError, KeyError):
         return None

@@ -22,11 +22,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from zarr.abc.store import Store
-
-from data.storage import ROOT, Folder, delete, names, process_runs, read, write, write_new
+from data.storage import ROOT, Storage, process_runs
 from teacher_cache.layout import CacheError
 from teacher_cache.store import CONTINUE, Cache
 
@@ -67,9 +66,9 @@ def _refusal(path: str, detail: str = "") -> CacheError:
 
 def _locks(cache: Cache, share: bool) -> Locks | None:
     """Locks, where the store is a folder on a system that has them."""
-    if not isinstance(cache.store, Folder) or not hasattr(fcntl, "F_OFD_SETLK"):
+    if cache.store.folder is None or not hasattr(fcntl, "F_OFD_SETLK"):
         return None
-    locks = Locks(cache, share)
+    locks = Locks(cache.store.folder, share)
     try:
         held = locks.lock(fcntl.F_RDLCK, HERE, 1) if share else locks.lock(fcntl.F_WRLCK, 0, 0)
     except OSError as error:
@@ -87,9 +86,8 @@ def _locks(cache: Cache, share: bool) -> Locks | None:
 class Locks:
     """Claims by open-file-description locks (Linux)."""
 
-    def __init__(self, cache: Cache, share: bool):
-        assert isinstance(cache.store, Folder)
-        self._share, self._path = share, cache.store.root / ROOT
+    def __init__(self, folder: Path, share: bool):
+        self._share, self._path = share, folder / ROOT
         self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def lock(self, kind: int, start: int, length: int) -> bool:
@@ -133,7 +131,7 @@ class Leases:
     """Claims by objects ``claims/…`` in the store. A lease that was not renewed for a minute, or whose process on this
     machine is gone, is void; so is one that is a minute ahead of our clock, as nobody could say when it ends."""
 
-    def __init__(self, store: Store, path: str, share: bool):
+    def __init__(self, store: Storage, path: str, share: bool):
         self._store, self._path, self._share = store, path, share
         self._me = uuid.uuid4().hex
         self._held: set[str] = set()
@@ -183,7 +181,7 @@ class Leases:
                 if seen is not None and seen.owner != self._me:
                     self._held.discard(name)
                 else:
-                    write(self._store, f"{CLAIMS}/{name}", self._lease())
+                    self._store.write(f"{CLAIMS}/{name}", self._lease())
 
     def _renew_all(self) -> None:
         while not self._closed.wait(RENEWED_EVERY):
@@ -195,14 +193,14 @@ class Leases:
             return WRITER if self._alive(WRITER) else None
         if not self._take(WRITER):
             return WRITER
-        return next((name for name in names(self._store, CLAIMS) if name != WRITER and self._alive(name)), None)
+        return next((name for name in self._store.names(CLAIMS) if name != WRITER and self._alive(name)), None)
 
     def _take(self, name: str) -> bool:
         mine = self._lease()
-        if not write_new(self._store, f"{CLAIMS}/{name}", mine):
+        if not self._store.write(f"{CLAIMS}/{name}", mine, exclusive=True):
             if self._alive(name):
                 return False
-            write(self._store, f"{CLAIMS}/{name}", mine)
+            self._store.write(f"{CLAIMS}/{name}", mine)
             self._closed.wait(SETTLING)  # whoever takes over the same lease at the same moment: the last one has it
         seen = self._read(name)
         if seen is None or seen.owner != self._me:
@@ -217,7 +215,7 @@ class Leases:
                 self._held.discard(name)
                 seen = self._read(name)
                 if seen is not None and seen.owner == self._me:
-                    delete(self._store, f"{CLAIMS}/{name}")
+                    self._store.remove(f"{CLAIMS}/{name}")
 
     def _lease(self) -> bytes:
         lease = Lease(self._me, socket.gethostname(), os.getpid(), time.time())
@@ -226,7 +224,7 @@ class Leases:
     def _read(self, name: str) -> Lease | None:
         """None for no lease, and for what is none."""
         try:
-            found = Lease(**json.loads(read(self._store, f"{CLAIMS}/{name}") or b""))
+            found = Lease(**json.loads(self._store.read(f"{CLAIMS}/{name}") or b""))
         except (ValueError, TypeError):
             return None
         kinds: tuple[Any, ...] = (str, str, int, (int, float))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from data.storage import size
 from teacher_cache.claims import claim_writing
 from teacher_cache.layout import CacheError
 from teacher_cache.store import Cache
@@ -27,7 +26,7 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
     info = cache.info
     there = np.flatnonzero(cache.committed())
     samples = sum(stop - start for start, stop in map(info.shard_range, there.tolist()))
-    stored, raw = size(cache.store), info.raw_bytes * samples // info.dataset.samples
+    stored, raw = cache.store.size(), info.raw_bytes * samples // info.dataset.samples
     chosen = there[np.linspace(0, len(there) - 1, min(LOOKED_AT, len(there))).astype(int)]
     return {
         "path": cache.path,

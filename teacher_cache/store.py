@@ -16,24 +16,10 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import (
-    ROOT,
-    Folder,
-    Location,
-    delete,
-    keys,
-    names,
-    open_store,
-    read,
-    read_all,
-    read_pieces,
-    write,
-    write_new,
-)
+from data.storage import ROOT, Location, Storage, open_store
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
 from teacher_cache.layout import FORMAT_VERSION, KIND, CacheError, CacheInfo, plan_arrays
@@ -64,7 +50,7 @@ class Cache:
     name → (shape of one sample, dtype).
     """
 
-    def __init__(self, path: str, store: Store, info: CacheInfo, head: Mapping[str, np.ndarray]):
+    def __init__(self, path: str, store: Storage, info: CacheInfo, head: Mapping[str, np.ndarray]):
         self.path, self.store, self.info, self.head = path, store, info, head
         self._plan = plan_arrays(info)
         self._compression = Compression.parse(info.storage.codec)
@@ -84,14 +70,14 @@ class Cache:
     def committed(self) -> np.ndarray:
         """Which shards exist, as they have a commit record that is whole: bool (number of shards,)."""
         found = np.zeros(self.info.shards, bool)
-        listed = set(names(self.store, "commits"))
+        listed = set(self.store.names("commits"))
         there = [shard for shard in range(len(found)) if self._key("commits", shard).split("/")[1] in listed]
-        records = read_all(self.store, [self._key("commits", shard) for shard in there])
+        records = self.store.read_many([self._key("commits", shard) for shard in there])
         found[there] = [self._record(record) is not None for record in records]
         return found
 
     def is_committed(self, shard: int) -> bool:
-        return self._record(read(self.store, self._key("commits", shard))) is not None
+        return self._record(self.store.read(self._key("commits", shard))) is not None
 
     def _record(self, raw: bytes | None) -> np.ndarray | None:
         """A commit record, uint32; None for what is missing, or was half written where writes are not atomic."""
@@ -103,7 +89,7 @@ class Cache:
 
     def uncommit(self, shard: int) -> None:
         """From here on there is no such shard, whatever the arrays hold."""
-        delete(self.store, self._key("commits", shard))
+        self.store.remove(self._key("commits", shard))
 
     def write_shard(self, shard: int, content: Shard) -> None:
         """Write one whole shard, then its commit record. Safe beside writers of other shards.
@@ -139,9 +125,9 @@ class Cache:
         record = np.array([self.info.identity(shard), *rows_checksums, *checksums], "<u4")
         self.uncommit(shard)
         for name, raw in sealed.items():
-            write(self.store, self._key(name, shard), raw)
-        write(self.store, self._key("heatmaps", shard), file)
-        write(self.store, self._key("commits", shard), codec.seal(record.tobytes()))
+            self.store.write(self._key(name, shard), raw)
+        self.store.write(self._key("heatmaps", shard), file)
+        self.store.write(self._key("commits", shard), codec.seal(record.tobytes()))
 
     def read_draw(self, shard: int, draw: int, out: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
         """Read and check one draw of a committed shard, in the stored form: n samples, arrays as in ``draw_fields``.
@@ -206,7 +192,7 @@ class Cache:
         start, stop = self.info.shard_range(shard)
         where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
-            record = self._record(read(self.store, self._key("commits", shard)))
+            record = self._record(self.store.read(self._key("commits", shard)))
             if record is None:
                 raise CacheError(f"{where} is not there yet: {CONTINUE}")
             if record[0] != self.info.identity(shard):
@@ -221,7 +207,7 @@ class Cache:
     def _rows(self, name: str, shard: int, record: np.ndarray) -> np.ndarray:
         """One of the ``rows`` of a shard, (n, columns)."""
         start, stop = self.info.shard_range(shard)
-        raw = read(self.store, self._key(name, shard))
+        raw = self.store.read(self._key(name, shard))
         if raw is None:
             raise DamageError(f"its '{name}' is missing")
         values = codec.unseal(raw, int(record[self.info.rows.index(name)])).view(self._dtype(name))
@@ -230,12 +216,12 @@ class Cache:
     def _maps(self, shard: int, draw: int, record: np.ndarray, out: np.ndarray) -> None:
         chunks, draws, size = self.info.chunks, self.info.explainer.draws, self.info.storage.chunk_samples
         key = self._key("heatmaps", shard)
-        index = read(self.store, key, 0, codec.index_bytes(chunks, draws))
+        index = self.store.read(key, 0, codec.index_bytes(chunks, draws))
         if index is None:
             raise DamageError("its heatmaps are missing")
         start, lengths = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
         blosc, first = self._compression.blosc(), len(self.info.rows) + draw * chunks
-        for chunk, sealed in enumerate(read_pieces(self.store, key, start, lengths)):
+        for chunk, sealed in enumerate(self.store.read_pieces(key, start, lengths)):
             codec.unpack(sealed, int(record[first + chunk]), blosc, size, out[chunk * size : (chunk + 1) * size])
 
     def _whole_chunk(self, name: str, values: np.ndarray) -> bytes:
@@ -268,18 +254,18 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
     """
     store = open_store(location, writable=True)
     path = str(location)
-    if isinstance(store, Folder):
-        if store.root.exists() and not store.root.is_dir():
-            raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
+    try:
         store.make()
+    except NotADirectoryError:
+        raise FileExistsError(f"{path} exists and is not a folder: choose another --out") from None
     files = _files(info, head or {})
-    group = read(store, ROOT)
+    group = store.read(ROOT)
     if group is None:
-        if set(names(store)) - {key.split("/")[0] for key in files}:
+        if set(store.names()) - {key.split("/")[0] for key in files}:
             raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
-        write_new(store, ROOT, files[ROOT])
+        store.write(ROOT, files[ROOT], exclusive=True)
     elif len(group) < len(files[ROOT]) and files[ROOT].startswith(group):
-        write(store, ROOT, files[ROOT])  # half of just this was written, where writes are not atomic
+        store.write(ROOT, files[ROOT])  # half of just this was written, where writes are not atomic
     attributes = _attributes(store) or {}
     if attributes.get("kind") != KIND:
         raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
@@ -290,9 +276,9 @@ def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndar
         )
     head_is_whole = head_sha256(_read_head(store)) == info.teacher.head_sha256
     for key, value in files.items():
-        is_whole = _json(read(store, key)) is not None if key.endswith(ROOT) else head_is_whole
+        is_whole = _json(store.read(key)) is not None if key.endswith(ROOT) else head_is_whole
         if not is_whole or (key.startswith("head/") and not head_is_whole):
-            write(store, key, value)
+            store.write(key, value)
     return open_cache(location, writable=True)
 
 
@@ -304,7 +290,7 @@ def open_cache(location: Location, *, writable: bool = False) -> Cache:
     path, store = str(location), open_store(location, writable=writable)
     attributes = _attributes(store)
     if attributes is None or attributes.get("kind") != KIND:
-        group = read(store, ROOT)
+        group = store.read(ROOT)
         found = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {ROOT} has no attributes"
         if group is None:
             found = "there is no Zarr group"
@@ -315,7 +301,7 @@ def open_cache(location: Location, *, writable: bool = False) -> Cache:
     for key, value in _files(info, {}).items():
         if not key.endswith("/" + ROOT):
             continue
-        raw = read(store, key)
+        raw = store.read(key)
         if _json(raw) is None:
             what = "missing" if raw is None else "cut off or damaged"
             raise CacheError(f"the store {path} is not finished, or damaged: {key} is {what}; {CONTINUE}")
@@ -342,7 +328,7 @@ def check_complete(cache: Cache) -> None:
 
 def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     """What a store without shards consists of: every key with its bytes, as Zarr itself writes them."""
-    memory = MemoryStore()
+    memory = open_store(MemoryStore())
     attributes = {"kind": KIND, "format_version": FORMAT_VERSION, **info.to_dict()}
     root = zarr.create_group(memory, zarr_format=3, attributes=attributes)
     storage = info.storage
@@ -369,7 +355,7 @@ def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         group = root.create_group("head")
         for name, values in head.items():
             group.create_array(name, data=np.asarray(values, np.float32), compressors=Crc32cCodec())
-    return {key: raw for key in keys(memory) if (raw := read(memory, key)) is not None}
+    return {key: raw for key in memory.all_keys() if (raw := memory.read(key)) is not None}
 
 
 def _layout(metadata: bytes | None) -> dict[str, Any]:
@@ -387,10 +373,10 @@ def _json(metadata: bytes | None) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _read_head(store: Store) -> dict[str, np.ndarray]:
+def _read_head(store: Storage) -> dict[str, np.ndarray]:
     head = {}
-    for name in sorted(names(store, "head")):
-        if read(store, f"head/{name}/{ROOT}") is not None:
+    for name in sorted(store.names("head")):
+        if store.read(f"head/{name}/{ROOT}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
             except Exception as error:  # what Zarr says of broken metadata and chunks is of every kind
@@ -400,9 +386,9 @@ def _read_head(store: Store) -> dict[str, np.ndarray]:
     return head
 
 
-def _attributes(store: Store) -> dict[str, Any] | None:
+def _attributes(store: Storage) -> dict[str, Any] | None:
     """Of the group; empty for one that has none, None where there is no group, or none that can be read."""
-    group = _json(read(store, ROOT))
+    group = _json(store.read(ROOT))
     found = None if group is None else group.get("attributes")
     return found if group is None or isinstance(found, dict) else {}
 

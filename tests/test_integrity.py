@@ -20,7 +20,7 @@ from stores import HEAD, STORAGE, content, expected, files, filled, info, refusa
 from zarr.storage import MemoryStore
 
 from cli import main
-from data.storage import write
+from data.storage import open_store
 from teacher_cache import (
     Cache,
     CacheError,
@@ -405,11 +405,11 @@ def test_a_damaged_last_layer_is_mended_by_the_writer(path):
 
 def test_a_writer_of_a_store_of_other_settings_in_the_same_place_commits_nothing_that_is_read():
     """The store was made anew, with another seed, under a process that goes on writing the old one."""
-    store = MemoryStore()
+    store = open_store(MemoryStore())
     old = create_cache(store, INFO, HEAD)
     for key, raw in ANOTHER_STORE.items():
         if "/c." not in key:
-            write(store, key, raw)
+            store.write(key, raw)
     old.write_shard(0, content(INFO, 0))
     said = refusal(lambda: open_cache(store).read_shard(0))
     assert "its commit record is that of another shard or store" in (said or "")
