@@ -37,8 +37,7 @@ WRITTEN = re.compile(
     rf"{ROOT}|[^/]+/{ROOT}|[^/]+/({'|'.join(ARRAYS)})/({ROOT}|c/[0-9/]+)|(.*/)?\.[^/]+\.[0-9a-f]{{32}}\{PARTIAL}"
 )
 ANOTHER = Message("choose another ", Option("out"))
-BUILD = Call("make_image_folder", command="make-data")
-REMEDY = Message("build one with ", BUILD)
+REMEDY = Message("build one with ", Call("make_image_folder", command="make-data"))
 
 
 class DatasetError(ValueError):
@@ -81,13 +80,9 @@ class Split:
             content = str(error)
         if content != self.fingerprint:
             raise DatasetError(
-                Message(
-                    f"the split '{self.name}' of {self.images.store_path.store} is damaged, or was changed after it "
-                    f"was made: its content gives {content[:60]}, its fingerprint is {self.fingerprint[:12]}…; build "
-                    "it again with ",
-                    BUILD,
-                    ", or delete the attribute 'fingerprint' if you changed the split on purpose",
-                )
+                f"the split '{self.name}' of {self.images.store_path.store} is damaged, or was changed after it was "
+                f"made: its content gives {content[:60]}, its fingerprint is {self.fingerprint[:12]}…; build it again, "
+                "or delete the attribute 'fingerprint' if you changed the split on purpose"
             )
 
     @property
@@ -181,16 +176,11 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
             )
         )
     if UNFINISHED in attributes:
-        raise DatasetError(
-            Message(f"the dataset {path} was not finished, or is still being written: run ", BUILD, " again")
-        )
+        raise DatasetError(f"the dataset {path} was not finished, or is still being written: build it again")
     if attributes.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
-            Message(
-                f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads version "
-                f"{FORMAT_VERSION}: build the dataset again with ",
-                BUILD,
-            )
+            f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads version "
+            f"{FORMAT_VERSION}: build the dataset again"
         )
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
@@ -207,7 +197,7 @@ def _open_splits(path: str, root: zarr.Group, classes: int) -> dict[str, Split]:
     except DatasetError:
         raise
     except (ValueError, TypeError, KeyError, RuntimeError) as error:  # Zarr's errors for broken metadata and chunks
-        raise DatasetError(Message(f"the dataset {path} is damaged ({error}): build it again with ", BUILD)) from error
+        raise DatasetError(f"the dataset {path} is damaged ({error}): build it again") from error
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}

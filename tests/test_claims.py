@@ -104,7 +104,7 @@ def test_a_second_process_is_refused_and_after_kill_9_of_the_first_gets_it_at_on
         for mode in ("alone", "share"):
             with writer(path, mode) as second:
                 assert second.says() == (
-                    f"refused another process is writing {path}: let it finish, or start both with --share, so that "
+                    f"refused another process is writing {path}: let it finish, or start both with share=True, so that "
                     "they divide the shards between them"
                 )
         first.kill()
@@ -230,7 +230,7 @@ def test_a_lease_that_was_not_renewed_is_taken_over_and_its_owner_notices(store)
         rewrite(store, WRITER, renewed=time.time() - claims.LEASE_SECONDS - 1)
         with leases(store) as second:
             assert second.take(0)
-            with pytest.raises(CacheError, match="as this one had not been heard of for a while"):
+            with pytest.raises(CacheError, match="because this process did not renew its claim in time"):
                 first.take(1)
             first.renew()  # does not take it back
             assert second.take(2)

@@ -350,11 +350,11 @@ def test_planned_shards_are_bounded_and_made_of_whole_chunks(draws, channels, si
 @pytest.mark.parametrize(
     ("side", "resolution", "message"),
     [
-        (28, 0, "--resolution 0 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
-        (28, 40, "--resolution 40 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
-        (7, 4, "--resolution 4 leaves a single number of maps of 7×7: choose 1 or 2$"),
-        (3, 2, "--resolution 2 leaves a single number of maps of 3×3: choose 1$"),
-        (3, 4, "--resolution 4 leaves nothing of maps of 3×3: choose 1$"),
+        (28, 0, "resolution=0 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (28, 40, "resolution=40 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (7, 4, "resolution=4 leaves a single number of maps of 7×7: choose 1 or 2$"),
+        (3, 2, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),
+        (3, 4, "resolution=4 leaves nothing of maps of 3×3: choose 1$"),
     ],
 )
 def test_a_resolution_that_leaves_no_positions_is_refused(side, resolution, message):

@@ -243,14 +243,14 @@ def test_a_dataset_that_could_not_be_written_is_removed_or_marked_and_made_anew(
     assert contents(data) == {}
     with s3.failing(lambda request: 403 if request.number > 30 else None), refusal:
         make_small(data)
-    with pytest.raises(DatasetError, match="was not finished, or is still being written: run make-data again"):
+    with pytest.raises(DatasetError, match="was not finished, or is still being written: build it again"):
         open_dataset(data)
     make_small(data)
     make_small(tmp_path / "data.zarr")
     expected = contents(tmp_path / "data.zarr")
     assert contents(data) == expected
     for taken in (data, url):
-        with pytest.raises(FileExistsError, match="exists and is not empty: choose another --out"):
+        with pytest.raises(FileExistsError, match="exists and is not empty: choose another out"):
             make_small(taken)
     assert contents(data) == expected
 
@@ -368,7 +368,7 @@ def test_other_protocols_hold_the_same(scheme, local, tmp_path):
     train_student(data, cache, tmp_path / "student", steps=1, batch_size=32)
     assert contents(data) == contents(local / "data.zarr")
     assert contents(cache) == contents(local / "cache.zarr")
-    with pytest.raises(FileExistsError, match="choose another --out"):
+    with pytest.raises(FileExistsError, match="choose another out"):
         make_coloured_mnist(data, limit=SAMPLES)
     if scheme == "file":
         assert contents(tmp_path / "cache.zarr") == contents(cache)
