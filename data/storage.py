@@ -102,7 +102,8 @@ class Storage(Store):
             exclusive: Keep the value of a key that exists already.
 
         Returns:
-            False if ``exclusive`` is set and the key holds another value.
+            False if ``exclusive`` is set and the key existed. A remote key that already holds this value counts as
+            written, because a client that retries may meet its own first attempt.
         """
         content = default_buffer_prototype().buffer.from_bytes(bytes(value))
         if not exclusive:
