@@ -21,6 +21,7 @@ from click.shell_completion import CompletionItem
 
 from terminal import inline_picture
 from terminal.command_line import ARGUMENTS, Choice, Group, options, under
+from terminal.spelling import spell, text_of
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
@@ -338,12 +339,12 @@ class Commands(Group):
             raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
             if isinstance(error, FileExistsError) and error.errno is None:
-                raise click.ClickException(str(error)) from None
+                raise click.ClickException(text_of(error)) from None
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
         except Exception as error:
             if isinstance(error, _user_errors()):
-                raise click.ClickException(str(error)) from None
+                raise click.ClickException(text_of(error)) from None
             raise
 
 
@@ -744,12 +745,12 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
     import teacher_cache
 
     store = teacher_cache.open_cache(cache, writable=repair)
-    damaged: dict[int, str] = {}
+    damaged: dict[int, str] = {}  # the problem of each shard
     there = teacher_cache.committed_shards(store)
     if verify or repair:
         check = teacher_cache.repair if repair else teacher_cache.damaged_shards
         with tqdm(there, unit="shard", desc="reading", disable=None) as bar:
-            damaged = check(store, bar)
+            damaged = {shard: problem.spell(spell) for shard, problem in check(store, bar).items()}
     found = teacher_cache.inspect_cache(store)
     if verify or repair:
         found["damaged"] = [
@@ -765,7 +766,7 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
         if repair and damaged:
             click.echo(
                 "they are taken out: run the command that made the store again, and it computes just what is missing: "
-                f"{teacher_cache.continuing(store)}, with its own --data, --teacher and the rest"
+                f"{spell(teacher_cache.continuing(store))}, with its own --data, --teacher and the rest"
             )
     if damaged and not repair:
         raise click.exceptions.Exit(1)

@@ -1,10 +1,10 @@
-"""What each way of storing heatmaps costs: bytes, speed of decoding, error, and the student's accuracy with it.
+"""Measure what each way of storing heatmaps costs: bytes, decoding speed, error, and the student's accuracy.
 
     pip install -e ".[benchmarks]" && python benchmarks/storage.py --work FOLDER
 
-COLOURED MNIST with its teacher, and dense 64×64 colour maps of a network that tells photographs apart by their crops.
-Stores of all kinds are written from the same maps; students are trained from each with several seeds and evaluated on
-the test splits of COLOURED MNIST. What is in FOLDER already is not made again.
+The maps are those of COLOURED MNIST with its teacher, and dense 64×64 colour maps of a network that tells photographs
+apart by their crops. All kinds of stores are written from the same maps. Students are trained from each with several
+seeds and evaluated on the test splits of COLOURED MNIST. Files that exist in FOLDER are reused.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -35,12 +35,12 @@ from trainer import evaluate, train_student, train_teacher
 
 KINDS = [("float16", 1), ("bfloat16", 1), ("int8", 1), ("float16", 2), ("float16", 4), ("int8", 2)]
 T = TypeVar("T")
-SAMPLES = 2048  # of which codecs are measured, one draw each
+SAMPLES = 2048  # samples on which codecs are measured, one draw each
 CHUNK = 64
 
 
 def photographs(path: Path) -> None:
-    """64×64 crops of the colour photographs that scikit-image has, labelled by photograph."""
+    """Write a dataset of 64×64 crops of scikit-image's colour photographs, labelled by photograph."""
     import skimage.data
 
     names = ("astronaut", "chelsea", "coffee", "rocket")
@@ -59,7 +59,7 @@ def photographs(path: Path) -> None:
 
 
 def prepare(work: Path) -> dict[str, tuple[Path, Path]]:
-    """(dataset, teacher) of each kind of maps."""
+    """Make the dataset and the teacher of each kind of maps."""
     places = {kind: (work / f"{kind}.zarr", work / f"{kind}-teacher") for kind in ("coloured-mnist", "dense")}
     for kind, (data, teacher) in places.items():
         if not data.exists():
@@ -73,14 +73,14 @@ def prepare(work: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def stores(data: Path, teacher: Path, work: Path, device: torch.device) -> dict[tuple[str, int], Cache]:
-    """A store of each kind, all of the same maps: the first as `cache_explanations` makes it, the others beside it."""
+    """Write the same maps to a store of each kind. `cache_explanations` writes the first one."""
     first = work / f"{data.stem}-cache.zarr"
     cache_explanations(data, teacher, first, device=device.type)
     caches = {KINDS[0]: open_cache(first)}
     info, split = caches[KINDS[0]].info, open_dataset(data).split("train")
-    looked_at = caches[KINDS[0]].read_shard(0).heatmaps[:64, 0]
+    first_maps = caches[KINDS[0]].read_shard(0).heatmaps[:64, 0]
     for precision, resolution in KINDS[1:]:
-        codec = str(choose_compression(average_pool(looked_at, resolution), precision))
+        codec = str(choose_compression(average_pool(first_maps, resolution), precision))
         storage = plan_storage(info.explainer.draws, split.image_shape, precision, codec, resolution)
         path = work / f"{data.stem}-cache-{precision}-{resolution}.zarr"
         cache = create_cache(path, dataclasses.replace(info, storage=storage), caches[KINDS[0]].head)
@@ -90,29 +90,33 @@ def stores(data: Path, teacher: Path, work: Path, device: torch.device) -> dict[
     for shard in range(info.shards):
         missing = [cache for cache in list(caches.values())[1:] if not cache.is_committed(shard)]
         if missing:
-            content = explain_shard(model, *piece(split, info, shard), Batches(128), device)
+            content = explain_shard(model, *shard_inputs(split, info, shard), Batches(128), device)
             for cache in missing:
                 cache.write_shard(shard, content)
     return caches
 
 
-def piece(split: Split, info: CacheInfo, shard: int) -> tuple[np.ndarray, None, CacheInfo, int]:
+def shard_inputs(split: Split, info: CacheInfo, shard: int) -> tuple[np.ndarray, None, CacheInfo, int]:
+    """Read the arguments of `explain_shard` for one shard: images, masks, store attributes and first sample."""
     start, stop = info.shard_range(shard)
     return np.asarray(split.images[start:stop]), None, info, start
 
 
 def maps_of(data: Path, teacher: Path, cache: Cache, device: torch.device) -> np.ndarray:
-    """Heatmaps float32 (n, C, H, W) of the first samples, one draw each, straight from the engine, never stored."""
+    """Compute heatmaps float32 (n, C, H, W) of the first samples, one draw each. They are never stored."""
     split, (model, _) = open_dataset(data).split("train"), load_classifier(teacher)
     place(model, device)
     shards = range(-(-SAMPLES // cache.info.storage.shard_samples))
     return np.concatenate(
-        [explain_shard(model, *piece(split, cache.info, k), Batches(128), device).heatmaps[:, 0] for k in shards]
+        [
+            explain_shard(model, *shard_inputs(split, cache.info, shard), Batches(128), device).heatmaps[:, 0]
+            for shard in shards
+        ]
     )
 
 
 def codec_lines(maps: np.ndarray) -> Iterator[list[str]]:
-    """Every precision with every compression: bytes a map, ratio to raw float32, speeds of one core, error."""
+    """Measure every precision with every compression: bytes per map, ratio to raw float32, speeds of a core, error."""
     for precision, resolution in KINDS:
         pooled = average_pool(maps, resolution)
         stored, scale = quantise(pooled, precision)
@@ -140,7 +144,7 @@ def codec_lines(maps: np.ndarray) -> Iterator[list[str]]:
 
 
 def timed(run: Callable[[], T], repeats: int = 5) -> tuple[T, float]:
-    """The result, and the CPU seconds of the fastest of some runs."""
+    """Run a function several times. Return its result, and the CPU seconds of the fastest run."""
     seconds = []
     for _ in range(repeats):
         started = time.process_time()
@@ -150,15 +154,15 @@ def timed(run: Callable[[], T], repeats: int = 5) -> tuple[T, float]:
 
 
 def student_line(data: Path, cache: Cache, work: Path, steps: int, seeds: int, device: torch.device) -> list[str]:
-    """Accuracies of students of one store: mean over the seeds, and in brackets the lowest and the highest."""
+    """Measure the accuracies of one store's students: mean over the seeds, and in brackets lowest and highest."""
     accuracies: dict[str, list[float]] = {"iid": [], "ood": [], "shift": []}
     for seed in range(seeds):
         out = work / f"student-{Path(cache.path).stem}-{steps}-{seed}"
         if not (out / "result.json").exists():
             train_student(data, cache.path, out, steps=steps, seed=seed, device=device.type)
         splits = evaluate(data, out, device=device.type)["splits"]
-        for name, found in accuracies.items():
-            found.append(splits[name]["accuracy"])
+        for name, values in accuracies.items():
+            values.append(splits[name]["accuracy"])
     storage, stored = cache.info.storage, inspect_cache(cache)
     return [
         f"{storage.precision}, 1/{storage.resolution}" if storage.resolution > 1 else storage.precision,
@@ -170,27 +174,37 @@ def student_line(data: Path, cache: Cache, work: Path, steps: int, seeds: int, d
 
 
 @click.command()
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="A folder for datasets, stores, students.")
-@click.option("--steps", default=1000, show_default=True, type=click.IntRange(0), help="Of each student; 0 for none.")
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Students of each store.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option(
+    "--work", required=True, type=click.Path(path_type=Path), help="Folder for datasets, stores and students."
+)
+@click.option(
+    "--steps",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Steps of each student's training; 0 skips it.",
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Number of students of each store.")
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
 def main(work: Path, steps: int, seeds: int, device: str) -> None:
     """Measure every way of storing heatmaps."""
-    chosen = pick_device(device)
+    torch_device = pick_device(device)
     versions = f"zarr {zarr.__version__}, numcodecs {numcodecs.__version__}, PyTorch {torch.__version__}"
-    print(f"{versions}, {processor(chosen)}. Speeds are of one core, by its own time; the default codec is in bold.")
+    print(f"{versions}, {processor(torch_device)}. Speeds are per core, in CPU time. The default codec is in bold.")
     work.mkdir(parents=True, exist_ok=True)
     header = ["precision", "codec", "bytes/map", "ratio", "encoded k/s", "decoded k/s", "decoded GB/s", "error"]
     caches = {}
     for kind, (data, teacher) in prepare(work).items():
-        caches[kind] = stores(data, teacher, work, chosen)
-        maps = maps_of(data, teacher, caches[kind][KINDS[0]], chosen)
+        caches[kind] = stores(data, teacher, work, torch_device)
+        maps = maps_of(data, teacher, caches[kind][KINDS[0]], torch_device)
         print(f"\n### {kind}: maps of {'×'.join(map(str, maps.shape[1:]))}, {100 * (maps == 0).mean():.1f} % zeros\n")
         print(table(header, list(codec_lines(maps))), flush=True)
     if steps:
         print(f"\n### Students on COLOURED MNIST, {steps} steps, {seeds} seeds: mean [lowest–highest] in %\n")
         data = prepare(work)["coloured-mnist"][0]
-        lines = [student_line(data, cache, work, steps, seeds, chosen) for cache in caches["coloured-mnist"].values()]
+        lines = [
+            student_line(data, cache, work, steps, seeds, torch_device) for cache in caches["coloured-mnist"].values()
+        ]
         print(table(["precision", "codec", "bytes/map, all of the store", "ratio", "IID", "OOD", "shift"], lines))
 
 

@@ -1,9 +1,10 @@
-"""How fast a student is fed: our stream beside a memory map, a naive Zarr reader, HDF5 and one file a sample.
+"""Measure how fast a student gets its batches: our stream beside a memory map, plain Zarr, HDF5 and one file a map.
 
     pip install -e ".[benchmarks]" && python benchmarks/streaming.py --work FOLDER
 
-All deliver the same batches in the same order: heatmaps in the stored type, their scale, class and ε, as tensors.
-Each is timed once a round, in random order; ratios are taken within a round. What is in FOLDER is not made again.
+All of these deliver the same batches in the same order. Two more contenders read one draw of a shard at a time: our
+reader, and Zarr's own sharding codec. Each contender runs once in every round, in random order, and ratios are taken
+within a round. Files that exist in FOLDER are reused.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -14,7 +15,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,16 +38,21 @@ from trainer.stream import order
 from trainer.stream.stream import Source, stream
 
 ROOF, COLD, WARM = "memory map, taken into place", "stream, from compressed shards", "stream, from RAM"
+OUR_READER, ZARR_READER = "one draw of a shard, our reader", "one draw of a shard, Zarr's sharding codec"
 NAMES = ("heatmaps", "scale", "target_class", "epsilon")
-RIVAL_SAMPLES = 4096  # in the formats of the rivals that are slow to write
-LIMIT = 1.5  # seconds that a slow one is given in a round, after its first batch
+RIVAL_SAMPLES = 4096  # in the rival formats that are slow to write
+LIMIT = 1.5  # seconds after its first batch at which a slow contender is stopped in each round
 
-Batch = dict[str, Any]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Rival:
-    """``batches(seed)`` yields without end, or for one epoch. The target is a ratio of samples/s, at least."""
+    """A contender.
+
+    ``batches(seed)`` yields for one epoch or without end. ``target`` is the lowest ratio of samples/s that meets our
+    goal: this contender's to that of ``to`` if that is the memory map, and the other way round for any other ``to``.
+    """
 
     name: str
     batches: Callable[[int], Iterator[Batch]]
@@ -55,7 +61,7 @@ class Rival:
 
 
 def prepare(kind: str, work: Path) -> tuple[Path, Path]:
-    """The dataset and its store, made by the product."""
+    """Make the dataset and its heatmap store with the product's own commands."""
     data, teacher, cache = work / f"{kind}.zarr", work / f"{kind}-teacher", work / f"{kind}-cache.zarr"
     if not data.exists():
         make_coloured_mnist(data) if kind == "coloured-mnist" else photographs(data)
@@ -69,7 +75,7 @@ def prepare(kind: str, work: Path) -> tuple[Path, Path]:
 
 
 def maps_alone(cache: Cache) -> Source:
-    """The store without the images, which no rival has in its format either."""
+    """Make a stream source of the heatmaps without the images. The rivals' formats hold no images either."""
     info = cache.info
     return Source(
         samples=info.dataset.samples,
@@ -83,7 +89,7 @@ def maps_alone(cache: Cache) -> Source:
 
 
 def rows_in_order(source: Source, seed: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(samples, draws) of each batch of the stream's first epoch."""
+    """Yield (samples, draws) of each batch of the stream's first epoch."""
     windows = order.windows(
         samples=source.samples, block_samples=source.block_samples, window_samples=source.window_samples,
         batch_size=batch_size, seed=seed,
@@ -93,15 +99,15 @@ def rows_in_order(source: Source, seed: int, batch_size: int) -> Iterator[tuple[
         if window.epoch:
             break
         samples.append(window.samples)
-        shown = [order.draw_of_block(block, source.draws, seed, 0) for block in range(source.blocks)]
-        draws.append(np.array(shown)[window.samples // source.block_samples])
-    whole, drawn = np.concatenate(samples), np.concatenate(draws)
-    for first in range(0, len(whole), batch_size):
-        yield whole[first : first + batch_size], drawn[first : first + batch_size]
+        block_draws = [order.draw_of_block(block, source.draws, seed, 0) for block in range(source.blocks)]
+        draws.append(np.array(block_draws)[window.samples // source.block_samples])
+    epoch_samples, epoch_draws = np.concatenate(samples), np.concatenate(draws)
+    for first in range(0, len(epoch_samples), batch_size):
+        yield epoch_samples[first : first + batch_size], epoch_draws[first : first + batch_size]
 
 
 class Rows(Dataset[Batch]):
-    """One item of any indexable store: (sample, draw) → its values. Opened in the process that reads."""
+    """A map-style dataset over (sample, draw) rows of any store. The reading process opens the store."""
 
     def __init__(self, open_arrays: Callable[[], Callable[[int, int], Batch]], rows: list[tuple[int, int]]):
         self._open, self._rows, self._read = open_arrays, rows, None
@@ -137,9 +143,13 @@ def through_loader(
     batch: int,
     seed: int,
 ) -> Iterator[Batch]:
-    """A DataLoader over rows in the stream's order, of the first samples, which is all that these formats hold."""
-    wanted = ((s, d) for s, d in rows_in_order(source, seed, batch))
-    rows = [(int(s), int(d)) for chosen, drawn in wanted for s, d in zip(chosen, drawn, strict=True) if s < samples]
+    """Make a DataLoader over the first samples, in the stream's order. These formats hold no other samples."""
+    rows = [
+        (int(sample), int(draw))
+        for batch_samples, batch_draws in rows_in_order(source, seed, batch)
+        for sample, draw in zip(batch_samples, batch_draws, strict=True)
+        if sample < samples
+    ]
     loader = DataLoader(
         Rows(open_arrays, rows), batch, num_workers=workers, drop_last=True,
         multiprocessing_context="spawn" if workers else None,
@@ -148,7 +158,7 @@ def through_loader(
 
 
 def write_memory_map(cache: Cache, folder: Path) -> dict[str, np.ndarray]:
-    """Every array raw, as `numpy.memmap` reads it."""
+    """Write every array uncompressed and open it with `numpy.memmap`."""
     arrays = {}
     folder.mkdir(exist_ok=True)
     for name in NAMES:
@@ -165,23 +175,23 @@ def write_memory_map(cache: Cache, folder: Path) -> dict[str, np.ndarray]:
 def from_memory_map(
     arrays: dict[str, np.ndarray], source: Source, batch: int, seed: int
 ) -> Generator[Batch, None, None]:
-    """As fast as NumPy can: rows of a flat array, taken straight into the batch."""
+    """Take rows of a flat array straight into the batch, which is as fast as NumPy can be."""
     flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()}
     for samples, draws in rows_in_order(source, seed, batch):
-        found = {name: np.empty((len(samples), *array.shape[1:]), array.dtype) for name, array in flat.items()}
+        values = {name: np.empty((len(samples), *array.shape[1:]), array.dtype) for name, array in flat.items()}
         for name, array in flat.items():
-            array.take(samples * source.draws + draws, axis=0, out=found[name], mode="clip")
-        yield {name: torch.from_numpy(values) for name, values in found.items()}
+            array.take(samples * source.draws + draws, axis=0, out=values[name], mode="clip")
+        yield {name: torch.from_numpy(array) for name, array in values.items()}
 
 
 def by_indexing(arrays: dict[str, np.ndarray], source: Source, batch: int, seed: int) -> Iterator[Batch]:
-    """As one would write it."""
+    """Index the memory map in the obvious way."""
     for samples, draws in rows_in_order(source, seed, batch):
         yield {name: torch.from_numpy(array[samples, draws]) for name, array in arrays.items()}
 
 
 def write_rivals(arrays: dict[str, np.ndarray], samples: int, work: Path) -> tuple[Path, Path]:
-    """The first samples in one HDF5 file, contiguous and not compressed, and in a .pt file for each (sample, draw)."""
+    """Write the first samples to one HDF5 file, contiguous and uncompressed, and to a .pt file per (sample, draw)."""
     hdf5, files = work / "maps.h5", work / "files"
     if not hdf5.exists():
         with h5py.File(hdf5, "w") as file:
@@ -198,6 +208,19 @@ def write_rivals(arrays: dict[str, np.ndarray], samples: int, work: Path) -> tup
     return hdf5, files
 
 
+def by_shard(cache: Cache, read: Callable[[int, int], Batch], seed: int) -> Iterator[Batch]:
+    """Read one draw of every shard, in random order."""
+    rng = np.random.default_rng(seed)
+    for shard in rng.permutation(cache.info.shards).tolist():
+        yield read(shard, int(rng.integers(cache.info.explainer.draws)))
+
+
+def zarr_reader(cache: Cache) -> Callable[[int, int], Batch]:
+    """Make Zarr's reader of one draw of a shard. It reads the maps alone; ours reads and checks their rows too."""
+    maps = zarr.open_array(cache.path, path="heatmaps", mode="r")
+    return lambda shard, draw: {"heatmaps": maps[slice(*cache.info.shard_range(shard)), draw]}
+
+
 def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
     source = maps_alone(cache)
     arrays = write_memory_map(cache, work / "raw")
@@ -205,7 +228,7 @@ def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
     hdf5, files = write_rivals(arrays, samples, work)
     held = stream(source, batch_size=batch, seed=0, memory_budget=2**40)
     for _ in range(source.draws * (source.samples // batch)):
-        next(held)  # every draw is in RAM now
+        next(held)  # afterwards every draw is in RAM
 
     def cold(seed: int) -> Iterator[Batch]:
         return stream(source, batch_size=batch, seed=seed, memory_budget=0)
@@ -215,6 +238,8 @@ def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
         Rival(COLD, cold, ROOF, 0.5),
         Rival(WARM, lambda seed: held, ROOF, 0.9),
         Rival("memory map, array[samples, draws]", partial(by_indexing, arrays, source, batch)),
+        Rival(OUR_READER, partial(by_shard, cache, cache.read_draw)),
+        Rival(ZARR_READER, partial(by_shard, cache, zarr_reader(cache)), OUR_READER, 1.3),
     ]
     formats = {
         "Zarr, a row an item": (partial(open_zarr, cache.path), 10.0),
@@ -232,14 +257,17 @@ def contenders(cache: Cache, work: Path, batch: int) -> list[Rival]:
 
 
 def samples_per_second(rival: Rival, seed: int, most: int) -> float:
-    """Over some epochs or seconds. Our cold stream is timed from nothing; of the others the first batch, with opening
-    files and starting processes, is left out."""
+    """Time a contender for some epochs or seconds.
+
+    The time of the cold stream includes its start. That of the others excludes their first batch, in which they open
+    files and start processes.
+    """
     batches, samples, started = rival.batches(seed), 0, time.perf_counter()
     if rival.name != COLD:
         next(batches)
         started = time.perf_counter()
     for batch in batches:
-        samples += len(batch["scale"])
+        samples += len(batch["heatmaps"])
         if samples >= most or time.perf_counter() - started > LIMIT:
             break
     elapsed = time.perf_counter() - started
@@ -249,7 +277,7 @@ def samples_per_second(rival: Rival, seed: int, most: int) -> float:
 
 
 def compare_from_disk(cache: Cache, files: Path, batch: int, rounds: int) -> str:
-    """The stream's samples/s over the memory map's, the first epoch of each, when the system has none of the files."""
+    """Compare the stream's samples/s with the memory map's in a first epoch, with no file in the system's memory."""
     source, ratios = maps_alone(cache), []
     write_memory_map(cache, files / "raw")
     for seed in range(rounds):
@@ -271,7 +299,7 @@ def compare_from_disk(cache: Cache, files: Path, batch: int, rounds: int) -> str
 
 
 def drop_pages(folder: Path) -> None:
-    """Have the system forget what it keeps of these files in memory; it does for those that nobody has mapped."""
+    """Drop these files from the system's memory. Files that somebody has mapped stay."""
     os.sync()
     for path in (path for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(path, os.O_RDONLY)
@@ -285,8 +313,8 @@ def timing_table(rivals: list[Rival], speeds: dict[str, list[float]], bytes_per_
         own = np.array(speeds[rival.name])
         ratio = own / speeds[ROOF]
         cells = [rival.name, f"{np.median(own):,.0f}", f"{np.median(own) * bytes_per_sample / 1e6:,.0f}", spread(ratio)]
-        if rival.to == COLD:
-            against = np.array(speeds[COLD]) / own
+        if rival.to and rival.to != ROOF:
+            against = np.array(speeds[rival.to]) / own
             cells += [f"{spread(against)} × slower than ours", *verdict(float(np.median(against)), rival.target, True)]
         else:
             cells += ["", *verdict(float(np.median(ratio)), rival.target, True)]
@@ -295,12 +323,18 @@ def timing_table(rivals: list[Rival], speeds: dict[str, list[float]], bytes_per_
 
 
 @click.command()
-@click.option("--work", required=True, type=click.Path(path_type=Path), help="A folder for datasets, stores and files.")
-@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Times each is timed.")
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1))
-@click.option("--steps", default=200, show_default=True, type=click.IntRange(0), help="Of the student run; 0 for none.")
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for datasets, stores and files.")
+@click.option("--rounds", default=9, show_default=True, type=click.IntRange(1), help="Number of rounds.")
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(1), help="Samples of a batch.")
+@click.option(
+    "--steps",
+    default=200,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Steps of the student's training; 0 skips it.",
+)
 def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
-    """Measure how fast batches come, side by side."""
+    """Measure how fast each contender delivers batches."""
     versions = f"zarr {zarr.__version__}, h5py {h5py.__version__}, PyTorch {torch.__version__}"
     print(f"{versions}, {processor(torch.device('cpu'))}, {os.cpu_count()} cores, {rounds} rounds; median [quartiles]")
     work.mkdir(parents=True, exist_ok=True)
@@ -313,7 +347,7 @@ def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
         rivals = contenders(cache, files, batch_size)
         most = 3 * cache.info.dataset.samples
         speeds: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-        for rival in rivals[:4]:  # so that what they read is in memory
+        for rival in rivals[:6]:  # so that the files that they read are in memory
             samples_per_second(rival, 0, most)
         for seed in range(rounds):
             for rival in random.sample(rivals, len(rivals)):
@@ -322,7 +356,7 @@ def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
         print(f"\n### {kind}: {cache.info.dataset.samples} samples, maps of {cache.info.map_shape}, "
               f"{cache.info.storage.codec}\n")  # fmt: skip
         print(timing_table(rivals, speeds, size), flush=True)
-        print(f"\nFrom the disk itself, the files not in memory: {from_disk} × the memory map's samples/s, one epoch.")
+        print(f"\nFrom disk, with no file in memory: {from_disk} × the memory map's samples/s, one epoch.")
         if steps:
             student = work / f"{kind}-student"
             shutil.rmtree(student, ignore_errors=True)

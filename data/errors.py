@@ -2,4 +2,4 @@
 
 
 class DatasetError(ValueError):
-    """Not a dataset in our layout, or not one that fits; the text has the path and the remedy."""
+    """There is no dataset in our layout, it is damaged, or it does not fit. The text has the path and the remedy."""

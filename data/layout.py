@@ -1,7 +1,7 @@
-"""The dataset layout on disk (docs/dataset-layout.md): opening, checking and writing it. Knows no models.
+"""The dataset layout (docs/dataset-layout.md): open, check and write datasets. This module knows nothing about models.
 
-A dataset is a Zarr format 3 group with one sub-group a split, each holding ``images``, ``labels`` and,
-where there are any, ``groups`` and ``masks``.
+A dataset is a Zarr format 3 group with one sub-group for each split. A split has the arrays ``images`` and ``labels``,
+and optionally ``groups`` and ``masks``.
 """
 
 from __future__ import annotations
@@ -22,43 +22,36 @@ from typing import Any
 import numpy as np
 import zarr
 import zarr.errors
-from zarr.abc.store import Store
 
 from data.errors import DatasetError
-from data.storage import (
-    PARTIAL,
-    ROOT,
-    Folder,
-    Location,
-    clear,
-    keys,
-    names,
-    open_store,
-    process_runs,
-    read,
-    write,
-    write_new,
-)
+from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
+from options import Call, Message, Option
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
 ARRAYS = ("images", "labels", "groups", "masks")
-UNFINISHED = "unfinished"  # the attribute that marks a dataset which is being written, or was left so
-CHUNK_BYTES, SHARD_BYTES = 2**21, 2**26  # of images and masks, at most
-MAX_CHUNKS = 4096  # of an array, each a file; above it they are put together in shards, which read a little slower
-CHUNK_ROWS = 2**16  # of labels and groups
+UNFINISHED = "unfinished"  # the attribute that marks a dataset that is being written, or was interrupted
+CHUNK_BYTES, SHARD_BYTES = 2**21, 2**26  # upper limits for images and masks
+MAX_CHUNKS = 4096  # files of one array; above this number, chunks are grouped in shards, which read a little slower
+CHUNK_ROWS = 2**16  # rows of a chunk of labels or groups
 WRITTEN = re.compile(
     rf"{ROOT}|[^/]+/{ROOT}|[^/]+/({'|'.join(ARRAYS)})/({ROOT}|c/[0-9/]+)|(.*/)?\.[^/]+\.[0-9a-f]{{32}}\{PARTIAL}"
 )
-REMEDY = "build one with: python cli.py make-data"
+ANOTHER = Message("choose another ", Option("out"))
+REMEDY = Message("build one with ", Call("make_image_folder", command="make-data"))
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split, its arrays opened and not read.
+    """One split of an opened dataset. Its arrays are read when they are indexed.
 
-    images: uint8 (N, C, H, W); labels: integer (N,); groups: the bias attribute's id, integer (N,), or
-    None; masks: uint8 (N, 1, H, W), 0 for background, or None. ``fingerprint`` is the SHA-256 of them all.
+    Attributes:
+        name: Name of the split.
+        images: uint8 (N, C, H, W), values 0 to 255.
+        labels: Integer (N,), an index into the class names.
+        groups: Integer (N,), the id of the bias attribute's value; None without.
+        masks: uint8 (N, 1, H, W), 0 on the background; None without.
+        fingerprint: SHA-256 of all of the arrays.
     """
 
     name: str
@@ -72,28 +65,42 @@ class Split:
         return int(self.images.shape[0])
 
     def verify(self) -> None:
-        """Read all of it once. Raises DatasetError where it is not what the fingerprint was taken of."""
+        """Read the whole split once and compare it with its fingerprint.
+
+        Raises:
+            DatasetError: The split is damaged or was changed.
+        """
         arrays = {"images": self.images, "labels": self.labels, "groups": self.groups, "masks": self.masks}
         try:
-            found = fingerprint({name: array for name, array in arrays.items() if array is not None})
-        except (ValueError, RuntimeError) as error:  # a chunk that does not decode
-            found = str(error)
-        if found != self.fingerprint:
+            content = fingerprint({name: array for name, array in arrays.items() if array is not None})
+        except (ValueError, RuntimeError) as error:  # a chunk that cannot be decoded
+            content = str(error)
+        if content != self.fingerprint:
             raise DatasetError(
                 f"the split '{self.name}' of {self.images.store_path.store} is damaged, or was changed after it was "
-                f"made: its content gives {found[:60]}, its fingerprint is {self.fingerprint[:12]}…; build it again "
-                "with make-data, or delete the attribute 'fingerprint' of a split that you changed on purpose"
+                f"made: its content gives {content[:60]}, its fingerprint is {self.fingerprint[:12]}…; build it again, "
+                "or delete the attribute 'fingerprint' if you changed the split on purpose"
             )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """An opened dataset; ``group_names`` names the ids in ``groups``, values of ``bias_attribute``."""
+    """An opened dataset.
+
+    Attributes:
+        path: The location that it was opened from.
+        name: Name of the dataset.
+        class_names: Names of the classes, in the order of the labels.
+        bias_attribute: What tells the class in training, such as ``"colour"``; None if unknown.
+        group_names: Names of the values in ``groups``, by their id.
+        splits: The splits by name: train, validation, iid, ood and shift first.
+    """
 
     path: str
     name: str
@@ -103,43 +110,74 @@ class Dataset:
     splits: Mapping[str, Split]
 
     def split(self, name: str) -> Split:
+        """Get a split by its name.
+
+        Raises:
+            DatasetError: The dataset has no such split.
+        """
         if name not in self.splits:
             raise DatasetError(f"the dataset {self.path} has no split '{name}': choose one of {', '.join(self.splits)}")
         return self.splits[name]
 
     @property
     def test_splits(self) -> tuple[Split, ...]:
-        """Every split that is neither trained on nor used to choose a model."""
+        """Every split except ``train`` and ``validation``."""
         return tuple(split for name, split in self.splits.items() if name not in ("train", "validation"))
 
     def group_name(self, group: int) -> str:
+        """Get the name of a group's id; the id itself if it has no name."""
         return self.group_names[group] if 0 <= group < len(self.group_names) else str(group)
 
 
 def open_dataset(location: Location) -> Dataset:
-    """Open and check a dataset in our layout, in a folder, at a URL or in a store of Zarr; images are not read.
+    """Open and check a dataset in our layout. Images are not read.
 
-    Raises DatasetError where there is none, it is damaged, or its arrays do not fit together; OSError.
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        DatasetError: There is no dataset, it is damaged, or its arrays do not fit together.
+        OSError: The location cannot be read.
     """
     path, store = str(location), open_store(location)
     try:
         root = zarr.open_group(store, mode="r", zarr_format=3)
     except (FileNotFoundError, zarr.errors.GroupNotFoundError, NotADirectoryError):
-        raise DatasetError(f"no dataset at {path}: there is no Zarr group; {REMEDY}") from None
+        raise DatasetError(Message(f"no dataset at {path}: there is no Zarr group; ", REMEDY)) from None
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DatasetError(f"no dataset at {path}: its zarr.json cannot be read ({error}); {REMEDY}") from None
+        raise DatasetError(Message(f"no dataset at {path}: its zarr.json cannot be read ({error}); ", REMEDY)) from None
     attributes: dict[str, Any] = dict(root.attrs)
+    _check_attributes(path, attributes)
+    class_names = attributes["class_names"]
+    return Dataset(
+        path=path,
+        name=str(attributes.get("name", Path(path).stem)),
+        class_names=tuple(class_names),
+        bias_attribute=attributes.get("bias_attribute"),
+        group_names=tuple(attributes.get("group_names", [])),
+        splits=_open_splits(path, root, len(class_names)),
+    )
+
+
+def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
+    """Raise DatasetError unless the attributes are those of a finished dataset that this program reads."""
     if attributes.get("kind") != KIND:
         raise DatasetError(
-            f"{path} is a Zarr group but no dataset of ours: its attribute 'kind' is "
-            f"{attributes.get('kind')!r}, not {KIND!r}; {REMEDY}"
+            Message(
+                f"{path} is a Zarr group but no dataset of ours: its attribute 'kind' is "
+                f"{attributes.get('kind')!r}, not {KIND!r}; ",
+                REMEDY,
+            )
         )
     if UNFINISHED in attributes:
-        raise DatasetError(f"the dataset {path} was not finished, or is still being written: run make-data again")
+        raise DatasetError(f"the dataset {path} was not finished, or is still being written: build it again")
     if attributes.get("format_version") != FORMAT_VERSION:
         raise DatasetError(
-            f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads "
-            f"version {FORMAT_VERSION}: build the dataset again with make-data"
+            f"{path} has dataset format version {attributes.get('format_version')!r}, this program reads version "
+            f"{FORMAT_VERSION}: build the dataset again"
         )
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
@@ -147,27 +185,24 @@ def open_dataset(location: Location) -> Dataset:
     group_names = attributes.get("group_names", [])
     if not (isinstance(group_names, list) and all(isinstance(name, str) for name in group_names)):
         raise DatasetError(f"the dataset {path} has group_names {group_names!r}: make it a list of names")
+
+
+def _open_splits(path: str, root: zarr.Group, classes: int) -> dict[str, Split]:
+    """Open and check every split. The known ones come first."""
     try:
-        splits = {name: _open_split(path, name, group, len(class_names)) for name, group in sorted(root.groups())}
+        splits = {name: _open_split(path, name, group, classes) for name, group in sorted(root.groups())}
     except DatasetError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # what Zarr says of broken metadata and chunks
-        raise DatasetError(f"the dataset {path} is damaged ({error}): build it again with make-data") from error
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # Zarr's errors for broken metadata and chunks
+        raise DatasetError(f"the dataset {path} is damaged ({error}): build it again") from error
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}
     if len(shapes) > 1:
         raise DatasetError(f"the splits of {path} have images of different shapes {sorted(shapes)}")
-    order = ["train", "validation", "iid", "ood", "shift"]  # the known ones first, in this order
+    order = ["train", "validation", "iid", "ood", "shift"]
     names = sorted(splits, key=lambda name: (order.index(name) if name in order else len(order), name))
-    return Dataset(
-        path=path,
-        name=str(attributes.get("name", Path(path).stem)),
-        class_names=tuple(class_names),
-        bias_attribute=attributes.get("bias_attribute"),
-        group_names=tuple(group_names),
-        splits={name: splits[name] for name in names},
-    )
+    return {name: splits[name] for name in names}
 
 
 def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
@@ -177,12 +212,12 @@ def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
     labels = arrays["labels"]
     for piece in _pieces(labels):
         _check_labels(where, int(piece.min()), int(piece.max()), classes)
-    found = group.attrs.get("fingerprint") or fingerprint(arrays)
-    return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(found))
+    digest = str(group.attrs.get("fingerprint") or fingerprint(arrays))
+    return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), digest)
 
 
 def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
-    """Raise DatasetError unless a split's arrays have the types of the layout and fit together."""
+    """Raise DatasetError unless a split's arrays have the layout's types and fit together."""
     for required in ("images", "labels"):
         if required not in arrays:
             raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
@@ -192,8 +227,8 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
     samples, _, height, width = images.shape
     for key in ("labels", "groups"):
         if key in arrays and (arrays[key].shape != (samples,) or np.dtype(arrays[key].dtype).kind not in "iu"):
-            found = f"{arrays[key].dtype} {arrays[key].shape}"
-            raise DatasetError(f"{where}: '{key}' is {found}, expected integers ({samples},)")
+            actual = f"{arrays[key].dtype} {arrays[key].shape}"
+            raise DatasetError(f"{where}: '{key}' is {actual}, expected integers ({samples},)")
     masks, expected = arrays.get("masks"), (samples, 1, height, width)
     if masks is not None and (masks.shape != expected or masks.dtype != np.uint8):
         raise DatasetError(f"{where}: 'masks' is {masks.dtype} {masks.shape}, expected uint8 {expected}")
@@ -207,9 +242,17 @@ def _check_labels(where: str, lowest: int, highest: int, classes: int) -> None:
 def fingerprint(
     arrays: Mapping[str, Any], copy: Callable[[str, int, np.ndarray], None] = lambda name, start, piece: None
 ) -> str:
-    """SHA-256 over names, types, shapes and values of a split's arrays, read once, in pieces of bounded size.
+    """Compute the SHA-256 of a split's arrays: their names, types, shapes and values.
 
-    ``copy`` is called with every piece: the array's name, the piece's first row, its values.
+    Args:
+        arrays: The arrays by name. Each is read once, in pieces of at most 64 MiB.
+        copy: Function that is called with every piece: the array's name, the piece's first row, its values.
+
+    Returns:
+        The digest in hexadecimal.
+
+    Raises:
+        DatasetError: An array gives other rows than its shape says.
     """
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
@@ -224,9 +267,9 @@ def fingerprint(
 
 
 def _pieces(array: Any) -> Iterator[np.ndarray]:
-    """The rows of anything with a shape, a dtype and slices, in order, little-endian and contiguous.
+    """Yield the rows of anything with a shape, a dtype and slices, in order, little-endian and contiguous.
 
-    A piece is of many whole chunks, which Zarr reads and writes at the same time, or of one whole shard.
+    A piece holds many whole chunks, which Zarr reads and writes concurrently, or one whole shard.
     """
     dtype = np.dtype(array.dtype).newbyteorder("<")
     rows = _power_of_two(array.shape[0], SHARD_BYTES // _row_bytes(array))
@@ -239,7 +282,7 @@ def _pieces(array: Any) -> Iterator[np.ndarray]:
 
 
 def _chunk_rows(array: Any) -> tuple[int, ...]:
-    """Rows of a chunk and, for an array of many, of a shard: powers of two, as those of the heatmap store are."""
+    """Choose the rows of a chunk and, for a large array, of a shard: powers of two, as in the heatmap store."""
     samples, row = array.shape[0], _row_bytes(array)
     if len(array.shape) == 1:
         return (_power_of_two(samples, CHUNK_ROWS),)
@@ -252,57 +295,62 @@ def _row_bytes(array: Any) -> int:
 
 
 def _power_of_two(samples: int, most: int) -> int:
-    """The largest one that is at most ``most``, but none beyond what holds all samples."""
+    """Find the largest power of two up to ``most``, but not more than the smallest one that holds all samples."""
     return 2 ** min(max(1, most).bit_length() - 1, (max(1, samples) - 1).bit_length())
 
 
 class DatasetWriter:
-    """Writes a dataset split by split, in a folder, at a URL or in a store of Zarr.
+    """Write a dataset split by split. Use it as a context manager.
 
-    The place is claimed at once, with attributes that say "unfinished"; `finish` makes it a dataset. Use as a context
-    manager: what is not finished is removed. What a writer that was killed has left is removed by the next one.
+    The writer claims the location at once, by attributes that say "unfinished". `finish` turns it into a dataset. On
+    leaving the context, the writer removes an unfinished dataset. After a killed writer, the next one does.
 
-    Raises FileExistsError for a place that holds anything else, or that another process is writing to.
+    Args:
+        location: A new or empty folder, an fsspec URL, or a Zarr store.
+
+    Raises:
+        FileExistsError: The location holds anything else, or another process is writing to it.
     """
 
     def __init__(self, location: Location):
         self.path = str(location)
         self._store = open_store(location, writable=True)
         self._mark = {"writer": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
-        self._made_folder = isinstance(self._store, Folder) and not self._store.root.exists()
         self._finished = False
-        self._labels: dict[str, tuple[int, int]] = {}  # the lowest and the highest of each split
+        self._labels: dict[str, tuple[int, int]] = {}  # the lowest and the highest label of each split
         self._claim()
         self._root = zarr.open_group(self._store, mode="r+", zarr_format=3)
 
     def _claim(self) -> None:
-        taken = f"{self.path} exists and is not empty: choose another --out, or remove it first"
-        if isinstance(self._store, Folder):
-            if self._store.root.exists() and not self._store.root.is_dir():
-                raise FileExistsError(taken)
-            self._store.make()
-        if names(self._store):
+        taken = Message(f"{self.path} exists and is not empty: ", ANOTHER, ", or remove it first")
+        try:
+            self._made_folder = self._store.make()
+        except NotADirectoryError:
+            raise FileExistsError(taken) from None
+        if self._store.names():
             mark = _mark(self._store)
             if mark is None:
                 raise FileExistsError(taken)
             if mark.get("host") == socket.gethostname() and _another_runs(mark.get("pid")):
                 raise FileExistsError(
-                    f"{self.path} is being written by process {mark.get('pid')}: let it finish, or choose another --out"
+                    Message(f"{self.path} is being written by process {mark.get('pid')}: let it finish, or ", ANOTHER)
                 )
             self._clear()
-            if isinstance(self._store, Folder):
-                self._store.make()
-        if not write_new(self._store, ROOT, _root({UNFINISHED: self._mark})):
-            raise FileExistsError(f"{self.path} is being written by another process: choose another --out")
+            self._store.make()
+        if not self._store.write(ROOT, _root({UNFINISHED: self._mark}), exclusive=True):
+            raise FileExistsError(Message(f"{self.path} is being written by another process: ", ANOTHER))
 
     def _clear(self) -> None:
-        """Remove what a writer wrote. Raises FileExistsError, before anything is removed, where there is more."""
-        if foreign := [key for key in keys(self._store) if not WRITTEN.fullmatch(key)]:
+        """Remove everything that a writer wrote. Raise FileExistsError first if there is anything else."""
+        if foreign := [key for key in self._store.all_keys() if not WRITTEN.fullmatch(key)]:
             raise FileExistsError(
-                f"{self.path} is a dataset that was not finished, and holds {foreign[0]}, which is no part of one: "
-                "take it out first, or choose another --out"
+                Message(
+                    f"{self.path} is a dataset that was not finished, and holds {foreign[0]}, which is no part of one: "
+                    "move it elsewhere first, or ",
+                    ANOTHER,
+                )
             )
-        clear(self._store)
+        self._store.remove_all()
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -310,18 +358,25 @@ class DatasetWriter:
     def __exit__(self, *error: object) -> None:
         if self._finished:
             return
-        with contextlib.suppress(OSError):  # what cannot be removed is marked, and the next writer removes it
+        with contextlib.suppress(OSError):  # the rest stays marked as unfinished, and the next writer removes it
             if _mark(self._store) == self._mark:
                 self._clear()
-                if self._made_folder and isinstance(self._store, Folder):
-                    self._store.root.rmdir()
+                if self._made_folder:
+                    self._store.remove_root()
 
     def write_split(self, name: str, **arrays: Any) -> None:
-        """Add a split from ``images``, ``labels`` and, where there are any, ``groups`` and ``masks``.
+        """Add a split.
 
-        Each is anything with ``shape``, ``dtype`` and slices of rows: an array of NumPy, Zarr, Dask or h5py, a
-        ``numpy.memmap``, or an object that makes its rows when asked. It is read once, in order, in pieces of at most
-        64 MiB. Raises DatasetError for arrays that are not as the layout says.
+        Args:
+            name: Name of the split.
+            arrays: ``images``, ``labels`` and optionally ``groups`` and ``masks``, with shapes and dtypes as in
+                `Split`. Each is anything with ``shape``, ``dtype`` and slices of rows: a NumPy, Zarr, Dask or h5py
+                array, a ``numpy.memmap``, or an object that makes its rows on demand. It is read once, in order, in
+                pieces of at most 64 MiB.
+
+        Raises:
+            DatasetError: The arrays do not fit the layout, the name is taken or not plain, or another process took
+                the location over.
         """
         if unknown := sorted(set(arrays) - set(ARRAYS)):
             raise DatasetError(f"a split has no array {', '.join(unknown)}: choose from {', '.join(ARRAYS)}")
@@ -344,19 +399,23 @@ class DatasetWriter:
         self._labels[name] = min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def finish(self, **attributes: Any) -> None:
-        """Write the attributes (``name``, ``class_names``, ``bias_attribute``, …): the dataset now exists.
+        """Write the attributes. From then on the dataset exists.
 
-        Raises DatasetError for labels without a class name, and where another process took the place over.
+        Args:
+            attributes: ``class_names``, and optionally ``name``, ``bias_attribute``, ``group_names`` and ``builder``.
+
+        Raises:
+            DatasetError: A label has no class name, or another process took the location over.
         """
         for name, (lowest, highest) in self._labels.items():
             _check_labels(f"the split '{name}' for {self.path}", lowest, highest, len(attributes["class_names"]))
         self._check_ours()
-        write(self._store, ROOT, _root(attributes))
+        self._store.write(ROOT, _root(attributes))
         self._finished = True
 
     def _check_ours(self) -> None:
         if _mark(self._store) != self._mark:
-            raise DatasetError(f"{self.path} was taken over by another process: choose another --out for one of them")
+            raise DatasetError(Message(f"{self.path} was taken over by another process: ", ANOTHER, " for one of them"))
 
 
 def _create(group: zarr.Group, name: str, values: Any) -> zarr.Array:
@@ -367,20 +426,20 @@ def _create(group: zarr.Group, name: str, values: Any) -> zarr.Array:
 
 
 def _root(attributes: Mapping[str, Any]) -> bytes:
-    """The metadata of the dataset's group, as the specification of Zarr format 3 has it."""
+    """Encode the metadata of the dataset's group as Zarr format 3 specifies it."""
     ours = {"kind": KIND, "format_version": FORMAT_VERSION, **attributes}
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": ours}, indent=2).encode()
 
 
-def _mark(store: Store) -> dict[str, Any] | None:
-    """Who left a dataset unfinished here; None where there is no such thing."""
+def _mark(store: Storage) -> dict[str, Any] | None:
+    """Read who left an unfinished dataset here; None if there is none."""
     try:
-        attributes = json.loads(read(store, ROOT) or b"")["attributes"]
+        attributes = json.loads(store.read(ROOT) or b"")["attributes"]
         return dict(attributes[UNFINISHED]) if attributes["kind"] == KIND else None
     except (ValueError, TypeError, KeyError):
         return None
 
 
 def _another_runs(pid: Any) -> bool:
-    """Whether another process of this machine has this number."""
+    """Check whether another process of this machine has this id."""
     return isinstance(pid, int) and pid != os.getpid() and process_runs(pid)

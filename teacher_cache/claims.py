@@ -1,9 +1,8 @@
-"""Who writes a store: one process at a time, or several that share the work shard by shard.
+"""Claims on a store: one process writes at a time, or several divide the shards between them.
 
-In a folder, claims are locks of the kernel on byte ranges of the group's metadata file, a byte a shard: they end with
-the process, however it ends. Elsewhere they are leases, small objects that are renewed, and void when they are not.
-A claim keeps work from being done twice. That nothing wrong is ever read does not hang on it: a shard whose parts are
-from two writers does not have the checksums of its commit record.
+In a folder, a claim is a kernel lock on bytes of the group's metadata file, one byte for each shard. It ends with its
+process. Elsewhere a claim is a lease, a small object that expires unless it is renewed. Claims only save work: readers
+are safe without them, because a shard with parts of two writers does not match the checksums of its commit record.
 """
 
 from __future__ import annotations
@@ -22,35 +21,53 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from zarr.abc.store import Store
-
-from data.storage import ROOT, Folder, delete, names, process_runs, read, write, write_new
+from data.storage import ROOT, Storage, process_runs
+from options import Message, Option
 from teacher_cache.errors import CacheError
 from teacher_cache.store import CONTINUE, Cache
 
 LEASE_SECONDS, RENEWED_EVERY, SETTLING = 60.0, 15.0, 1.0
-HERE = 2**62  # the byte that every process that shares holds, so that none begins alone beside it
-ABANDONED = 3600.0  # seconds after which what is half-written is nobody's
+HERE = 2**62  # every sharing process locks this byte, so that no process can claim the whole store beside it
+ABANDONED = 3600.0  # age in seconds from which on a partial file is not being written any more
 
 
 class Claims(Protocol):
-    """What one process may write."""
+    """The claims of one process on a store."""
 
     def take(self, shard: int) -> bool:
-        """Whether the shard is this process's to write. Raises CacheError where the whole store no longer is."""
+        """Claim a shard.
+
+        Returns:
+            False if another process has claimed it.
+
+        Raises:
+            CacheError: This process has lost its claim on the whole store.
+        """
 
     def drop(self, shard: int) -> None:
-        """Give a shard back."""
+        """Release the claim on a shard."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all claims."""
 
 
 @contextlib.contextmanager
 def claim_writing(cache: Cache, *, share: bool = False) -> Iterator[Claims]:
-    """Claim a store for writing; with ``share``, each shard by itself. Raises CacheError where another one writes."""
+    """Claim a store for writing, and release it at the end of the context.
+
+    Args:
+        cache: The store, opened writable.
+        share: Claim each shard separately, so that several processes divide the shards between them.
+
+    Yields:
+        The claims of this process.
+
+    Raises:
+        CacheError: Another process is writing the store.
+    """
     claims = _locks(cache, share) or Leases(cache.store, cache.path, share)
     try:
         yield claims
@@ -60,16 +77,19 @@ def claim_writing(cache: Cache, *, share: bool = False) -> Iterator[Claims]:
 
 def _refusal(path: str, detail: str = "") -> CacheError:
     return CacheError(
-        f"another process is writing {path}{detail}: let it finish, or start both with --share, so that they divide "
-        "the shards between them"
+        Message(
+            f"another process is writing {path}{detail}: let it finish, or start both with ",
+            Option("share", True),
+            ", so that they divide the shards between them",
+        )
     )
 
 
 def _locks(cache: Cache, share: bool) -> Locks | None:
-    """Locks, where the store is a folder on a system that has them."""
-    if not isinstance(cache.store, Folder) or not hasattr(fcntl, "F_OFD_SETLK"):
+    """Claim by locks; None if the store is no folder, or the system has no such locks."""
+    if cache.store.folder is None or not hasattr(fcntl, "F_OFD_SETLK"):
         return None
-    locks = Locks(cache, share)
+    locks = Locks(cache.store.folder, share)
     try:
         held = locks.lock(fcntl.F_RDLCK, HERE, 1) if share else locks.lock(fcntl.F_WRLCK, 0, 0)
     except OSError as error:
@@ -87,13 +107,12 @@ def _locks(cache: Cache, share: bool) -> Locks | None:
 class Locks:
     """Claims by open-file-description locks (Linux)."""
 
-    def __init__(self, cache: Cache, share: bool):
-        assert isinstance(cache.store, Folder)
-        self._share, self._path = share, cache.store.root / ROOT
+    def __init__(self, folder: Path, share: bool):
+        self._share, self._path = share, folder / ROOT
         self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
 
     def lock(self, kind: int, start: int, length: int) -> bool:
-        """Lock a byte range; a length of 0 is to the end. False where another one holds some of it."""
+        """Lock a byte range, to the end for a length of 0. Return False if another process holds part of it."""
         try:
             fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0))
         except OSError as error:
@@ -104,11 +123,13 @@ class Locks:
 
     def take(self, shard: int) -> bool:
         try:
-            same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
+            is_same = os.path.samestat(os.stat(self._path), os.fstat(self._file))
         except FileNotFoundError:
-            same = False
-        if not same:
-            raise CacheError(f"the store {self._path.parent} was removed while it was being written: {CONTINUE}")
+            is_same = False
+        if not is_same:
+            raise CacheError(
+                Message(f"the store {self._path.parent} was removed while it was being written: ", CONTINUE)
+            )
         return not self._share or self.lock(fcntl.F_WRLCK, shard, 1)
 
     def drop(self, shard: int) -> None:
@@ -121,7 +142,7 @@ class Locks:
 
 @dataclass(frozen=True)
 class Lease:
-    """Whose a claim is, and when it was last renewed, in seconds since 1970."""
+    """The owner of a claim, and the time of its last renewal in seconds since 1970."""
 
     owner: str
     host: str
@@ -130,10 +151,13 @@ class Lease:
 
 
 class Leases:
-    """Claims by objects ``claims/…`` in the store. A lease that was not renewed for a minute, or whose process on this
-    machine is gone, is void; so is one that is a minute ahead of our clock, as nobody could say when it ends."""
+    """Claims by objects ``claims/…`` in the store.
 
-    def __init__(self, store: Store, path: str, share: bool):
+    A lease expires a minute after its last renewal, or when its process on this machine ends. A lease that is a minute
+    ahead of our clock is void too, because nobody could tell when it expires.
+    """
+
+    def __init__(self, store: Storage, path: str, share: bool):
         self._store, self._path, self._share = store, path, share
         self._me = uuid.uuid4().hex
         self._held: set[str] = set()
@@ -141,7 +165,7 @@ class Leases:
         self._renewer = threading.Thread(target=self._renew_all, name="leases", daemon=True)
         try:
             if other := self._other_writer():
-                raise _refusal(path, _who(self._read(other)))
+                raise _refusal(path, _owner(self._read(other)))
         except BaseException:
             self.close()
             raise
@@ -149,14 +173,14 @@ class Leases:
 
     def take(self, shard: int) -> bool:
         if not self._share:
-            seen = self._read(WRITER)
-            if seen is not None and seen.owner != self._me:
-                raise _refusal(self._path, f"{_who(seen)}, as this one had not been heard of for a while")
+            lease = self._read(WRITER)
+            if lease is not None and lease.owner != self._me:
+                raise _refusal(self._path, f"{_owner(lease)}, because this process did not renew its claim in time")
             return True
         name = f"shard-{shard}"
         if not self._take(name):
             return False
-        if self._alive(WRITER):  # looked at after taking, as the other looks at ours after taking its own
+        if self._alive(WRITER):  # check after taking: the other writer checks ours after taking its own
             self._drop(name)
             return False
         return True
@@ -170,42 +194,42 @@ class Leases:
         if self._renewer.ident is not None:
             self._renewer.join()
         for name in list(self._held):
-            with contextlib.suppress(OSError):  # it is void in a minute
+            with contextlib.suppress(OSError):  # the lease expires in a minute
                 self._drop(name)
 
     def renew(self) -> None:
-        """Say that the claims are still held; one that somebody else has taken meanwhile no longer is."""
+        """Renew the claims. A claim that another process has taken meanwhile is lost."""
         for name in list(self._held):
             with self._lock, contextlib.suppress(OSError):  # the next round tries again
                 if name not in self._held:
                     continue
-                seen = self._read(name)
-                if seen is not None and seen.owner != self._me:
+                lease = self._read(name)
+                if lease is not None and lease.owner != self._me:
                     self._held.discard(name)
                 else:
-                    write(self._store, f"{CLAIMS}/{name}", self._lease())
+                    self._store.write(f"{CLAIMS}/{name}", self._lease())
 
     def _renew_all(self) -> None:
         while not self._closed.wait(RENEWED_EVERY):
             self.renew()
 
     def _other_writer(self) -> str | None:
-        """The claim of somebody else that this one cannot be beside; claims the whole store unless it is shared."""
+        """Claim the whole store unless it is shared. Return the name of another process's conflicting claim, if any."""
         if self._share:
             return WRITER if self._alive(WRITER) else None
         if not self._take(WRITER):
             return WRITER
-        return next((name for name in names(self._store, CLAIMS) if name != WRITER and self._alive(name)), None)
+        return next((name for name in self._store.names(CLAIMS) if name != WRITER and self._alive(name)), None)
 
     def _take(self, name: str) -> bool:
-        mine = self._lease()
-        if not write_new(self._store, f"{CLAIMS}/{name}", mine):
+        own_lease = self._lease()
+        if not self._store.write(f"{CLAIMS}/{name}", own_lease, exclusive=True):
             if self._alive(name):
                 return False
-            write(self._store, f"{CLAIMS}/{name}", mine)
-            self._closed.wait(SETTLING)  # whoever takes over the same lease at the same moment: the last one has it
-        seen = self._read(name)
-        if seen is None or seen.owner != self._me:
+            self._store.write(f"{CLAIMS}/{name}", own_lease)
+            self._closed.wait(SETTLING)  # of several that take over a lease at the same time, the last one keeps it
+        lease = self._read(name)
+        if lease is None or lease.owner != self._me:
             return False
         with self._lock:
             self._held.add(name)
@@ -215,24 +239,24 @@ class Leases:
         with self._lock:
             if name in self._held:
                 self._held.discard(name)
-                seen = self._read(name)
-                if seen is not None and seen.owner == self._me:
-                    delete(self._store, f"{CLAIMS}/{name}")
+                lease = self._read(name)
+                if lease is not None and lease.owner == self._me:
+                    self._store.remove(f"{CLAIMS}/{name}")
 
     def _lease(self) -> bytes:
         lease = Lease(self._me, socket.gethostname(), os.getpid(), time.time())
         return json.dumps(dataclasses.asdict(lease)).encode()
 
     def _read(self, name: str) -> Lease | None:
-        """None for no lease, and for what is none."""
+        """Read a lease; None if it does not exist or is malformed."""
         try:
-            found = Lease(**json.loads(read(self._store, f"{CLAIMS}/{name}") or b""))
+            lease = Lease(**json.loads(self._store.read(f"{CLAIMS}/{name}") or b""))
         except (ValueError, TypeError):
             return None
         kinds: tuple[Any, ...] = (str, str, int, (int, float))
-        if not all(isinstance(value, kind) for value, kind in zip(dataclasses.astuple(found), kinds, strict=True)):
+        if not all(isinstance(value, kind) for value, kind in zip(dataclasses.astuple(lease), kinds, strict=True)):
             return None
-        return found if math.isfinite(found.renewed) else None
+        return lease if math.isfinite(lease.renewed) else None
 
     def _alive(self, name: str) -> bool:
         lease = self._read(name)
@@ -241,7 +265,7 @@ class Leases:
         return lease.host != socket.gethostname() or process_runs(lease.pid)
 
 
-def _who(lease: Lease | None) -> str:
+def _owner(lease: Lease | None) -> str:
     if lease is None:
         return ""
     return f" (seen {max(0, time.time() - lease.renewed):.0f} s ago on {lease.host}, process {lease.pid})"

@@ -1,8 +1,8 @@
-"""Heatmaps as bytes and back: precisions, compression, and the shard of Zarr that holds them. No files, no models.
+"""Encode heatmaps as bytes and decode them: precisions, compression, and Zarr shards. No files, no models.
 
-A shard's file is a shard of Zarr's sharding codec, so that any reader of Zarr reads it: first the index, then the
-chunks, all of the first draw, then all of the second, so that one draw is one range of bytes. We write and read it
-here, and not through Zarr, because a stream wants one draw decoded into place at the speed of memory.
+A shard's file follows Zarr's sharding codec, so any Zarr reader reads it. We write its chunks draw by draw, so that one
+draw is one range of bytes. We read it ourselves because Zarr 3.1.6 takes longer for one draw of a shard: 7.0 times as
+long for COLOURED MNIST, 1.9 times for dense 64×64 maps (docs/results/streaming.md).
 """
 
 from __future__ import annotations
@@ -13,34 +13,47 @@ import google_crc32c
 import numpy as np
 from numcodecs import Blosc
 
-PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # the type that each has in Zarr
+PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # precision → its dtype in Zarr
 SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
 LEVELS = {"lz4": 5, "zstd": 3}
 COMPRESSORS = tuple(LEVELS)
-DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast, but small where small was asked for
-MISSING = np.iinfo(np.uint64).max  # in an index: no such chunk
+DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast for 16-bit maps, small for 8-bit maps
+MISSING = np.iinfo(np.uint64).max  # marks a chunk in an index that does not exist
 
 
 class DamageError(ValueError):
-    """Bytes that are not what they should be."""
+    """Bytes do not match their checksum or their format."""
 
 
 def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
-    """Maps float32 (…, C, H, W) as stored, and their ``scale`` float32 (…): each map's largest absolute value.
+    """Convert maps to their stored form.
 
-    - ``float16``: r = map / scale, rounded to 9 bits of mantissa: the tenth is noise that does not compress;
-      error at most 2⁻¹⁰ · |map|, and 2⁻²⁵ · scale where float16 is subnormal;
-    - ``bfloat16``: r, its bits as uint16, error at most 2⁻⁸ · |map|;
-    - ``int8``: √|r| in 127 steps, with its sign: a companding curve, as relevance is heavy-tailed; error at most
-      (√|r| / 127 + 127⁻² / 4) · scale.
+    Each map is divided by its scale, r = map / scale, and stored as one of these precisions:
 
-    Float32 adds its own rounding, a few parts in 2²⁴, or 2⁻¹⁴⁹ where that is more. Zeros stay zeros; negative ones
-    become positive, as both mean the same and a mixture does not compress.
+    - ``float16``: r, rounded to 9 bits of mantissa, because the tenth is noise that does not compress. The error is at
+      most 2⁻¹⁰ · |map|, and 2⁻²⁵ · scale where float16 is subnormal.
+    - ``bfloat16``: the bits of r as uint16. The error is at most 2⁻⁸ · |map|.
+    - ``int8``: √|r| in 127 steps, with its sign. This companding curve suits relevance, which is heavy-tailed. The
+      error is at most (√|r| / 127 + 127⁻² / 4) · scale.
+
+    Float32 adds its own rounding, a few parts in 2²⁴, or 2⁻¹⁴⁹ if that is more. Zeros stay zeros. Negative zeros become
+    positive: both mean the same, and a mixture does not compress.
+
+    Args:
+        maps: float32 (…, C, H, W).
+        precision: A name in `PRECISIONS`.
+
+    Returns:
+        The stored maps (…, C, H, W), with the precision's dtype, and their ``scale``, float32 (…): the largest absolute
+        value of each map.
+
+    Raises:
+        ValueError: There is no such precision.
     """
     maps = np.asarray(maps, np.float32)
     scale = np.abs(maps).max(axis=(-3, -2, -1), initial=0)
     relative = maps / np.where(scale > 0, scale, 1)[..., None, None, None]
-    if precision == "float16":  # rounded once, and not to float16 first: two roundings are worse than either
+    if precision == "float16":  # round once, not to float16 first: two roundings are worse than one
         stored = (_round_off(relative.view(np.uint32), 14) & np.uint32(0xFFFFC000)).view(np.float32).astype(np.float16)
         return _without_negative_zeros(stored.view(np.uint16)).view(np.float16), scale
     if precision == "bfloat16":
@@ -51,18 +64,27 @@ def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _round_off(bits: np.ndarray, last: int) -> np.ndarray:
-    """Round uint32 to nearest even before ``last`` bits are cut off."""
+    """Round uint32 to nearest even before the caller cuts off the ``last`` bits."""
     return bits + np.uint32((1 << last - 1) - 1) + (bits >> np.uint32(last) & np.uint32(1))
 
 
 def _without_negative_zeros(bits: np.ndarray) -> np.ndarray:
-    """Of 16-bit floats as uint16, in place."""
+    """Replace negative zeros of 16-bit floats, given as uint16, in place."""
     bits[bits == 0x8000] = 0
     return bits
 
 
 def dequantise(stored: np.ndarray, scale: np.ndarray, precision: str) -> np.ndarray:
-    """The inverse of `quantise`: float32 (…, C, H, W)."""
+    """Decode stored maps, as the inverse of `quantise`.
+
+    Args:
+        stored: The stored maps (…, C, H, W).
+        scale: float32 (…), the scale of each map.
+        precision: The precision that they were stored with.
+
+    Returns:
+        float32 (…, C, H, W).
+    """
     bits = precision == "bfloat16"
     maps = (stored.astype(np.uint32) << 16).view(np.float32) if bits else stored.astype(np.float32)
     if precision == "int8":
@@ -72,7 +94,16 @@ def dequantise(stored: np.ndarray, scale: np.ndarray, precision: str) -> np.ndar
 
 
 def average_pool(maps: np.ndarray, factor: int) -> np.ndarray:
-    """Mean over factor × factor pixels of (…, H, W); rows and columns that do not fill one are left out."""
+    """Average maps over squares of pixels.
+
+    Args:
+        maps: (…, H, W).
+        factor: Side of a square in pixels.
+
+    Returns:
+        float32 (…, H // factor, W // factor), or the maps themselves for a factor of 1. Rows and columns that do not
+        fill a square are left out.
+    """
     if factor == 1:
         return maps
     height, width = maps.shape[-2] // factor, maps.shape[-1] // factor
@@ -83,7 +114,7 @@ def average_pool(maps: np.ndarray, factor: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Compression:
-    """Blosc: a compressor, its level, and how bytes are reordered before it."""
+    """The parameters of Blosc: a compressor, its level, and the shuffle, which reorders bytes before compression."""
 
     compressor: str
     level: int
@@ -94,7 +125,11 @@ class Compression:
 
     @classmethod
     def parse(cls, text: str) -> Compression:
-        """Raises ValueError for what is none."""
+        """Parse the name of a codec, such as ``blosc-lz4-5-bitshuffle``.
+
+        Raises:
+            ValueError: There is no such codec.
+        """
         kind, compressor, level, shuffle = (text.split("-") + [""] * 4)[:4]
         compression = cls(compressor, int(level) if level.isdecimal() else -1, shuffle)
         known = kind == "blosc" and compressor in LEVELS and 0 <= compression.level <= 9 and shuffle in SHUFFLES
@@ -106,14 +141,24 @@ class Compression:
         return compression
 
     def blosc(self) -> Blosc:
+        """Make the codec."""
         return Blosc(self.compressor, self.level, SHUFFLES[self.shuffle], blocksize=0)
 
 
 def choose_compression(maps: np.ndarray, precision: str, compressor: str | None = None) -> Compression:
-    """The shuffle that makes these maps, float32 (n, C, H, W), smallest, with the compressor that is given.
+    """Choose the shuffle with which these maps are smallest.
 
-    Measured (docs/results/storage.md): sparse maps are smallest as they are, dense ones bit-shuffled. Without a
-    compressor: LZ4 for 16-bit maps, which decodes several times faster, zstd for 8-bit ones, which is smaller.
+    In our measurements (docs/results/storage.md), sparse maps are smallest without a shuffle, and dense maps with
+    ``bitshuffle``.
+
+    Args:
+        maps: float32 (n, C, H, W).
+        precision: A name in `PRECISIONS`.
+        compressor: A name in `COMPRESSORS`. None takes LZ4 for 16-bit maps, which decodes several times faster, and
+            zstd for 8-bit maps, which is smaller.
+
+    Returns:
+        The compression.
     """
     compressor = compressor or DEFAULT_COMPRESSOR[precision]
     stored, _ = quantise(maps, precision)
@@ -122,12 +167,23 @@ def choose_compression(maps: np.ndarray, precision: str, compressor: str | None 
 
 
 def seal(payload: bytes) -> bytes:
-    """With its CRC-32C behind it, as Zarr's crc32c codec has it."""
+    """Append the CRC-32C, as Zarr's crc32c codec does."""
     return payload + checksum(payload).to_bytes(4, "little")
 
 
 def unseal(sealed: bytes | np.ndarray, expected: int | None = None) -> np.ndarray:
-    """The payload, uint8 (n,). Raises DamageError unless its checksum is right, and the ``expected`` one."""
+    """Check and remove the CRC-32C.
+
+    Args:
+        sealed: The payload and its checksum.
+        expected: The checksum that was committed, if it is known.
+
+    Returns:
+        The payload, uint8 (n,).
+
+    Raises:
+        DamageError: The checksum is wrong, or is not the expected one.
+    """
     view = np.frombuffer(sealed, np.uint8)
     stored = int.from_bytes(view[-4:].tobytes(), "little")
     if len(view) < 4 or checksum(view[:-4]) != stored:
@@ -138,16 +194,23 @@ def unseal(sealed: bytes | np.ndarray, expected: int | None = None) -> np.ndarra
 
 
 def checksum(payload: bytes | np.ndarray) -> int:
-    """CRC-32C."""
+    """Compute the CRC-32C."""
     return int(google_crc32c.value(payload))
 
 
 def pack(
     stored: np.ndarray, compression: Compression, shard_samples: int, chunk_samples: int
 ) -> tuple[bytes, list[int]]:
-    """The file of one shard from its maps (n, D, C, H, W), and the checksum of every chunk, draw by draw.
+    """Encode the file of one shard.
 
-    Checksums of chunks that there are not, in a last shard that is not full, are 0.
+    Args:
+        stored: The stored maps (n, D, C, H, W) of the shard.
+        compression: The compression of a chunk.
+        shard_samples: Samples of a full shard. The last shard may have fewer.
+        chunk_samples: Samples of a chunk.
+
+    Returns:
+        The file, and the checksum of every chunk, draw by draw: 0 for chunks that the last shard lacks.
     """
     samples, draws = stored.shape[:2]
     chunks = shard_samples // chunk_samples
@@ -171,19 +234,29 @@ def pack(
 
 
 def index_bytes(chunks: int, draws: int) -> int:
-    """Length of the index at the beginning of a shard's file, with its checksum."""
+    """Compute the length of the index at the start of a shard's file, with its checksum."""
     return chunks * draws * 16 + 4
 
 
-def draw_range(index: bytes, chunks: int, draws: int, draw: int, there: int) -> tuple[int, list[int]]:
-    """Where in a shard's file a draw begins, and how long its chunks are, one after the other.
+def draw_range(index: bytes, chunks: int, draws: int, draw: int, present: int) -> tuple[int, list[int]]:
+    """Find one draw in a shard's file.
 
-    ``there`` chunks are there, fewer than ``chunks`` in a last shard that is not full. Raises DamageError for an index
-    that is none.
+    Args:
+        index: The index at the start of the file, with its checksum.
+        chunks: Chunks of one draw of a full shard.
+        draws: Number of draws.
+        draw: The draw to find.
+        present: Chunks of one draw that this shard has, fewer than ``chunks`` in a last shard that is not full.
+
+    Returns:
+        The position of the draw, and the lengths of its chunks, which follow one another.
+
+    Raises:
+        DamageError: The index is damaged.
     """
     if len(index) != index_bytes(chunks, draws):
         raise DamageError("its index is cut off")
-    places = unseal(index).view("<u8").reshape(chunks, draws, 2)[:there, draw]
+    places = unseal(index).view("<u8").reshape(chunks, draws, 2)[:present, draw]
     if (places == MISSING).any():
         raise DamageError("a chunk is missing")
     positions, lengths = places.astype(np.int64).T
@@ -193,11 +266,21 @@ def draw_range(index: bytes, chunks: int, draws: int, draw: int, there: int) -> 
 
 
 def unpack(sealed: np.ndarray, checksum: int, blosc: Blosc, chunk_samples: int, out: np.ndarray) -> None:
-    """Decode a chunk into ``out`` (n, C, H, W), of its samples the first n. Raises DamageError where it is not the one
-    that was committed."""
+    """Check and decode one chunk.
+
+    Args:
+        sealed: The chunk with its checksum.
+        checksum: The checksum that was committed.
+        blosc: The codec.
+        chunk_samples: Samples of the chunk.
+        out: (n, C, H, W), filled with the first n of its samples.
+
+    Raises:
+        DamageError: The chunk is not the one that was committed.
+    """
     encoded = unseal(sealed, checksum)
     whole = out if len(out) == chunk_samples else np.empty((chunk_samples, *out.shape[1:]), out.dtype)
-    if int.from_bytes(encoded[4:8].tobytes(), "little") != whole.nbytes:  # as Blosc's header has it
+    if int.from_bytes(encoded[4:8].tobytes(), "little") != whole.nbytes:  # the size in Blosc's header
         raise DamageError("a chunk has another size")
     try:
         blosc.decode(encoded, out=whole)

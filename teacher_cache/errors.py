@@ -2,4 +2,4 @@
 
 
 class CacheError(ValueError):
-    """Not a heatmap store of ours, or not one that fits; the text has the path and the remedy."""
+    """There is no heatmap store of ours, it is damaged, or it does not fit. The text has the path and the remedy."""

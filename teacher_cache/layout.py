@@ -1,4 +1,4 @@
-"""What a heatmap store says of itself and where in it everything lies: plans, as data, checked where they come in."""
+"""The attributes of a heatmap store and the plan of its arrays, as data that is validated when it is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cached_property
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
+from options import Message, Option
 from teacher_cache.codec import PRECISIONS, Compression, checksum
 from teacher_cache.errors import CacheError
 
@@ -19,9 +20,18 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class ExplainerInfo:
-    """How the heatmaps were made. ``class_policy``: ``top-or-other`` is the teacher's top class with
-    probability 0.5, otherwise one of the others, ``none`` that maps explain no class, whichever is noted; ε is
-    log-uniform in [epsilon_low, epsilon_high]. ``map_shape`` is (C, h, w) of a map before it is pooled."""
+    """How the heatmaps were made.
+
+    Attributes:
+        rule: Name of the explainer.
+        draws: Draws of each sample.
+        epsilon_low: Lower limit of ε, which is log-uniform.
+        epsilon_high: Upper limit of ε.
+        class_policy: ``top-or-other`` explains the teacher's top class with probability 0.5, otherwise one of the
+            others. With ``none``, maps explain no class, and the stored classes mean nothing.
+        seed: Random seed of the draws.
+        map_shape: (C, H, W) of a map before it is pooled.
+    """
 
     rule: str
     draws: int
@@ -34,7 +44,16 @@ class ExplainerInfo:
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Whose decisions they explain. ``head_sha256`` is that of the stored last layer, None where there is none."""
+    """The teacher whose decisions the heatmaps explain.
+
+    Attributes:
+        arch: Name of the architecture.
+        debias: Name of the debiasing step.
+        bias_free: Whether the network has no additive terms.
+        weights_sha256: SHA-256 of the weights.
+        class_names: Names of the classes.
+        head_sha256: SHA-256 of the stored last layer; None without one.
+    """
 
     arch: str
     debias: str
@@ -46,7 +65,15 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """The dataset split that was explained; ``image_shape`` is (C, H, W)."""
+    """The dataset split that was explained.
+
+    Attributes:
+        name: Name of the dataset.
+        split: Name of the split.
+        fingerprint: SHA-256 of the split's arrays.
+        samples: Number of samples.
+        image_shape: (C, H, W).
+    """
 
     name: str
     split: str
@@ -57,9 +84,16 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class StorageInfo:
-    """How heatmaps are laid out. ``precision`` and ``codec``: see `teacher_cache.codec`; maps are average-pooled by
-    ``resolution``; a shard is what is computed, written, committed and resumed as one, a chunk what is compressed
-    as one: some samples of one draw. ``features`` is the width of the teacher's features, 0 where none are stored."""
+    """How heatmaps are stored.
+
+    Attributes:
+        precision: A name in `teacher_cache.PRECISIONS`.
+        codec: Full name of the compression, such as ``blosc-lz4-5-bitshuffle``.
+        resolution: Side of the square of pixels over which maps are averaged; 1 keeps them as they are.
+        shard_samples: Samples of a shard, which is computed, written, committed and resumed as a whole.
+        chunk_samples: Samples of a chunk, which is compressed as a whole and belongs to one draw.
+        features: Width of the teacher's features; 0 if none are stored.
+    """
 
     precision: str
     codec: str
@@ -71,7 +105,10 @@ class StorageInfo:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The attributes of a store. ``written_by`` (versions) is provenance; all else decides what it holds."""
+    """The attributes of a store.
+
+    ``written_by`` holds versions of what wrote the store. All other attributes decide its content.
+    """
 
     explainer: ExplainerInfo
     teacher: TeacherInfo
@@ -80,11 +117,16 @@ class CacheInfo:
     written_by: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert to plain data, as in the store's metadata."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, attributes: dict[str, Any]) -> CacheInfo:
-        """Raises CacheError naming the section whose fields are not those of this format version."""
+        """Convert from plain data and check it.
+
+        Raises:
+            CacheError: A section has other fields than this format version, or a value that no store has.
+        """
         known = {*_SECTIONS, "written_by", "kind", "format_version"}
         if unknown := sorted(set(attributes) - known):
             raise CacheError(f"it has attributes that this program does not know: {', '.join(unknown)}")
@@ -92,15 +134,15 @@ class CacheInfo:
         for section, kind in _SECTIONS.items():
             values = attributes.get(section)
             expected = {field.name for field in dataclasses.fields(kind)}
-            found = set(values) if isinstance(values, dict) else set()
-            if found != expected:
-                raise CacheError(f"its attribute '{section}' has fields {sorted(found)}, expected {sorted(expected)}")
+            fields = set(values) if isinstance(values, dict) else set()
+            if fields != expected:
+                raise CacheError(f"its attribute '{section}' has fields {sorted(fields)}, expected {sorted(expected)}")
             assert isinstance(values, dict)
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
             for key, hint in get_type_hints(kind).items():
-                wanted: Any = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
-                wanted = int | float if wanted is float else wanted
-                if not isinstance(values[key], wanted) or (wanted is not bool and isinstance(values[key], bool)):
+                type_: Any = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+                type_ = int | float if type_ is float else type_
+                if not isinstance(values[key], type_) or (type_ is not bool and isinstance(values[key], bool)):
                     raise CacheError(f"its attribute '{section}.{key}' is {values[key]!r}, expected {hint}")
             parts[section] = kind(**values)
         written_by = attributes.get("written_by")
@@ -112,11 +154,12 @@ class CacheInfo:
 
     @property
     def shards(self) -> int:
+        """Number of shards."""
         return -(-self.dataset.samples // self.storage.shard_samples)
 
     @property
     def chunks(self) -> int:
-        """Chunks of one draw of a whole shard."""
+        """Chunks of one draw of a full shard."""
         return self.storage.shard_samples // self.storage.chunk_samples
 
     @property
@@ -127,23 +170,27 @@ class CacheInfo:
 
     @property
     def raw_bytes(self) -> int:
-        """Of the heatmaps as float32 at full resolution."""
+        """Bytes of all heatmaps as float32 at full resolution."""
         return 4 * self.dataset.samples * self.explainer.draws * math.prod(self.explainer.map_shape)
 
     @property
     def rows(self) -> tuple[str, ...]:
-        """The arrays besides heatmaps, of which a shard is one chunk each."""
+        """The arrays other than heatmaps. Each has one chunk in a shard."""
         return (*ROWS, "features") if self.storage.features else ROWS
 
     def shard_range(self, shard: int) -> tuple[int, int]:
-        """First sample of a shard, and the one after its last. Raises IndexError for a shard that there is not."""
+        """Find the samples of a shard: its first one, and the one after its last.
+
+        Raises:
+            IndexError: There is no such shard.
+        """
         if not 0 <= shard < self.shards:
             raise IndexError(f"there is no shard {shard}: the store has {self.shards}, counted from 0")
         start = shard * self.storage.shard_samples
         return start, min(start + self.storage.shard_samples, self.dataset.samples)
 
     def identity(self, shard: int) -> int:
-        """CRC-32C of all that decides what a shard holds: equal for the same shard of the same store alone."""
+        """Compute the CRC-32C of everything that decides a shard's content, so that it names this shard alone."""
         return checksum(f"[{self._deciding}, {shard}]".encode())
 
     @cached_property
@@ -153,14 +200,12 @@ class CacheInfo:
         return json.dumps(sections, sort_keys=True)
 
     def differences(self, other: CacheInfo) -> list[str]:
-        """What the two would hold differently, as ``section.field: this one's, the other's`` lines."""
+        """List the attributes that differ and decide the content, as ``section.field: own value, other's value``."""
         lines = []
         for section in _SECTIONS:
-            mine, theirs = (dataclasses.asdict(getattr(info, section)) for info in (self, other))
-            decisive = [key for key in mine if (section, key) != ("dataset", "name")]  # the fingerprint says which
-            lines += [
-                f"{section}.{key}: {mine[key]!r}, {theirs[key]!r}" for key in decisive if mine[key] != theirs[key]
-            ]
+            own, others = (dataclasses.asdict(getattr(info, section)) for info in (self, other))
+            decisive = [key for key in own if (section, key) != ("dataset", "name")]  # the fingerprint identifies it
+            lines += [f"{section}.{key}: {own[key]!r}, {others[key]!r}" for key in decisive if own[key] != others[key]]
         return lines
 
 
@@ -173,7 +218,7 @@ _SECTIONS: dict[str, Any] = {
 
 
 def _check(info: CacheInfo) -> None:
-    """Raise CacheError for values that no store has."""
+    """Raise CacheError for values that no store can have."""
     storage, shape = info.storage, info.dataset.image_shape
     if len(shape) != 3 or not all(type(size) is int and size > 0 for size in (*shape, info.dataset.samples)):
         raise CacheError(f"its attribute 'dataset' has no sizes of images: {info.dataset}")
@@ -201,7 +246,7 @@ def _check(info: CacheInfo) -> None:
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """One array of a store: shape and type in Zarr, the names of its axes."""
+    """One array of a store: its shape and dtype in Zarr, and the names of its axes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -209,7 +254,7 @@ class ArrayPlan:
 
 
 def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
-    """Every array of a store, in the order in which they are created."""
+    """Plan every array of a store, in the order in which they are created."""
     rows = (info.dataset.samples, info.explainer.draws)
     maps = (*rows, *info.map_shape)
     logits = (rows[0], len(info.teacher.class_names))
@@ -228,7 +273,7 @@ def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
 
 ROWS = ("scale", "target_class", "epsilon", "teacher_logits")
 
-SHARD_BYTES = 2**25  # of stored heatmaps before compression, and of the images that they explain
+SHARD_BYTES = 2**25  # limit for a shard's heatmaps before compression, and for the images that they explain
 MAX_SHARD_SAMPLES, MAX_CHUNK_SAMPLES = 1024, 64
 
 
@@ -242,10 +287,24 @@ def plan_storage(
     map_shape: tuple[int, int, int] | None = None,
     features: int = 0,
 ) -> StorageInfo:
-    """Shards of at most 32 MiB and 1,024 samples, a power of two; chunks of at most 64 samples of one draw.
+    """Plan how heatmaps are stored.
 
-    ``map_shape`` (C, h, w) is that of maps that are not shaped as the images; ``features`` the width of stored ones,
-    which changes nothing else. Raises CacheError for a precision, codec or resolution that there is not.
+    Shards have at most 32 MiB and 1,024 samples, a power of two. Chunks have at most 64 samples of one draw.
+
+    Args:
+        draws: Draws of each sample.
+        image_shape: (C, H, W) of the images.
+        precision: A name in `teacher_cache.PRECISIONS`.
+        codec: Full name of the compression.
+        resolution: Side of the square of pixels over which maps are averaged.
+        map_shape: (C, H, W) of the maps before pooling; None if it is that of the images.
+        features: Width of the stored features, 0 for none. It does not change the shards.
+
+    Returns:
+        The plan.
+
+    Raises:
+        CacheError: There is no such precision or codec, or the resolution is too coarse for these maps.
     """
     map_shape = map_shape or image_shape
     if precision not in PRECISIONS:
@@ -261,7 +320,7 @@ def plan_storage(
 
 
 def _check_resolution(resolution: int, height: int, width: int) -> None:
-    """Raise CacheError where pooled maps of height × width would say nothing about where relevance is."""
+    """Raise CacheError if pooled maps of height × width would not tell where relevance is."""
 
     def left(factor: int) -> int:
         return (height // factor) * (width // factor)
@@ -270,5 +329,8 @@ def _check_resolution(resolution: int, height: int, width: int) -> None:
         nothing = "nothing" if resolution < 1 or not left(resolution) else "a single number"
         choices = [str(factor) for factor in (1, 2, 4) if left(factor) > 1] or ["1"]
         raise CacheError(
-            f"--resolution {resolution} leaves {nothing} of maps of {height}×{width}: choose {' or '.join(choices)}"
+            Message(
+                Option("resolution", resolution),
+                f" leaves {nothing} of maps of {height}×{width}: choose {' or '.join(choices)}",
+            )
         )

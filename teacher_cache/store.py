@@ -1,7 +1,7 @@
-"""The heatmap store: create, write shard by shard, read. Knows arrays, not models.
+"""The heatmap store: create it, write it shard by shard, read it. This module knows arrays and no models.
 
-A shard without its commit record does not exist for a reader, so whatever interrupts a writer, what can be
-read is whole. One shard is written by one writer (`teacher_cache.claims`).
+A shard without its commit record does not exist for a reader, so an interrupted writer leaves only whole shards.
+One writer writes one shard (`teacher_cache.claims`).
 """
 
 from __future__ import annotations
@@ -16,39 +16,32 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import (
-    ROOT,
-    Folder,
-    Location,
-    delete,
-    keys,
-    names,
-    open_store,
-    read,
-    read_all,
-    read_pieces,
-    write,
-    write_new,
-)
+from data.storage import ROOT, Location, Storage, open_store
+from options import Call, Message, Option
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
 from teacher_cache.errors import CacheError
 from teacher_cache.layout import FORMAT_VERSION, KIND, CacheInfo, plan_arrays
 
-REMEDY = "make one with: python cli.py cache-explanations"
-CONTINUE = "run the cache-explanations command that made it again, it continues where it stopped"
+MAKE = Call("cache_explanations")
+REMEDY = Message("make one with ", MAKE)
+CONTINUE = Message("run ", MAKE, " again with the same options: it resumes where it stopped")
+ANOTHER = Message("choose another ", Option("out"))
 
 
 @dataclass(frozen=True)
 class Shard:
     """The content of one shard: n samples, D draws, K classes, F features.
 
-    heatmaps: float32 (n, D, C, h, w), as read smaller by the resolution; target_class: int64 (n, D); epsilon: float32
-    (n, D); teacher_logits: float32 (n, K); features: float32 (n, F), None where the store has none.
+    Attributes:
+        heatmaps: float32 (n, D, C, H, W) to write; (n, D, C, h, w), pooled by the resolution, after reading.
+        target_class: int64 (n, D), the explained class.
+        epsilon: float32 (n, D), the ε of the explanation.
+        teacher_logits: float32 (n, K).
+        features: float32 (n, F), the input of the teacher's last layer; None if the store has none.
     """
 
     heatmaps: np.ndarray
@@ -59,13 +52,18 @@ class Shard:
 
 
 class Cache:
-    """An opened store. ``head`` is the teacher's last layer: ``weight`` (K, F) and, if it has one, ``bias`` (K,).
+    """An opened store.
 
-    ``draw_fields`` are what `read_draw` fills, ``sample_fields`` what `read_samples` does and is the same in all draws,
-    name → (shape of one sample, dtype).
+    Attributes:
+        path: The location that it was opened from.
+        store: The storage back-end.
+        info: The store's attributes.
+        head: The arrays of the teacher's last layer by name, float32: ``weight`` (K, F), ``bias`` (K,) if it has one.
+        draw_fields: The arrays that `read_draw` fills: name → (shape of one sample, dtype).
+        sample_fields: The arrays that `read_samples` fills, which are the same in all draws, in the same form.
     """
 
-    def __init__(self, path: str, store: Store, info: CacheInfo, head: Mapping[str, np.ndarray]):
+    def __init__(self, path: str, store: Storage, info: CacheInfo, head: Mapping[str, np.ndarray]):
         self.path, self.store, self.info, self.head = path, store, info, head
         self._plan = plan_arrays(info)
         self._compression = Compression.parse(info.storage.codec)
@@ -83,19 +81,24 @@ class Cache:
         }
 
     def committed(self) -> np.ndarray:
-        """Which shards exist, as they have a commit record that is whole: bool (number of shards,)."""
-        found = np.zeros(self.info.shards, bool)
-        listed = set(names(self.store, "commits"))
-        there = [shard for shard in range(len(found)) if self._key("commits", shard).split("/")[1] in listed]
-        records = read_all(self.store, [self._key("commits", shard) for shard in there])
-        found[there] = [self._record(record) is not None for record in records]
-        return found
+        """Find the shards that have a whole commit record.
+
+        Returns:
+            bool (number of shards,).
+        """
+        committed = np.zeros(self.info.shards, bool)
+        names = set(self.store.names("commits"))
+        listed = [shard for shard in range(len(committed)) if self._key("commits", shard).split("/")[1] in names]
+        records = self.store.read_many([self._key("commits", shard) for shard in listed])
+        committed[listed] = [self._record(record) is not None for record in records]
+        return committed
 
     def is_committed(self, shard: int) -> bool:
-        return self._record(read(self.store, self._key("commits", shard))) is not None
+        """Check whether a shard has a whole commit record."""
+        return self._record(self.store.read(self._key("commits", shard))) is not None
 
     def _record(self, raw: bytes | None) -> np.ndarray | None:
-        """A commit record, uint32; None for what is missing, or was half written where writes are not atomic."""
+        """Decode a commit record, uint32. None if it is missing, or cut off because a write was not atomic."""
         try:
             record = codec.unseal(raw or b"")
         except DamageError:
@@ -103,13 +106,20 @@ class Cache:
         return record.view("<u4") if len(record) == 4 * self._plan["commits"].shape[1] else None
 
     def uncommit(self, shard: int) -> None:
-        """From here on there is no such shard, whatever the arrays hold."""
-        delete(self.store, self._key("commits", shard))
+        """Remove the commit record of a shard, so that the shard no longer exists for readers."""
+        self.store.remove(self._key("commits", shard))
 
     def write_shard(self, shard: int, content: Shard) -> None:
-        """Write one whole shard, then its commit record. Safe beside writers of other shards.
+        """Write one whole shard, then its commit record. Other processes may write other shards meanwhile.
 
-        Raises ValueError for arrays of wrong shapes, CacheError for maps that are not finite, OSError.
+        Args:
+            shard: Number of the shard.
+            content: Its arrays.
+
+        Raises:
+            ValueError: The arrays have wrong shapes, or a class does not exist.
+            CacheError: The arrays are not finite.
+            OSError: The store cannot be written.
         """
         start, stop = self.info.shard_range(shard)
         draws, classes = (stop - start, self.info.explainer.draws), len(self.info.teacher.class_names)
@@ -119,39 +129,51 @@ class Cache:
             "epsilon": draws,
             **{name: (stop - start, *shape) for name, (shape, _) in self.sample_fields.items()},
         }
-        given = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-        given = {name: np.asarray(values) for name, values in given.items() if values is not None}
-        found = {name: values.shape for name, values in given.items()}
-        if found != expected:
-            raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {found}")
-        if not all(np.isfinite(values).all() for values in given.values()):
+        fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+        arrays = {name: np.asarray(values) for name, values in fields.items() if values is not None}
+        shapes = {name: values.shape for name, values in arrays.items()}
+        if shapes != expected:
+            raise ValueError(f"shard {shard} holds arrays of shapes {expected}, got {shapes}")
+        if not all(np.isfinite(values).all() for values in arrays.values()):
             raise CacheError(
-                f"the maps, ε, logits or features of shard {shard} (samples {start} to {stop - 1}) are not finite: the "
-                "teacher overflows on some of these images; train it with a smaller --lr, or look for damaged images"
+                Message(
+                    f"the maps, ε, logits or features of shard {shard} (samples {start} to {stop - 1}) are not finite: "
+                    "the teacher overflows on some of these images; train it with a smaller ",
+                    Option("lr"),
+                    ", or look for damaged images",
+                )
             )
         if np.any(content.target_class < 0) or np.any(content.target_class >= classes):
             raise ValueError(f"shard {shard} explains classes that there are not: there are {classes}, from 0")
         storage = self.info.storage
         maps, scale = codec.quantise(codec.average_pool(content.heatmaps, storage.resolution), storage.precision)
         file, checksums = codec.pack(maps, self._compression, storage.shard_samples, storage.chunk_samples)
-        rows = given | {"scale": scale}
+        rows = arrays | {"scale": scale}
         sealed = {name: codec.seal(self._whole_chunk(name, rows[name])) for name in self.info.rows}
         rows_checksums = [int.from_bytes(raw[-4:], "little") for raw in sealed.values()]
         record = np.array([self.info.identity(shard), *rows_checksums, *checksums], "<u4")
         self.uncommit(shard)
         for name, raw in sealed.items():
-            write(self.store, self._key(name, shard), raw)
-        write(self.store, self._key("heatmaps", shard), file)
-        write(self.store, self._key("commits", shard), codec.seal(record.tobytes()))
+            self.store.write(self._key(name, shard), raw)
+        self.store.write(self._key("heatmaps", shard), file)
+        self.store.write(self._key("commits", shard), codec.seal(record.tobytes()))
 
     def read_draw(self, shard: int, draw: int, out: Mapping[str, np.ndarray] | None = None) -> Mapping[str, np.ndarray]:
-        """Read and check one draw of a committed shard, in the stored form: n samples, arrays as in ``draw_fields``.
+        """Read and check one draw of a committed shard, in the stored form. No other draw is read.
 
-        ``heatmaps`` (n, C, h, w) as `teacher_cache.codec.quantise` made them; ``scale``, ``target_class``, ``epsilon``
-        (n,). With ``out``, arrays of these shapes are filled in place. Reads no other draw.
+        Args:
+            shard: Number of the shard.
+            draw: Number of the draw.
+            out: Arrays to fill in place, by name, with the shapes and dtypes of the result; None makes new ones.
 
-        Raises CacheError, naming the shard, where it is not committed or its content is not what was committed,
-        IndexError, and ValueError for an ``out`` of other shapes.
+        Returns:
+            The arrays of ``draw_fields`` for n samples: ``heatmaps`` (n, C, h, w) as `teacher_cache.codec.quantise`
+            made them; ``scale``, ``target_class`` and ``epsilon`` (n,).
+
+        Raises:
+            CacheError: The shard is not committed, or its content differs from what was committed.
+            IndexError: There is no such shard or draw.
+            ValueError: ``out`` has other shapes or dtypes.
         """
         start, stop = self.info.shard_range(shard)
         if not 0 <= draw < self.info.explainer.draws:
@@ -171,10 +193,15 @@ class Cache:
         return out
 
     def read_samples(self, shard: int, out: Mapping[str, np.ndarray]) -> None:
-        """Read and check what a committed shard holds once a sample: into ``out``, arrays as in ``sample_fields``.
+        """Read and check arrays that a committed shard holds once for each sample.
 
-        Of n samples, for the names that ``out`` has; reads nothing else. Raises CacheError as `read_draw` does, and
-        ValueError for names that there are not and arrays of other shapes.
+        Args:
+            shard: Number of the shard.
+            out: Arrays of n samples to fill in place, as in ``sample_fields``. Only these are read.
+
+        Raises:
+            CacheError: As for `read_draw`.
+            ValueError: ``out`` has unknown names, or other shapes or dtypes.
         """
         start, stop = self.info.shard_range(shard)
         fields = {name: ((stop - start, *shape), dtype) for name, (shape, dtype) in self.sample_fields.items()}
@@ -189,7 +216,12 @@ class Cache:
                 values[:] = self._rows(name, shard, record)
 
     def read_shard(self, shard: int) -> Shard:
-        """Read and check one committed shard with all its draws, decoded; raises as `read_draw` does."""
+        """Read, check and decode one committed shard with all its draws.
+
+        Raises:
+            CacheError: As for `read_draw`.
+            IndexError: There is no such shard.
+        """
         start, stop = self.info.shard_range(shard)
         draws = self.info.explainer.draws
         stored = np.empty((draws, stop - start, *self.info.map_shape), self._plan["heatmaps"].dtype)
@@ -203,44 +235,50 @@ class Cache:
 
     @contextmanager
     def _reading(self, shard: int) -> Iterator[np.ndarray]:
-        """The checksums of the commit record, uint32; turns damage that is found inside into CacheError."""
+        """Yield the checksums of the commit record, uint32, and turn damage found inside into a CacheError."""
         start, stop = self.info.shard_range(shard)
         where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
-            record = self._record(read(self.store, self._key("commits", shard)))
+            record = self._record(self.store.read(self._key("commits", shard)))
             if record is None:
-                raise CacheError(f"{where} is not there yet: {CONTINUE}")
+                raise CacheError(Message(f"{where} is not there yet: ", CONTINUE))
             if record[0] != self.info.identity(shard):
                 raise DamageError("its commit record is that of another shard or store")
             yield record[1:]
         except DamageError as error:
             raise CacheError(
-                f"{where} is damaged: its content is not what was committed ({error}); run inspect-cache --repair "
-                "on the store, then the cache-explanations command that made it: it computes what is damaged anew"
+                Message(
+                    f"{where} is damaged: its content is not what was committed ({error}); run ",
+                    Call("repair", command="inspect-cache --repair"),
+                    " on the store, then ",
+                    MAKE,
+                    " again with the same options: it computes the damaged shards again",
+                )
             ) from None
 
     def _rows(self, name: str, shard: int, record: np.ndarray) -> np.ndarray:
-        """One of the ``rows`` of a shard, (n, columns)."""
+        """Read and check one of the ``rows`` of a shard, (n, columns)."""
         start, stop = self.info.shard_range(shard)
-        raw = read(self.store, self._key(name, shard))
+        raw = self.store.read(self._key(name, shard))
         if raw is None:
             raise DamageError(f"its '{name}' is missing")
         values = codec.unseal(raw, int(record[self.info.rows.index(name)])).view(self._dtype(name))
         return values.reshape(self.info.storage.shard_samples, -1)[: stop - start]
 
     def _maps(self, shard: int, draw: int, record: np.ndarray, out: np.ndarray) -> None:
+        """Read and check the heatmaps of one draw into ``out`` (n, C, h, w)."""
         chunks, draws, size = self.info.chunks, self.info.explainer.draws, self.info.storage.chunk_samples
         key = self._key("heatmaps", shard)
-        index = read(self.store, key, 0, codec.index_bytes(chunks, draws))
+        index = self.store.read(key, 0, codec.index_bytes(chunks, draws))
         if index is None:
             raise DamageError("its heatmaps are missing")
         start, lengths = codec.draw_range(index, chunks, draws, draw, -(-len(out) // size))
         blosc, first = self._compression.blosc(), len(self.info.rows) + draw * chunks
-        for chunk, sealed in enumerate(read_pieces(self.store, key, start, lengths)):
+        for chunk, sealed in enumerate(self.store.read_pieces(key, start, lengths)):
             codec.unpack(sealed, int(record[first + chunk]), blosc, size, out[chunk * size : (chunk + 1) * size])
 
     def _whole_chunk(self, name: str, values: np.ndarray) -> bytes:
-        """The rows of a shard as Zarr keeps them: a whole chunk, whatever the last shard holds."""
+        """Encode the rows of a shard as Zarr stores them: always a whole chunk, in the last shard too."""
         whole = np.zeros((self.info.storage.shard_samples, *self._plan[name].shape[1:]), self._dtype(name))
         whole[: len(values)] = values
         return whole.tobytes()
@@ -253,7 +291,14 @@ class Cache:
 
 
 def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
-    """SHA-256 over a last layer's arrays in float32, by name; None without any."""
+    """Compute the SHA-256 of a last layer's arrays.
+
+    Args:
+        head: The arrays by name, which are converted to float32.
+
+    Returns:
+        The digest in hexadecimal; None without arrays.
+    """
     digest = hashlib.sha256()
     for name, values in sorted(head.items()):
         digest.update(f"{name} {values.shape};".encode() + np.asarray(values, "<f4").tobytes())
@@ -263,97 +308,131 @@ def head_sha256(head: Mapping[str, np.ndarray]) -> str | None:
 def create_cache(location: Location, info: CacheInfo, head: Mapping[str, np.ndarray] | None = None) -> Cache:
     """Create the store with every shard uncommitted, or open the one that the same settings made.
 
-    The attributes are written first, and at once: they claim the place. A creation that was interrupted is completed,
-    and metadata that is no JSON, as half of it was written, is written again.
-    Raises CacheError for a store made with other settings, FileExistsError for a place that holds anything else.
+    The attributes are written first and in one piece: they claim the location. An interrupted creation is completed.
+    Metadata that is no JSON, because only half of it was written, is written again.
+
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+        info: The attributes of the store.
+        head: The arrays of the teacher's last layer by name, if it has one.
+
+    Returns:
+        The store, writable.
+
+    Raises:
+        CacheError: A store made with other settings is there.
+        FileExistsError: The location holds anything else.
+        OSError: The location cannot be written.
     """
     store = open_store(location, writable=True)
     path = str(location)
-    if isinstance(store, Folder):
-        if store.root.exists() and not store.root.is_dir():
-            raise FileExistsError(f"{path} exists and is not a folder: choose another --out")
+    try:
         store.make()
+    except NotADirectoryError:
+        raise FileExistsError(Message(f"{path} exists and is not a folder: ", ANOTHER)) from None
     files = _files(info, head or {})
-    group = read(store, ROOT)
+    group = store.read(ROOT)
     if group is None:
-        if set(names(store)) - {key.split("/")[0] for key in files}:
-            raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
-        write_new(store, ROOT, files[ROOT])
+        if set(store.names()) - {key.split("/")[0] for key in files}:
+            raise FileExistsError(Message(f"{path} is not empty and holds no store of ours: ", ANOTHER))
+        store.write(ROOT, files[ROOT], exclusive=True)
     elif len(group) < len(files[ROOT]) and files[ROOT].startswith(group):
-        write(store, ROOT, files[ROOT])  # half of just this was written, where writes are not atomic
+        store.write(ROOT, files[ROOT])  # a write that is not atomic stopped half-way
     attributes = _attributes(store) or {}
     if attributes.get("kind") != KIND:
-        raise FileExistsError(f"{path} is not empty and holds no store of ours: choose another --out")
+        raise FileExistsError(Message(f"{path} is not empty and holds no store of ours: ", ANOTHER))
     if differences := _info(path, attributes).differences(info):
         raise CacheError(
-            f"{path} was made with other settings ({'; '.join(differences)}; the store's first, this "
-            "command's second): give the same ones to continue it, or choose another --out"
+            Message(
+                f"{path} was made with other settings ({'; '.join(differences)}; the store's first, this command's "
+                "second): give the same ones to resume it, or ",
+                ANOTHER,
+            )
         )
     head_is_whole = head_sha256(_read_head(store)) == info.teacher.head_sha256
     for key, value in files.items():
-        is_whole = _json(read(store, key)) is not None if key.endswith(ROOT) else head_is_whole
+        is_whole = _json(store.read(key)) is not None if key.endswith(ROOT) else head_is_whole
         if not is_whole or (key.startswith("head/") and not head_is_whole):
-            write(store, key, value)
+            store.write(key, value)
     return open_cache(location, writable=True)
 
 
 def open_cache(location: Location, *, writable: bool = False) -> Cache:
-    """Open a store, complete or not; reads its attributes and its head.
+    """Open a store, complete or not. Only its attributes and its head are read.
 
-    Raises CacheError where there is none, it is of another format version, or it is not as its attributes say.
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+        writable: Allow writing.
+
+    Returns:
+        The store.
+
+    Raises:
+        CacheError: There is no store, it has another format version, or it contradicts its attributes.
+        OSError: The location cannot be read.
     """
     path, store = str(location), open_store(location, writable=writable)
     attributes = _attributes(store)
     if attributes is None or attributes.get("kind") != KIND:
-        group = read(store, ROOT)
-        found = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {ROOT} has no attributes"
+        group = store.read(ROOT)
+        problem = f"its 'kind' is {attributes.get('kind')!r}" if attributes else f"its {ROOT} has no attributes"
         if group is None:
-            found = "there is no Zarr group"
+            problem = "there is no Zarr group"
         elif _json(group) is None:
-            found = f"its {ROOT} is cut off or damaged"
-        raise CacheError(f"no heatmap store at {path}: {found}; {REMEDY}")
+            problem = f"its {ROOT} is cut off or damaged"
+        raise CacheError(Message(f"no heatmap store at {path}: {problem}; ", REMEDY))
     info = _info(path, attributes)
     for key, value in _files(info, {}).items():
         if not key.endswith("/" + ROOT):
             continue
-        raw = read(store, key)
+        raw = store.read(key)
         if _json(raw) is None:
-            what = "missing" if raw is None else "cut off or damaged"
-            raise CacheError(f"the store {path} is not finished, or damaged: {key} is {what}; {CONTINUE}")
-        found_layout, expected = _layout(raw), _layout(value)
-        if found_layout != expected:
+            problem = "missing" if raw is None else "cut off or damaged"
+            raise CacheError(Message(f"the store {path} is not finished, or damaged: {key} is {problem}; ", CONTINUE))
+        layout, expected = _layout(raw), _layout(value)
+        if layout != expected:
             raise CacheError(
-                f"the store {path} is damaged: {key} says {found_layout}, its attributes promise {expected}; "
-                "make it again"
+                f"the store {path} is damaged: {key} says {layout}, its attributes promise {expected}; make it again"
             )
     head = _read_head(store)
     if head_sha256(head) != info.teacher.head_sha256:
-        raise CacheError(f"the teacher's last layer in the store {path} is damaged or missing: {CONTINUE}")
+        raise CacheError(Message(f"the teacher's last layer in the store {path} is damaged or missing: ", CONTINUE))
     return Cache(path, store, info, head)
 
 
 def check_complete(cache: Cache) -> None:
-    """Raise CacheError, saying how far it is, unless every shard is committed."""
+    """Check that every shard is committed.
+
+    Raises:
+        CacheError: Shards are missing. The text counts them.
+    """
     committed = cache.committed()
     if not committed.all():
         raise CacheError(
-            f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; {CONTINUE}"
+            Message(
+                f"the store {cache.path} is incomplete: {committed.sum()} of {len(committed)} shards are there; ",
+                CONTINUE,
+            )
         )
 
 
 def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """What a store without shards consists of: every key with its bytes, as Zarr itself writes them."""
-    memory = MemoryStore()
+    """Make every key of a store without shards, with its bytes as Zarr itself writes them."""
+    memory = open_store(MemoryStore())
     attributes = {"kind": KIND, "format_version": FORMAT_VERSION, **info.to_dict()}
     root = zarr.create_group(memory, zarr_format=3, attributes=attributes)
     storage = info.storage
-    chosen = Compression.parse(storage.codec)
+    compression = Compression.parse(storage.codec)
     for name, plan in plan_arrays(info).items():
         layout: dict[str, Any]
         if name == "heatmaps":
             typesize = np.dtype(plan.dtype).itemsize
-            options: dict[str, Any] = {"cname": chosen.compressor, "clevel": chosen.level, "shuffle": chosen.shuffle}
-            blosc = BloscCodec(**options, typesize=typesize)
+            blosc_options: dict[str, Any] = {
+                "cname": compression.compressor,
+                "clevel": compression.level,
+                "shuffle": compression.shuffle,
+            }
+            blosc = BloscCodec(**blosc_options, typesize=typesize)
             layout = {
                 "chunks": (storage.chunk_samples, 1, *plan.shape[2:]),
                 "shards": {"shape": (storage.shard_samples, *plan.shape[1:]), "index_location": "start"},
@@ -370,17 +449,17 @@ def _files(info: CacheInfo, head: Mapping[str, np.ndarray]) -> dict[str, bytes]:
         group = root.create_group("head")
         for name, values in head.items():
             group.create_array(name, data=np.asarray(values, np.float32), compressors=Crc32cCodec())
-    return {key: raw for key in keys(memory) if (raw := read(memory, key)) is not None}
+    return {key: raw for key in memory.all_keys() if (raw := memory.read(key)) is not None}
 
 
 def _layout(metadata: bytes | None) -> dict[str, Any]:
-    """What of an array's metadata decides where its bytes lie."""
+    """Select the parts of an array's metadata that decide where its bytes lie."""
     values = _json(metadata) or {}
     return {key: values.get(key) for key in ("shape", "data_type", "chunk_grid", "chunk_key_encoding")}
 
 
 def _json(metadata: bytes | None) -> dict[str, Any] | None:
-    """None for what is no JSON object: missing, cut off or damaged."""
+    """Decode a JSON object; None if it is missing, cut off or damaged."""
     try:
         values = json.loads(metadata or b"")
     except ValueError:
@@ -388,27 +467,31 @@ def _json(metadata: bytes | None) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
-def _read_head(store: Store) -> dict[str, np.ndarray]:
+def _read_head(store: Storage) -> dict[str, np.ndarray]:
+    """Read the arrays of the teacher's last layer; empty if there are none, or one is damaged."""
     head = {}
-    for name in sorted(names(store, "head")):
-        if read(store, f"head/{name}/{ROOT}") is not None:
+    for name in sorted(store.names("head")):
+        if store.read(f"head/{name}/{ROOT}") is not None:
             try:
                 head[name] = np.asarray(zarr.open_array(store, path=f"head/{name}", mode="r")[...])
-            except Exception as error:  # what Zarr says of broken metadata and chunks is of every kind
+            except Exception as error:  # Zarr raises errors of every kind for broken metadata and chunks
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                     raise
                 return {}
     return head
 
 
-def _attributes(store: Store) -> dict[str, Any] | None:
-    """Of the group; empty for one that has none, None where there is no group, or none that can be read."""
-    group = _json(read(store, ROOT))
-    found = None if group is None else group.get("attributes")
-    return found if group is None or isinstance(found, dict) else {}
+def _attributes(store: Storage) -> dict[str, Any] | None:
+    """Read the group's attributes; empty if it has none, None if there is no group or it cannot be read."""
+    group = _json(store.read(ROOT))
+    if group is None:
+        return None
+    attributes = group.get("attributes")
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _info(path: str, attributes: dict[str, Any]) -> CacheInfo:
+    """Decode the attributes, and name the store in the error."""
     if attributes.get("format_version") != FORMAT_VERSION:
         raise CacheError(
             f"{path} has store format version {attributes.get('format_version')!r}, this program reads version "

@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from data.storage import Location, keys, open_store, read
+from data.storage import Location, open_store
 from teacher_cache import (
     Cache,
     CacheError,
@@ -86,7 +86,7 @@ def same(one: Shard, other: Shard) -> bool:
 def files(location: Location) -> dict[str, bytes]:
     """Every key with its bytes."""
     store = open_store(location)
-    return {key: raw for key in keys(store) if (raw := read(store, key)) is not None}
+    return {key: raw for key in store.all_keys() if (raw := store.read(key)) is not None}
 
 
 def arrays(location: Location) -> dict[str, np.ndarray]:

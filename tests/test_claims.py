@@ -21,7 +21,7 @@ from stores import HEAD, content, files, filled, info
 from zarr.storage import MemoryStore
 
 import teacher_cache.claims as claims
-from data.storage import delete, names, read, write
+from data.storage import Storage, open_store
 from teacher_cache import CacheError, check_complete, claim_writing, create_cache, open_cache
 from teacher_cache.claims import CLAIMS, WRITER, Leases
 
@@ -104,7 +104,7 @@ def test_a_second_process_is_refused_and_after_kill_9_of_the_first_gets_it_at_on
         for mode in ("alone", "share"):
             with writer(path, mode) as second:
                 assert second.says() == (
-                    f"refused another process is writing {path}: let it finish, or start both with --share, so that "
+                    f"refused another process is writing {path}: let it finish, or start both with share=True, so that "
                     "they divide the shards between them"
                 )
         first.kill()
@@ -193,12 +193,12 @@ def _no_settling(monkeypatch):
 
 
 @pytest.fixture
-def store() -> MemoryStore:
+def store() -> Storage:
     return create_cache(MemoryStore(), INFO, HEAD).store
 
 
 @contextlib.contextmanager
-def leases(store: MemoryStore, share: bool = False) -> Iterator[Leases]:
+def leases(store: Storage, share: bool = False) -> Iterator[Leases]:
     found = Leases(store, "memory", share)
     try:
         yield found
@@ -206,9 +206,9 @@ def leases(store: MemoryStore, share: bool = False) -> Iterator[Leases]:
         found.close()
 
 
-def rewrite(store: MemoryStore, name: str, **changes: object) -> None:
-    lease = json.loads(read(store, f"{CLAIMS}/{name}") or b"")
-    write(store, f"{CLAIMS}/{name}", json.dumps({**lease, **changes}).encode())
+def rewrite(store: Storage, name: str, **changes: object) -> None:
+    lease = json.loads(store.read(f"{CLAIMS}/{name}") or b"")
+    store.write(f"{CLAIMS}/{name}", json.dumps({**lease, **changes}).encode())
 
 
 def test_a_store_that_is_no_folder_is_claimed_by_a_lease_and_given_back(store):
@@ -220,7 +220,7 @@ def test_a_store_that_is_no_folder_is_claimed_by_a_lease_and_given_back(store):
         ):
             pass
         assert claim.take(0)
-    assert names(store, CLAIMS) == []
+    assert store.names(CLAIMS) == []
     with claim_writing(open_cache(store)):
         pass
 
@@ -230,12 +230,12 @@ def test_a_lease_that_was_not_renewed_is_taken_over_and_its_owner_notices(store)
         rewrite(store, WRITER, renewed=time.time() - claims.LEASE_SECONDS - 1)
         with leases(store) as second:
             assert second.take(0)
-            with pytest.raises(CacheError, match="as this one had not been heard of for a while"):
+            with pytest.raises(CacheError, match="because this process did not renew its claim in time"):
                 first.take(1)
             first.renew()  # does not take it back
             assert second.take(2)
             first.close()  # nor give it away
-            assert names(store, CLAIMS) == [WRITER]
+            assert store.names(CLAIMS) == [WRITER]
 
 
 def test_a_lease_that_is_renewed_is_kept(store):
@@ -244,7 +244,7 @@ def test_a_lease_that_is_renewed_is_kept(store):
         first.renew()
         with pytest.raises(CacheError, match="another process is writing"), leases(store):
             pass
-        delete(store, f"{CLAIMS}/{WRITER}")
+        store.remove(f"{CLAIMS}/{WRITER}")
         first.renew()
         with pytest.raises(CacheError, match="another process is writing"), leases(store):
             pass
@@ -296,10 +296,10 @@ def test_a_clock_that_runs_backwards_blocks_nobody_for_ever(store, ahead):
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_garbage_in_the_place_of_a_lease_stops_nobody(garbage):
-    store = MemoryStore()
+    store = open_store(MemoryStore())
     create_cache(store, info(samples=1), HEAD)
-    write(store, f"{CLAIMS}/{WRITER}", garbage)
-    write(store, f"{CLAIMS}/shard-0", garbage)
+    store.write(f"{CLAIMS}/{WRITER}", garbage)
+    store.write(f"{CLAIMS}/shard-0", garbage)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "SETTLING", 0)
         with leases(store) as claim:
@@ -315,12 +315,12 @@ def test_two_that_share_take_different_shards_by_lease(store):
         rewrite(store, "shard-2", renewed=0)
         assert second.take(2)
         first.drop(2)  # is no longer its own
-        assert sorted(names(store, CLAIMS)) == [f"shard-{shard}" for shard in range(5)]
+        assert sorted(store.names(CLAIMS)) == [f"shard-{shard}" for shard in range(5)]
         with pytest.raises(CacheError, match="another process is writing"), leases(store):
             pass
-        assert WRITER not in names(store, CLAIMS)
+        assert WRITER not in store.names(CLAIMS)
         first.drop(0)
-    assert names(store, CLAIMS) == []
+    assert store.names(CLAIMS) == []
 
 
 def test_one_that_shares_is_refused_where_another_one_writes_alone(store):
@@ -328,18 +328,18 @@ def test_one_that_shares_is_refused_where_another_one_writes_alone(store):
         pass
     with leases(store, share=True) as shares:
         lease = claims.Lease("other", "elsewhere", 1, time.time())
-        write(store, f"{CLAIMS}/{WRITER}", json.dumps(dataclasses.asdict(lease)).encode())
+        store.write(f"{CLAIMS}/{WRITER}", json.dumps(dataclasses.asdict(lease)).encode())
         assert not shares.take(0)
-        assert names(store, CLAIMS) == [WRITER]
+        assert store.names(CLAIMS) == [WRITER]
 
 
 def test_a_store_that_cannot_be_reached_leaves_no_thread_behind(store, monkeypatch):
     import threading
 
-    def fail(*_: object) -> bool:
+    def fail(*_: object, **__: object) -> bool:
         raise OSError("unreachable")
 
-    monkeypatch.setattr(claims, "write_new", fail)
+    monkeypatch.setattr(store, "write", fail)
     before = threading.active_count()
     with pytest.raises(OSError, match="unreachable"), leases(store):
         pass

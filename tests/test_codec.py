@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 from stores import CLASSES, HEAD, content, filled, info
 from zarr.storage import MemoryStore
 
-from data.storage import keys, read
 from teacher_cache import (
     PRECISIONS,
     Cache,
@@ -24,7 +23,6 @@ from teacher_cache import (
     choose_compression,
     create_cache,
     plan_storage,
-    store,
 )
 from teacher_cache.codec import (
     MISSING,
@@ -215,7 +213,7 @@ def test_what_zarr_writes_we_decode(of):
     storage, compression = of.storage, Compression.parse(of.storage.codec)
     for shard in range(of.shards):
         start, stop = of.shard_range(shard)
-        raw = read(empty.store, f"heatmaps/c.{shard}.0.0.0.0")
+        raw = empty.store.read(f"heatmaps/c.{shard}.0.0.0.0")
         assert raw is not None
         index = unseal(raw[: index_bytes(of.chunks, of.explainer.draws)]).view("<u8").reshape(of.chunks, -1, 2)
         for first in range(start, stop, storage.chunk_samples):
@@ -237,9 +235,9 @@ def test_rows_that_zarr_writes_have_our_bytes():
     source, target = zarr.open_group(ours.store, mode="r"), zarr.open_group(theirs.store, mode="r+")
     for name in (*info().rows, "commits"):
         target[name][...] = source[name][...]
-    compared = [key for key in keys(ours.store) if not key.startswith("heatmaps/c")]
+    compared = [key for key in ours.store.all_keys() if not key.startswith("heatmaps/c")]
     assert len(compared) > 6 * 3
-    assert all(read(ours.store, key) == read(theirs.store, key) for key in compared)
+    assert all(ours.store.read(key) == theirs.store.read(key) for key in compared)
 
 
 def test_a_draw_is_read_into_place_as_one_range_of_the_file():
@@ -266,7 +264,8 @@ def test_samples_are_read_into_place_and_nothing_else_is_read(monkeypatch):
     cache, bare = filled(MemoryStore(), info(samples=9)), filled(MemoryStore(), info(features=0))
     buffers = {name: np.full((20, *shape), 7, dtype) for name, (shape, dtype) in cache.sample_fields.items()}
     seen = []
-    monkeypatch.setattr(store, "read", lambda _, key, *part: seen.append(key) or read(cache.store, key, *part))
+    read = cache.store.read
+    monkeypatch.setattr(cache.store, "read", lambda key, *part: seen.append(key) or read(key, *part))
     cache.read_samples(1, {"features": buffers["features"][5:9]})
     assert seen == ["commits/c.1.0", "features/c.1.0"]
     assert np.array_equal(buffers["features"][5:9], content(cache.info, 1).features)
@@ -351,11 +350,11 @@ def test_planned_shards_are_bounded_and_made_of_whole_chunks(draws, channels, si
 @pytest.mark.parametrize(
     ("side", "resolution", "message"),
     [
-        (28, 0, "--resolution 0 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
-        (28, 40, "--resolution 40 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
-        (7, 4, "--resolution 4 leaves a single number of maps of 7×7: choose 1 or 2$"),
-        (3, 2, "--resolution 2 leaves a single number of maps of 3×3: choose 1$"),
-        (3, 4, "--resolution 4 leaves nothing of maps of 3×3: choose 1$"),
+        (28, 0, "resolution=0 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (28, 40, "resolution=40 leaves nothing of maps of 28×28: choose 1 or 2 or 4"),
+        (7, 4, "resolution=4 leaves a single number of maps of 7×7: choose 1 or 2$"),
+        (3, 2, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),
+        (3, 4, "resolution=4 leaves nothing of maps of 3×3: choose 1$"),
     ],
 )
 def test_a_resolution_that_leaves_no_positions_is_refused(side, resolution, message):

@@ -393,7 +393,7 @@ def test_nothing_that_exists_is_overwritten(tmp_path, occupied):
     else:
         make_coloured_mnist(out, limit=10)
     before = files(tmp_path)
-    with pytest.raises(FileExistsError, match="choose another --out"):
+    with pytest.raises(FileExistsError, match="choose another out"):
         make_coloured_mnist(out, limit=10)
     assert files(tmp_path) == before
 

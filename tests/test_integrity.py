@@ -20,7 +20,7 @@ from stores import HEAD, STORAGE, content, expected, files, filled, info, refusa
 from zarr.storage import MemoryStore
 
 from cli import main
-from data.storage import write
+from data.storage import open_store
 from teacher_cache import (
     Cache,
     CacheError,
@@ -32,6 +32,7 @@ from teacher_cache import (
     inspect_cache,
     open_cache,
 )
+from terminal.spelling import spell
 
 INFO = info()
 WHOLE, REWRITTEN = (files(filled(MemoryStore(), seed=seed).store) for seed in (0, 1))
@@ -170,9 +171,9 @@ def test_damaged_metadata_is_refused_or_of_no_consequence(key, place, flip, cut)
 def test_what_is_not_there_is_said():
     cache = create_cache(MemoryStore(), INFO, HEAD)
     cache.write_shard(1, content(INFO, 1))
-    with pytest.raises(CacheError, match=r"shard 0 of .* \(samples 0 to 3\) is not there yet: run the cache-expl"):
+    with pytest.raises(CacheError, match=r"shard 0 of .* \(samples 0 to 3\) is not there yet: run cache_expl"):
         cache.read_shard(0)
-    with pytest.raises(CacheError, match="is incomplete: 1 of 3 shards are there; run the cache-explanations"):
+    with pytest.raises(CacheError, match="is incomplete: 1 of 3 shards are there; run cache_explanations"):
         check_complete(cache)
     for shard in (-1, 3):
         with pytest.raises(IndexError, match=f"there is no shard {shard}: the store has 3, counted from 0"):
@@ -265,7 +266,7 @@ def test_a_path_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "folder" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("folder", "file"):
-        with pytest.raises(FileExistsError, match="choose another --out"):
+        with pytest.raises(FileExistsError, match="choose another out"):
             create_cache(tmp_path / name, INFO, HEAD)
         with pytest.raises(CacheError, match="no heatmap store"):
             open_cache(tmp_path / name)
@@ -316,7 +317,7 @@ def test_inspect_cache_shows_what_a_store_is_in_aligned_lines(path):
 def test_inspect_cache_shows_coarse_maps_and_what_they_do_not_explain(tmp_path):
     explainer = {"rule": "attention", "class_policy": "none", "map_shape": (1, 3, 2)}
     of = info(draws=1, explainer=explainer, features=0)
-    assert "--features" not in continuing(filled(tmp_path / "c.zarr", of))
+    assert "--features" not in spell(continuing(filled(tmp_path / "c.zarr", of)))
     shown = {line[:12].strip(): line[12:] for line in inspect(tmp_path / "c.zarr").splitlines()}
     assert shown["explainer"].startswith("attention, maps of 1 × 3 × 2, 1 draws a sample, ")
     assert "features" not in shown["storage"]
@@ -354,7 +355,7 @@ def test_inspect_cache_verifies_repairs_and_the_shards_can_be_written_again(path
     same = "--explainer flex --seed 0 --precision float16 --codec blosc-lz4-5-bitshuffle --resolution 1 --features"
     assert f"cache-explanations --split train --draws 2 --epsilon-range 0.01 1.0 {same} --out {path}," in repaired
     moved = path.rename(path.with_name("my store.zarr"))
-    assert shlex.split(continuing(open_cache(moved)))[-2:] == ["--out", str(moved)]
+    assert shlex.split(spell(continuing(open_cache(moved))))[-2:] == ["--out", str(moved)]
     moved.rename(path)
     assert inspect(path, "--verify").endswith("0 of 1 shards are damaged\n")
     cache = create_cache(path, INFO, HEAD)
@@ -405,11 +406,11 @@ def test_a_damaged_last_layer_is_mended_by_the_writer(path):
 
 def test_a_writer_of_a_store_of_other_settings_in_the_same_place_commits_nothing_that_is_read():
     """The store was made anew, with another seed, under a process that goes on writing the old one."""
-    store = MemoryStore()
+    store = open_store(MemoryStore())
     old = create_cache(store, INFO, HEAD)
     for key, raw in ANOTHER_STORE.items():
         if "/c." not in key:
-            write(store, key, raw)
+            store.write(key, raw)
     old.write_shard(0, content(INFO, 0))
     said = refusal(lambda: open_cache(store).read_shard(0))
     assert "its commit record is that of another shard or store" in (said or "")

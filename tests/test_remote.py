@@ -30,7 +30,7 @@ from zarr.storage import MemoryStore
 
 from cli import main
 from data import DatasetError, DatasetWriter, make_coloured_mnist, open_dataset
-from data.storage import Location, keys, names, open_store, read, write, write_new
+from data.storage import Location, open_store
 from pipeline import cache_explanations
 from teacher_cache import CacheError, check_complete, claims, damaged_shards, inspect_cache, open_cache
 from trainer import train_student, train_teacher
@@ -112,7 +112,7 @@ def run(*arguments: object) -> Result:
 def contents(location: Location) -> dict[str, bytes | None]:
     """Every key with its bytes, but for what says who is writing."""
     store = open_store(location)
-    return {key: read(store, key) for key in sorted(keys(store)) if not key.startswith("claims/")}
+    return {key: store.read(key) for key in sorted(store.all_keys()) if not key.startswith("claims/")}
 
 
 def make_small(location: Location) -> None:
@@ -178,17 +178,17 @@ def test_passing_errors_are_survived_and_change_nothing(s3, url, local, tmp_path
 @pytest.mark.parametrize("fault", [500, 503, "cut", "lose"])
 def test_every_kind_of_request_survives_every_fault(s3, url, fault):
     store = open_store(url, writable=True)
-    write(store, "a/old", b"x" * 1000)
+    store.write("a/old", b"x" * 1000)
     once = {
-        "write": lambda: write(store, "a/new", b"y" * 1000),
-        "read": lambda: read(store, "a/old"),
-        "range": lambda: read(store, "a/old", 10, 500),
-        "new": lambda: write_new(store, "a/claimed", b"mine"),
-        "taken": lambda: write_new(store, "a/claimed", b"yours"),
-        "names": lambda: names(store, "a"),
-        "keys": lambda: keys(store),
+        "write": lambda: store.write("a/new", b"y" * 1000),
+        "read": lambda: store.read("a/old"),
+        "range": lambda: store.read("a/old", 10, 500),
+        "new": lambda: store.write("a/claimed", b"mine", exclusive=True),
+        "taken": lambda: store.write("a/claimed", b"yours", exclusive=True),
+        "names": lambda: store.names("a"),
+        "keys": lambda: store.all_keys(),
     }
-    expected = {"write": None, "read": b"x" * 1000, "range": b"x" * 490, "new": True, "taken": False}
+    expected = {"write": True, "read": b"x" * 1000, "range": b"x" * 490, "new": True, "taken": False}
     listed = ["claimed", "new", "old"]
     for name, action in once.items():
         with s3.failing(lambda request: fault if request.number == 1 else None):
@@ -243,21 +243,21 @@ def test_a_dataset_that_could_not_be_written_is_removed_or_marked_and_made_anew(
     assert contents(data) == {}
     with s3.failing(lambda request: 403 if request.number > 30 else None), refusal:
         make_small(data)
-    with pytest.raises(DatasetError, match="was not finished, or is still being written: run make-data again"):
+    with pytest.raises(DatasetError, match="was not finished, or is still being written: build it again"):
         open_dataset(data)
     make_small(data)
     make_small(tmp_path / "data.zarr")
     expected = contents(tmp_path / "data.zarr")
     assert contents(data) == expected
     for taken in (data, url):
-        with pytest.raises(FileExistsError, match="exists and is not empty: choose another --out"):
+        with pytest.raises(FileExistsError, match="exists and is not empty: choose another out"):
             make_small(taken)
     assert contents(data) == expected
 
 
 def test_a_removal_that_the_server_only_pretends_is_noticed(s3, url, monkeypatch):
     store = open_store(url, writable=True)
-    write(store, "train/images", b"x")
+    store.write("train/images", b"x")
 
     async def pretend(*arguments: object, **options: object) -> list[str]:
         return []
@@ -345,12 +345,12 @@ def test_no_listing_comes_from_memory(s3, url, local):
     cache = f"{url}/cache.zarr"
     cache_explanations(local / "data.zarr", local / "teacher", cache, draws=2, features=True)
     ours, key = open_cache(cache, writable=True), "commits/c.1.0"
-    record = read(ours.store, key)
+    record = ours.store.read(key)
     ours.uncommit(1)
     assert ours.committed().tolist() == [True, False, True, True]
     put(s3, f"{cache.removeprefix('s3://')}/{key}", record)
     assert ours.committed().all()
-    assert key in keys(ours.store)
+    assert key in ours.store.all_keys()
 
     with pytest.raises(DatasetError, match="no dataset at"):
         open_dataset(f"{url}/data.zarr")
@@ -368,7 +368,7 @@ def test_other_protocols_hold_the_same(scheme, local, tmp_path):
     train_student(data, cache, tmp_path / "student", steps=1, batch_size=32)
     assert contents(data) == contents(local / "data.zarr")
     assert contents(cache) == contents(local / "cache.zarr")
-    with pytest.raises(FileExistsError, match="choose another --out"):
+    with pytest.raises(FileExistsError, match="choose another out"):
         make_coloured_mnist(data, limit=SAMPLES)
     if scheme == "file":
         assert contents(tmp_path / "cache.zarr") == contents(cache)

@@ -144,7 +144,7 @@ def test_attributes_that_are_not_half_of_ours_are_left_alone():
         if UNDISTURBED["zarr.json"].startswith(foreign):
             continue
         store = in_memory({"zarr.json": foreign})
-        with pytest.raises(FileExistsError, match="holds no store of ours: choose another --out"):
+        with pytest.raises(FileExistsError, match="holds no store of ours: choose another out"):
             create_cache(store, INFO, HEAD)
         assert files(store) == {"zarr.json": foreign}
 
