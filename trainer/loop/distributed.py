@@ -21,6 +21,7 @@ from torch import Tensor
 from pipeline.networks.models import ModelError
 from pipeline.networks.processes import LostProcess, collective, lost_process
 from trainer.errors import TrainingError
+from trainer.stream.stream import Share
 
 __all__ = ["LostProcess", "Ranks", "connect"]
 
@@ -29,15 +30,13 @@ BUCKET = 2**25  # bytes of gradients in one operation: few waits, and little mem
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Ranks(Share):
     """This process among those of the job; by itself, one alone.
 
     Every method is a collective operation: all processes call the same ones in the same order, with tensors of the
     same shapes. Alone they cost nothing. All raise LostProcess where another process ended or does not answer.
     """
 
-    rank: int = 0
-    ranks: int = 1
     local_rank: int = 0  # among the processes of this machine
     # for messages between the processes on the CPU, which do not wait for the GPUs
     control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)

@@ -64,14 +64,21 @@ class Source:
         return order.window_samples(_bytes(self.fields) + _bytes(self.draw_fields), self.block_samples)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that a process takes: ``rank`` counts from 0, ``ranks`` is the number of processes."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
 def stream(
     source: Source,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
+    share: Share = Share(),
     workers: int = 2,
     memory_budget: int | None = None,
     pin_memory: bool = False,
@@ -91,6 +98,7 @@ def stream(
 
     Raises ValueError for a rank that there is not, more ranks than samples, or a batch that they cannot share.
     """
+    rank, ranks = share.rank, share.ranks
     batch_size = order.step_samples(source.samples, batch_size, rank, ranks)
     if memory_budget is None:
         memory_budget = free_memory() // (2 * ranks)
