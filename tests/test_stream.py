@@ -137,9 +137,9 @@ def test_the_batches_are_those_of_the_order_whatever_workers_budget_delays_and_s
     store = Store(samples, block, draws, delays)
     rank, batch = min(rank, ranks - 1), share * ranks
     steps = min(2 * order.steps_per_epoch(samples, batch) + 1, 60)
-    where = {"batch_size": batch, "seed": seed, "start_step": start_step, "rank": rank, "ranks": ranks}
-    batches = take(store.source(), steps, workers=workers, memory_budget=budget, **where)
-    assert found(batches) == expected(store, steps, **where)
+    where = {"batch_size": batch, "seed": seed, "start_step": start_step}
+    batches = take(store.source(), steps, share=Share(rank, ranks), workers=workers, memory_budget=budget, **where)
+    assert found(batches) == expected(store, steps, rank=rank, ranks=ranks, **where)
 
 
 def test_started_at_any_step_the_stream_yields_what_the_uninterrupted_one_yields_from_there():

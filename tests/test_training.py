@@ -222,7 +222,7 @@ def test_a_damaged_store_stops_the_training_with_the_shards_name(dataset, cache,
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(dataset, tmp_path):
-    with pytest.raises(TrainingError, match="smaller --lr"):
+    with pytest.raises(TrainingError, match="smaller lr"):
         train_teacher(dataset, tmp_path / "t", lr=1e38, steps=30, batch_size=32)
     assert not (tmp_path / "t" / "result.json").exists()
     train_teacher(dataset, tmp_path / "t", steps=2, batch_size=32)  # an unfinished training may be started again
