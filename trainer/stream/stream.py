@@ -129,13 +129,10 @@ def stream(
         ranks=ranks,
     )
 
-    def block_alone(block: int, epoch: int) -> Key:
-        return (block,)
-
     def block_and_draw(block: int, epoch: int) -> Key:
         return block, order.draw_of_block(block, source.draws, seed, epoch)
 
-    shared = Slots(source, source.fields, source.read, slots, block_alone)
+    shared = Slots(source, source.fields, source.read, slots, lambda block, epoch: (block,))
     drawn = Slots(source, source.draw_fields, source.read_draw, draw_slots, block_and_draw)
     tables = [table for table in (shared, drawn) if table.arrays]
     return _batches(windows, tables, batch_size // ranks, workers, pin_memory)
