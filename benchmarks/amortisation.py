@@ -28,7 +28,7 @@ from pipeline.device import as_input, pick_device, place
 from teacher_cache import open_cache
 from trainer import heatmap_loss, train_student, train_teacher
 from trainer.loop.optim import make_optimizer
-from trainer.loop.training import losses_of, on_device
+from trainer.loop.step import losses_of, on_device
 from trainer.settings import Settings
 from trainer.stream.stream import Batch, explained_source, labelled_source, stream
 

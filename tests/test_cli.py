@@ -123,7 +123,7 @@ BAD = {
     f"{STUDENT} --optimizer lion": (2, "'lion' is not one of 'adam', 'adamw', 'muon', 'sgd'"),
     f"{STUDENT} --precision tf32 --device cpu": (
         1,
-        "--precision tf32 is of CUDA, and this trains on cpu: give float32",
+        "--precision tf32 needs CUDA, and this training runs on cpu: choose float32",
     ),
     f"{STUDENT} --augment spin": (1, "unknown --augment 'spin': choose from flip, shift, crop, background"),
     f"{STUDENT} --augment background": (1, "--augment background needs 'masks' in the train split of data.zarr"),

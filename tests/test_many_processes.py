@@ -86,7 +86,7 @@ def test_a_training_goes_on_with_another_number_of_processes(dataset, cache, val
         time.sleep(0.01)
     process.terminate()  # torchrun, which passes it on to its processes
     _, said = process.communicate(timeout=60)
-    assert "the same command goes on from there" in said
+    assert "the same command resumes it" in said
     assert not (tmp_path / "s" / "result.json").exists()
     assert run(alone(*given)).returncode == 0
     one, two = metrics(tmp_path / "whole"), metrics(tmp_path / "s")
@@ -110,7 +110,9 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_a_checkpoint_to_go
     os.kill(workers(process.pid)[dies], signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert re.search(r"another process of this job ended .*The same command goes on from the last checkpoint in", said)
+    assert re.search(
+        r"another process of this job ended .*The same command resumes it from the last checkpoint in", said
+    )
     assert "line" not in "".join(re.findall(r"^Traceback.*?cli\.py", said, re.MULTILINE))
     newest = max((tmp_path / "s" / "checkpoints").glob("step-*.pt"))
     state = torch.load(newest, weights_only=True)
@@ -133,7 +135,7 @@ def workers(launcher: int) -> list[int]:
 def test_a_batch_that_the_processes_cannot_share_is_refused(dataset, cache, tmp_path):
     result = run(torchrun(2, *student(dataset, cache, tmp_path / "s", "--batch-size", 61)))
     assert result.returncode != 0
-    assert "--batch-size 61, which all processes share, is no multiple of their number, 2" in result.stderr
+    assert "--batch-size 61 is not a multiple of the 2 processes that share each batch" in result.stderr
     assert not (tmp_path / "s").exists()
 
 

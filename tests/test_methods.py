@@ -26,7 +26,7 @@ from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, heatmap_loss, train_student, train_teacher
 from trainer.loop.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
 from trainer.loop.repainting import repaint
-from trainer.loop.training import losses_of, on_device, weighted
+from trainer.loop.step import losses_of, on_device, weighted
 from trainer.settings import Settings
 from trainer.stream.stream import explained_source, read_block
 

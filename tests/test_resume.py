@@ -166,13 +166,13 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(dataset, cache, tmp_
     arguments = student(dataset, cache, out, "--log-steps", 1)
     code, said = run_until(arguments, lambda: lines_of(out / "metrics.jsonl") >= 3, signum)
     assert code == 128 + signum
-    assert "the same command goes on from there" in said
+    assert "the same command resumes it" in said
     assert "Traceback" not in said
     assert f"stopped after step {newest(out)} of 120" in said
     step = newest(out)
     result = subprocess.run(arguments, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"goes on after step {step} of 120" in result.stderr
+    assert f"resumes after step {step} of 120" in result.stderr
 
 
 def test_checkpoints_come_every_so_many_steps_and_the_last_ones_stay(dataset, tmp_path):
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(dataset, tmp_path, 
     newest.write_bytes({"cut": raw[: len(raw) // 2], "a byte": raw, "empty": b""}[damage])
     stop_after(0)
     train_teacher(dataset, tmp_path / "t", steps=6, batch_size=50)
-    assert "step-000000004.damaged is what was a checkpoint and is damaged" in caplog.text
+    assert "step-000000004.damaged is a damaged checkpoint" in caplog.text
     assert same(tmp_path / "t", tmp_path / "whole")
     assert [json.loads(line)["step"] for line in (tmp_path / "t" / "starts.jsonl").read_text().splitlines()] == [0, 2]
 

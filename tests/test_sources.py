@@ -43,7 +43,9 @@ def test_a_source_has_what_is_needed_of_store_and_split_and_reads_nothing_else(t
     with pytest.raises(DatasetError, match="the split 'bare' has no 'masks'"):
         explained_source(open_dataset(tmp_path / "d.zarr").split("bare"), store, ["masks"])
     bare = filled(tmp_path / "bare.zarr", info(features=0))
-    with pytest.raises(CacheError, match=r"has no features of the teacher: make another with .* --features"):
+    with pytest.raises(
+        CacheError, match=r"has no features of the teacher: make another with cache_explanations\(features=True\)"
+    ):
         explained_source(split, bare, ["features"])
     with monkeypatch.context() as patch:  # images alone are read of the split alone
         patch.setattr(Cache, "read_samples", None)

@@ -20,6 +20,7 @@ from trainer.stream import order
 from trainer.stream import stream as module
 from trainer.stream.memory import free_memory
 from trainer.stream.stream import (
+    Share,
     Slots,
     Source,
     explained_source,
@@ -136,9 +137,9 @@ def test_the_batches_are_those_of_the_order_whatever_workers_budget_delays_and_s
     store = Store(samples, block, draws, delays)
     rank, batch = min(rank, ranks - 1), share * ranks
     steps = min(2 * order.steps_per_epoch(samples, batch) + 1, 60)
-    where = {"batch_size": batch, "seed": seed, "start_step": start_step, "rank": rank, "ranks": ranks}
-    batches = take(store.source(), steps, workers=workers, memory_budget=budget, **where)
-    assert found(batches) == expected(store, steps, **where)
+    where = {"batch_size": batch, "seed": seed, "start_step": start_step}
+    batches = take(store.source(), steps, share=Share(rank, ranks), workers=workers, memory_budget=budget, **where)
+    assert found(batches) == expected(store, steps, rank=rank, ranks=ranks, **where)
 
 
 def test_started_at_any_step_the_stream_yields_what_the_uninterrupted_one_yields_from_there():
@@ -152,7 +153,7 @@ def test_the_ranks_batches_of_a_step_are_the_batch_of_one_rank_alone():
     store = Store(330, 16, draws=2)
     whole = found(take(store.source(), 45, batch_size=24))
     for ranks in (2, 3, 4):
-        parts = [found(take(store.source(), 45, batch_size=24, rank=rank, ranks=ranks)) for rank in range(ranks)]
+        parts = [found(take(store.source(), 45, batch_size=24, share=Share(rank, ranks))) for rank in range(ranks)]
         assert [list(chain(*step)) for step in zip(*parts, strict=True)] == whole
 
 
@@ -163,13 +164,13 @@ def test_a_rank_reads_its_share_of_the_blocks_and_two_more_of_each_window_at_mos
     share = 256 // block // ranks
     for rank in range(ranks):
         store = Store(samples, block)
-        take(store.source(), samples // batch, batch_size=batch, rank=rank, ranks=ranks, memory_budget=0)
+        take(store.source(), samples // batch, batch_size=batch, share=Share(rank, ranks), memory_budget=0)
         assert sum(len(key) == 1 for key in store.reads.elements()) <= windows * (share + 2)
         assert plan_slots(store.source(), 0, batch, rank, ranks)[0] <= 2 * (share + 2)
 
 
 def test_a_batch_says_which_samples_it_has():
-    batches = take(Store(160, 16).source(), 30, batch_size=12, rank=2, ranks=3)
+    batches = take(Store(160, 16).source(), 30, batch_size=12, share=Share(2, 3))
     for batch in batches:
         assert batch["sample"].dtype == torch.int64
         assert batch["sample"].shape == (4,)
@@ -179,9 +180,9 @@ def test_a_batch_says_which_samples_it_has():
 def test_ranks_that_cannot_share_a_batch_are_refused_before_anything_is_read():
     store = Store(160, 16)
     with pytest.raises(ValueError, match="a batch of 8 samples cannot be shared by 3 ranks"):
-        stream(store.source(), batch_size=8, seed=0, ranks=3)
+        stream(store.source(), batch_size=8, seed=0, share=Share(0, 3))
     with pytest.raises(ValueError, match="there is no rank 2: there are 2"):
-        stream(store.source(), batch_size=8, seed=0, rank=2, ranks=2)
+        stream(store.source(), batch_size=8, seed=0, share=Share(2, 2))
     assert not store.reads
     assert not stream_threads()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -220,7 +222,7 @@ def test_a_damaged_store_stops_the_training_with_the_shards_name(dataset, cache,
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(dataset, tmp_path):
-    with pytest.raises(TrainingError, match="smaller --lr"):
+    with pytest.raises(TrainingError, match="smaller lr"):
         train_teacher(dataset, tmp_path / "t", lr=1e38, steps=30, batch_size=32)
     assert not (tmp_path / "t" / "result.json").exists()
     train_teacher(dataset, tmp_path / "t", steps=2, batch_size=32)  # an unfinished training may be started again
@@ -334,6 +336,17 @@ def test_the_folder_has_all_that_a_training_was_told_and_what_it_ran_on(dataset,
     assert exported is not None
 
 
+def test_without_tensorboard_a_training_says_once_that_it_writes_no_events(dataset, tmp_path, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.startswith(("tensorboard.", "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # any import of it fails
+    with caplog.at_level(logging.INFO):
+        train_teacher(dataset, tmp_path / "t", steps=3, batch_size=16, log_steps=1)
+    assert caplog.text.count("no TensorBoard events are written, because the package tensorboard is not installed") == 1
+    assert not (tmp_path / "t" / "tensorboard").exists()
+    assert [line["step"] for line in metrics(tmp_path / "t")] == [1, 2, 3]
+
+
 def test_tensorboard_shows_the_numbers_of_the_metrics(dataset, cache, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -412,7 +425,8 @@ def test_bfloat16_trains_on_a_cpu_and_tf32_is_refused_there(dataset, cache, tmp_
     assert result["precision"].startswith("bfloat16")
     assert np.isfinite(result["loss"])
     assert all(value.dtype != torch.bfloat16 for value in weights(tmp_path / "s").values())
-    with pytest.raises(TrainingError, match="tf32 is of CUDA, and this trains on cpu: give float32 or bfloat16"):
+    words = "precision='tf32' needs CUDA, and this training runs on cpu: choose float32 or bfloat16"
+    with pytest.raises(TrainingError, match=words):
         train_student(dataset, cache, tmp_path / "t", precision="tf32", **options)
     assert not (tmp_path / "t").exists()
 
@@ -420,8 +434,8 @@ def test_bfloat16_trains_on_a_cpu_and_tf32_is_refused_there(dataset, cache, tmp_
 def test_a_batch_norm_of_a_single_value_is_said_with_what_to_do(dataset, cache, tmp_path):
     options = {"arch": "resnet18", "bias_free": False, "steps": 1, "method": "output"}
     for how, words in (
-        ({"batch_size": 1}, "--batch-size 1 in"),
-        ({"batch_size": 2, "accumulate": 2}, "in --accumulate 2"),
+        ({"batch_size": 1}, "batch_size=1 and"),
+        ({"batch_size": 2, "accumulate": 2}, "and accumulate=2"),
     ):
-        with pytest.raises(TrainingError, match=f"one value alone.*{words}.*give a larger --batch-size"):
+        with pytest.raises(TrainingError, match=f"a single value.*{words}.*choose a larger batch_size"):
             train_student(dataset, cache, tmp_path / "s", **options, **how)

@@ -18,7 +18,7 @@ from trainer.loop.distributed import Ranks
 from trainer.loop.methods import METHODS
 from trainer.loop.watch import EXPLODED, NAMED, Watch
 
-ADVICE = "train with a smaller --lr, a longer --warmup or a smaller --clip-norm, or look whether these images are"
+ADVICE = "choose a smaller lr, a longer warmup or a smaller clip_norm, or check whether these images are damaged"
 
 
 def watch(weights: dict[str, float] | None = None) -> tuple[Watch, dict]:

@@ -16,7 +16,7 @@ from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.groups import groups_of
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
-from trainer.loop.training import STUDENT, Material, train
+from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream.stream import explained_source, labelled_source
@@ -145,7 +145,8 @@ def train_student(
         validation=None if validation is None else explained_source(dataset.split("validation"), validation, wanted),
         paths={name: str(path) for name, path in paths.items() if path is not None},
     )
-    return train(out, config, material, settings, runtime, asked, purpose=STUDENT, student_factory=student_factory)
+    training = Training(out, config, material, settings, runtime, asked, STUDENT, student_factory=student_factory)
+    return train(training)
 
 
 def _check_masks(dataset: Dataset, wanted: Collection[str], option: str, split: str) -> None:

@@ -13,7 +13,7 @@ from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import moves
-from trainer.loop.training import TEACHER, Material, train
+from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import split_options, total_steps
 from trainer.stream.stream import labelled_source
@@ -78,4 +78,4 @@ def train_teacher(
         training=settings.to_dict(),
     )
     material = Material(source=labelled_source(split), paths={"data": str(data)})
-    return train(out, config, material, settings, runtime, asked, purpose=TEACHER, segmenter=frozen)
+    return train(Training(out, config, material, settings, runtime, asked, TEACHER, segmenter=frozen))

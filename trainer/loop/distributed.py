@@ -1,8 +1,8 @@
-"""What a training loop asks of the other processes of its job, the same few lines for one process as for many.
+"""The processes of a distributed training: the same few calls for one process as for many.
 
     torchrun --nproc-per-node 4 ...
 
-Every process runs the loop on its share of each batch. Not here: norms over all shares
+Each process runs the loop on its share of each batch. Not here: batch norms over all shares
 (`pipeline/networks/synchronised.py`).
 """
 
@@ -21,47 +21,52 @@ from torch import Tensor
 from pipeline.errors import ModelError
 from pipeline.networks.processes import LostProcess, collective, lost_process
 from trainer.errors import TrainingError
+from trainer.stream.stream import Share
 
 __all__ = ["LostProcess", "Ranks", "connect"]
 
 Value = TypeVar("Value")
-BUCKET = 2**25  # bytes of gradients in one operation: few waits, and little memory for the copy
+BUCKET = 2**25  # bytes of gradients in one operation: few operations, and little memory for the copy
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those of the job; by itself, one alone.
+class Ranks(Share):
+    """This process and the others of the job; by default, a single process.
 
     Every method is a collective operation: all processes call the same ones in the same order, with tensors of the
-    same shapes. Alone they cost nothing. All raise LostProcess where another process ended or does not answer.
+    same shapes. In a single process they cost nothing. All raise LostProcess where another process has ended or does
+    not answer.
+
+    local_rank: counts the processes of this machine from 0. control: for messages between the processes on the CPU,
+    which do not wait for the GPUs.
     """
 
-    rank: int = 0
-    ranks: int = 1
-    local_rank: int = 0  # among the processes of this machine
-    # for messages between the processes on the CPU, which do not wait for the GPUs
+    local_rank: int = 0
     control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes what is written once."""
+        """Whether this process writes the files that only one process writes."""
         return self.rank == 0
 
     def average_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Put the mean of all processes' gradients in the place of each.
+        """Replace each gradient by its mean over all processes.
 
-        A process without a gradient for a parameter counts as 0; where none has one, there is none afterwards.
+        A process without a gradient for a parameter counts as 0; where no process has one, there is none afterwards.
+
+        Args:
+            parameters: the same ones in all processes, on the CPU or on a GPU.
         """
         parameters = [p for p in parameters if p.requires_grad]
         if self.ranks == 1 or not parameters:
             return
         anywhere = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         self._reduce(anywhere, dist.ReduceOp.MAX)
-        wanted = [p for p, is_there in zip(parameters, anywhere.tolist(), strict=True) if is_there]
-        for parameter in wanted:
+        averaged = [p for p, is_there in zip(parameters, anywhere.tolist(), strict=True) if is_there]
+        for parameter in averaged:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in wanted if p.grad is not None]):
+        for bucket in _buckets([p.grad for p in averaged if p.grad is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             self._reduce(flat)
             flat /= self.ranks
@@ -69,7 +74,7 @@ class Ranks:
                 gradient.copy_(mean.view_as(gradient))
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of floating ``values`` over all processes, of the same shape and detached."""
+        """Return the mean of floating ``values`` over all processes, of the same shape, detached."""
         if self.ranks == 1:
             return values.detach()
         total = values.detach().clone(memory_format=torch.contiguous_format)
@@ -77,15 +82,15 @@ class Ranks:
         return total / self.ranks
 
     def agree(self, flag: bool) -> bool:
-        """Whether any process says so: the same answer in all."""
+        """Return whether the flag is set in any process: the same answer in all."""
         if self.ranks == 1:
             return flag
-        said = torch.tensor([flag], dtype=torch.uint8)
-        self._reduce(said, dist.ReduceOp.MAX)
-        return bool(said.item())
+        anywhere = torch.tensor([flag], dtype=torch.uint8)
+        self._reduce(anywhere, dist.ReduceOp.MAX)
+        return bool(anywhere.item())
 
     def share(self, value: Value) -> Value:
-        """The main process's ``value``, of any type that can be pickled; what the others give is not looked at."""
+        """Return the ``value`` of the main process, of any type that can be pickled; those of others are ignored."""
         if self.ranks == 1:
             return value
         values = [value if self.main else None]
@@ -94,7 +99,7 @@ class Ranks:
         return values[0]  # type: ignore[return-value]
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's ``value``, of any type that can be pickled, by rank."""
+        """Return the ``value`` of every process, of any type that can be pickled, by rank."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
@@ -103,7 +108,7 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         if self.ranks > 1:
             with collective():
                 dist.barrier(group=self.control)
@@ -114,7 +119,7 @@ class Ranks:
 
 
 def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one type and device, up to BUCKET bytes together."""
+    """Group neighbours of one dtype and device, up to BUCKET bytes together."""
     buckets: list[list[Tensor]] = []
     size = 0
     for gradient in gradients:
@@ -129,14 +134,21 @@ def _buckets(gradients: list[Tensor]) -> list[list[Tensor]]:
 
 @contextmanager
 def connect(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
-    """Join the job that torchrun has started, for as long as the context lasts; without torchrun a process is alone.
+    """Join the job that torchrun has started, while the context lasts; without torchrun the process is a single one.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK. Gives this process's `Ranks` and the name of its device: of many processes
-    ``auto`` and ``cuda`` give each a GPU of its own, by NCCL; on the CPU they use Gloo. A process that leaves with an
-    error leaves the others with LostProcess.
+    Reads RANK, WORLD_SIZE and LOCAL_RANK. Where a process leaves the context by an error, the others get LostProcess.
 
-    Raises TrainingError for an environment and ModelError for a device that cannot be right, and LostProcess where
-    the others do not come, or a process is lost within.
+    Args:
+        device: ``auto`` and ``cuda`` give each of many processes a GPU of its own, with NCCL as the backend; with
+            ``cpu`` it is Gloo. A single process may also have ``cuda:N``.
+
+    Yields:
+        The `Ranks` of this process, and the name of its device.
+
+    Raises:
+        TrainingError: the variables of the environment are not those that torchrun sets.
+        ModelError: the device cannot be that of this process.
+        LostProcess: other processes do not join, or one is lost in the context.
     """
     ranks = ranks_of(os.environ)
     device = device_of(ranks, device, torch.cuda.device_count() if device != "cpu" else 0)
@@ -151,7 +163,7 @@ def connect(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
             dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.ranks)
             control: Any = dist.new_group(backend="gloo")
         yield replace(ranks, control=control), device
-    except dist.DistError as error:  # what NCCL reports late, somewhere else than where it was asked
+    except dist.DistError as error:  # NCCL may report it late, in a later operation
         raise lost_process(error) from error
     finally:
         if dist.is_initialized():
@@ -159,48 +171,64 @@ def connect(device: str = "auto") -> Iterator[tuple[Ranks, str]]:
 
 
 def ranks_of(environment: Mapping[str, str]) -> Ranks:
-    """What torchrun's variables say; a process alone where there are none of them.
+    """Read the ranks from torchrun's variables; without them the process is a single one.
 
-    Raises TrainingError for a set of them that cannot be right.
+    Args:
+        environment: the variables of the environment.
+
+    Returns:
+        The ranks, without the group for messages.
+
+    Raises:
+        TrainingError: some variables are missing, or their values do not fit together.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    if not {"RANK", "WORLD_SIZE"} & set(given):
+    variables = {name: environment[name] for name in names if environment.get(name)}
+    if not {"RANK", "WORLD_SIZE"} & set(variables):
         return Ranks()
-    told = ", ".join(f"{name}={value}" for name, value in given.items())
+    values = ", ".join(f"{name}={value}" for name, value in variables.items())
     remedy = "start the job with torchrun, which sets all of them, or unset them to train in one process"
-    missing = [name for name in names if name not in given]
+    missing = [name for name in names if name not in variables]
     if missing:
-        raise TrainingError(f"the environment has {told}, but not {' and '.join(missing)}: {remedy}")
+        raise TrainingError(f"the environment has {values}, but not {' and '.join(missing)}: {remedy}")
     try:
-        rank, ranks, local_rank = (int(given[name]) for name in names)
+        rank, ranks, local_rank = (int(variables[name]) for name in names)
     except ValueError:
-        raise TrainingError(f"the environment has {told}, which are not all whole numbers: {remedy}") from None
+        raise TrainingError(f"the environment has {values}, which are not all whole numbers: {remedy}") from None
     if not (0 <= local_rank <= rank < ranks):
         raise TrainingError(
-            f"the environment has {told}, but there must be 0 ≤ LOCAL_RANK ≤ RANK < WORLD_SIZE: {remedy}"
+            f"the environment has {values}, but there must be 0 ≤ LOCAL_RANK ≤ RANK < WORLD_SIZE: {remedy}"
         )
     address = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if ranks > 1 and address:
-        raise TrainingError(f"the environment has {told}, but not {' and '.join(address)}: {remedy}")
+        raise TrainingError(f"the environment has {values}, but not {' and '.join(address)}: {remedy}")
     return Ranks(rank, ranks, local_rank)
 
 
 def device_of(ranks: Ranks, device: str, gpus: int) -> str:
-    """The device of one of many processes; a process alone has the one it was given.
+    """Choose the device of this process; a single process gets ``device`` itself.
 
-    ``gpus`` is how many this machine has. Raises ModelError where processes would share a GPU, or have no device.
+    Args:
+        ranks: this process and the others.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        gpus: the number of GPUs of this machine.
+
+    Returns:
+        ``cpu``, or ``cuda:N`` with a GPU that no other process of this machine has.
+
+    Raises:
+        ModelError: processes would share a GPU, or this one would have none.
     """
     if ranks.ranks == 1 or device == "cpu" or (device == "auto" and gpus == 0):
         return device if ranks.ranks == 1 else "cpu"
     if device not in ("auto", "cuda"):
         raise ModelError(
-            f"the device '{device}' cannot be that of each of {ranks.ranks} processes: give cuda, for a GPU for each, "
-            "or cpu"
+            f"the device '{device}' cannot be that of each of {ranks.ranks} processes: choose cuda, for a GPU for "
+            "each, or cpu"
         )
     if ranks.local_rank >= gpus:
         raise ModelError(
             f"process {ranks.local_rank} of this machine has no GPU, as there are {gpus}: start no more processes than "
-            "GPUs on each machine (torchrun --nproc-per-node), or give the device cpu"
+            "GPUs on each machine (torchrun --nproc-per-node), or choose the device cpu"
         )
     return f"cuda:{ranks.local_rank}"

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C while a training runs: noted, so that it can end between two steps, with a checkpoint."""
+"""SIGTERM and Ctrl-C while a training runs: they are noted, so that it ends between two steps, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-# torchrun passes on a Ctrl-C that the terminal has sent to its processes already; this is not a second one
+# torchrun passes on a Ctrl-C that the terminal has already sent to its processes; this does not count as a second one
 IMPATIENT_AFTER = 2.0  # seconds
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """A training was stopped by a signal, and has written a checkpoint; the text says where it goes on."""
+    """A signal has stopped a training, which has written a checkpoint; the text says how to resume.
+
+    Args:
+        text: what was stopped, and how it is resumed.
+        signum: the signal; None, where another process received it, counts as SIGTERM.
+    """
 
     def __init__(self, text: str, signum: int | None):
         super().__init__(text)
-        self.signum = signum or signal.SIGTERM  # None where only another process was told
+        self.signum = signum or signal.SIGTERM
 
 
 class Interruption:
-    """Within it, the first SIGTERM or SIGINT is kept in ``signal``; a second one, some seconds later, ends at once.
+    """A context in which the first SIGTERM or SIGINT is kept in ``signal``; a second one, seconds later, raises.
 
-    One that nobody has acted on is passed on at the end.
+    A signal that came without an error in the context is raised again at its end.
     """
 
     def __init__(self) -> None:
@@ -32,7 +37,7 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other one
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
             for signum in (signal.SIGTERM, signal.SIGINT):
                 self._before[signum] = signal.signal(signum, self._note)
         return self

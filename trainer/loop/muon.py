@@ -1,6 +1,6 @@
-"""Muon: momentum that is orthogonalised, for the matrices and kernels of a network; AdamW for the rest of it.
+"""Muon: orthogonalised momentum for the matrices and kernels of a network, AdamW for its other parameters.
 
-Deep students match heatmaps in a fraction of the steps with it (docs/results/fashion-on-textures.md).
+With it, deep students match heatmaps in a fraction of the steps (docs/results/fashion-on-textures.md).
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ ITERATIONS, COEFFICIENTS, TINY = 5, (3.4445, -4.7750, 2.0315), 1e-7
 
 
 class Muon(AdamW):
-    """Parameters with two sides of more than 1 move by the nearest orthogonal matrix to their Nesterov momentum.
+    """Move each matrix by the orthogonal matrix that is nearest to its Nesterov momentum.
 
     Jordan et al., https://kellerjordan.github.io/posts/muon, 2024: a kernel (out, in, h, w) is the matrix (out,
     in·h·w). Steps are scaled as in Liu et al., arXiv 2502.16982, equation 4, so that Adam's learning rates fit.
-    `torch.optim.Muon` takes matrices alone, and orthogonalises in bfloat16. ``weight_decay`` is decoupled.
+    `torch.optim.Muon` takes matrices alone, and orthogonalises in bfloat16.
+
+    Args:
+        groups: parameter groups; a ``weight_decay`` in one is decoupled from the gradient.
+        lr: the learning rate.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float):
@@ -36,6 +40,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make a step; return the loss that ``closure``, where there is one, computes first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -46,7 +51,7 @@ class Muon(AdamW):
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros(())  # which AdamW's states have, and look for
+                    state["step"] = torch.zeros(())  # AdamW expects it in every state
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 buffer = state["momentum_buffer"]
@@ -55,19 +60,26 @@ class Muon(AdamW):
                 length = RMS * math.sqrt(max(direction.shape))
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(direction.reshape(parameter.shape), alpha=-group["lr"] * length)
-                parameter.grad = None  # so that AdamW leaves it alone
+                parameter.grad = None  # so that AdamW does not change it
         super().step()
         return loss
 
 
 def is_matrix(parameter: Tensor) -> bool:
+    """Return whether a parameter, as a matrix (out, rest), has two sides of more than 1."""
     return parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) > 1
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """About U·Vᵀ of the singular value decomposition U·S·Vᵀ: every singular value near 1, (m, n) to (m, n).
+    """Return about U·Vᵀ of the singular value decomposition U·S·Vᵀ of a matrix.
 
-    By five iterations of Newton and Schulz, of a polynomial that is steep at 0, with singular values from 0.7 to 1.2.
+    Five iterations of Newton and Schulz, with a polynomial that is steep at 0, leave singular values from 0.7 to 1.2.
+
+    Args:
+        matrix: floating (m, n).
+
+    Returns:
+        The orthogonalised matrix, of the same shape and dtype.
     """
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + TINY)

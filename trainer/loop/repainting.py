@@ -1,6 +1,6 @@
-"""Other backgrounds: a teacher that sees the object alone says the same whatever is behind it, and so do its heatmaps.
+"""Random backgrounds: the outputs and heatmaps of a teacher that sees the object alone do not depend on them.
 
-As in `augmentation.py`, what a sample gets is a function of the seed, the step and the sample's row alone.
+As in `augmentation.py`, the background of a sample depends on the seed, the step and the sample's row alone.
 """
 
 from __future__ import annotations
@@ -13,23 +13,30 @@ from torch import Tensor
 
 from pipeline.device import to_device
 
-REPAINTED = 0.5  # of the samples; the others stay as they are
+REPAINTED = 0.5  # of the samples; the others do not change
 WAVES = 8
 GAIN = (0.6, 1.4)  # of a channel
 INVERTED = 0.25  # of the samples
 SHARPNESS = (0.5, 20.0)  # log-uniform: from soft waves to edges
 
-_STREAM = 17  # a random stream of the seed, as that of trainer.loop.augmentation
+_STREAM = 17  # a random stream of the seed, beside those of trainer.loop.augmentation
 
 
 def repaint(images: Tensor, masks: Tensor, *, seed: int, step: int, first: int, of: int) -> Tensor:
-    """Half of the images, picked at random, with another background: where their masks (N, 1, H, W) are not 1.
+    """Give half of the images, chosen at random, another background, where their masks are not 1.
 
-    Images are float (N, C, H, W) in [0, 1]. The old background has its channels permuted and multiplied by 0.6 to 1.4
-    each, and is inverted in a quarter of the samples; then it is mixed, in any proportion, with a random texture: a
-    colour, and around it the sum of eight plane waves of any colour, direction and phase, of half a period to a side up
-    to a period to two pixels, from soft to sharp. Partial masks mix old and new. ``step``, ``first`` and ``of`` as in
-    `augmentation.augment`. Returns a new tensor of the same shape, type and memory layout.
+    The channels of the old background are permuted and each multiplied by 0.6 to 1.4, and it is inverted in a quarter
+    of the samples. Then it is mixed, in any proportion, with a random texture: the sum of a colour and of eight plane
+    waves of any colour, direction and phase. The waves have from half a period along a side to a period in two pixels,
+    and are soft to sharp. Partial masks mix the image and its new background.
+
+    Args:
+        images: floating (N, C, H, W) in [0, 1].
+        masks: (N, 1, H, W) in [0, 1], 1 on the object.
+        seed, step, first, of: as in `augmentation.augment`.
+
+    Returns:
+        A new tensor of the same shape, dtype and memory layout as ``images``.
     """
     n, channels, height, width = images.shape
     drawn = np.random.default_rng([seed, _STREAM, step]).random((of, 6 + (3 + WAVES) * channels + 4 * WAVES))
@@ -57,7 +64,7 @@ def repaint(images: Tensor, masks: Tensor, *, seed: int, step: int, first: int, 
 
 
 def _plane_wave(frequency: Tensor, angle: Tensor, phase: Tensor, height: int, width: int) -> Tensor:
-    """A cosine (N, 1, height, width); its parameters, (N, 1, 1, 1), are uniform numbers in [0, 1)."""
+    """Return a cosine (N, 1, height, width) whose parameters, (N, 1, 1, 1), are uniform numbers in [0, 1)."""
     periods = 0.5 * max(height, width) ** frequency / max(height, width)  # to a pixel: 0.5 to a side, up to 0.5
     angle = 2 * math.pi * angle
     rows, columns = (torch.arange(size, device=angle.device, dtype=angle.dtype) + 0.5 for size in (height, width))

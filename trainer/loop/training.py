@@ -1,4 +1,4 @@
-"""The training loop, for teachers and students alike: it reads from top to bottom in the order in which things happen.
+"""The training loop of teachers and students: it reads from top to bottom in the order in which things happen.
 
 python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN
 torchrun --nproc-per-node=2 cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN
@@ -18,56 +18,46 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
-from pipeline import (
-    Classifier,
-    Forward,
-    ModelConfig,
-    ModelError,
-    homogeneity_error,
-    resize,
-    save_plain,
-    synchronise_batch_norm,
-)
-from pipeline.device import as_input, as_mask, pick_device, place, round_to_tf32, to_device
+from options import Message, Option, first_line
+from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
+from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
 from pipeline.networks.segmenters import Segmenter
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
-from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
 from trainer.loop.clock import Clock, Timed
 from trainer.loop.cuda_graph import Passes, Recorded
+from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
-from trainer.loop.losses import heatmap_loss
-from trainer.loop.methods import METHODS
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
-from trainer.loop.repainting import repaint
+from trainer.loop.step import FLOAT, forward_backward, losses_of, on_device, validate
 from trainer.loop.watch import Watch
 from trainer.run_dir import RunDir
-from trainer.settings import PRECISIONS, Runtime, Settings, as_given
+from trainer.settings import Runtime, Settings, as_given
 from trainer.stream.order import step_samples
-from trainer.stream.stream import Batch, Source, read_block, stored_heatmaps, stream
+from trainer.stream.stream import Source, read_block, stream
 
 log = logging.getLogger(__name__)
 
 TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
-VALIDATIONS = 5  # times in a training that a model is chosen from
-FLOAT = {name: torch.float64 if name == "float64" else torch.float32 for name in PRECISIONS}  # of parameters
-PROFILED = {"wait": 1, "warmup": 1, "active": 3}  # steps
+VALIDATIONS = 5  # in a training, at each of which its best weights may change
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a training learns from: samples, the store that their maps come from, the teacher's last layer.
+    """What a training learns from.
 
-    ``groups``: how many there are in the source's ``groups``. ``validation`` chooses the weights, where it is there.
-    ``paths`` say where it all lies, for the record.
+    source: the samples. store: describes the store of their heatmaps. head: the teacher's last layer, to be copied.
+    groups: the number of groups in the source's ``groups``. validation: the samples that choose the weights to keep.
+    paths: where all of it lies, for the record.
     """
 
     source: Source
@@ -78,338 +68,379 @@ class Material:
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
-def train(
-    out: str | Path,
-    config: ModelConfig,
-    material: Material,
-    settings: Settings,
-    runtime: Runtime,
-    given: Mapping[str, Any],
-    *,
-    purpose: int,
-    student_factory: str | None = None,
-    segmenter: Segmenter | None = None,
-) -> dict[str, Any]:
-    """Train the classifier that ``config`` describes and save it in ``out``; or continue where it was stopped.
+@dataclass(frozen=True)
+class Training:
+    """One training: what learns from what, and how.
 
-    However often it was stopped, by whatever way, the weights are those of a training that was not: bit for bit on a
-    CPU, with as many threads. SIGTERM and Ctrl-C write a checkpoint first. Under torchrun every process has its share
-    of each batch, and batch norms see all of it. ``given`` are the options as they were given, for ``config.yaml``.
-    ``purpose`` is part of the seed of the initial weights. Returns what it writes to ``result.json``.
+    out: the folder of the run. config: describes the classifier. record: the options as the user gave them, for
+    ``config.yaml``. purpose: `TEACHER` or `STUDENT`, a part of the seed of the initial weights. student_factory,
+    segmenter: code and a network that the classifier is built with.
+    """
 
-    Raises TrainingError, ModelError, RelevanceError, FileExistsError, CacheError, DatasetError, TrainingInterrupted.
+    out: str | Path
+    config: ModelConfig
+    material: Material
+    settings: Settings
+    runtime: Runtime
+    record: Mapping[str, Any]
+    purpose: int
+    student_factory: str | None = None
+    segmenter: Segmenter | None = None
+
+    def build(self) -> Classifier:
+        """Build the classifier, with random weights."""
+        return build_classifier(self.config, self.student_factory, self.segmenter)
+
+
+@dataclass
+class State:
+    """A running training: where it runs, the parts that a step changes, and how far it has come.
+
+    batch_samples: samples of a step in this process. learnt: the parameters that are trained. run: the folder of the
+    run, None in all processes but the main one.
+    """
+
+    training: Training
+    ranks: Ranks
+    device: torch.device
+    precision: str
+    autocast: Callable[[], AbstractContextManager[Any]]
+    batch_samples: int
+    model: Classifier
+    learnt: list[nn.Parameter]
+    optimizer: Optimizer
+    schedule: LRScheduler
+    ema: AveragedModel | None
+    group_weights: GroupWeights | None
+    run: RunDir | None = None
+    progress: dict[str, Any] = field(
+        default_factory=lambda: {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None}
+    )
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The network whose weights are kept: the moving average, where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made."""
+        return bool(self.progress["step"] >= self.training.settings.steps)
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        optional = {"ema": self.ema, "groups": self.group_weights}
+        return {**parts, **{name: part for name, part in optional.items() if part is not None}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint."""
+        return {**{name: part.state_dict() for name, part in self._parts.items()}, "progress": dict(self.progress)}
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Load a checkpoint; raise KeyError, RuntimeError or ValueError where it is of other parts."""
+        for name, part in self._parts.items():
+            part.load_state_dict(checkpoint[name])
+        self.progress = checkpoint["progress"]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop works with: batches, the passes of a step, and what watches, times, shows and interrupts it."""
+
+    batches: Timed
+    passes: Passes
+    watch: Watch
+    clock: Clock
+    show: Callable[..., None]
+    profile: Callable[[], None]
+    interruption: Interruption
+
+
+def train(training: Training) -> dict[str, Any]:
+    """Train a classifier and save it, or resume its training where it was stopped.
+
+    The weights do not depend on how often, and in which way, the training was stopped: bit for bit on a CPU, with the
+    same number of threads. SIGTERM and Ctrl-C write a checkpoint first. Under torchrun each process takes its share of
+    each batch, and batch norms see the whole batch.
+
+    Args:
+        training: what learns from what, and how.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        TrainingError: options that do not fit together, a checkpoint of other code, a loss that is not finite.
+        ModelError, RelevanceError: a device, a network or a rule that cannot be used.
+        CacheError, DatasetError: data that is damaged.
+        FileExistsError: a folder that holds something else.
+        TrainingInterrupted: SIGTERM or Ctrl-C, after a checkpoint.
     """
     with ExitStack() as cleanup:
-        # the processes, the device, the network
-        ranks, device_name = cleanup.enter_context(connect(runtime.device))
-        cleanup.enter_context(_lost_process_said(out))
-        device = pick_device(device_name)
-        if settings.batch_size % ranks.ranks:
+        state = prepare(training, cleanup)
+        resume(state, cleanup)
+        loop = start(state, cleanup)
+        while not state.finished:
+            learning_rate = step(state, loop)
+            report(state, loop, learning_rate)
+            keep(state, loop)
+        return finish(state)
+
+
+def prepare(training: Training, cleanup: ExitStack) -> State:
+    """Connect the processes and make the network, the optimizer and all else that learns."""
+    settings, material = training.settings, training.material
+    ranks, device_name = cleanup.enter_context(connect(training.runtime.device))
+    cleanup.enter_context(_explain_lost_processes(training.out))
+    device = pick_device(device_name)
+    batch_samples = _share_batch(training, ranks)
+    autocast, precision = choose_precision(settings.precision, device)
+    seed_torch(settings.seed, training.purpose)
+    model = training.build()
+    if training.config.head is not None:
+        copy_head(model.network, material.head)
+    model.to(FLOAT[settings.precision])
+    place(model, device)
+    _try_out(model, material, settings, device)
+    if ranks.ranks > 1:
+        synchronise_batch_norm(model)
+    optimizer = make_optimizer(
+        model, settings.optimizer, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+    return State(
+        training=training,
+        ranks=ranks,
+        device=device,
+        precision=precision,
+        autocast=autocast,
+        batch_samples=batch_samples,
+        model=model,
+        learnt=[parameter for parameter in model.parameters() if parameter.requires_grad],
+        optimizer=optimizer,
+        schedule=make_schedule(optimizer, settings.schedule, settings.steps, lr=settings.lr, warmup=settings.warmup),
+        ema=None if settings.ema is None else make_ema(model, settings.ema),
+        group_weights=GroupWeights(material.groups, device, ranks) if material.groups else None,
+    )
+
+
+def resume(state: State, cleanup: ExitStack) -> None:
+    """Open the folder of the run, and load its newest checkpoint where there is one."""
+    training, ranks, checkpoint = state.training, state.ranks, None
+    if ranks.main:
+        record = as_given(training.record, training.settings, training.runtime)
+        state.run = cleanup.enter_context(closing(RunDir(training.out, training.config, record)))
+        checkpoint = _newest_checkpoint(state.run)
+    if ranks.ranks > 1:
+        checkpoint = ranks.share(checkpoint or state.state_dict())
+    if checkpoint is not None:
+        try:
+            state.load_state_dict(checkpoint)
+        except (RuntimeError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"--batch-size {settings.batch_size}, which all processes share, is no multiple of their number, "
-                f"{ranks.ranks}: give one that is"
-            )
-        of_process = step_samples(material.source.samples, settings.batch_size, ranks.rank, ranks.ranks) // ranks.ranks
-        if ranks.ranks > 1 and of_process % settings.accumulate:
-            raise TrainingError(
-                f"--accumulate {settings.accumulate} does not divide the {of_process} samples of a batch that each of "
-                f"{ranks.ranks} processes has, so norms would see other samples than in one: give a divisor"
-            )
-        autocast, precision = choose_precision(settings.precision, device)
-        seed_torch(settings.seed, purpose)
-        model = build_classifier(config, student_factory, segmenter)
-        if config.head is not None:
-            copy_head(model.network, material.head)
-        model.to(FLOAT[settings.precision])
-        place(model, device)
-        _try_out(model, material, settings, device)
-        if ranks.ranks > 1:
-            synchronise_batch_norm(model)
-
-        # how it learns
-        learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = make_optimizer(
-            model, settings.optimizer, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-        schedule = make_schedule(optimizer, settings.schedule, settings.steps, lr=settings.lr, warmup=settings.warmup)
-        ema = None if settings.ema is None else make_ema(model, settings.ema)
-        averaged: nn.Module = model if ema is None else ema.module
-        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        if ema is not None:
-            parts["ema"] = ema
-        balance = GroupWeights(material.groups, device, ranks) if material.groups else None
-        if balance is not None:
-            parts["groups"] = balance
-        progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None}
-
-        # where it was stopped
-        run = (
-            cleanup.enter_context(closing(RunDir(out, config, as_given(given, settings, runtime))))
-            if ranks.main
-            else None
-        )
-        state = None if run is None else _newest(run)
-        if ranks.ranks > 1:
-            state = ranks.share(state or _state(parts, progress))
-        if state is not None:
-            try:
-                for name, part in parts.items():
-                    part.load_state_dict(state[name])
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise TrainingError(
-                    f"the checkpoint in {out} is not of this network and optimizer ({str(error).splitlines()[0]}): was "
-                    "the code of --student-factory changed? Choose another --out"
-                ) from error
-            progress = state["progress"]
-        start: int = progress["step"]
-        if run is not None:
-            how = {"device": processor(device), "processes": ranks.ranks, "threads": torch.get_num_threads()}
-            run.begin(start, **{**dataclasses.asdict(runtime), **material.paths, **how}, precision=precision)
-            log.info(
-                f"{run.path}: {config.arch}, {sum(p.numel() for p in learnt):,} parameters to learn by "
-                f"{' + '.join(f'{weight:g}·{name}' for name, weight in settings.loss.items())}; {how['device']}, "
-                f"{ranks.ranks} process{'es' * (ranks.ranks > 1)} of {how['threads']} threads, {precision}"
-                + (f"; goes on after step {start} of {settings.steps}" if start else "")
-            )
-
-        # the loop
-        watch = Watch(ranks, settings.loss, progress)
-        show = cleanup.enter_context(_display(run, start, settings.steps))
-        profiler = cleanup.enter_context(_profiler(run if runtime.profile else None, device))
-        interruption = cleanup.enter_context(Interruption())
-        batches = stream(
-            material.source,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            start_step=start,
-            rank=ranks.rank,
-            ranks=ranks.ranks,
-            workers=runtime.workers,
-            memory_budget=runtime.memory_budget,
-            pin_memory=device.type == "cuda",
-        )
-        timed = Timed(cleanup.enter_context(closing(batches)))
-        clock = Clock(progress, timed)
-        model.train()
-        passes: Passes = partial(_passes, model, material.store, settings, autocast)
-        ours = student_factory is None and segmenter is None
-        if device.type == "cuda" and ranks.ranks == 1 and (ours if runtime.cuda_graph is None else runtime.cuda_graph):
-            passes = Recorded(passes, learnt)
-        for step in range(start, settings.steps):
-            batch = next(timed)
-            size = len(batch["sample"])
-            seed_torch(settings.seed, STEP, step, ranks.rank)  # dropout and the like
-            moved = {"seed": settings.seed, "step": step, "first": ranks.rank * size, "of": ranks.ranks * size}
-            shown = on_device(batch, material.store, settings, device, moved)
-            if balance is not None:
-                shown["group_weights"] = balance.of_samples(shown["groups"])
-            losses = passes(shown)
-            if balance is not None:
-                balance.update(shown["groups"], losses["group-dro"] / shown["group_weights"])
-            ranks.average_gradients(learnt)
-            norm = nn.utils.clip_grad_norm_(learnt, settings.clip_norm or math.inf)
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if ema is not None:
-                ema.update_parameters(model)
-            done = progress["step"] = step + 1
-            watch.add(done, losses, batch["sample"], norm)
-            profiler()
-
-            # what is seen of it
-            last = done == settings.steps
-            if done % runtime.log_steps == 0 or last:
-                show(step=done, **watch.check(run), lr=rate, **clock.lap(ranks.ranks * size))
-            if material.validation is not None and (done % math.ceil(settings.steps / VALIDATIONS) == 0 or last):
-                loss = validate(averaged, material.validation, material.store, settings, device, ranks)
-                show(step=done, validation_loss=loss)
-                if not math.isfinite(loss):
-                    log.warning(f"{out}: the validation loss of step {done} is {loss}, so its weights are not chosen")
-                elif progress["best"] is None or loss < progress["best"]["loss"]:
-                    progress["best"] = {"loss": loss, "step": done, "weights": _on_cpu(averaged)}
-
-            # what is kept of it
-            if run is not None and is_moment(done, settings.steps, runtime.snapshots):
-                run.save_snapshot(done, _on_cpu(averaged))  # before a checkpoint, after which it is not made again
-            asked = ranks.agree(interruption.signal is not None)
-            due = runtime.checkpoint_steps is not None and done % runtime.checkpoint_steps == 0
-            minutes = runtime.checkpoint_minutes or math.inf
-            if last or asked or due or ranks.agree(clock.minutes_since_checkpoint() >= minutes):
-                watch.check(run)  # what is wrong is not kept
-                clock.update()
-                if run is not None:
-                    run.save_checkpoint(done, _state(parts, progress), runtime.keep_checkpoints)
-                clock.checkpointed()
-            if asked and not last:
-                raise TrainingInterrupted(
-                    f"stopped after step {done} of {settings.steps}: the same command goes on from there, in {out}",
-                    interruption.signal,
+                Message(
+                    f"the checkpoint in {training.out} does not fit this network and optimizer ({first_line(error)}): "
+                    "if you changed the code of ",
+                    Option("student_factory"),
+                    ", choose another ",
+                    Option("out"),
                 )
+            ) from error
+    if state.run is not None:
+        _note_start(state, state.run)
 
-        # what comes of it
-        best = progress["best"]
-        if best is not None:
-            averaged.load_state_dict(best["weights"])
-        result = {
-            "loss": progress["loss"],
-            "validation_loss": None if best is None else best["loss"],
-            "kept_step": settings.steps if best is None else best["step"],
-            "steps": settings.steps,
-            "seconds": progress["seconds"],
-            "seconds_waiting": progress["seconds_waiting"],
-            "processes": ranks.ranks,
-            "precision": precision,
-            "bias_free": None,
-        }
+
+def _note_start(state: State, run: RunDir) -> None:
+    """Note in the folder, and in the log, how and from which step the training runs."""
+    training, first, processes = state.training, state.progress["step"], state.ranks.ranks
+    how = {"device": processor(state.device), "processes": processes, "threads": torch.get_num_threads()}
+    paths = training.material.paths
+    run.begin(first, **{**dataclasses.asdict(training.runtime), **paths, **how}, precision=state.precision)
+    losses = " + ".join(f"{weight:g}·{name}" for name, weight in training.settings.loss.items())
+    parameters = sum(parameter.numel() for parameter in state.learnt)
+    log.info(
+        f"{run.path}: {training.config.arch}, {parameters:,} parameters to learn by {losses}; "
+        f"{how['device']}, {processes} process{'es' * (processes > 1)} of {how['threads']} threads, {state.precision}"
+        + (f"; resumes after step {first} of {training.settings.steps}" if first else "")
+    )
+
+
+def start(state: State, cleanup: ExitStack) -> Loop:
+    """Start the stream of batches, and what watches, times, shows and interrupts the loop."""
+    training, ranks, device = state.training, state.ranks, state.device
+    settings, runtime, first = training.settings, training.runtime, state.progress["step"]
+    watch = Watch(ranks, settings.loss, state.progress)
+    show = cleanup.enter_context(display(state.run, first, settings.steps))
+    profile = cleanup.enter_context(profiler(state.run if runtime.profile else None, device))
+    interruption = cleanup.enter_context(Interruption())
+    batches = stream(
+        training.material.source,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        start_step=first,
+        share=ranks,
+        workers=runtime.workers,
+        memory_budget=runtime.memory_budget,
+        pin_memory=device.type == "cuda",
+    )
+    timed = Timed(cleanup.enter_context(closing(batches)))
+    state.model.train()
+    passes: Passes = partial(forward_backward, state.model, training.material.store, settings, state.autocast)
+    known_code = training.student_factory is None and training.segmenter is None
+    recorded = known_code if runtime.cuda_graph is None else runtime.cuda_graph
+    if device.type == "cuda" and ranks.ranks == 1 and recorded:
+        passes = Recorded(passes, state.learnt)
+    return Loop(timed, passes, watch, Clock(state.progress, timed), show, profile, interruption)
+
+
+def step(state: State, loop: Loop) -> float:
+    """Make one step of the optimizer; return its learning rate."""
+    settings, ranks, number, learnt = state.training.settings, state.ranks, state.progress["step"], state.learnt
+    batch, size = next(loop.batches), state.batch_samples
+    seed_torch(settings.seed, STEP, number, ranks.rank)  # dropout and the like
+    position = {"seed": settings.seed, "step": number, "first": ranks.rank * size, "of": ranks.ranks * size}
+    inputs = on_device(batch, state.training.material.store, settings, state.device, position)
+    if state.group_weights is not None:
+        inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
+    losses = loop.passes(inputs)
+    if state.group_weights is not None:
+        state.group_weights.update(inputs["groups"], losses["group-dro"] / inputs["group_weights"])
+    ranks.average_gradients(learnt)
+    gradient_norm = nn.utils.clip_grad_norm_(learnt, settings.clip_norm or math.inf)
+    learning_rate = float(state.schedule.get_last_lr()[0])
+    state.optimizer.step()
+    state.schedule.step()
+    state.optimizer.zero_grad()
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    state.progress["step"] = number + 1
+    loop.watch.add(number + 1, losses, batch["sample"], gradient_norm)
+    loop.profile()
+    return learning_rate
+
+
+def report(state: State, loop: Loop, learning_rate: float) -> None:
+    """Show the numbers of the step where it is time to, and choose the best weights by the validation split."""
+    training, number, progress = state.training, state.progress["step"], state.progress
+    settings, material = training.settings, training.material
+    if number % training.runtime.log_steps == 0 or state.finished:
+        numbers = loop.watch.check(state.run)
+        loop.show(step=number, **numbers, lr=learning_rate, **loop.clock.lap(state.ranks.ranks * state.batch_samples))
+    interval = math.ceil(settings.steps / VALIDATIONS)
+    if material.validation is None or not (number % interval == 0 or state.finished):
+        return
+    loss = validate(state.averaged, material.validation, material.store, settings, state.device, state.ranks)
+    loop.show(step=number, validation_loss=loss)
+    if not math.isfinite(loss):
+        log.warning(f"{training.out}: the validation loss of step {number} is {loss}, so its weights are not chosen")
+    elif progress["best"] is None or loss < progress["best"]["loss"]:
+        progress["best"] = {"loss": loss, "step": number, "weights": _on_cpu(state.averaged)}
+
+
+def keep(state: State, loop: Loop) -> None:
+    """Write the snapshot and the checkpoint that are due; raise TrainingInterrupted where a signal has come."""
+    training, ranks, run, number = state.training, state.ranks, state.run, state.progress["step"]
+    steps, runtime = training.settings.steps, training.runtime
+    if run is not None and is_moment(number, steps, runtime.snapshots):
+        run.save_snapshot(number, _on_cpu(state.averaged))  # first, as a resumed training does not make it again
+    interrupted = ranks.agree(loop.interruption.signal is not None)
+    due = runtime.checkpoint_steps is not None and number % runtime.checkpoint_steps == 0
+    minutes = runtime.checkpoint_minutes or math.inf
+    if state.finished or interrupted or due or ranks.agree(loop.clock.minutes_since_checkpoint() >= minutes):
+        loop.watch.check(run)  # no checkpoint is written of weights that have gone wrong
+        loop.clock.update()
         if run is not None:
-            finished = build_classifier(config, student_factory, segmenter).eval()
-            finished.load_state_dict({name: value.cpu() for name, value in averaged.state_dict().items()})
-            result["bias_free"] = bias_free_summary(finished, read_block(material.source, 0, 0)["images"][:64])
-            save_weights(run.path, finished)
-            if config.debias == "none":
-                _save_plain(run, finished)
-            run.finish(result)
-        ranks.wait()
-        return result
+            run.save_checkpoint(number, state.state_dict(), runtime.keep_checkpoints)
+        loop.clock.checkpointed()
+    if interrupted and not state.finished:
+        raise TrainingInterrupted(
+            f"stopped after step {number} of {steps}: the same command resumes it in {training.out}",
+            loop.interruption.signal,
+        )
 
 
-def _passes(
-    model: Classifier,
-    store: CacheInfo | None,
-    settings: Settings,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    shown: Batch,
-) -> dict[str, Tensor]:
-    """The passes forward and backward of a step, in as many parts as were asked for, and the losses as `losses_of`."""
-    size = len(shown["images"])
-    losses = {name: shown["images"].new_empty(size) for name in settings.loss}
-    for first in range(min(settings.accumulate, size)):
-        rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
-        with autocast(), _too_few_said(settings):
-            of_part = losses_of(model, {name: values[rows] for name, values in shown.items()}, store, settings)
-        (weighted(of_part, settings.loss).sum() / size).backward()
-        for name, values in of_part.items():
-            losses[name][rows] = values.detach()
-    return losses
+def finish(state: State) -> dict[str, Any]:
+    """Save the classifier with the best weights, or the last ones without validation, and write the result."""
+    training, run, progress, averaged = state.training, state.run, state.progress, state.averaged
+    best = progress["best"]
+    if best is not None:
+        averaged.load_state_dict(best["weights"])
+    result = {
+        "loss": progress["loss"],
+        "validation_loss": None if best is None else best["loss"],
+        "kept_step": training.settings.steps if best is None else best["step"],
+        "steps": training.settings.steps,
+        "seconds": progress["seconds"],
+        "seconds_waiting": progress["seconds_waiting"],
+        "processes": state.ranks.ranks,
+        "precision": state.precision,
+        "bias_free": None,
+    }
+    if run is not None:
+        classifier = training.build().eval()
+        classifier.load_state_dict({name: value.cpu() for name, value in averaged.state_dict().items()})
+        images = read_block(training.material.source, 0, 0)["images"][:64]
+        result["bias_free"] = bias_free_summary(classifier, images)
+        save_weights(run.path, classifier)
+        if training.config.debias == "none":
+            _save_plain(run, classifier)
+        run.finish(result)
+    state.ranks.wait()
+    return result
 
 
-def on_device(
-    batch: Batch,
-    store: CacheInfo | None,
-    settings: Settings,
-    device: torch.device,
-    moved: Mapping[str, int] | None = None,
-) -> Batch:
-    """A batch as network and methods take it: images, masks and what is to be matched, decoded, on the device.
-
-    ``moved`` is where the batch stands, the keywords of `augment`; without it nothing is augmented.
-    """
-    shown = {name: to_device(batch[name], device) for name in _PLAIN & set(batch)}
-    shown["images"] = as_input(batch["images"], device)
-    if "labels" in batch:
-        shown["labels"] = to_device(batch["labels"], device).long()
-    if "groups" in batch:
-        shown["groups"] = to_device(batch["groups"], device).long()
-        shown["group_weights"] = torch.ones(len(shown["groups"]), device=device)
-    if "masks" in batch:
-        shown["masks"] = as_mask(batch["masks"], device)
-    if "heatmaps" in batch:
-        assert store is not None
-        shown["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], store.storage.precision, device)
-    if settings.augment and moved is not None:
-        shown["images"], maps = augment(shown["images"], shown.get("heatmaps"), settings.augment, **moved)
-        if maps is not None:
-            shown["heatmaps"] = maps
-        if "masks" in shown:
-            shown["masks"] = augment_masks(shown["masks"], settings.augment, **moved)
-        if BACKGROUND in settings.augment:
-            shown["images"] = repaint(shown["images"], shown["masks"], **moved)
-    if settings.mask_target and "heatmaps" in shown:
-        maps = shown["heatmaps"]
-        shown["heatmaps"] = maps * F.adaptive_avg_pool2d(shown["masks"], (maps.shape[2], maps.shape[3])).to(maps.dtype)
-    floating = FLOAT[settings.precision]
-    return {name: values.to(floating) if values.is_floating_point() else values for name, values in shown.items()}
+# --- the parts of the above -----------------------------------------------------------------------------------------
 
 
-_PLAIN = {"target_class", "epsilon", "teacher_logits", "features"}  # what needs no more than to be on the device
-
-
-def losses_of(model: Classifier, shown: Batch, store: CacheInfo | None, settings: Settings) -> dict[str, Tensor]:
-    """The loss (n,) of each method and each sample that `on_device` has prepared, of one forward pass."""
-    explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
-    if store is not None and "heatmaps" in shown:
-        explainer = store.explainer.rule
-    forward = Forward(model, shown["images"], explainer, shown.get("masks"))
-
-    def compare(ours: Tensor, theirs: Tensor) -> Tensor:
-        assert store is not None
-        ours, resolution = ours.to(theirs.dtype), store.storage.resolution
-        if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
-            ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
-        return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
-
-    return {name: METHODS[name].loss(forward, shown, compare) for name in settings.loss}
-
-
-def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """The loss of each sample, (n,)."""
-    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum(0)
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module, source: Source, store: CacheInfo | None, settings: Settings, device: torch.device, ranks: Ranks
-) -> float:
-    """The mean loss over a split, each sample by its first draw; evaluation mode. Each process takes its blocks."""
-    assert isinstance(model, Classifier)
-    model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for shard in range(ranks.rank, source.blocks, ranks.ranks):
-        block = read_block(source, shard, draw=0)
-        for first in range(0, len(block["images"]), settings.batch_size):
-            batch = {name: values[first : first + settings.batch_size] for name, values in block.items()}
-            total += (
-                weighted(losses_of(model, on_device(batch, store, settings, device), store, settings), settings.loss)
-                .sum()
-                .cpu()
+def _share_batch(training: Training, ranks: Ranks) -> int:
+    """Return the samples of a step in each process; raise TrainingError where the processes cannot share a batch."""
+    settings, processes = training.settings, ranks.ranks
+    if settings.batch_size % processes:
+        raise TrainingError(
+            Message(
+                Option("batch_size", settings.batch_size),
+                f" is not a multiple of the {processes} processes that share each batch: choose a multiple",
             )
-    model.train()
-    return float(ranks.mean(total)) * ranks.ranks / source.samples
+        )
+    samples = step_samples(training.material.source.samples, settings.batch_size, ranks.rank, processes) // processes
+    if processes > 1 and samples % settings.accumulate:
+        raise TrainingError(
+            Message(
+                Option("accumulate", settings.accumulate),
+                f" does not divide the {samples} samples of a batch that each of {processes} processes has, so batch "
+                "norms would see other samples than in one process: choose a divisor",
+            )
+        )
+    return samples
 
 
-def _try_out(model: Classifier, material: Material, settings: Settings, device: torch.device) -> None:
-    """One sample through network and loss, which fails now where the network has no rule, map or feature for it."""
-    some = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
-    model.eval()
-    with torch.no_grad():
-        losses_of(model, on_device(some, material.store, settings, device), material.store, settings)
-    model.train()
+def choose_precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
+    """Choose the arithmetic of forward passes; this also sets how CUDA multiplies matrices.
 
+    Args:
+        name: one of `trainer.settings.PRECISIONS`.
+        device: where the network is.
 
-def _save_plain(run: RunDir, model: Classifier) -> None:
-    try:
-        save_plain(run.path / "model.pt", model)
-    except ModelError as error:  # of a network of the user's own, and no reason to lose the training
-        log.warning(f"{run.path} gets no model.pt: {error}")
+    Returns:
+        What makes the context of a forward pass, and the name of the arithmetic for the log.
 
-
-def _newest(run: RunDir) -> dict[str, Any] | None:
-    state, damaged = run.checkpoint()
-    for path in damaged:
-        log.warning(f"{path} is what was a checkpoint and is damaged: an older checkpoint is taken, or none")
-    return state
-
-
-def _state(parts: Mapping[str, Any], progress: Mapping[str, Any]) -> dict[str, Any]:
-    """All that a training goes on from."""
-    return {**{name: part.state_dict() for name, part in parts.items()}, "progress": dict(progress)}
-
-
-def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of its weights."""
-    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    Raises:
+        TrainingError: TF32 on a device that is not CUDA.
+    """
+    if name == "auto":
+        name = "tf32" if device.type == "cuda" else "float32"
+    if device.type == "cuda":
+        round_to_tf32(name == "tf32")
+    elif name == "tf32":
+        raise TrainingError(
+            Message(
+                Option("precision", name),
+                f" needs CUDA, and this training runs on {device.type}: choose float32 or bfloat16",
+            )
+        )
+    if name == "bfloat16":
+        return lambda: torch.autocast(device.type, torch.bfloat16), "bfloat16 layers, channels last"
+    return nullcontext, f"{name}, channels last"
 
 
 def seed_torch(*seeds: int) -> None:
@@ -417,98 +448,60 @@ def seed_torch(*seeds: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
 
 
-def choose_precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
-    """What a forward pass is to run in, and what that is, for the log; sets how CUDA multiplies matrices."""
-    if name == "auto":
-        name = "tf32" if device.type == "cuda" else "float32"
-    if device.type == "cuda":
-        round_to_tf32(name == "tf32")
-    elif name == "tf32":
-        raise TrainingError(f"--precision tf32 is of CUDA, and this trains on {device.type}: give float32 or bfloat16")
-    if name == "bfloat16":
-        return lambda: torch.autocast(device.type, torch.bfloat16), "bfloat16 layers, channels last"
-    return nullcontext, f"{name}, channels last"
-
-
-def processor(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _try_out(model: Classifier, material: Material, settings: Settings, device: torch.device) -> None:
+    """Pass one sample through network and loss, to raise now where the network has no rule, map or feature for it."""
+    sample = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
+    model.eval()
+    with torch.no_grad():
+        losses_of(model, on_device(sample, material.store, settings, device), material.store, settings)
+    model.train()
 
 
 @contextmanager
-def _lost_process_said(out: str | Path) -> Iterator[None]:
+def _explain_lost_processes(out: str | Path) -> Iterator[None]:
+    """Turn LostProcess into a TrainingError that says how to resume."""
     try:
         yield
     except LostProcess as error:
         raise TrainingError(
-            f"{error}: this training ends. The same command goes on from the last checkpoint in {out}"
+            f"{error}: this training ends. The same command resumes it from the last checkpoint in {out}"
         ) from error
 
 
-@contextmanager
-def _too_few_said(settings: Settings) -> Iterator[None]:
-    """A batch norm has no variance of a single value, as of one sample whose feature maps have one position."""
+def _newest_checkpoint(run: RunDir) -> dict[str, Any] | None:
+    checkpoint, damaged = run.checkpoint()
+    for path in damaged:
+        log.warning(f"{path} is a damaged checkpoint: the newest one before it is loaded, if there is any")
+    return checkpoint
+
+
+def processor(device: torch.device) -> str:
+    """Return the name of the GPU, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the weights."""
+    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _save_plain(run: RunDir, model: Classifier) -> None:
     try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
-            raise
-        raise TrainingError(
-            f"a batch norm of this network sees one value alone, with --batch-size {settings.batch_size} in "
-            f"--accumulate {settings.accumulate} parts: give a larger --batch-size, or fewer parts"
-        ) from error
-
-
-@contextmanager
-def _display(run: RunDir | None, start: int, steps: int) -> Iterator[Callable[..., None]]:
-    """What shows the numbers of a step: metrics.jsonl, TensorBoard, and the bar."""
-    if run is None:
-        yield lambda **metrics: None
-        return
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-    with (
-        SummaryWriter(str(run.path / "tensorboard"), purge_step=start + 1) as writer,
-        tqdm(total=steps, initial=start, unit="step", desc=f"training {run.path.name}", disable=None) as bar,
-    ):
-
-        def show(step: int, **metrics: float) -> None:
-            run.log(step=step, **metrics)
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
-            bar.update(step - bar.n)
-            if "samples_per_second" in metrics:
-                rate, waiting = metrics["samples_per_second"], 100 * metrics["waiting"]
-                bar.set_postfix_str(
-                    f"loss {metrics['loss']:.3f}, {rate:.0f} samples/s, {waiting:.1f} % waiting for data"
-                )
-
-        yield show
-
-
-@contextmanager
-def _profiler(run: RunDir | None, device: torch.device) -> Iterator[Callable[[], None]]:
-    """To be called after each step; writes a trace of the first ones for Perfetto and chrome://tracing."""
-    if run is None:
-        yield lambda: None
-        return
-    from torch.profiler import ProfilerActivity, profile, schedule
-
-    (run.path / "profile").mkdir(exist_ok=True)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-
-    def write(profiler: Any) -> None:
-        profiler.export_chrome_trace(str(run.path / "profile" / "trace.json"))
-        log.info(f"{run.path / 'profile' / 'trace.json'}: a trace of {PROFILED['active']} steps, for ui.perfetto.dev")
-
-    with profile(activities=activities, schedule=schedule(**PROFILED, repeat=1), on_trace_ready=write) as profiler:
-        yield profiler.step
+        save_plain(run.path / "model.pt", model)
+    except ModelError as error:  # of a network of the user's own, and no reason to lose the training
+        log.warning(f"{run.path}: no model.pt is written, because {error}")
 
 
 def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | None:
-    """For ``result.json``: what the bias-free form changed and could not, and how homogeneous the network is.
+    """Summarise what the bias-free form changed and could not change, for ``result.json``.
 
-    ``homogeneity_error`` is max |f(2·x) − 2·f(x)| relative to max |2·f(x)| on some images: near 0, heatmaps account
-    for the whole logit. None for a network with its biases.
+    Args:
+        model: the classifier, on the CPU.
+        images: uint8 (N, C, H, W), on which ``homogeneity_error`` is measured: max |f(2·x) − 2·f(x)| relative to
+            max |2·f(x)|. Near 0, heatmaps account for the whole logit.
+
+    Returns:
+        ``changed``, ``could_not`` and ``homogeneity_error``; None for a network with its biases.
     """
     report = model.bias_free_report
     if report is None or not (report.changed or report.could_not):

@@ -1,6 +1,6 @@
-"""The losses of a training as it runs: their means for the log, and when to stop because the numbers are wrong.
+"""The losses of a running training: their means for the log, and an error where the numbers go wrong.
 
-Looked at every so many steps, as a look at a number on a GPU waits for all that was asked of it before.
+They are read every so many steps only, because reading a number from a GPU waits for all its work before.
 """
 
 from __future__ import annotations
@@ -13,44 +13,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from options import Message, Option
 from trainer.errors import TrainingError
 from trainer.loop.distributed import Ranks
+from trainer.loop.step import weighted
 from trainer.run_dir import RunDir
 
 EXPLODED = 1000.0  # times the first loss
-NAMED = 8  # samples in an error
+NAMED = 8  # samples that an error names
 
 
 @dataclass(frozen=True)
 class Step:
-    """``losses``: of each method, mean over this process's samples, (T,); ``of_samples``: their weighted sum, (n,)."""
+    """The numbers of a step in this process, which has n of its samples.
+
+    losses: the mean loss of each of T methods, (T,). sample_losses: the weighted sum of the losses of each sample,
+    (n,). samples: their indices, int64 (n,). gradient_norm: the norm before clipping, a scalar.
+    """
 
     number: int
     losses: Tensor
-    of_samples: Tensor
+    sample_losses: Tensor
     samples: Tensor
     gradient_norm: Tensor
 
 
 class Watch:
-    """Keeps the ``first`` loss, and the latest ``loss`` that was looked at, in the training's progress."""
+    """Keep the ``first`` loss, and the last ``loss`` that was read, in the progress of a training.
+
+    Args:
+        ranks: the processes of the training, which read the same numbers.
+        weights: the weight of each method's loss.
+        progress: has the key ``first``, None before the first step.
+    """
 
     def __init__(self, ranks: Ranks, weights: Mapping[str, float], progress: dict[str, Any]):
         self._ranks, self._weights, self._progress = ranks, weights, progress
         self._recent: list[Step] = []
 
     def add(self, number: int, losses: Mapping[str, Tensor], samples: Tensor, gradient_norm: Tensor) -> None:
-        """One step: the loss (n,) of each method and each sample, the samples' numbers, the norm before clipping."""
+        """Add a step, without reading its numbers.
+
+        Args:
+            number: the number of the step, from 1.
+            losses: the loss (n,) of each sample, by method.
+            samples: the index of each sample, int64 (n,).
+            gradient_norm: the norm of the gradient before clipping, a scalar.
+        """
         losses = {name: values.detach() for name, values in losses.items()}
-        of_samples = torch.stack([weight * losses[name] for name, weight in self._weights.items()]).sum(0)
         means = torch.stack([losses[name].mean() for name in self._weights])
-        self._recent.append(Step(number, means, of_samples, samples, gradient_norm.detach()))
+        sample_losses = weighted(losses, self._weights)
+        self._recent.append(Step(number, means, sample_losses, samples, gradient_norm.detach()))
 
     def check(self, run: RunDir | None) -> dict[str, float]:
-        """The numbers of the last step since the last look, as all processes see them; nothing where there is none.
+        """Read the numbers of the steps that were added since the last call.
 
-        Raises TrainingError at the first step whose loss or gradient is not finite, or whose loss has exploded; what
-        is known of it is then in ``failure.json``.
+        Args:
+            run: the folder of the run, None in all processes but the main one.
+
+        Returns:
+            ``loss``, ``gradient_norm`` and, of several methods, ``loss_<method>`` of the last step, over all processes;
+            nothing where no step was added.
+
+        Raises:
+            TrainingError: the loss or the gradient of a step is not finite, or the loss has exploded. The first such
+                step is described in ``failure.json``.
         """
         recent, self._recent = self._recent, []
         if not recent:
@@ -64,14 +91,14 @@ class Watch:
                 self._progress["first"] = loss
             if not math.isfinite(loss + norm) or loss > EXPLODED * max(self._progress["first"], 1e-3):
                 self._fail(step, loss, norm, run)
-        found = {"loss": loss, "gradient_norm": norm}
+        last_step = {"loss": loss, "gradient_norm": norm}
         if len(losses) > 1:
-            found |= {f"loss_{name}": loss for name, loss in zip(self._weights, losses, strict=True)}
-        return found
+            last_step |= {f"loss_{name}": loss for name, loss in zip(self._weights, losses, strict=True)}
+        return last_step
 
     def _fail(self, step: Step, loss: float, norm: float, run: RunDir | None) -> None:
-        of_all = self._ranks.gather((step.samples.tolist(), step.of_samples.float().cpu().tolist()))
-        samples = [pair for part in of_all for pair in zip(*part, strict=True)]
+        parts = self._ranks.gather((step.samples.tolist(), step.sample_losses.float().cpu().tolist()))
+        samples = [pair for part in parts for pair in zip(*part, strict=True)]
         first = self._progress["first"]
         samples.sort(key=lambda pair: -pair[1] if math.isfinite(pair[1]) else -math.inf)  # the worst first
         if run is not None:
@@ -79,12 +106,15 @@ class Watch:
                 step=step.number, loss=loss, first_loss=first, gradient_norm=norm,
                 samples=[sample for sample, _ in samples], losses=[loss for _, loss in samples],
             )  # fmt: skip
-        what = f"the loss became {loss:.4g}, from {first:.4g} at first,"
+        problem = f"the loss became {loss:.4g}, from {first:.4g} at first,"
         if math.isfinite(loss) and not math.isfinite(norm):
-            what = f"the norm of the gradient became {norm}"
+            problem = f"the norm of the gradient became {norm}"
         worst = ", ".join(str(sample) for sample, _ in samples[:NAMED])
         more = f" and {len(samples) - NAMED} more, all in failure.json" if len(samples) > NAMED else ""
         raise TrainingError(
-            f"{what} at step {step.number}, in a batch of the samples {worst}{more}, the worst first: train with a "
-            "smaller --lr, a longer --warmup or a smaller --clip-norm, or look whether these images are damaged"
-        )
+            Message(
+                f"{problem} at step {step.number}, in a batch of the samples {worst}{more}, the worst first: choose a "
+                "smaller ", Option("lr"), ", a longer ", Option("warmup"), " or a smaller ", Option("clip_norm"),
+                ", or check whether these images are damaged",
+            )
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much memory this process may still take, by the machine and by the control group that it runs in."""
+"""The memory that is free for this process, by the machine and by the control group that it runs in."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-UNKNOWN = 2**31  # bytes, where the system says nothing
+UNKNOWN = 2**31  # bytes, where the system does not tell
 
 
 def free_memory(root: str | Path = "/") -> int:
-    """Bytes available to this process: the machine's, or what its control group (version 2 or 1) leaves if less.
+    """Return the memory that this process may still take: of the machine, or of its control group where that is less.
 
-    Files in the page cache count as available, as they give way. Without ``/proc/meminfo`` (macOS) it is half of the
-    physical memory. ``root`` is where ``proc`` and ``sys`` lie.
+    Control groups of version 2 and 1 are read. The page cache counts as free, because the system gives it up. Without
+    ``/proc/meminfo`` (macOS) it is half of the physical memory.
+
+    Args:
+        root: the folder that has ``proc`` and ``sys``.
+
+    Returns:
+        A number of bytes, at least 0.
     """
     root = Path(root)
     try:
@@ -31,13 +37,13 @@ def _half_of_physical() -> int:
         return UNKNOWN
 
 
-# of a control group: its folder, its limit, what it uses, and which line of memory.stat is page cache that gives way
+# of a control group: its folder, the files of its limit and usage, the line of memory.stat with page cache to give up
 _V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
 _V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """The bytes left under each limit that applies: the process's group's and those of the groups around it."""
+    """Yield the bytes that each limit leaves: of the process's group and of the groups around it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -48,7 +54,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             continue
         folder, limit, usage, cache = _V1 if controllers else _V2
         top = root / folder
-        group = top / path.lstrip("/")  # in a container it may not be visible, but then the top is the container's
+        group = top / path.lstrip("/")  # in a container it may be invisible, and then the top is the container's
         for directory in (group, *group.parents):
             if directory.is_relative_to(top):
                 yield from _left(directory, limit, usage, cache)

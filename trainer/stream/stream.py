@@ -1,8 +1,8 @@
 """Batches at the speed of memory, in the order of `order.py`, within bounded memory.
 
-Threads decode blocks straight into *slots*, rows of large preallocated arrays; a batch is gathered from there with
-one copy. With slots for everything each block is decoded once, with fewer again when it is needed again: the same
-code, the same order.
+Threads decode blocks straight into *slots*, rows of large preallocated arrays; a batch is gathered from them with one
+copy. Where there are slots for everything, each block is decoded once; otherwise it is decoded again when it is needed
+again. The code and the order are the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data import DatasetError, Split
+from options import Call, Message
 from pipeline.device import to_device
 from teacher_cache import Cache, CacheError
 from trainer.stream import order
@@ -27,7 +28,7 @@ Arrays = dict[str, np.ndarray]
 Batch = dict[str, Tensor]
 Key = tuple[int, ...]  # (block,) or (block, draw)
 
-BLOCK_SAMPLES, BLOCK_BYTES = 1024, 2**21  # read at once from a dataset without a store
+BLOCK_SAMPLES, BLOCK_BYTES = 1024, 2**21  # of a block of a dataset without a store
 
 
 def _nothing(*_: Any) -> None:
@@ -36,11 +37,11 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in blocks, and how one block is read.
+    """Samples in blocks, and the functions that read one block.
 
     ``fields`` are the same in all draws, ``draw_fields`` differ. ``read(block, out)`` and
     ``read_draw(block, draw, out)`` fill ``out``, one array for each field with the block's samples on the first axis.
-    They are called from several threads, and what they raise reaches the consumer.
+    They are called from several threads; the consumer gets the errors that they raise.
     """
 
     samples: int
@@ -53,15 +54,26 @@ class Source:
 
     @property
     def blocks(self) -> int:
+        """The number of blocks."""
         return -(-self.samples // self.block_samples)
 
     @property
     def slot_rows(self) -> int:
+        """The rows of a slot: samples of the largest block."""
         return min(self.block_samples, self.samples)
 
     @property
     def window_samples(self) -> int:
+        """The samples of a window, within which the order is shuffled."""
         return order.window_samples(_bytes(self.fields) + _bytes(self.draw_fields), self.block_samples)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that a process takes: ``rank`` counts from 0, ``ranks`` is the number of processes."""
+
+    rank: int = 0
+    ranks: int = 1
 
 
 def stream(
@@ -70,27 +82,38 @@ def stream(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
+    share: Share = Share(),
     workers: int = 2,
     memory_budget: int | None = None,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Shuffled batches: this rank's part of each step of ``batch_size`` samples, epoch after epoch without end.
+    """Stream shuffled batches: this rank's part of each step, epoch after epoch without end.
 
-    A batch has every field as a new tensor (batch_size / ranks, …) of the stored dtype, and as ``sample``, int64
-    (batch_size / ranks,), the index of each sample. The ranks' batches of a step, one after the other, are the batch
-    of one rank alone: the order depends on the source's sizes, ``batch_size`` and the seed. What is left over at the
-    end of an epoch is dropped, unless there are fewer samples than ``batch_size``: then a step has all of them, as far
-    as the ranks can share them. From ``start_step`` on it is exactly what an uninterrupted stream yields.
+    The batches of a step, concatenated over the ranks, are the batch of a single rank: the order depends on the
+    source's sizes, ``batch_size`` and ``seed`` alone. Samples that are left over at the end of an epoch are dropped.
+    Where there are fewer samples than ``batch_size``, a step has all of them, as far as the ranks can share them.
+    Close the generator to stop its threads.
 
-    ``workers`` threads read the window ahead. ``memory_budget`` is in bytes, for this rank; None means half of the
-    free memory, shared by the ranks. The rank's blocks of two windows, each of 256 MiB at most or one block, and of
-    a batch, are always held. What was once decoded stays as long as the budget has room. Close the generator to stop
-    the threads.
+    Args:
+        source: the samples.
+        batch_size: samples of a step, over all ranks.
+        seed: the seed of the order and the draws.
+        start_step: the step to start from; from there on, batches are those of a stream that started at 0.
+        share: this rank, and the number of ranks.
+        workers: threads, which read the next window ahead.
+        memory_budget: bytes for the decoded data of this rank; None means half of the free memory, shared by the
+            ranks. Decoded data stays while the budget has room. The rank's blocks of two windows, each of 256 MiB at
+            most or one block, and of a batch, are always held.
+        pin_memory: whether batches lie in pinned memory, for CUDA.
 
-    Raises ValueError for a rank that there is not, more ranks than samples, or a batch that they cannot share.
+    Yields:
+        Batches with every field as a new tensor (batch_size / ranks, …) of the stored dtype, and ``sample``, int64
+        (batch_size / ranks,), the index of each sample.
+
+    Raises:
+        ValueError: the rank does not exist, there are more ranks than samples, or they cannot share a batch.
     """
+    rank, ranks = share.rank, share.ranks
     batch_size = order.step_samples(source.samples, batch_size, rank, ranks)
     if memory_budget is None:
         memory_budget = free_memory() // (2 * ranks)
@@ -106,22 +129,28 @@ def stream(
         ranks=ranks,
     )
 
-    def block_alone(block: int, epoch: int) -> Key:
-        return (block,)
-
     def block_and_draw(block: int, epoch: int) -> Key:
         return block, order.draw_of_block(block, source.draws, seed, epoch)
 
-    shared = Slots(source, source.fields, source.read, slots, block_alone)
+    shared = Slots(source, source.fields, source.read, slots, lambda block, epoch: (block,))
     drawn = Slots(source, source.draw_fields, source.read_draw, draw_slots, block_and_draw)
     tables = [table for table in (shared, drawn) if table.arrays]
     return _batches(windows, tables, batch_size // ranks, workers, pin_memory)
 
 
 def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 0, ranks: int = 1) -> tuple[int, int]:
-    """How many slots there are for ``fields`` and for ``draw_fields``: for two windows, and more within the budget.
+    """Plan the slots: enough for two windows, and as many more as the budget has room for.
 
-    ``fields`` come first: they are needed in every epoch, one draw only in every ``draws``-th.
+    ``fields`` come first: they are needed in every epoch, a draw only in every ``draws``-th.
+
+    Args:
+        source: the samples.
+        memory_budget: bytes for the slots of this rank.
+        batch_size: samples of a step, over all ranks, that the ranks can share.
+        rank, ranks: this rank, and the number of ranks.
+
+    Returns:
+        The numbers of slots for ``fields`` and for ``draw_fields``.
     """
     window_blocks = order.window_blocks(
         source.samples, source.block_samples, source.window_samples, batch_size, rank, ranks
@@ -139,11 +168,18 @@ def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 
 
 
 class Slots:
-    """One preallocated array for each field, in slots of a block's size, and what lies in which slot.
+    """One preallocated array for each field, in slots of a block's size, and a table of the blocks in the slots.
 
-    Used from one thread. A reader gets views of its slot's rows; that slot is held, from before the read starts until
-    it is let go, and only slots that are not held are filled anew. So nobody reads rows that somebody writes,
-    provided that who holds a slot waits for its read, and lets it go after the last look at it.
+    A single thread uses it. A read gets views of the rows of its slot. The slot is held from before the read starts
+    until it is released, and only slots that are not held are filled again. So no row is read while it is written, if
+    the holder of a slot waits for its read, and releases it after the last use.
+
+    Args:
+        source: the samples.
+        fields: those that the slots have.
+        read: fills the rows of a slot; takes the parts of a key, and the rows.
+        slots: the number of slots.
+        key: returns the key of a block in an epoch.
     """
 
     def __init__(
@@ -159,36 +195,36 @@ class Slots:
         rows = slots * source.slot_rows
         self.arrays = {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
         self._slot_of: dict[Key, int] = {}
-        self._idle: dict[Key, None] = {}  # those not held, the one let go last at the end
+        self._idle: dict[Key, None] = {}  # those not held, the one released last at the end
 
     def hold(self, window: order.Window, pool: Executor) -> Held:
-        """Hold the slots of a window's blocks; those that are not there are being read when this returns."""
+        """Hold the slots of a window's blocks, and start to read those that are in no slot yet."""
         block_of, row_of = np.divmod(window.samples, self._source.block_samples)
         blocks = np.flatnonzero(np.bincount(block_of))
         keys = [self._key(block, window.epoch) for block in blocks.tolist()]
-        for key in keys:  # first, lest one takes the slot of another
+        for key in keys:  # first, so that none takes the slot of another
             self._idle.pop(key, None)
         reads = [
             pool.submit(self._read, *key, self._rows(self._take_slot(key), key[0]))
             for key in keys
             if key not in self._slot_of
         ]
-        starts = np.empty(blocks[-1] + 1, np.int64)  # by block, as far as there are any
+        starts = np.empty(blocks[-1] + 1, np.int64)  # by block, up to the last one
         starts[blocks] = [self._slot_of[key] * self._source.slot_rows for key in keys]
         return Held(keys, starts[block_of] + row_of, reads)
 
-    def let_go(self, keys: Iterable[Key]) -> None:
-        """Give up slots that were held. What is in them stays there until their place is needed."""
+    def release(self, keys: Iterable[Key]) -> None:
+        """Release slots that were held. Their blocks stay until the slots are needed for others."""
         self._idle.update(dict.fromkeys(keys))
 
     def _take_slot(self, key: Key) -> int:
         if len(self._slot_of) < self.slots:
             slot = len(self._slot_of)
         else:
-            # What was let go last is needed again last, as epochs follow each other. Giving up the oldest instead
-            # would, with room for nearly everything, give up each block shortly before it is needed.
-            key_given_up, _ = self._idle.popitem()
-            slot = self._slot_of.pop(key_given_up)
+            # The block that was released last is needed again last, because each epoch has all blocks. To evict the
+            # oldest one instead would, with room for nearly everything, evict each block shortly before it is needed.
+            evicted, _ = self._idle.popitem()
+            slot = self._slot_of.pop(evicted)
         self._slot_of[key] = slot
         return slot
 
@@ -199,7 +235,7 @@ class Slots:
 
 
 class Held(NamedTuple):
-    """Slots that a window holds, its ``rows`` in them, int64 (n,), and the ``reads`` to wait for before a look."""
+    """The slots that a window holds, its ``rows`` in them, int64 (n,), and the ``reads`` to wait for before use."""
 
     keys: list[Key]
     rows: np.ndarray
@@ -231,13 +267,13 @@ def _batches(
 def _loaded(
     windows: Iterator[order.Window], tables: Sequence[Slots], pool: Executor
 ) -> Generator[tuple[np.ndarray, list[np.ndarray]], None, None]:
-    """For each window its samples and, once they are read, its rows in the arrays of each table.
+    """Yield the samples of each window and, once they are read, its rows in the arrays of each table.
 
-    By then the next window is being read. A window's slots are held until the following one is asked for.
+    The next window is being read by then. The slots of a window are held until the next window is requested.
     """
     samples, ahead = np.empty(0, np.int64), list[Held]()
     for window in windows:
-        # the window before the last has been let go, so two are held at most, and its slots are free for this one
+        # the window before the last was released, so two are held at most, and its slots are free for this one
         following = [table.hold(window, pool) for table in tables]
         for held in ahead:
             for read in held.reads:
@@ -245,22 +281,31 @@ def _loaded(
         if ahead:
             yield samples, [held.rows for held in ahead]
         for table, held, still in zip(tables, ahead, following, strict=False):
-            table.let_go(set(held.keys) - set(still.keys))
+            table.release(set(held.keys) - set(still.keys))
         samples, ahead = window.samples, following
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype[Any], pin_memory: bool) -> tuple[Tensor, np.ndarray]:
-    """A new tensor, and its memory as NumPy sees it."""
+    """Return a new tensor, and a NumPy array of the same memory."""
     if pin_memory:
         tensor = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
         return tensor, tensor.numpy()
-    # NumPy's, as PyTorch's allocator takes fresh pages for each batch, which cost half as much as the gathering
+    # of NumPy, because PyTorch's allocator takes fresh pages for each batch, which cost half as much as the gathering
     array = np.empty(shape, dtype)
     return torch.from_numpy(array), array
 
 
 def read_block(source: Source, block: int, draw: int) -> Batch:
-    """All fields of one block, with one draw, in the order in which they are stored."""
+    """Read all fields of one block, with one draw, in the order of the source.
+
+    Args:
+        source: the samples.
+        block: the number of the block.
+        draw: the number of the draw.
+
+    Returns:
+        Tensors with the block's samples on the first axis, of the stored dtypes.
+    """
     rows = order.block_rows(block, source.samples, source.block_samples)
     shared, drawn = (
         {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
@@ -273,7 +318,15 @@ def read_block(source: Source, block: int, draw: int) -> Batch:
 
 
 def labelled_source(split: Split, groups: np.ndarray | None = None) -> Source:
-    """``images``, ``labels`` and, where the split has them, ``masks``; and ``groups`` (N,), as given."""
+    """Make a source of the samples of a split, without a store.
+
+    Args:
+        split: N samples.
+        groups: the group of each sample, int64 (N,).
+
+    Returns:
+        A source of ``images``, ``labels``, ``masks`` where the split has them, and ``groups`` where they are given.
+    """
     arrays: dict[str, Any] = {"images": split.images, "labels": split.labels}
     if split.masks is not None:
         arrays["masks"] = split.masks
@@ -283,20 +336,32 @@ def labelled_source(split: Split, groups: np.ndarray | None = None) -> Source:
 
 
 def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heatmaps",)) -> Source:
-    """``images``, and what else is needed, in blocks of the store's shards.
+    """Make a source of a split and its store, in blocks of the store's shards.
 
-    ``needs`` are out of ``heatmaps`` (of each draw the maps as stored, ``scale``, ``target_class`` and ``epsilon``),
-    ``teacher_logits`` and ``features`` of the store, ``labels`` and ``masks`` of the split. Without heatmaps there is
-    one draw, of nothing.
+    Args:
+        split: the samples that the store explains.
+        cache: the store.
+        needs: fields besides ``images``: ``heatmaps``, ``teacher_logits`` and ``features`` of the store, ``labels``
+            and ``masks`` of the split. ``heatmaps`` are, of each draw, the maps as they are stored, ``scale``,
+            ``target_class`` and ``epsilon``; without them the source has a single draw, of no fields.
 
-    Raises CacheError for a store without features, DatasetError for a split without masks.
+    Returns:
+        A source of the fields.
+
+    Raises:
+        CacheError: the store has no features.
+        DatasetError: the split has no masks.
+        ValueError: a need that neither has.
     """
     arrays = {"images": split.images}
     if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "masks"}:
         raise ValueError(f"no store and no split has {', '.join(sorted(unknown))}")
     if "features" in needs and "features" not in cache.sample_fields:
         raise CacheError(
-            f"the store {cache.path} has no features of the teacher: make another with cache-explanations --features"
+            Message(
+                f"the store {cache.path} has no features of the teacher: make another with ",
+                Call("cache_explanations", {"features": True}),
+            )
         )
     if "labels" in needs:
         arrays["labels"] = split.labels
@@ -331,19 +396,28 @@ def _of_split(arrays: Mapping[str, Any], block_samples: int) -> Source:
 
 
 def _block_samples(split: Split) -> int:
-    """Rows to read at once: whole chunks of the images, as a chunk is decoded whole, of about 2 MiB."""
+    """Choose the samples of a block: whole chunks of the images, which are decoded whole, of about 2 MiB."""
     size, chunk = int(np.prod(split.image_shape)), split.images.chunks[0]
     fitting = max(1, min(BLOCK_SAMPLES, BLOCK_BYTES // size))
-    if chunk * size > order.WINDOW_BYTES:  # rather decode it more than once than hold two of it
+    if chunk * size > order.WINDOW_BYTES:  # to decode it more than once is better than to hold two of it
         return fitting
     return chunk * max(1, fitting // chunk)
 
 
 def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: torch.device) -> Tensor:
-    """Heatmaps as they are stored, (N, C, h, w), and their ``scale`` (N,), as float32 heatmaps on the device.
+    """Decode heatmaps on the device.
 
-    The inverse of `teacher_cache.codec.quantise`, as `dequantise` is: it decodes there, so that half the bytes move and
-    no reading thread casts.
+    Like `dequantise` this is the inverse of `teacher_cache.codec.quantise`; on the device half the bytes are moved, and
+    no thread that reads has to cast.
+
+    Args:
+        heatmaps: as they are stored, (N, C, h, w).
+        scale: the scale of each map, (N,).
+        precision: the precision of the store.
+        device: where the heatmaps go.
+
+    Returns:
+        float32 (N, C, h, w) on the device.
     """
     maps = to_device(heatmaps, device)
     maps = maps.view(torch.bfloat16).float() if precision == "bfloat16" else maps.float()

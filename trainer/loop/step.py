@@ -1,0 +1,193 @@
+"""The arithmetic of one step: a batch becomes what the network takes, its losses and their gradients.
+
+Not here: the optimizer and the order of things, which is the loop (`training.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from options import Message, Option
+from pipeline import Classifier, Forward, resize
+from pipeline.device import as_input, as_mask, to_device
+from teacher_cache import CacheInfo
+from trainer.errors import TrainingError
+from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
+from trainer.loop.distributed import Ranks
+from trainer.loop.losses import heatmap_loss
+from trainer.loop.methods import METHODS
+from trainer.loop.repainting import repaint
+from trainer.settings import PRECISIONS, Settings
+from trainer.stream.stream import Batch, Source, read_block, stored_heatmaps
+
+FLOAT = {name: torch.float64 if name == "float64" else torch.float32 for name in PRECISIONS}  # of parameters
+UNCHANGED = {"target_class", "epsilon", "teacher_logits", "features"}  # fields that are only moved to the device
+
+
+def forward_backward(
+    model: Classifier,
+    store: CacheInfo | None,
+    settings: Settings,
+    autocast: Callable[[], AbstractContextManager[object]],
+    batch: Batch,
+) -> dict[str, Tensor]:
+    """Run the forward and backward passes of a step, in ``settings.accumulate`` parts; gradients add up in the model.
+
+    Args:
+        model: the network, in training mode.
+        store: the description of the store, None without one.
+        settings: the losses and their weights, and the number of parts.
+        autocast: makes the context in which each forward pass runs.
+        batch: the batch of n samples, as `on_device` returns it.
+
+    Returns:
+        The loss of each method and each sample, (n,), detached.
+
+    Raises:
+        TrainingError: a batch norm sees a single value.
+    """
+    size = len(batch["images"])
+    losses = {name: batch["images"].new_empty(size) for name in settings.loss}
+    for first in range(min(settings.accumulate, size)):
+        rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
+        with autocast(), _explain_single_values(settings):
+            part_losses = losses_of(model, {name: values[rows] for name, values in batch.items()}, store, settings)
+        (weighted(part_losses, settings.loss).sum() / size).backward()
+        for name, values in part_losses.items():
+            losses[name][rows] = values.detach()
+    return losses
+
+
+def on_device(
+    batch: Batch,
+    store: CacheInfo | None,
+    settings: Settings,
+    device: torch.device,
+    position: Mapping[str, int] | None = None,
+) -> Batch:
+    """Move a batch to the device, decode it, and augment it where ``position`` is given.
+
+    Args:
+        batch: the fields of n samples, as they are stored.
+        store: the description of the store that heatmaps come from.
+        settings: the augmentations, the precision, and whether maps are multiplied by the masks.
+        device: where the network is.
+        position: the position of the batch in the training, the keywords of `augment`; None augments nothing.
+
+    Returns:
+        ``images`` (n, C, H, W) in [0, 1], ``masks`` (n, 1, H, W) in [0, 1], ``heatmaps`` (n, C, h, w), ``labels`` and
+        ``groups`` int64 (n,), ``group_weights`` (n,) of ones, and the fields of `UNCHANGED`; those that the batch has.
+        Floating tensors have the type of the parameters.
+    """
+    fields = {name: to_device(batch[name], device) for name in UNCHANGED & set(batch)}
+    fields["images"] = as_input(batch["images"], device)
+    if "labels" in batch:
+        fields["labels"] = to_device(batch["labels"], device).long()
+    if "groups" in batch:
+        fields["groups"] = to_device(batch["groups"], device).long()
+        fields["group_weights"] = torch.ones(len(fields["groups"]), device=device)
+    if "masks" in batch:
+        fields["masks"] = as_mask(batch["masks"], device)
+    if "heatmaps" in batch:
+        assert store is not None
+        fields["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], store.storage.precision, device)
+    if settings.augment and position is not None:
+        _augment(fields, settings, position)
+    if settings.mask_target and "heatmaps" in fields:
+        maps = fields["heatmaps"]
+        masks = F.adaptive_avg_pool2d(fields["masks"], (maps.shape[2], maps.shape[3]))
+        fields["heatmaps"] = maps * masks.to(maps.dtype)
+    floating = FLOAT[settings.precision]
+    return {name: values.to(floating) if values.is_floating_point() else values for name, values in fields.items()}
+
+
+def _augment(fields: Batch, settings: Settings, position: Mapping[str, int]) -> None:
+    """Replace images, heatmaps and masks by augmented ones."""
+    fields["images"], maps = augment(fields["images"], fields.get("heatmaps"), settings.augment, **position)
+    if maps is not None:
+        fields["heatmaps"] = maps
+    if "masks" in fields:
+        fields["masks"] = augment_masks(fields["masks"], settings.augment, **position)
+    if BACKGROUND in settings.augment:
+        fields["images"] = repaint(fields["images"], fields["masks"], **position)
+
+
+def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> dict[str, Tensor]:
+    """Compute the loss of each method and each sample, from one forward pass.
+
+    Args:
+        model: the network.
+        batch: the batch of n samples, as `on_device` returns it.
+        store: the description of the store, None without one.
+        settings: the methods, and how maps are compared.
+
+    Returns:
+        The losses (n,) by the name of the method.
+    """
+    explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
+    if store is not None and "heatmaps" in batch:
+        explainer = store.explainer.rule
+    forward = Forward(model, batch["images"], explainer, batch.get("masks"))
+
+    def compare(ours: Tensor, theirs: Tensor) -> Tensor:
+        assert store is not None
+        ours, resolution = ours.to(theirs.dtype), store.storage.resolution
+        if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
+            ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
+        return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
+
+    return {name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Return the weighted sum (n,) of the losses (n,) of the methods."""
+    return torch.stack([weight * losses[name] for name, weight in weights.items()]).sum(0)
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, source: Source, store: CacheInfo | None, settings: Settings, device: torch.device, ranks: Ranks
+) -> float:
+    """Return the mean loss over a split in evaluation mode, each sample by its first draw; each process takes blocks.
+
+    Args:
+        model: a `Classifier`; it is in training mode afterwards.
+        source: the samples of the split.
+        store: the description of the split's store, None without one.
+        settings: the losses, and the size of a batch.
+        device: where the network is.
+        ranks: the processes that share the work.
+    """
+    assert isinstance(model, Classifier)
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for number in range(ranks.rank, source.blocks, ranks.ranks):
+        block = read_block(source, number, draw=0)
+        for first in range(0, len(block["images"]), settings.batch_size):
+            part = {name: values[first : first + settings.batch_size] for name, values in block.items()}
+            losses = losses_of(model, on_device(part, store, settings, device), store, settings)
+            total += weighted(losses, settings.loss).sum().cpu()
+    model.train()
+    return float(ranks.mean(total)) * ranks.ranks / source.samples
+
+
+@contextmanager
+def _explain_single_values(settings: Settings) -> Iterator[None]:
+    """Raise TrainingError where a batch norm sees a single value, such as one sample's feature map of one position."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        batch_size, parts = Option("batch_size", settings.batch_size), Option("accumulate", settings.accumulate)
+        raise TrainingError(
+            Message(
+                "a batch norm of this network sees a single value, with ", batch_size, " and ", parts,
+                ": choose a larger ", Option("batch_size"), " or a smaller ", Option("accumulate"),
+            )
+        ) from error  # fmt: skip
