@@ -34,7 +34,7 @@ from trainer.reproduction.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Q
 from trainer.reproduction.reproduce import reproduce
 from trainer.results.evaluation import evaluate_snapshots, predict
 from trainer.results.tables import escape, latex, markdown, measured, summarise, text
-from trainer.run_dir import lock, snapshots
+from trainer.run_dir import Run, lock
 from trainer.settings import Runtime, Settings, check_types
 
 CPU = PROFILES["cpu"]
@@ -332,7 +332,7 @@ def test_curves_end_with_the_last_weights_and_no_snapshot_stays(made):
     assert {split: last[split] for split in ("iid", "ood", "shift")} == {
         split: erm[split] for split in ("iid", "ood", "shift")
     }
-    assert not [path for line in results for path in snapshots(out / line["model"]).values()]
+    assert not [path for line in results for path in Run(out / line["model"]).snapshots.values()]
 
 
 def test_the_report_has_tables_and_pictures(made):
@@ -388,7 +388,7 @@ def test_another_benchmark_has_its_own_data_teacher_rows_and_table(fashion, tmp_
 
 def test_a_point_of_a_curve_is_the_accuracy_of_that_snapshot_on_every_nth_image(dataset, teacher, tmp_path):
     train_teacher(dataset, tmp_path / "t", steps=4, batch_size=40, snapshots=2, seed=5)
-    torch.save(weights(teacher), snapshots(tmp_path / "t")[2])
+    torch.save(weights(teacher), Run(tmp_path / "t").snapshots[2])
     points = list(evaluate_snapshots(dataset, tmp_path / "t", images=120, device="cpu"))
     assert [point["step"] for point in points] == [2, 4]
     for point, model in zip(points, (teacher, tmp_path / "t"), strict=True):

@@ -29,6 +29,7 @@ from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_se
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.pt"  # of a saved model, in its folder
 
 
 def grayscale(images: Tensor, masks: Tensor | None) -> Tensor:

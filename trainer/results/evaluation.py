@@ -14,7 +14,7 @@ import torch
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from pipeline import Classifier, Forward, RelevanceError, ZeroShot, load_classifier, load_teacher
 from pipeline.device import as_input, as_mask, pick_device, place
-from trainer.run_dir import snapshots
+from trainer.run_dir import Run
 
 BATCH_SIZE = 512
 EXPLAINED, EXPLAINED_AT_ONCE = 500, 64  # images whose relevance is measured
@@ -127,7 +127,7 @@ def evaluate_snapshots(
     classifier, _ = load_classifier(model)
     torch_device = pick_device(device)
     place(classifier, torch_device)
-    for step, path in snapshots(Path(model)).items():
+    for step, path in Run(Path(model)).snapshots.items():
         classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         point: dict[str, float] = {"step": step}
         for split in dataset.test_splits:
