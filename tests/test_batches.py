@@ -13,8 +13,7 @@ from click.testing import CliRunner
 
 import teacher_cache.layout
 from cli import main
-from pipeline import RelevanceError, cache_explanations
-from pipeline.caching import stage_one
+from pipeline import RelevanceError, batch, cache_explanations
 from pipeline.caching.batches import Batches, out_of_memory
 from pipeline.explainers import Forward
 from teacher_cache import check_complete, open_cache
@@ -48,7 +47,7 @@ class Memory:
                     failed.append(weakref.ref(forward))
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore lines")
 
-        monkeypatch.setattr(stage_one, "Forward", Limited)
+        monkeypatch.setattr(batch, "Forward", Limited)
 
 
 def test_given_sizes_are_kept_and_auto_is_a_power_of_two_in_what_a_shard_holds():

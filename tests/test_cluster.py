@@ -25,7 +25,7 @@ import pipeline.caching.stage_one as stage_one
 import teacher_cache.layout
 from cli import main
 from data import DatasetError, make_coloured_mnist
-from pipeline import Forward, ModelError, cache_explanations
+from pipeline import Forward, ModelError, batch, cache_explanations
 from teacher_cache import CacheError, open_cache
 from trainer import train_teacher
 
@@ -39,7 +39,7 @@ sizes: list[int] = []  # of batches
 
 
 def restore() -> None:
-    stage_one.explain_shard, stage_one.load_teacher, stage_one.Forward = EXPLAIN_SHARD, LOAD_TEACHER, Forward
+    stage_one.explain_shard, stage_one.load_teacher, batch.Forward = EXPLAIN_SHARD, LOAD_TEACHER, Forward
     loads.clear()
     sizes.clear()
 
@@ -87,7 +87,7 @@ def hold_twenty_images() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Forward(model, images, *args)
 
-    stage_one.Forward = limited
+    batch.Forward = limited
 
 
 def sizes_of_batches() -> list[int]:

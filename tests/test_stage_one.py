@@ -28,8 +28,8 @@ from pipeline import (
     explain,
     explainers,
     load_classifier,
-    stage_one,
 )
+from pipeline.caching import stage_one
 from pipeline.device import as_input
 from teacher_cache import CacheError, check_complete, open_cache, repair
 from trainer import train_student, train_teacher

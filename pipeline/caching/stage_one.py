@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
 from data.storage import Location, absolute
+from pipeline.batch import explain_batch
 from pipeline.caching.batches import DEFAULT_SIZE, Batches, BatchSize
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
-from pipeline.device import as_input, as_mask, pick_device, place
-from pipeline.explainers import Forward, find_explainer
+from pipeline.device import as_input, pick_device, place
+from pipeline.explainers import find_explainer
 from pipeline.networks.classifier import Classifier, versions
 from pipeline.networks.heads import head_arrays
 from pipeline.networks.models import ModelError
@@ -431,26 +432,25 @@ def explain_shard(
     def explain(rows: slice) -> tuple[np.ndarray, ...]:
         """Logits, classes and, where they are stored, features of a batch; its maps go into ``heatmaps``."""
         nonlocal heatmaps
-        batch_masks = None if masks is None else as_mask(masks[rows], device)
-        with torch.no_grad():  # what needs a graph makes one
-            forward = Forward(model, as_input(images[rows], device), explainer.rule, batch_masks)
-        logits = _array(forward.logits)
-        features = (_array(forward.features),) if info.storage.features else ()
-        targets = target_classes(logits.argmax(1), logits.shape[1], explainer.seed, explainer.draws, start + rows.start)
-        for draw in range(explainer.draws):
-            maps = forward.maps(
-                torch.from_numpy(targets[:, draw]),
-                torch.from_numpy(epsilon[rows, draw]),
-                keep_graph=draw + 1 < explainer.draws,
-            )
-            if not heatmaps.size:
-                heatmaps = np.empty((stop - start, explainer.draws, *maps.shape[1:]), np.float32)
-            heatmaps[rows, draw] = _array(maps)
-        return logits, targets, *features
+
+        def classes(logits: np.ndarray) -> np.ndarray:
+            first = start + rows.start
+            return target_classes(logits.argmax(1), logits.shape[1], explainer.seed, explainer.draws, first)
+
+        batch = explain_batch(
+            model,
+            images[rows],
+            None if masks is None else masks[rows],
+            classes,
+            epsilon[rows],
+            explainer=explainer.rule,
+            device=device,
+            features=bool(info.storage.features),
+        )
+        if not heatmaps.size:
+            heatmaps = np.empty((stop - start, *batch.maps.shape[1:]), np.float32)
+        heatmaps[rows] = batch.maps
+        return batch.logits, batch.classes, *(() if batch.features is None else (batch.features,))
 
     logits, targets, *features = map(np.concatenate, zip(*batches.run(stop - start, explain), strict=True))
     return Shard(heatmaps, targets, epsilon, logits, features[0] if features else None)
-
-
-def _array(values: torch.Tensor) -> np.ndarray:
-    return values.detach().float().cpu().numpy()
