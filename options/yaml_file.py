@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # The core schema (YAML 1.2.2, § 10.3.2), but numbers with leading zeros, hexadecimal and octal ones are text: by tag,
 # the pattern of a whole scalar and the characters that it begins with.
@@ -53,7 +53,7 @@ def _loader(texts: bool) -> type[Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        yaml_implicit_resolvers: dict[str, Any] = {}
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     for tag, (pattern, starts) in (EMPTY_VALUES if texts else EMPTY_VALUES | TYPED_VALUES).items():
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), starts)
