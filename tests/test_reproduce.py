@@ -126,9 +126,9 @@ def test_rows_are_those_of_the_paper_unless_named_in_the_order_of_the_table():
     assert chosen(CPU, ["output", "lrp"]) == ("teacher", "lrp", "output")
     assert chosen(CPU, ["lrp-biased-teacher"]) == ("biased-teacher", "lrp-biased-teacher")
     assert not PAPERS.keys() & ANY_TEACHER.keys()
-    with pytest.raises(TrainingError, match="no row is called 'irm' in --methods: choose from all, teacher, erm, lrp"):
+    with pytest.raises(TrainingError, match="no row is called 'irm' in methods: choose from all, teacher, erm, lrp"):
         chosen(CPU, ["lrp", "irm"])
-    with pytest.raises(TrainingError, match="--methods names no row"):
+    with pytest.raises(TrainingError, match="methods names no row"):
         chosen(CPU, [])
 
 
@@ -194,14 +194,14 @@ def test_a_table_has_the_columns_of_its_benchmark_and_of_what_was_measured():
         )
     ]
     head, _, teacher, lrp = markdown(summarise(results, benchmark)).splitlines()
-    assert head == "|  | test | worst group | on object | less its teacher's: test | seconds of training | what it is |"
+    assert head == "|  | test | worst group | on object | less its teacher's: test | seconds of training | source |"
     assert teacher.startswith("| teacher | 80.00 | 60.00 | 100.00 | – | 1 |")
     assert lrp.startswith("| lrp | 72.00 ± 2.83 | 52.00 ± 2.83 | 90.00 | −8.00 | 1 |")
 
     of_places = profiles.BENCHMARKS["coco-on-places"]
     student = result("lrp", (50.0, 48.0, 47.0), published=of_places.rows["lrp"].published)
     head, _, *rows = markdown(summarise([student], of_places)).splitlines()
-    assert head == "|  | IID | OOD | shift | gap | published: gap | seconds of training | what it is |"
+    assert head == "|  | IID | OOD | shift | gap | published: gap | seconds of training | source |"
     assert [row.split(" | ")[1:6] for row in rows] == [
         ["50.00", "48.00", "47.00", "2.00", "4.40"],
         ["–", "–", "–", "–", "52.10"],
@@ -267,7 +267,7 @@ def made(tmp_path_factory) -> tuple[Path, list[dict], list[str], list[str]]:
         patched.setattr(module, "evaluate", once_trained)
         patched.setattr(module, "evaluate_snapshots", once_all_are)
         patched.setattr(module, "heatmap_picture", gallery)
-        results = reproduce(out, TINY, ["all"], device="cpu", echo=said.append)
+        results = reproduce(out, TINY, ["all"], seeds=1, device="cpu", echo=said.append)
     return out, results, said, looked
 
 
@@ -348,7 +348,7 @@ def test_the_report_has_tables_and_pictures(made):
 def test_a_second_time_nothing_is_made_again(made):
     out, results, *_ = made
     written, said = times(out, ("*",)), []
-    assert reproduce(out, TINY, ["output", "lrp"], device="cpu", echo=said.append) == results
+    assert reproduce(out, TINY, ["output", "lrp"], seeds=1, device="cpu", echo=said.append) == results
     assert len(said) == 1
     assert "finished" in said[0]
     assert times(out, ("*",)) == written
@@ -439,12 +439,12 @@ def test_stopped_anywhere_it_goes_on_without_making_anything_again(tmp_path, mon
         else:
             patched.setattr(module, broken, stop)
         with pytest.raises(KeyboardInterrupt):
-            reproduce(out, SMALL, ["erm", "lrp"], echo=lambda _: None)
+            reproduce(out, SMALL, ["erm", "lrp"], seeds=1, echo=lambda _: None)
     before_it, seconds = times(out), json.loads((out / "reproduce.json").read_text())["seconds"]
     there = lines(out / "results.jsonl") if (out / "results.jsonl").exists() else []
     if there:  # somebody who stops here has a table of what is there
         assert (out / "report" / "table.md").read_text() == markdown(summarise(there, COLOURED))
-    results = reproduce(out, SMALL, ["erm", "lrp"], echo=lambda _: None)
+    results = reproduce(out, SMALL, ["erm", "lrp"], seeds=1, echo=lambda _: None)
     assert before_it.items() <= times(out).items()
     assert [line["method"] for line in results] == ["teacher", "erm", "lrp"]
     assert results[: len(there)] == there
@@ -458,14 +458,14 @@ def test_a_training_stopped_between_two_steps_ends_with_the_same_weights_and_tim
     tmp_path, no_pictures, stop_after  # noqa: F811
 ):  # fmt: skip
     profile = dataclasses.replace(SMALL, of_row={"erm": {"steps": 6}})
-    reproduce(tmp_path / "whole", profile, ["erm"], echo=lambda _: None)
+    reproduce(tmp_path / "whole", profile, ["erm"], seeds=1, echo=lambda _: None)
     stop_after(5)  # the teacher has four
     with pytest.raises(TrainingInterrupted, match="stopped after step 5 of 6"):
-        reproduce(tmp_path / "r", profile, ["erm"], echo=lambda _: None)
+        reproduce(tmp_path / "r", profile, ["erm"], seeds=1, echo=lambda _: None)
     seconds = json.loads((tmp_path / "r" / "reproduce.json").read_text())["seconds"]
     assert seconds["models/erm-0"] > 0
     stop_after(0)
-    reproduce(tmp_path / "r", profile, ["erm"], echo=lambda _: None)
+    reproduce(tmp_path / "r", profile, ["erm"], seeds=1, echo=lambda _: None)
     assert same(tmp_path / "r" / "models" / "erm-0", tmp_path / "whole" / "models" / "erm-0")
     assert (
         json.loads((tmp_path / "r" / "reproduce.json").read_text())["seconds"]["models/erm-0"]
@@ -475,7 +475,7 @@ def test_a_training_stopped_between_two_steps_ends_with_the_same_weights_and_tim
 
 def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pictures):
     out, said = tmp_path / "r", []
-    first = reproduce(out, SMALL, ["erm"], echo=said.append)
+    first = reproduce(out, SMALL, ["erm"], seeds=1, echo=said.append)
     assert not (out / "stores").exists()
     finished = times(out)
     results = reproduce(out, SMALL, ["lrp", "features"], seeds=2, echo=said.append)
@@ -500,7 +500,7 @@ def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pic
     shutil.rmtree(out / "models" / "erm-1")  # somebody who wants it anew gets it, tested anew
     changed = [{**line, "iid": -1.0} if line["model"] == "models/erm-1" else line for line in results]
     (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
-    again = reproduce(out, SMALL, ["lrp"], echo=said.append)
+    again = reproduce(out, SMALL, ["lrp"], seeds=1, echo=said.append)
     assert "models/erm-1" not in {line["model"] for line in again}
     assert (line := reproduce(out, SMALL, ["erm"], seeds=2, echo=said.append)[2])["model"] == "models/erm-1"
     assert line["iid"] == results[2]["iid"]
@@ -508,25 +508,26 @@ def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pic
 
 def test_another_profile_or_architecture_in_the_same_folder_is_refused_by_its_values(tmp_path, no_pictures):
     out = tmp_path / "r"
-    reproduce(out, SMALL, ["teacher"], echo=lambda _: None)
+    reproduce(out, SMALL, ["teacher"], seeds=1, echo=lambda _: None)
     written = times(out, ("*",))
     resnet = dataclasses.replace(SMALL, student={**SMALL.student, "arch": "resnet18"})
     for profile, words in (
-        (resnet, r"student\.arch: 'small-cnn', 'resnet18'; its first, this command's second"),
+        (resnet, r"student\.arch: 'small-cnn', 'resnet18'; the recorded value first"),
         (dataclasses.replace(SMALL, seed=1), "seed: 0, 1"),
-        (PROFILES["gpu"], r"limit: 60, None; name: 'cpu', 'gpu'; .*, and \d+ more; its first"),
+        (PROFILES["gpu"], r"limit: 60, None; name: 'cpu', 'gpu'; .*, and \d+ more; the recorded value first"),
     ):
-        with pytest.raises(TrainingError, match=f"{words}.*choose another --out"):
-            reproduce(out, profile, ["teacher"])
-    with lock(out, "at work"), pytest.raises(TrainingError, match=r"another process is at work in .*let it finish"):
-        reproduce(out, SMALL, ["teacher"])
+        with pytest.raises(TrainingError, match=f"{words}.*choose another out"):
+            reproduce(out, profile, ["teacher"], seeds=1)
+    busy = r"another process is at work in .*: wait until it has finished"
+    with lock(out, "at work"), pytest.raises(TrainingError, match=busy):
+        reproduce(out, SMALL, ["teacher"], seeds=1)
     assert times(out, ("*",)) == written
     (out / "results.jsonl").write_text("{")
     with pytest.raises(TrainingError, match=r"results\.jsonl is damaged: remove it"):
-        reproduce(out, SMALL, ["teacher"])
+        reproduce(out, SMALL, ["teacher"], seeds=1)
     (out / "reproduce.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"reproduce\.json is damaged: remove the folder, or choose another --out"):
-        reproduce(out, SMALL, ["teacher"])
+    with pytest.raises(TrainingError, match=r"reproduce\.json is damaged: remove the folder, or choose another out"):
+        reproduce(out, SMALL, ["teacher"], seeds=1)
 
 
 def test_what_cannot_be_right_is_said_before_anything_is_made(tmp_path):
@@ -536,11 +537,11 @@ def test_what_cannot_be_right_is_said_before_anything_is_made(tmp_path):
         ({"student": {**SMALL.student, "arch": "vgg11"}}, ModelError, "does not take images of shape"),
     ):
         with pytest.raises(error, match=words):
-            reproduce(out, dataclasses.replace(SMALL, **change), ["erm"])
+            reproduce(out, dataclasses.replace(SMALL, **change), ["erm"], seeds=1)
     with pytest.raises(ModelError, match="the device 'tpu' cannot be used here"):
-        reproduce(out, SMALL, ["erm"], device="tpu")
+        reproduce(out, SMALL, ["erm"], seeds=1, device="tpu")
     with pytest.raises(TrainingError, match="no row is called 'lpr'"):
-        reproduce(out, SMALL, ["lpr"])
+        reproduce(out, SMALL, ["lpr"], seeds=1)
     assert not out.exists()
 
 
