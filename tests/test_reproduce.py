@@ -23,12 +23,14 @@ from test_training import weights
 import cli
 from data import open_dataset
 from data.builders.fashion_on_textures import UNSEEN
+from options import option_fields
 from pipeline import ModelError, load_classifier
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.reproduction import profiles
 from trainer.reproduction import reproduce as module
+from trainer.reproduction.options import ColouredMnistTableOptions, FashionTableOptions, ReproduceOptions
 from trainer.reproduction.plan import before, chosen, plan
 from trainer.reproduction.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
 from trainer.reproduction.reproduce import reproduce
@@ -118,6 +120,16 @@ def test_a_profile_has_options_that_trainings_take(name):
             assert ("steps" in stage.options) != ("epochs" in stage.options)
             check_types(stage.options, make, Settings, Runtime)
     assert [name for name in PROFILES if name != "quickstart"] == cli.PROFILES
+
+
+def test_the_options_name_every_profile_and_their_defaults_are_the_functions():
+    (coloured,) = (field.choices for field in option_fields(ColouredMnistTableOptions) if field.name == "profile")
+    (fashion,) = (field.choices for field in option_fields(FashionTableOptions) if field.name == "profile")
+    assert set(coloured) == set(PROFILES) - {"quickstart"}
+    assert set(fashion) == set(profiles.ON_TEXTURES)
+    parameters = inspect.signature(reproduce).parameters
+    defaults = {field.name: field.default for field in option_fields(ReproduceOptions) if not field.required}
+    assert {name: parameters[name].default for name in defaults} == defaults
 
 
 def test_rows_are_those_of_the_paper_unless_named_in_the_order_of_the_table():
