@@ -263,7 +263,7 @@ def test_an_unfinished_training_is_not_continued_with_other_options(dataset, cac
         ({"arch": "resnet18"}, r"arch: 'small-cnn', 'resnet18'"),
         ({"seed": 1}, r"training\.seed: 0, 1"),
     ):
-        with pytest.raises(TrainingError, match=f"other options .*{message}.*choose another --out"):
+        with pytest.raises(TrainingError, match=f"other options .*{message}.*choose another out"):
             train_student(dataset, cache, tmp_path / "s", **{"steps": 6, "batch_size": 50, **change})
         assert before == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
     # how it is run is no such option
