@@ -296,10 +296,12 @@ METHODS = [
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
     """The teacher that was named, None where none was; takes its own options out of the others."""
     from pipeline import parse_teacher
+    from pipeline.networks.teacher_options import VisionLanguageOptions
 
     own = {key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")}
     if name is not None:
-        return parse_teacher(name, **own)
+        classes = None if own["classes"] is None else tuple(own["classes"].split(";"))
+        return parse_teacher(name, VisionLanguageOptions(**{**own, "classes": classes}))
     for key, value in own.items():
         if value:
             raise click.UsageError(f"--{key} is of a --teacher clip:ARCH, and none was given.")

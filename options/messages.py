@@ -98,8 +98,9 @@ def joined(pieces: Iterable[object], separator: str) -> Message:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence with the nearest of the known words, a space before it; empty where none is near."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=3)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3)
+    return f" Did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
 def first_line(error: BaseException | str) -> str:

@@ -84,7 +84,8 @@ BAD = {
     "cache-explanations --data data.zarr --teacher other-teacher --draws 2 --out cache.zarr": (1, "weights_sha256"),
     "cache-explanations --data other.zarr --teacher teacher --draws 2 --out cache.zarr": (1, "dataset.fingerprint"),
     # unknown names and values
-    f"{TRAIN} --arch resnet81": (1, "unknown architecture 'resnet81': did you mean resnet18"),
+    f"{TRAIN} --arch resnet81": (1, "unknown architecture 'resnet81': choose small-cnn, small-resnet"),
+    f"{TRAIN} --arch resnet18x": (1, "Did you mean resnet18"),
     f"{TRAIN} --arch zzz": (1, "unknown architecture 'zzz'"),
     f"{STUDENT} --arch vgg11": (1, "does not take images of shape (3, 28, 28)"),
     f"{TRAIN} --debias blur": (2, "'blur' is not one of 'grayscale', 'mask', 'segmenter'"),
@@ -181,7 +182,7 @@ BAD = {
     "reproduce coloured-mnist": (2, "Missing option '--out'"),
     "reproduce coloured-mnist --out new --methods lrp,irm": (1, "no row is called 'irm' in --methods: choose from all"),
     "reproduce coloured-mnist --out new --profile tpu": (2, "'tpu' is not one of 'cpu', 'gpu', 'paper'"),
-    "reproduce coloured-mnist --out new --arch resnet81": (1, "did you mean resnet18"),
+    "reproduce coloured-mnist --out new --arch resnet81": (1, "Did you mean resnet18"),
     "reproduce coloured-mnist --out new --seeds 0": (2, "--seeds"),
     f"{STUDENT} --snapshots -1": (2, "--snapshots"),
 }

@@ -545,7 +545,7 @@ def test_another_profile_or_architecture_in_the_same_folder_is_refused_by_its_va
 def test_what_cannot_be_right_is_said_before_anything_is_made(tmp_path):
     out = tmp_path / "r"
     for change, error, words in (
-        ({"student": {**SMALL.student, "arch": "resnet81"}}, ModelError, "did you mean resnet18"),
+        ({"student": {**SMALL.student, "arch": "resnet81"}}, ModelError, "Did you mean resnet18"),
         ({"student": {**SMALL.student, "arch": "vgg11"}}, ModelError, "does not take images of shape"),
     ):
         with pytest.raises(error, match=words):

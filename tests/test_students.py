@@ -21,7 +21,7 @@ from data import open_dataset
 from pipeline import ModelConfig, ModelError, build_network, explain, homogeneity_error, load_classifier
 from pipeline.networks.classifier import Classifier, build_classifier, save_weights
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head, head_arrays
-from pipeline.networks.models import last_layer, small_cnn
+from pipeline.networks.models import architectures, last_layer, small_cnn
 from trainer.results.evaluation import evaluate
 
 SHAPE = (3, 28, 28)
@@ -231,6 +231,12 @@ def test_an_option_that_the_architecture_does_not_take_is_named_with_those_it_ta
         build_network(arch, 10, SHAPE, free_of_biases=False, options=options)
 
 
+@pytest.mark.parametrize("arch", [name for name in architectures() if not name.startswith("small-")])
+def test_no_builder_of_torchvisions_ignores_a_misspelt_option(arch):
+    with pytest.raises(ModelError, match=f"'{arch}' takes no option 'widht': it takes .*"):
+        build_network(arch, 10, (3, 224, 224), free_of_biases=False, options={"widht": 3})
+
+
 def test_options_reach_torchvisions_builders():
     def size(arch: str, **options) -> int:
         network, _ = build_network(arch, 10, (3, 32, 32), free_of_biases=False, options=options)
@@ -290,6 +296,10 @@ def build(num_classes, image_shape, width=6):
 def anything(num_classes, **options):
     SEEN.update(options)
     return Tiny(num_classes)
+
+
+def hands_on(num_classes, **options):
+    return Tiny(num_classes, **options)
 
 
 def conv(num_classes):
@@ -369,7 +379,7 @@ def test_the_image_shape_goes_to_functions_that_ask_for_it_and_options_to_those_
         ("nowhere_student:build", "cannot be imported: ModuleNotFoundError.*python -m nowhere_student"),
         ("broken_student:build", "cannot be imported: SyntaxError"),
         ("leaving_student:build", r"cannot be imported: SystemExit: 3 \(leaving_student.py, line 1\)"),
-        ("tiny_student:biuld", "has no function 'biuld'; did you mean tiny_student:build"),
+        ("tiny_student:biuld", r"has no function 'biuld'\. Did you mean build"),
         ("tiny_student:not_callable", "has no function 'not_callable'"),
         ("tiny_student:nothing", "returned str: it must return an nn.Module"),
         (
@@ -380,9 +390,9 @@ def test_the_image_shape_goes_to_functions_that_ask_for_it_and_options_to_those_
         ("tiny_student:raises", r"KeyError: 'key' \(tiny_student.py, line \d+\)"),
         ("tiny_student:late", r"ZeroDivisionError: in the forward pass \(tiny_student.py, line \d+\)"),
         ("tiny_student:small_images_only", r"does not take images of shape \(3, 28, 28\).*must take float32 images"),
-        ("tiny_student:", "is given as package.module:function, got 'tiny_student:'"),
-        (":build", "is given as package.module:function, got ':build'"),
-        ("builtins:dict", "is no Python function"),
+        ("tiny_student:", "student_factory must be package.module:function, got 'tiny_student:'"),
+        (":build", "student_factory must be package.module:function, got ':build'"),
+        ("builtins:dict", "is not a Python function"),
     ],
 )
 def test_whatever_goes_wrong_in_the_users_code_is_said_with_its_name(tiny, factory, message):
@@ -394,6 +404,9 @@ def test_whatever_goes_wrong_in_the_users_code_is_said_with_its_name(tiny, facto
 def test_an_option_that_the_users_function_does_not_take_is_named(tiny):
     with pytest.raises(ModelError, match=r"'tiny_student:build' takes no option 'depth': it takes width$"):
         student(factory=tiny, arch=tiny, arch_options={"depth": 3})
+    hands_on, place = "tiny_student:hands_on", r"Tiny.__init__\(\) got an .*tiny_student.py, line \d+\)"
+    with pytest.raises(ModelError, match=f"'{hands_on}' takes no option 'depth': TypeError: {place}; leave the option"):
+        student(factory=hands_on, arch=hands_on, arch_options={"depth": 3})
 
 
 def test_a_model_of_others_runs_no_code_unless_the_user_names_it(tiny, tmp_path):
@@ -401,9 +414,9 @@ def test_a_model_of_others_runs_no_code_unless_the_user_names_it(tiny, tmp_path)
     sys.modules.pop("tiny_student")
     (tmp_path / "was-run").unlink()
     for factory, message in (
-        (None, f"{path} was not loaded.*--student-factory {tiny} "),
-        ("tiny_student:anything", f"the model is built by '{tiny}': give --student-factory {tiny} if you trust it"),
-        ("tiny_student", "is given as package.module:function, got 'tiny_student'"),
+        (None, f"{path} was not loaded.*student_factory='{tiny}' "),
+        ("tiny_student:anything", f"the model is built by '{tiny}': give student_factory='{tiny}' if you trust it"),
+        ("tiny_student", "student_factory must be package.module:function, got 'tiny_student'"),
     ):
         with pytest.raises(ModelError, match=message):
             load_classifier(path, factory)

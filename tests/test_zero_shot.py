@@ -25,6 +25,7 @@ from cli import main
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, Trace, ZeroShot, cache_explanations, explain, load_classifier, load_teacher, plain
 from pipeline.networks.heads import AttentionPool, HeadSpec, head_arrays, l2_norm
+from pipeline.networks.teacher_options import VisionLanguageOptions
 from pipeline.networks.teachers import parse_teacher
 from pipeline.networks.zero_shot import Preprocess, zero_shot_network
 from teacher_cache import open_cache
@@ -359,7 +360,7 @@ def test_a_store_is_made_by_workers_as_by_this_process(dataset, clip_teacher, tm
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["clip:RN51", "--pretrained", "x"], "did you mean clip:RN50"),
+        (["clip:RN51", "--pretrained", "x"], "Did you mean clip:RN50"),
         (["clip:RN50"], "needs --pretrained: a checkpoint's file, or one of open_clip's tags"),
         (["clip:RN50", "--pretrained", "opanai"], "opanai is no file, and no weights of clip:RN50"),
         (["clip:nowhere.json", "--pretrained", "x"], "nowhere.json cannot be read"),
@@ -377,7 +378,7 @@ def test_a_store_is_made_by_workers_as_by_this_process(dataset, clip_teacher, tm
         (["clip:FOLDER", "--pretrained", "WEIGHTS"], "has its own weights: leave --pretrained"),
         (["clip:FOLDER"], "has no open_clip_config.json"),
         (["clip:CONFIG", "--pretrained", "WEIGHTS", "--segmenter", "a:b"], "--segmenter a:b was given, but"),
-        (["FOLDER", "--prompt", "a {}"], "--prompt a {} is of vision-language teachers"),
+        (["FOLDER", "--prompt", "a {}"], "--prompt a {} is an option of vision-language teachers"),
     ],
 )
 def test_what_is_wrong_with_a_teacher_is_said(dataset, files, tmp_path, options, said):
@@ -451,6 +452,19 @@ def test_a_biased_teacher_is_warned_of():
 
 def test_options_become_a_teacher():
     assert parse_teacher("FOLDER") == Path("FOLDER")
-    made = parse_teacher("clip:RN50", pretrained="openai", classes=" a ; b", prompt=["x {}", "y {}"])
+    made = parse_teacher(
+        "clip:RN50", VisionLanguageOptions(pretrained="openai", classes=(" a ", " b"), prompt=("x {}", "y {}"))
+    )
     assert made == ZeroShot("RN50", "openai", ("a", "b"), ("x {}", "y {}"))
     assert parse_teacher("clip:RN50").templates == ("a photo of a {}",)
+
+
+def test_errors_name_the_options_of_a_teacher_in_python():
+    for options, message in (
+        ({"prompt": ("a {}",), "prompts": "p.txt"}, "give either prompt or prompts='p.txt', not both"),
+        ({"prompts": "none.txt"}, r"prompts='none.txt' cannot be read .*: give a text file"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            parse_teacher("clip:RN50", VisionLanguageOptions(**options))
+    with pytest.raises(ModelError, match=r"classes='a; b' is an option of .*, but teacher='FOLDER' is a folder"):
+        parse_teacher("FOLDER", VisionLanguageOptions(classes=("a", "b")))

@@ -1,14 +1,14 @@
 """Networks by name or by a function of the user's own, and their last layer.
 
-Not here: what stands in front of a network, and what takes its last layer's place (`classifier.py`).
+Not here: the debiasing front of a network (`debias.py`), and the layers that replace its last one (`heads.py`).
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 import traceback
 from collections import OrderedDict
@@ -21,6 +21,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from options import Message, Option, did_you_mean, first_line
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
 
 ImageShape = tuple[int, int, int]
@@ -32,15 +33,24 @@ class ModelError(ValueError):
 
 
 def architectures() -> list[str]:
-    """Our own (`OWN`), for small images, and every torchvision classification model."""
+    """Return the names of our own networks for small images (`OWN`) and of torchvision's classification models."""
     return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def small_cnn(num_classes: int, channels: int = 3, width: int = 32, depth: int = 1) -> nn.Sequential:
-    """Three blocks of ``depth`` times 3×3 convolution, batch norm, ReLU, and 2×2 max-pooling, then one linear layer.
+    """Build three blocks, each of ``depth`` 3×3 convolutions with batch norm and ReLU, and a linear last layer.
 
-    Made for 28×28 and good from 8×8 on: (N, channels, H, W) to (N, num_classes), with features of
-    4·width channels at 3×3 positions. 105,000 parameters at width 32 and depth 1.
+    Each block ends in a 2×2 max-pooling. The network is made for 28×28 images and works from 8×8 on. At width 32 and
+    depth 1 it has 105,000 parameters.
+
+    Args:
+        num_classes: number of logits.
+        channels: number of channels of the images.
+        width: channels of the first block; the second has twice and the third four times as many.
+        depth: convolutions in each block.
+
+    Returns:
+        A network (N, channels, H, W) → (N, num_classes), with features of 4·width channels at 3×3 positions.
     """
     layers: list[tuple[str, nn.Module]] = []
     for block, out in enumerate((width, 2 * width, 4 * width), start=1):
@@ -62,11 +72,21 @@ def small_cnn(num_classes: int, channels: int = 3, width: int = 32, depth: int =
 
 
 def small_resnet(num_classes: int, channels: int = 3, width: int = 16, depth: int = 2) -> nn.Sequential:
-    """Three stages of ``depth`` residual blocks at full, half and quarter resolution, then one linear layer.
+    """Build three stages of ``depth`` residual blocks at full, half and quarter resolution, and a linear last layer.
 
-    The ResNet for small images, of 6·depth + 2 layers (He et al., CVPR 2016, section 4.2), but for its last pooling:
-    (N, channels, H, W) to (N, num_classes), with features of 4·width channels at 3×3 positions, as small-cnn has them.
-    Made for 32×32 and good from 8×8 on. 180,000 parameters at width 16 and depth 2.
+    This is the ResNet of 6·depth + 2 layers for small images (He et al., CVPR 2016, section 4.2) with another last
+    pooling. The network is made for 32×32 images and works from 8×8 on. At width 16 and depth 2 it has 180,000
+    parameters.
+
+    Args:
+        num_classes: number of logits.
+        channels: number of channels of the images.
+        width: channels of the first stage; the second has twice and the third four times as many.
+        depth: residual blocks in each stage.
+
+    Returns:
+        A network (N, channels, H, W) → (N, num_classes), with features of 4·width channels at 3×3 positions, the
+        same shape as small-cnn's.
     """
     layers: list[tuple[str, nn.Module]] = [
         ("conv", nn.Conv2d(channels, width, 3, padding=1, bias=False)),
@@ -102,36 +122,30 @@ def build_network(
     options: Options | None = None,
     factory: str | None = None,
 ) -> tuple[nn.Module, BiasFreeReport]:
-    """A randomly initialised network for images (C, H, W), tried once on such images.
+    """Build a randomly initialised network, and try it once on two random images.
 
-    ``arch`` is one of `architectures`, or ``package.module:function``, a function of the user's own. That one is
-    imported and called only where ``factory`` says the same, which is for the user to say and not for a file. It
-    is called as ``function(num_classes=..., **options)``, with ``image_shape`` where it has a parameter of that
-    name, and returns an `nn.Module`: images float32 (N, C, H, W) in [0, 1] → logits (N, num_classes). ``options``
-    are those of the builder: ``width`` and ``depth`` of ours, or what torchvision's takes.
+    Args:
+        arch: one of `architectures`, or ``package.module:function``, a function of the user's own. The function is
+            called as ``function(num_classes=..., **options)``, with ``image_shape`` if it has a parameter of that name.
+            It returns an `nn.Module` that maps images, float32 (N, C, H, W) in [0, 1], to logits (N, num_classes).
+        num_classes: number of logits.
+        image_shape: (C, H, W) of the images.
+        free_of_biases: convert the network to its bias-free form, see `bias_free`.
+        options: options of the builder: ``width`` and ``depth`` of our own networks, or keywords of torchvision's.
+        factory: the name of the user's function once more. A function is imported only if both names are equal, so
+            that a file alone cannot run code.
 
-    With ``free_of_biases`` in its bias-free form; the report says what that changed, and is empty otherwise.
-    Raises ModelError for an unknown name (with the nearest ones), options that it does not take, images that it
-    cannot take, and whatever goes wrong in a factory.
+    Returns:
+        The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
+
+    Raises:
+        ModelError: the architecture is unknown, it has no such option, the network does not take the images, or the
+            user's function fails.
     """
     check_factory(arch, factory)
-    options = options or {}
-    name = f"the student factory '{arch}'" if is_factory(arch) else f"the architecture '{arch}'"
+    report = BiasFreeReport((), ())
     with _current_folder_importable() if is_factory(arch) else nullcontext():
-        builder, given = _builder(arch, num_classes, image_shape)
-        _check_options(name, builder, given, options)
-        name += f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
-        try:
-            network = builder(**given, **options)
-        except Exception as error:
-            if is_factory(arch) or options:
-                raise ModelError(
-                    f"{name} cannot be built for {num_classes} classes and images of shape {image_shape}: {_why(error)}"
-                ) from error
-            raise _not_taken(name, arch, image_shape, error) from error
-        if not isinstance(network, nn.Module):
-            raise ModelError(f"{name} returned {type(network).__name__}: it must return an nn.Module")
-        report = BiasFreeReport((), ())
+        network, name = _build(arch, num_classes, image_shape, options or {})
         try:
             if free_of_biases:
                 network, report = bias_free(network)
@@ -139,56 +153,76 @@ def build_network(
                 logits = network.eval()(torch.rand(2, *image_shape))
         except Exception as error:
             raise _not_taken(name, arch, image_shape, error) from error
-    found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-    if found != (2, num_classes):
+    returned = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+    if returned != (2, num_classes):
         raise ModelError(
-            f"the network of {name} returns {found} for 2 images and {num_classes} classes: "
+            f"the network of {name} returns {returned} for 2 images and {num_classes} classes: "
             f"it must return logits of shape {(2, num_classes)}"
         )
     return network.train(), report
 
 
 def is_factory(arch: str) -> bool:
-    """Whether a network is built by a function of the user's own, ``package.module:function``."""
+    """Return whether a function of the user's own, ``package.module:function``, builds the network."""
     return ":" in arch
 
 
 def check_factory(arch: str, factory: str | None) -> None:
-    """Raise ModelError unless the user has named the factory that ``arch`` is, and no other."""
+    """Check that the user has named the function that builds the network, and no other.
+
+    Raises:
+        ModelError: ``arch`` is a function and ``factory`` is not the same, or ``arch`` is not a function.
+    """
     if factory is None and is_factory(arch):
         raise ModelError(
-            f"'{arch}' is a function of somebody's own, whose code runs only where you say so: if you trust it, give "
-            f"--student-factory {arch} (train-student, evaluate and export take it), and run where it can be imported"
+            Message(
+                f"the model is built by '{arch}', whose code runs only where you say so: if you trust it, give ",
+                Option("student_factory", arch),
+                " and run where it can be imported",
+            )
         )
     if factory is not None and not is_factory(factory):
-        raise ModelError(f"--student-factory is given as package.module:function, got '{factory}'")
+        raise _not_a_function("student_factory", factory)
     if factory is not None and factory != arch:
-        raise ModelError(
-            f"--student-factory {factory} was given, but the model is built by '{arch}': "
-            + (f"give --student-factory {arch} if you trust it" if is_factory(arch) else "leave the option out")
-        )
+        wrong = Message(Option("student_factory", factory), f" was given, but the model is built by '{arch}': ")
+        if is_factory(arch):
+            raise ModelError(Message(wrong, "give ", Option("student_factory", arch), " if you trust it"))
+        raise ModelError(Message(wrong, "leave the option out"))
 
 
 def call_function(name: str, option: str, what: str) -> Any:
-    """What the user's own function ``package.module:function`` returns, called without arguments.
+    """Call the user's own function ``package.module:function`` without arguments, and return its result.
 
-    Raises ModelError, with what it is and by which option it is given, for whatever goes wrong.
+    Args:
+        name: the function.
+        option: the Python name of the option that named it, for errors.
+        what: a noun for the function, for errors.
+
+    Raises:
+        ModelError: the function cannot be imported, or raises an exception.
     """
     with _current_folder_importable():
         function = _import(name, option, what)
         try:
             return function()
         except Exception as error:
-            raise ModelError(f"the {what} '{name}' cannot be built: {_why(error)}") from error
+            raise ModelError(f"the {what} '{name}' cannot be built: {_summary_with_line(error)}") from error
+
+
+def error_summary(error: BaseException) -> str:
+    """Return the type of an error and the first line of its text, cut to 300 characters."""
+    name, reason = type(error).__name__, first_line(error)[:300]
+    return name if reason == name else f"{name}: {reason}"
 
 
 def last_layer(network: nn.Module, num_classes: int) -> str | None:
-    """Name of the last `nn.Linear` or 1×1 `nn.Conv2d` with ``num_classes`` outputs; None where there is none."""
+    """Return the name of the last `nn.Linear` or 1×1 `nn.Conv2d` with ``num_classes`` outputs; None without any."""
     names = [name for name, module in network.named_modules() if name and outputs_of_last_layer(module) == num_classes]
     return names[-1] if names else None
 
 
 def outputs_of_last_layer(module: nn.Module) -> int | None:
+    """Return the number of outputs of an `nn.Linear` or a plain 1×1 `nn.Conv2d`; None for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features
     if isinstance(module, nn.Conv2d):
@@ -197,64 +231,91 @@ def outputs_of_last_layer(module: nn.Module) -> int | None:
     return None
 
 
+def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Options) -> tuple[nn.Module, str]:
+    """Build a network with these options; return it and its name, with the options, for errors."""
+    name = f"the student factory '{arch}'" if is_factory(arch) else f"the architecture '{arch}'"
+    builder, arguments = _builder(arch, num_classes, image_shape)
+    _check_options(name, arch, builder, arguments, options)
+    with_options = f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+    try:
+        network = builder(**arguments, **options)
+    except Exception as error:
+        if (option := _unexpected_keyword(error)) in options:
+            raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
+        if is_factory(arch) or options:
+            raise ModelError(
+                f"{name}{with_options} cannot be built for {num_classes} classes and images of shape {image_shape}: "
+                f"{_summary_with_line(error)}"
+            ) from error
+        raise _not_taken(name, arch, image_shape, error) from error
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{name}{with_options} returned {type(network).__name__}: it must return an nn.Module")
+    return network, name + with_options
+
+
 def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What builds a network, and the arguments that it gets from us."""
-    given: dict[str, Any] = {"num_classes": num_classes}
+    """Return the function that builds a network, and the arguments that we choose for it."""
+    arguments: dict[str, Any] = {"num_classes": num_classes}
     if is_factory(arch):
-        function = _import(arch, "--student-factory", "student factory")
-        return function, given | ({"image_shape": image_shape} if "image_shape" in _parameters(function) else {})
+        function = _import(arch, "student_factory", "student factory")
+        if "image_shape" in inspect.signature(function).parameters:
+            arguments["image_shape"] = image_shape
+        return function, arguments
     if arch in OWN:
-        return OWN[arch], given | {"channels": image_shape[0]}
+        return OWN[arch], arguments | {"channels": image_shape[0]}
     if arch not in architectures():
-        near = difflib.get_close_matches(arch, architectures(), n=3)
         raise ModelError(
-            f"unknown architecture '{arch}': "
-            + (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else f"choose {', '.join(OWN)} or a torchvision model's name"
-            )
+            f"unknown architecture '{arch}': choose {', '.join(OWN)} or a torchvision model."
+            f"{did_you_mean(arch, architectures())}"
         )
     # pretrained weights have other classes, and would be downloaded
-    given |= {"weights": None, "progress": False}
+    arguments |= {"weights": None, "progress": False}
     if arch in ("googlenet", "inception_v3"):  # one output, as in evaluation
-        given |= {"aux_logits": False, "init_weights": True}
+        arguments |= {"aux_logits": False, "init_weights": True}
     if arch.startswith("vit_"):
-        given["image_size"] = image_shape[1]
+        arguments["image_size"] = image_shape[1]
     if arch.startswith("maxvit"):
-        given["input_size"] = image_shape[1:]
-    return torchvision.models.get_model_builder(arch), given
+        arguments["input_size"] = image_shape[1:]
+    return torchvision.models.get_model_builder(arch), arguments
 
 
 def _import(name: str, option: str, what: str) -> Callable[..., Any]:
-    """The function ``package.module:function``; ``option`` and ``what`` it is are for the errors."""
+    """Import the function ``package.module:function``; ``option`` and ``what`` are as in `call_function`."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name.isidentifier():
-        raise ModelError(f"{option} is given as package.module:function, got '{name}'")
+        raise _not_a_function(option, name)
     importlib.invalidate_caches()  # the file may be younger than our last look into its folder
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"the {what} '{name}' cannot be imported: {_why(error)}; run where `python -m {module_name}` would find it"
+            f"the {what} '{name}' cannot be imported: {_summary_with_line(error)}; run where `python -m {module_name}` "
+            "would find it"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        near = difflib.get_close_matches(function_name, [n for n in dir(module) if callable(getattr(module, n))], n=1)
+        functions = [key for key, value in vars(module).items() if callable(value)]
         raise ModelError(
-            f"the {what} '{name}' does not exist: {module_name} has no function '{function_name}'"
-            + (f"; did you mean {module_name}:{near[0]}?" if near else "")
+            f"the {what} '{name}' does not exist: {module_name} has no function '{function_name}'."
+            f"{did_you_mean(function_name, functions) or ' Give the name of one that it has.'}"
         )
     try:
-        _parameters(function)
+        inspect.signature(function)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"the {what} '{name}' is no Python function ({error})") from error
+        raise ModelError(f"the {what} '{name}' is not a Python function ({error}): write one that calls it") from error
     return function
+
+
+def _not_a_function(option: str, name: str) -> ModelError:
+    return ModelError(Message(Option(option), f" must be package.module:function, got '{name}'"))
 
 
 @contextmanager
 def _current_folder_importable() -> Iterator[None]:
-    """As with ``python -m``. Only for as long as it is needed: it may hold a ``data`` or ``trainer`` of its own."""
+    """Let modules of the current folder be imported, as ``python -m`` does.
+
+    Only for as long as it is needed: the folder may have a ``data`` or ``trainer`` of its own.
+    """
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
@@ -264,67 +325,95 @@ def _current_folder_importable() -> Iterator[None]:
             sys.path.remove(folder)
 
 
-def _check_options(name: str, builder: Callable[..., Any], given: Mapping[str, Any], options: Options) -> None:
-    """Raise ModelError for an option that the builder does not take, or that we choose ourselves."""
-    takes = _takes(builder)
-    for option in options:
-        if option in given or (takes is not None and option not in takes):
-            others = sorted((takes or set()) - set(given))
-            raise ModelError(
-                f"{name} takes no option '{option}'"
-                + (f": it takes {', '.join(others)}" if others else ": it takes none" if takes is not None else "")
-            )
+# --- options of a builder -------------------------------------------------------------------------------------------
 
 
-def _takes(builder: Callable[..., Any]) -> set[str] | None:
-    """Names of the options that a builder takes; None where it takes any and does not say which.
+def _check_options(
+    name: str, arch: str, builder: Callable[..., Any], arguments: Mapping[str, Any], options: Options
+) -> None:
+    """Raise ModelError for an option that we choose ourselves, or that the builder's signature rules out.
 
-    A builder of torchvision hands them on to the class that it says it returns, and to helpers of its module: it
-    takes their numbers, switches and words that have a default, there or in the builder itself.
+    A builder that takes any keyword rules out none. It raises TypeError when it is called.
     """
-    parameters = _parameters(builder)
-    named = {name for name, parameter in parameters.items() if parameter.kind in _BY_KEYWORD}
-    if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return named
-    function = inspect.unwrap(builder)
-    if not (getattr(function, "__module__", None) or "").startswith("torchvision."):
-        return None
-    module = inspect.getmodule(function)
-    helpers = [getattr(module, name, None) for name in function.__code__.co_names]
-    returned = inspect.signature(function, eval_str=True).return_annotation
-    for source in (returned, *filter(inspect.isfunction, helpers)):
-        named |= {
+    names, complete = _option_names(builder)
+    for option in options:
+        if option in arguments or (complete and option not in names):
+            raise _unknown_option(name, option, arch, builder, arguments)
+
+
+def _unknown_option(
+    name: str, option: str, arch: str, builder: Callable[..., Any], arguments: Mapping[str, Any], reason: str = ""
+) -> ModelError:
+    """Return the error for an option that a builder does not take; it lists the options that signatures name."""
+    names, complete = _option_names(builder)
+    others = ", ".join(sorted(names - set(arguments)))
+    if complete:
+        remedy = f"it takes {others or 'none'}"
+    elif is_factory(arch):
+        remedy = f"{reason or 'it is set already'}; leave the option out"
+    else:
+        remedy = f"it takes {others}, and what the documentation of torchvision.models.{arch} lists"
+    return ModelError(f"{name} takes no option '{option}': {remedy}")
+
+
+def _option_names(builder: Callable[..., Any]) -> tuple[set[str], bool]:
+    """Return the options of a builder that signatures name, and whether it takes no others.
+
+    A builder of torchvision hands its ``**kwargs`` on, to helpers of its module that take any keyword too and to the
+    class of the network that it returns: their numbers, switches and words with a default are options as well. Most of
+    these classes raise TypeError for other keywords. A class that ignores them takes no others.
+    """
+    parameters = inspect.signature(builder).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD}
+    if not _takes_any_keyword(builder):
+        return names, True
+    if not (getattr(builder, "__module__", None) or "").startswith("torchvision."):
+        return names, False
+    network_class = inspect.signature(builder, eval_str=True).return_annotation
+    functions = inspect.getmembers(inspect.getmodule(builder), inspect.isfunction)
+    helpers = [function for name, function in functions if name.startswith("_") and _takes_any_keyword(function)]
+    for source in (network_class, *helpers):
+        names |= {
             name
             for name, parameter in inspect.signature(source, eval_str=True).parameters.items()
-            if parameter.annotation in _SCALARS
-            and (parameter.default is not inspect.Parameter.empty or name in function.__code__.co_consts)
+            if parameter.annotation in _SCALARS and parameter.default is not inspect.Parameter.empty
         }
-    return named
+    return names, _takes_any_keyword(network_class)
 
 
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _SCALARS = {kind for one in (int, float, bool, str) for kind in (one, one | None)}
 
 
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+def _takes_any_keyword(function: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _unexpected_keyword(error: Exception) -> str | None:
+    """Return the keyword that a call did not take, if that is the error."""
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    return match[1] if match else None
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 def _not_taken(name: str, arch: str, image_shape: ImageShape, error: Exception) -> ModelError:
     remedy = (
         "it must take float32 images (N, C, H, W) in [0, 1]"
         if is_factory(arch)
-        else "use another architecture (small-cnn takes 8×8 and more), or images of the size it needs"
+        else "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
     )
     return ModelError(
-        f"{name} does not take images of shape {image_shape} (channels, height, width): {_why(error)}; {remedy}"
+        f"{name} does not take images of shape {image_shape} (channels, height, width): {_summary_with_line(error)}; "
+        f"{remedy}"
     )
 
 
-def _why(error: BaseException) -> str:
-    """The first line of an error, and the line of the user's own code: there is no traceback on the command line."""
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
+def _summary_with_line(error: BaseException) -> str:
+    """Return an error's summary and the line of the user's own code: the command line shows no traceback."""
     not_theirs = (__file__, *torch.__path__, *torchvision.__path__, "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}{reason and ': '}{reason}{where}"
+    return error_summary(error) + where

@@ -1,4 +1,7 @@
-"""Whose decisions are explained: a classifier that was saved, or a vision-language model that is told the classes."""
+"""Teachers by name: a saved classifier, or a vision-language model that prompts tell the classes.
+
+Not here: how either of them is built (`classifier.py`, `zero_shot.py`).
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from options import Message, Option
 from pipeline.networks.classifier import Classifier, ModelConfig, check_fits, load_classifier, weights_sha256
 from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.teacher_options import VisionLanguageOptions
 from pipeline.networks.zero_shot import PREFIX, ZeroShot, build_zero_shot
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What `load_teacher` returns: the classifier in evaluation mode on the CPU, what it is, and its identity.
+    """The result of `load_teacher`.
 
-    ``record`` are facts of its origin beside its configuration, for who wants to know them later.
+    Attributes:
+        model: the classifier, in evaluation mode on the CPU.
+        config: its configuration.
+        sha256: its identity, see `weights_sha256` and `build_zero_shot`.
+        record: facts of its origin that its configuration lacks.
     """
 
     model: Classifier
@@ -32,18 +41,25 @@ def load_teacher(
     student_factory: str | None = None,
     segmenter: str | None = None,
 ) -> Teacher:
-    """A saved classifier by its folder, as `load_classifier` loads it, or a vision-language teacher, for a dataset.
+    """Load a saved classifier, or build a vision-language teacher, for a dataset.
 
-    Raises ModelError as `load_classifier` and `build_zero_shot` do, and where it knows other classes than
-    ``class_names``, or takes other images than (C, H, W).
+    Args:
+        teacher: the folder of a saved classifier, or a vision-language teacher.
+        class_names: the dataset's classes.
+        image_shape: (C, H, W) of the dataset's images.
+        student_factory: as in `load_classifier`.
+        segmenter: as in `load_classifier`.
+
+    Raises:
+        ModelError: the teacher cannot be loaded or built, knows other classes, or takes other images.
     """
     if not isinstance(teacher, ZeroShot):
         model, config = load_classifier(teacher, student_factory, segmenter)
         check_fits(config, tuple(class_names), image_shape, teacher)
         return Teacher(model, config, weights_sha256(teacher))
-    for option, given in (("--student-factory", student_factory), ("--segmenter", segmenter)):
-        if given is not None:
-            raise ModelError(f"{option} {given} was given, but {teacher} has none: leave the option out")
+    for option in (Option("student_factory", student_factory), Option("segmenter", segmenter)):
+        if option.value is not None:
+            raise ModelError(Message(option, f" was given, but {teacher} has none: leave the option out"))
     network, record = build_zero_shot(teacher, class_names, image_shape)
     sha256 = record.pop("sha256")
     config = ModelConfig(
@@ -60,7 +76,7 @@ def load_teacher(
 
 
 def absolute_teacher(teacher: str | Path | ZeroShot) -> str | ZeroShot:
-    """The same teacher for a process that runs elsewhere: what it names of the file system, by absolute paths."""
+    """Return the same teacher with absolute paths, for a process with another working folder."""
     if not isinstance(teacher, ZeroShot):
         return str(Path(teacher).absolute())
     arch, weights = teacher.arch, teacher.pretrained
@@ -71,41 +87,52 @@ def absolute_teacher(teacher: str | Path | ZeroShot) -> str | ZeroShot:
     )
 
 
-def parse_teacher(
-    teacher: str | Path,
-    *,
-    pretrained: str | None = None,
-    classes: str | None = None,
-    prompts: str | Path | None = None,
-    prompt: Sequence[str] = (),
-) -> Path | ZeroShot:
-    """A teacher as it is named on the command line: a folder, or ``clip:ARCH`` with the options that belong to it.
+def parse_teacher(teacher: str | Path, options: VisionLanguageOptions | None = None) -> Path | ZeroShot:
+    """Return the teacher of a name: the folder of a saved classifier, or ``clip:ARCH`` with its options.
 
-    ``classes`` are separated by semicolons; ``prompts`` is a file with a template on each line, ``prompt`` are
-    templates. Raises ModelError where options do not belong to it, or the file cannot be read.
+    Args:
+        teacher: the name.
+        options: the options of ``clip:ARCH``; a saved classifier has none.
+
+    Raises:
+        ModelError: a saved classifier is given options, prompts are given twice, or their file cannot be read.
     """
-    given = {"--pretrained": pretrained, "--classes": classes, "--prompts": prompts, "--prompt": "; ".join(prompt)}
+    options = options or VisionLanguageOptions()
     if not str(teacher).startswith(PREFIX):
-        for option, value in given.items():
+        for name, value in vars(options).items():
             if value:
+                text = "; ".join(value) if isinstance(value, tuple) else value
                 raise ModelError(
-                    f"{option} {value} is of vision-language teachers, and --teacher {teacher} is a folder: leave the "
-                    f"option out, or give --teacher {PREFIX}RN50 or another of open_clip's models"
+                    Message(
+                        Option(name, str(text)),
+                        " is an option of vision-language teachers, but ",
+                        Option("teacher", str(teacher)),
+                        " is a folder: leave the option out, or give ",
+                        Option("teacher", f"{PREFIX}RN50"),
+                        " or another model of open_clip's",
+                    )
                 )
         return Path(teacher)
-    if prompts is not None and prompt:
-        raise ModelError(f"give --prompt ({'; '.join(prompt)}) or --prompts ({prompts}), not both")
-    templates = tuple(prompt)
-    if prompts is not None:
-        try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"--prompts {prompts} cannot be read ({error}): give a text file, a prompt a line"
-            ) from None
-        templates = tuple(line.strip() for line in lines if line.strip())
-        if not templates:
-            raise ModelError(f"--prompts {prompts} has no prompt: write one on each line, as in 'a photo of a {{}}'")
-    names = None if classes is None else tuple(name.strip() for name in classes.split(";"))
-    made = ZeroShot(str(teacher).removeprefix(PREFIX), pretrained, names)
-    return replace(made, templates=templates) if templates else made
+    templates = _templates(options)
+    class_names = None if options.classes is None else tuple(name.strip() for name in options.classes)
+    parsed = ZeroShot(str(teacher).removeprefix(PREFIX), options.pretrained, class_names)
+    return replace(parsed, templates=templates) if templates else parsed
+
+
+def _templates(options: VisionLanguageOptions) -> tuple[str, ...]:
+    """Return the prompts that are given, or those of the file."""
+    if options.prompts is None:
+        return tuple(options.prompt)
+    file = Option("prompts", str(options.prompts))
+    if options.prompt:
+        raise ModelError(Message("give either ", Option("prompt"), " or ", file, ", not both"))
+    try:
+        lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            Message(file, f" cannot be read ({error}): give a text file with a prompt on each line")
+        ) from None
+    templates = tuple(line.strip() for line in lines if line.strip())
+    if not templates:
+        raise ModelError(Message(file, " has no prompt: write one on each line, such as 'a photo of a {}'"))
+    return templates

@@ -1,11 +1,10 @@
-"""Vision-language teachers: the image tower of an open_clip model, told the classes by prompts.
+"""Vision-language teachers: the image tower of an open_clip model, with a last layer made from prompts.
 
-Not here: how the towers are explained (`rules/`), and what a student copies of their end (`heads.py`).
+Not here: how the towers are explained (`rules/`), and which of their last layers a student copies (`heads.py`).
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -16,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,28 +22,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from options import Message, Option, Word, did_you_mean
 from pipeline.networks.heads import l2_norm
-from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.models import ImageShape, ModelError, error_summary
 
 PREFIX = "clip:"
-CONFIG = "open_clip_config.json"  # of a folder of open_clip's own
+HUB = "hf-hub:"
+CONFIG = "open_clip_config.json"  # in a folder that open_clip's push_to_hf_hub wrote
 TEMPLATE = "a photo of a {}"
-NEEDED = ("embed_dim", "vision_cfg", "text_cfg")  # of a model's configuration
-TOLD = 12  # names, at most
-TINY = 1e-6  # that a product which should be whole may fall short of it
+NEEDED = ("embed_dim", "vision_cfg", "text_cfg")  # keys of a model's configuration
+MOST_TAGS = 12  # tags that an error lists
+TINY = 1e-6  # by which rounding may make a product smaller than the whole number that it is
 
 T = TypeVar("T")
+Tokenizer = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """A vision-language teacher, as the user names it; it can be pickled, and is a key.
+    """A vision-language teacher as the user names it. It can be pickled, and is hashable.
 
-    arch: a model of open_clip's by name, as ``RN50``; a file with the configuration of one (``.json``); a folder with
-    ``open_clip_config.json`` and weights; or ``hf-hub:OWNER/NAME``. pretrained: a tag of open_clip's, whose weights are
-    fetched unless they are there, or a checkpoint's path; None for the last two of these, which have their own.
-    classes: what each class of the dataset is called in prompts, in the dataset's order; None is its own names.
-    templates: prompts with ``{}`` where the class goes; a class is the mean of its prompts.
+    Attributes:
+        arch: the name of an open_clip model, such as ``RN50``; a file with a model's configuration (``.json``); a
+            folder with ``open_clip_config.json`` and weights; or ``hf-hub:OWNER/NAME``.
+        pretrained: a tag of open_clip's, whose weights are downloaded unless they are cached, or the path of a
+            checkpoint; None for a folder and for ``hf-hub:``, which have their own weights.
+        classes: the name of each class in prompts, in the dataset's order; None for the dataset's own names.
+        templates: prompts with ``{}`` in place of the class; the prompts of a class are averaged.
     """
 
     arch: str
@@ -54,35 +57,50 @@ class ZeroShot:
     templates: tuple[str, ...] = (TEMPLATE,)
 
     def prompts(self, class_names: Sequence[str]) -> dict[str, list[str]]:
-        """The prompts of each class, by the dataset's name for it. Raises ModelError where they do not fit."""
+        """Return the prompts of each class, by the dataset's name for it.
+
+        Raises:
+            ModelError: the names of ``classes`` do not fit the dataset's, or a template has no ``{}``.
+        """
         names = self.classes if self.classes is not None else tuple(class_names)
         if len(names) != len(class_names):
             raise ModelError(
-                f"--classes has {len(names)} classes ({'; '.join(names)}), the dataset {len(class_names)} "
-                f"({'; '.join(class_names)}): give one for each, in this order, separated by semicolons"
+                Message(
+                    Option("classes"),
+                    f" has {len(names)} classes ({'; '.join(names)}), the dataset {len(class_names)} "
+                    f"({'; '.join(class_names)}): give one name for each class of the dataset, in this order",
+                )
             )
         if not self.templates:
-            raise ModelError("there is no prompt: give --prompt, or a --prompts file with one on each line")
+            raise ModelError(
+                Message("there is no prompt: give ", Option("prompt", TEMPLATE), ", or a file by ", Option("prompts"))
+            )
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ModelError(f"the prompt '{template}' must have one {{}} where the class goes, as in '{TEMPLATE}'")
-        made = [[template.replace("{}", name) for template in self.templates] for name in names]
+                raise ModelError(
+                    f"the prompt '{template}' must have one {{}} in place of the class, such as '{TEMPLATE}'"
+                )
         for name in names:
             if not name.strip() or names.count(name) > 1:
                 raise ModelError(
-                    f"--classes has '{name}', which is empty or there twice: no prompt would tell it apart"
+                    Message(
+                        Option("classes"),
+                        f" has '{name}', which is empty or there twice: give each class a name of its own",
+                    )
                 )
-        return dict(zip(class_names, made, strict=True))
+        prompts = [[template.replace("{}", name) for template in self.templates] for name in names]
+        return dict(zip(class_names, prompts, strict=True))
 
     def __str__(self) -> str:
         return PREFIX + self.arch
 
 
 class Preprocess(nn.Module):
-    """What an open_clip model's images go through, as a module: (N, 3, H, W) in [0, 1] to (N, 3, *size).
+    """The preprocessing of an open_clip model as a module: (N, 3, H, W) in [0, 1] → (N, 3, *size).
 
-    Resized with antialiasing, cropped or padded, clamped, and normalised; within rounding of Pillow's 8 bits the same
-    as open_clip's own transforms, but differentiable, so that relevance reaches the pixels that a student sees.
+    Images are resized with antialiasing, cropped or padded, clamped and normalised. The result equals that of
+    open_clip's own transforms up to the rounding of Pillow's 8 bits, but it is differentiable, so that relevance
+    reaches the pixels that a student sees.
     """
 
     mean: Tensor
@@ -101,30 +119,30 @@ class Preprocess(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[2:]
-        ratios = [wanted / found for wanted, found in zip(self.size, (height, width), strict=True)]
+        ratios = [target / side for target, side in zip(self.size, (height, width), strict=True)]
         if self.resize_mode == "squash":
             resized = self.size
         else:
             # the longer side is cut to whole pixels in torchvision's Resize, and rounded in open_clip's own
             ratio, whole = (max(ratios), int) if self.resize_mode == "shortest" else (min(ratios), round)
             resized = (whole(height * ratio + TINY), whole(width * ratio + TINY))
-        # one axis after the other, first the one that shrinks more, and clipped after each, as Pillow does
+        # like Pillow: one axis after the other, the one that shrinks more first, and clipped after each
         across_first = resized[1] * height <= resized[0] * width
         for size in ((height, resized[1]) if across_first else (resized[0], width), resized):
             if tuple(images.shape[2:]) != size:
                 images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
-        for axis, (found, wanted) in enumerate(zip(resized, self.size, strict=True), start=2):
-            if found > wanted:
-                images = images.narrow(axis, round((found - wanted) / 2), wanted)
-            elif found < wanted:
-                before = (wanted - found) // 2
-                pads = (before, wanted - found - before)
+        for axis, (side, target) in enumerate(zip(resized, self.size, strict=True), start=2):
+            if side > target:
+                images = images.narrow(axis, round((side - target) / 2), target)
+            elif side < target:
+                before = (target - side) // 2
+                pads = (before, target - side - before)
                 images = F.pad(images, pads if axis == 3 else (0, 0, *pads), value=self.fill)
         return (images - self.mean) / self.std
 
 
 class _Embedding(nn.Module):
-    """An image tower that returns the image's embedding and its tokens, as CoCa's: the embedding alone."""
+    """The embedding alone of an image tower that returns tokens too, as CoCa's does."""
 
     def __init__(self, tower: nn.Module):
         super().__init__()
@@ -136,23 +154,26 @@ class _Embedding(nn.Module):
 
 
 def preprocessing(model: nn.Module) -> Preprocess:
-    """That of an open_clip model: its own, and open_clip's defaults for what it says nothing of."""
+    """Return the preprocessing of an open_clip model, with open_clip's defaults for missing settings."""
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
     return Preprocess(merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(model)))
 
 
-def zero_shot_network(
-    model: nn.Module, tokenize: Callable[[list[str]], Tensor], prompts: Sequence[Sequence[str]]
-) -> nn.Sequential:
-    """An open_clip model as a classifier, frozen, without its text tower: images (N, 3, H, W) in [0, 1] → (N, K).
+def zero_shot_network(model: nn.Module, tokenize: Tokenizer, prompts: Sequence[Sequence[str]]) -> nn.Sequential:
+    """Make a frozen classifier of an open_clip model: images (N, 3, H, W) in [0, 1] → logits (N, K).
 
-    Its preprocessing, its image tower, the division by the L2 norm, and a linear layer whose weights are the classes'
-    text embeddings, less their mean, times the temperature: logits are ``exp(logit_scale) · cos(image, text)`` less
-    their mean over the classes. Decisions and softmax are the same; a heatmap tells what speaks for its class rather
-    than for the others, and not what all texts have in common. ``prompts`` are those of each class: its embedding is
-    the normalised mean of theirs, normalised each (Radford et al., ICML 2021, section 3.1.4).
+    The classifier is the model's preprocessing, its image tower, the division by the L2 norm, and a linear layer whose
+    weights are the text embeddings of the classes less their mean, times the temperature. A logit is
+    ``exp(logit_scale) · cos(image, text)`` less its mean over the classes. Decisions and softmax are those of the
+    model; a heatmap shows the evidence for its class rather than for the others, and not what all texts share.
+
+    Args:
+        model: the open_clip model.
+        tokenize: its tokenizer.
+        prompts: the prompts of each class. The embedding of a class is the normalised mean of their normalised
+            embeddings (Radford et al., ICML 2021, section 3.1.4).
     """
     any_model: Any = model.eval()
     tower = any_model.visual
@@ -173,14 +194,21 @@ def zero_shot_network(
 def build_zero_shot(
     teacher: ZeroShot, class_names: Sequence[str], image_shape: ImageShape
 ) -> tuple[nn.Sequential, dict[str, str]]:
-    """The network of a vision-language teacher, tried once on images (3, H, W), and a record of its origin.
+    """Build the network of a vision-language teacher, and try it once on a random image.
 
-    The record has ``pretrained``, ``prompts`` (JSON), the version of ``open_clip``, and ``sha256``, over the image
-    tower, its preprocessing, the temperature and the prompts: the teacher's identity. Text embeddings are not part of
-    it, as machines round differently.
+    Args:
+        teacher: the teacher as the user names it.
+        class_names: the dataset's classes.
+        image_shape: (3, H, W) of the dataset's images.
 
-    Raises ModelError where open_clip is missing, has no such model or weights, they cannot be fetched or loaded, or
-    do not take these images; and as `ZeroShot.prompts`.
+    Returns:
+        The network, and a record of its origin: ``pretrained``, ``prompts`` (JSON), the version of ``open_clip``, and
+        ``sha256``, the teacher's identity: a hash of the image tower, its preprocessing, the temperature and the
+        prompts. Text embeddings are not hashed, as machines round differently.
+
+    Raises:
+        ModelError: open_clip is missing or has no such model or weights, the weights cannot be fetched or loaded, the
+            network does not take the images, or prompts do not fit, see `ZeroShot.prompts`.
     """
     prompts = teacher.prompts(class_names)
     if image_shape[0] != 3:
@@ -198,105 +226,134 @@ def build_zero_shot(
         with torch.no_grad():
             network(torch.rand(1, *image_shape))
     except Exception as error:
-        raise ModelError(f"{teacher} does not take images of shape {image_shape}: {_first_line(error)}") from error
+        raise ModelError(
+            f"{teacher} does not take images of shape {image_shape}: {error_summary(error)}; use another model"
+        ) from error
     record = {"pretrained": teacher.pretrained or teacher.arch, "prompts": json.dumps(prompts, ensure_ascii=False)}
-    decides = ["less their mean", record["prompts"], cast(Any, model).logit_scale.item()]
-    digest = hashlib.sha256(json.dumps(decides).encode())
+    identity = ["less their mean", record["prompts"], cast(Any, model).logit_scale.item()]
+    digest = hashlib.sha256(json.dumps(identity).encode())
     for part in (network.preprocess, network.tower):
-        digest.update(repr([value for key, value in sorted(vars(part).items()) if key in _DECIDING]).encode())
+        digest.update(repr([value for key, value in sorted(vars(part).items()) if key in _HASHED]).encode())
         for name, value in sorted(part.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)};".encode() + value.contiguous().numpy().tobytes())
     return network, {**record, "open_clip": open_clip.__version__, "sha256": digest.hexdigest()}
 
 
-_DECIDING = ("size", "mode", "resize_mode", "fill")  # of `Preprocess`, besides what it has as buffers
+_HASHED = ("size", "mode", "resize_mode", "fill")  # attributes of `Preprocess`, hashed besides its buffers
 
 
-def _load(teacher: ZeroShot) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """The open_clip model and its tokenizer, on the CPU in float32; no code of a checkpoint is run."""
+def _load(teacher: ZeroShot) -> tuple[nn.Module, Tokenizer]:
+    """Load the open_clip model and its tokenizer, on the CPU in float32; no code of a checkpoint runs."""
+    with warnings.catch_warnings(), _quiet(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore", UserWarning)  # about the activation, which we choose by the tag
+        if teacher.arch.startswith(HUB) or Path(teacher.arch).is_dir():
+            return _load_with_own_weights(teacher)
+        name, tags = _model_and_tags(teacher, Path(folder))
+        if teacher.pretrained is None:
+            raise ModelError(
+                Message(f"{teacher} needs ", Option("pretrained"), f": a checkpoint's file{_or_tags(tags)}")
+            )
+        if Path(teacher.pretrained).is_file():
+            return _load_file(teacher, name, tags, Path(folder))
+        return _load_tag(teacher, tags)
+
+
+def _load_with_own_weights(teacher: ZeroShot) -> tuple[nn.Module, Tokenizer]:
+    """Load a model of the Hugging Face hub, or of a folder as open_clip writes it."""
     import open_clip
 
-    arch, path = teacher.arch, Path(teacher.arch)
-    with warnings.catch_warnings(), _quiet(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore", UserWarning)  # of the activation, which is the tag's own below
-        if arch.startswith("hf-hub:") or path.is_dir():
-            if teacher.pretrained is not None:
-                raise ModelError(f"{teacher} has its own weights: leave --pretrained {teacher.pretrained} out")
-            name = arch if arch.startswith("hf-hub:") else f"local-dir:{path}"
-            if path.is_dir() and not (path / CONFIG).exists():
-                raise ModelError(
-                    f"the folder {path} has no {CONFIG}: give a folder as open_clip's push_to_hf_hub writes"
-                )
-            return _said(teacher, lambda: (open_clip.create_model(name, require_pretrained=True), _tokenizer(name)))
-        if path.suffix == ".json":
-            _write_config(path, Path(folder) / CONFIG)
-            name = f"local-dir:{folder}"
-        elif arch in open_clip.list_models():
-            name = arch
-        else:
-            near = difflib.get_close_matches(arch, open_clip.list_models(), n=3, cutoff=0.5)
-            raise ModelError(
-                f"open_clip has no model '{arch}'"
-                + (f": did you mean {' or '.join(PREFIX + name for name in near)}?" if near else "")
-                + " Give a name of open_clip.list_models(), a configuration (.json), or a folder with one and weights"
-            )
-        tags = [] if path.suffix == ".json" else open_clip.list_pretrained_tags_by_model(arch)
-        if teacher.pretrained is None:
-            raise ModelError(f"{teacher} needs --pretrained: a checkpoint's file{_or_tags(tags)}")
-        if (file := Path(teacher.pretrained)).is_file():
-            published = {cfg.get("url", "").rpartition("/")[2]: cfg for cfg in map(partial(_config, arch), tags)}
-            config = published.get(file.name, {})  # a file by the name that it is published under is just that
-            model = _said(
-                teacher,
-                lambda: open_clip.create_model(
-                    name,
-                    load_weights=False,
-                    pretrained_text=False,
-                    force_quick_gelu=bool(config.get("quick_gelu")),
-                    force_preprocess_cfg=config,
-                ),
-            )
-            _said(teacher, lambda: open_clip.load_checkpoint(model, str(_plain_checkpoint(file, Path(folder)))))
-            return model, _said(teacher, lambda: _tokenizer(name))
-        config = _config(arch, teacher.pretrained)
-        if not config:
-            raise ModelError(
-                f"--pretrained {teacher.pretrained} is no file, and no weights of {teacher}: give a checkpoint's "
-                f"file{_or_tags(tags)}"
-            )
-        return _said(
-            teacher,
-            lambda: (
-                open_clip.create_model(
-                    arch, teacher.pretrained, force_quick_gelu=bool(config.get("quick_gelu")), require_pretrained=True
-                ),
-                _tokenizer(arch),
-            ),
-            where=config.get("url") or f"{config.get('hf_hub', '')} of the Hugging Face hub",
+    if teacher.pretrained is not None:
+        raise ModelError(
+            Message(f"{teacher} has its own weights: leave ", Option("pretrained", teacher.pretrained), " out")
         )
+    path = Path(teacher.arch)
+    if path.is_dir() and not (path / CONFIG).exists():
+        raise ModelError(f"the folder {path} has no {CONFIG}: give a folder that open_clip's push_to_hf_hub wrote")
+    name = teacher.arch if teacher.arch.startswith(HUB) else f"local-dir:{path}"
+    with _errors_of_loading(teacher):
+        return open_clip.create_model(name, require_pretrained=True), _tokenizer(name)
+
+
+def _model_and_tags(teacher: ZeroShot, folder: Path) -> tuple[str, list[str]]:
+    """Return open_clip's name of a model, and the tags of its published weights.
+
+    A configuration (``.json``) is written to the folder first, where open_clip finds it, and has no published weights.
+    """
+    import open_clip
+
+    path = Path(teacher.arch)
+    if path.suffix == ".json":
+        _write_config(path, folder / CONFIG)
+        return f"local-dir:{folder}", []
+    if teacher.arch not in open_clip.list_models():
+        near = did_you_mean(str(teacher), [PREFIX + name for name in open_clip.list_models()])
+        raise ModelError(
+            f"open_clip has no model '{teacher.arch}': give a name of open_clip.list_models(), a configuration (.json) "
+            f"or a folder with one and weights.{near}"
+        )
+    return teacher.arch, open_clip.list_pretrained_tags_by_model(teacher.arch)
+
+
+def _load_file(teacher: ZeroShot, name: str, tags: Sequence[str], folder: Path) -> tuple[nn.Module, Tokenizer]:
+    """Load a model with the weights of a checkpoint's file; ``folder`` is a temporary one."""
+    import open_clip
+
+    file = Path(str(teacher.pretrained))
+    published = {config.get("url", "").rpartition("/")[2]: config for config in (_config(name, tag) for tag in tags)}
+    config = published.get(file.name, {})  # a file with the name of published weights has their settings
+    with _errors_of_loading(teacher):
+        model = open_clip.create_model(
+            name,
+            load_weights=False,
+            pretrained_text=False,
+            force_quick_gelu=bool(config.get("quick_gelu")),
+            force_preprocess_cfg=config,
+        )
+        open_clip.load_checkpoint(model, str(_plain_checkpoint(file, folder)))
+        return model, _tokenizer(name)
+
+
+def _load_tag(teacher: ZeroShot, tags: Sequence[str]) -> tuple[nn.Module, Tokenizer]:
+    """Load a model with published weights, which open_clip downloads unless they are cached."""
+    import open_clip
+
+    tag = str(teacher.pretrained)
+    config = _config(teacher.arch, tag)
+    if not config:
+        raise ModelError(
+            Message(
+                Option("pretrained", tag),
+                f" is no file, and no weights of {teacher}: give a checkpoint's file{_or_tags(tags)}",
+            )
+        )
+    source = config.get("url") or f"{config.get('hf_hub', '')} of the Hugging Face hub"
+    with _errors_of_loading(teacher, source):
+        quick_gelu = bool(config.get("quick_gelu"))
+        model = open_clip.create_model(teacher.arch, tag, force_quick_gelu=quick_gelu, require_pretrained=True)
+        return model, _tokenizer(teacher.arch)
 
 
 def _plain_checkpoint(file: Path, folder: Path) -> Path:
-    """The file, or where it is a TorchScript archive, as OpenAI's are, another one with the weights that it holds."""
+    """Return the file, or for a TorchScript archive, as OpenAI publishes, a new file with the weights that it holds."""
     if not zipfile.is_zipfile(file):
         return file
     with zipfile.ZipFile(file) as archive:
         if not any(name.endswith("/constants.pkl") for name in archive.namelist()):
             return file
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated is for who writes such files
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, which the reader of a file cannot change
         weights = torch.jit.load(file, map_location="cpu").state_dict()
     target = folder / "weights.pt"
     torch.save({name: value for name, value in weights.items() if name not in _NO_WEIGHTS}, target)
     return target
 
 
-_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's archives have beside them
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # values beside the weights in OpenAI's archives
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What open_clip logs is for who trains such models: "initialized randomly", say, before weights are loaded."""
+    """Silence open_clip's log, which reports "initialized randomly" before weights are loaded."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.CRITICAL)
@@ -307,52 +364,55 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(arch: str, tag: str) -> dict[str, Any]:
-    """What open_clip knows of weights that it can fetch, as where they are; empty for others."""
+    """Return open_clip's record of published weights, such as their address; empty for others."""
     import open_clip
 
     return open_clip.get_pretrained_cfg(arch, tag)
 
 
-def _tokenizer(name: str) -> Callable[[list[str]], Tensor]:
+def _tokenizer(name: str) -> Tokenizer:
     import open_clip
 
     return open_clip.get_tokenizer(name)
 
 
 def _write_config(source: Path, target: Path) -> None:
-    """A model's configuration as open_clip has them, bare or with preprocessing beside it, where it looks for one."""
+    """Write a model's configuration, bare or with its preprocessing, as a folder of open_clip's has it."""
     try:
-        found = json.loads(source.read_text())
+        content = json.loads(source.read_text())
     except OSError as error:
         raise ModelError(f"the configuration {source} cannot be read ({error.strerror}): give its path") from None
     except ValueError as error:
-        raise ModelError(f"the configuration {source} is not JSON ({error})") from None
-    whole = found if isinstance(found, dict) and "model_cfg" in found else {"model_cfg": found}
+        raise ModelError(f"the configuration {source} is not JSON ({error}): give another file") from None
+    whole = content if isinstance(content, dict) and "model_cfg" in content else {"model_cfg": content}
     model = whole["model_cfg"]
     if not isinstance(model, dict) or any(key not in model for key in NEEDED):
-        raise ModelError(f"the configuration {source} is none of open_clip's: it must have {', '.join(NEEDED)}")
+        raise ModelError(f"the configuration {source} is not one of open_clip's: it must have {', '.join(NEEDED)}")
     target.write_text(json.dumps(whole))
 
 
-def _said(teacher: ZeroShot, load: Callable[[], T], where: str | None = None) -> T:
-    """What ``load`` returns; whatever it raises, of any of open_clip's many kinds, becomes a ModelError."""
+@contextmanager
+def _errors_of_loading(teacher: ZeroShot, source: str | None = None) -> Iterator[None]:
+    """Turn all errors of open_clip, which are of many types, into a ModelError; ``source`` is a download's address."""
     try:
-        return load()
+        yield
     except ModelError:
         raise
     except Exception as error:
-        reason = _first_line(error)
-        if where is None:
-            raise ModelError(f"{teacher} does not load with --pretrained {teacher.pretrained}: {reason}") from error
+        reason = error_summary(error)
+        if source is None:
+            weights = Option("pretrained", teacher.pretrained)
+            raise ModelError(
+                Message(f"{teacher} does not load with ", weights, f": {reason}; give weights of this model")
+            ) from error
         raise ModelError(
-            f"the weights '{teacher.pretrained}' of {teacher} are not here and cannot be fetched ({reason}): fetch "
-            f"{where} where there is a network, and give the file by --pretrained FILE"
+            Message(
+                f"the weights '{teacher.pretrained}' of {teacher} are not here and cannot be fetched ({reason}): fetch "
+                f"{source} on a machine with a network, and give the file by ",
+                Option("pretrained", Word("FILE")),
+            )
         ) from error
 
 
 def _or_tags(tags: Sequence[str]) -> str:
-    return f", or one of open_clip's tags, which are fetched: {', '.join(tags[:TOLD])}" if tags else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    return f", or one of open_clip's tags, which are downloaded: {', '.join(tags[:MOST_TAGS])}" if tags else ""
