@@ -73,8 +73,14 @@ BAD = {
     "show-explanations --data data.zarr --out new.png": (1, "give --model or --cache"),
     "show-explanations --data other.zarr --cache cache.zarr --split train --out new.png": (1, "another dataset"),
     "show-explanations --data data.zarr --model teacher --out new.png --explain sevn": (1, "Did you mean seven"),
-    "show-explanations --data data.zarr --model teacher --out new.png --sample 300": (1, "choose samples from 0 to 299"),
-    "show-explanations --data data.zarr --model teacher --out new.png --epsilon inf": (1, "must be a finite number, got inf"),
+    "show-explanations --data data.zarr --model teacher --out new.png --sample 300": (
+        1,
+        "choose samples from 0 to 299",
+    ),
+    "show-explanations --data data.zarr --model teacher --out new.png --epsilon inf": (
+        1,
+        "must be a finite number, got inf",
+    ),
     "show-explanations --data data.zarr --model teacher --out file": (1, "file exists: choose another --out"),
     # stores that do not belong
     "train-student --data other.zarr --cache cache.zarr --out new": (1, "was made from another dataset"),
