@@ -226,7 +226,7 @@ def test_code_of_ones_own_is_run_for_the_models_that_need_it_and_refused_where_n
     train_student(dataset, cache, "own", steps=1, batch_size=16, **factory)
     shown = show_explanations(dataset, OUT, models=[teacher, "own"], samples=1, **factory)
     assert shown["columns"] == ["teacher", "own"]
-    with pytest.raises(ModelError, match="give --student-factory shownnet:net"):
+    with pytest.raises(ModelError, match="give student_factory='shownnet:net'"):
         show_explanations(dataset, OUT, models=[teacher, "own"], samples=1)
     with pytest.raises(ModelError, match="leave the option out"):
         show_explanations(dataset, OUT, models=[teacher], samples=1, **factory)
