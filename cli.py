@@ -1099,7 +1099,6 @@ def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: s
         click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A student's folder."),
         click.option(
             "--format",
-            "form",
             required=True,
             type=Choice(["torch-export", "onnx", "state-dict"]),
             help="A .pt2 file for torch.export.load, an ONNX file, or the weights alone.",
@@ -1108,14 +1107,14 @@ def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: s
     ),
     under(OWN_CODE, FACTORY),
 )
-def export_command(model: Path, form: str, out: Path, student_factory: str | None) -> None:
+def export_command(model: Path, format: str, out: Path, student_factory: str | None) -> None:
     """A trained student as a file that needs nothing of this program, checked against it.
 
     It takes float32 images (N, C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes).
     """
     from pipeline import export_model
 
-    difference = export_model(model, out, form, student_factory=student_factory)
+    difference = export_model(model, out, format, student_factory=student_factory)
     click.echo(f"{out}: its logits differ from the model's by {difference:.2g} at most")
 
 

@@ -1,4 +1,4 @@
-"""Where tensors live: the device, how stored images become a network's input, and the allocator on a CPU."""
+"""The device: its choice, the conversion of stored images and masks to tensors on it, and the allocator on a CPU."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from options import first_line
 from pipeline.networks.models import ModelError
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one, else the CPU), or any device name of PyTorch's that is usable here.
+    """Return a device, and prepare it.
 
-    For the CPU the allocator is told to `keep_freed_memory`. CUDA is told to compute in full float32: by itself it
-    rounds what enters convolutions to TF32, which moves a heatmap where a ReLU opens or closes by it. A training
-    chooses its own precision after this.
+    On the CPU the allocator is set to `keep_freed_memory`. CUDA is set to compute in full float32. By default it rounds
+    the inputs of convolutions to TF32, which changes a heatmap where the rounding opens or closes a ReLU. A training
+    chooses its own precision afterwards.
 
-    Raises ModelError for a device that this machine does not have.
+    Args:
+        name: ``auto`` for CUDA if this machine has it and the CPU otherwise, or a device name of PyTorch's.
+
+    Raises:
+        ModelError: this machine does not have the device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,8 +32,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the device '{name}' cannot be used here ({reason}): choose auto, cpu or cuda") from None
+        raise ModelError(
+            f"the device '{name}' cannot be used here ({first_line(error)}): choose auto, cpu or cuda"
+        ) from None
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -37,38 +43,38 @@ def pick_device(name: str) -> torch.device:
 
 
 def round_to_tf32(allowed: bool) -> None:
-    """Whether CUDA may round what enters convolutions and matrix products to TF32, in this process."""
+    """Set whether CUDA may round the inputs of convolutions and matrix products to TF32, in this process."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 def place(model: nn.Module, device: torch.device) -> None:
-    """Move a model to the device, channels last in memory, which is the faster layout for convolutions."""
+    """Move a model to the device, with channels last in memory, the faster layout for convolutions."""
     model.to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def to_device(values: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """On the device; the caller does not wait for the copy where the tensor is pinned and the device is CUDA."""
+    """Copy values to the device. A copy of a pinned tensor to CUDA is asynchronous."""
     tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def as_input(images: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Stored images uint8 (N, C, H, W) as a network's input: float32 in [0, 1], channels last in memory."""
+    """Convert stored images, uint8 (N, C, H, W), to a network's input: float32 in [0, 1], channels last in memory."""
     return to_device(images, device).to(torch.float32).div_(255).contiguous(memory_format=torch.channels_last)
 
 
 def as_mask(masks: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """Stored masks uint8 (N, 1, H, W) as float32: 1 on the object, 0 on the background."""
+    """Convert stored masks, uint8 (N, 1, H, W), to float32: 1 on the object, 0 on the background."""
     return to_device(masks, device).ne(0).to(torch.float32)
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to hand large freed blocks back to the kernel, where the C library is glibc.
+    """Set glibc, if it is the C library, to keep large freed blocks instead of returning them to the kernel.
 
-    Activations of some MB are freed and allocated again at every step; without this each of them is mapped
-    and zeroed anew, which takes up to a quarter of a student's step on a CPU.
+    Activations of some MB are freed and allocated again at every step. Without this the kernel maps and zeroes each of
+    them again, which takes up to a quarter of a student's step on a CPU.
     """
     if not sys.platform.startswith("linux"):
         return

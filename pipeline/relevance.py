@@ -1,7 +1,7 @@
 """The relevance engine: heatmaps of any PyTorch model by LRP, differentiable once more.
 
-One forward pass in which a `Tracer` puts the rules' nodes into the autograd graph, then one backward pass for
-each heatmap. The model is neither changed nor wrapped. Not here: what an operation does to relevance (`rules/`).
+A `Tracer` puts the rules' nodes into the autograd graph during one forward pass, and each heatmap is one backward
+pass. The model is neither changed nor wrapped. Not here: the rules of the operations (`rules/`).
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ def explain(
     create_graph: bool = False,
     rules: str | RuleSet = "flex",
 ) -> tuple[Tensor, Tensor]:
-    """Heatmaps ``x · G`` of one class per image: LRP-Flex (Bassi et al., arXiv 2407.09788), or other rules by name.
+    """Explain one class of each image by a heatmap ``x · G``: LRP-Flex (Bassi et al., arXiv 2407.09788) or other rules.
 
-    G is the gradient of the logit ``y[target_class]`` at the image with every ReLU of output ``a`` passing
-    on ``a / (a + ε)`` of it in place of the step function; on ReLU networks ε = 0 is Gradient×Input. Batch norm
-    is the affine map ``γ / σ``. Other activations, products, attention and norms of single samples follow AttnLRP
-    (Achtibat et al., ICML 2024). The model, any callable made of torch operations, is run as it is (train or eval
-    mode included) and left as it is.
+    G is the gradient of the logit ``y[target_class]`` at the image, computed with modified ReLUs: a ReLU with output
+    ``a`` multiplies the gradient by ``a / (a + ε)`` instead of the step function. On ReLU networks ε = 0 is
+    Gradient×Input. Batch norm is the affine map ``γ / σ``. Other activations, products, attention and norms of single
+    samples follow AttnLRP (Achtibat et al., ICML 2024). The model runs in its present mode, training or evaluation, and
+    is not changed.
 
     Args:
-        model: maps images to logits (N, K).
+        model: a callable made of torch operations: images → logits (N, K).
         images: (N, C, H, W), or any other floating (N, ...).
-        target_class: (N,) integers in [0, K).
+        target_class: integers in [0, K), (N,).
         epsilon: a number ≥ 0, or one for each image, (N,).
-        create_graph: make the heatmaps differentiable with respect to the parameters (and to ``images``
-            where they require a gradient). Ordinary gradients of the logits are unaffected.
-        rules: what operations do to relevance: one of `RULE_SETS` by name, or a `RuleSet` of your own.
+        create_graph: make the heatmaps differentiable with respect to the parameters, and to ``images`` if they
+            require a gradient. Ordinary gradients of the logits are not affected.
+        rules: the rules of the operations: the name of one of `RULE_SETS`, or a `RuleSet` of your own.
 
     Returns:
-        logits (N, K) and heatmaps, shaped and typed as ``images``: one signed value for each input channel.
+        The logits (N, K), and the heatmaps, with the shape and dtype of ``images``: one signed value for each input
+        channel.
 
     Raises:
-        RelevanceError: an operation of the model has no rule; names the operation and the module.
-        ValueError: shapes, classes, ε or rules that cannot be right.
+        RelevanceError: an operation of the model has no rule; the text names the operation and the module.
+        ValueError: shapes, classes or ε are wrong.
     """
     trace = Trace(model, images, rules)
     heatmaps = trace.heatmaps(target_class, epsilon, create_graph=create_graph)
@@ -55,9 +56,15 @@ def explain(
 
 
 class Trace:
-    """One forward pass of a model over images, from which any number of heatmaps are propagated back.
+    """One forward pass of a model over images, for any number of heatmaps. The draws of a sample share one trace.
 
-    ``logits`` is (N, K), attached to the graph. The draws of a sample share one trace.
+    Args:
+        model: as in `explain`.
+        images: as in `explain`.
+        rules: as in `explain`.
+
+    Attributes:
+        logits: (N, K), attached to the graph.
     """
 
     def __init__(self, model: Model, images: Tensor, rules: str | RuleSet = "flex"):
@@ -87,7 +94,7 @@ class Trace:
         create_graph: bool = False,
         keep_graph: bool = False,
     ) -> Tensor:
-        """The heatmaps of one class and ε per image; see `explain`. ``keep_graph`` allows further calls."""
+        """Return the heatmaps of one class and ε per image, see `explain`. ``keep_graph`` allows further calls."""
         gradient = self.gradient(target_class, epsilon, create_graph=create_graph, keep_graph=keep_graph)
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             return (self._images if self._asked_for_images else self._images.detach()) * gradient
@@ -101,9 +108,17 @@ class Trace:
         create_graph: bool = False,
         keep_graph: bool = False,
     ) -> Tensor:
-        """The modified gradient G alone, at the images or ``at`` an activation of this pass, shaped as that is.
+        """Return the modified gradient G alone, at the images or at an activation of this pass.
 
-        Raises RelevanceError where the logits do not depend on the activation.
+        Args:
+            target_class: as in `explain`.
+            epsilon: as in `explain`.
+            at: the activation; None for the images. The gradient has its shape.
+            create_graph: as in `explain`.
+            keep_graph: allow further calls.
+
+        Raises:
+            RelevanceError: the logits do not depend on the activation.
         """
         target_class = _checked_classes(target_class, *self.logits.shape).to(self.logits.device)
         with torch.inference_mode(False):
@@ -119,13 +134,22 @@ class Trace:
         create_graph: bool = False,
         keep_graph: bool = False,
     ) -> Tensor:
-        """As `gradient`, of Σ_k cotangent[k] · y[k], (N, K), in place of one logit.
+        """Return the modified gradient of Σ_k cotangent[k] · y[k] instead of one logit, see `gradient`.
 
-        A cotangent that depends on the logits is held where it is; with ``create_graph`` it is differentiated too.
+        Args:
+            cotangent: (N, K). If it depends on the logits, it is a constant in this pass all the same. With
+                ``create_graph`` the result is differentiable with respect to it.
+            epsilon: as in `explain`.
+            at: as in `gradient`.
+            create_graph: as in `explain`.
+            keep_graph: as in `gradient`.
+
+        Raises:
+            RelevanceError: the logits do not depend on the activation.
         """
         wide = torch.promote_types(self.logits.dtype, torch.float32)
         if self.state.epsilon is not None:
-            raise RuntimeError("this trace is propagating relevance already: use a trace of its own for each thread")
+            raise RuntimeError("this trace is propagating relevance already: use one trace in each thread")
         with torch.inference_mode(False), torch.set_grad_enabled(create_graph):
             values, self.state.uniform = _checked_epsilon(epsilon, len(self.logits))
             if self.state.uniform is None:
@@ -140,22 +164,22 @@ class Trace:
                     create_graph=create_graph,
                     retain_graph=create_graph or keep_graph,
                     allow_unused=True,
-                    materialize_grads=at is None,  # the image of a model that looks at nothing has none
+                    materialize_grads=at is None,  # zeros for a model that ignores its images
                 )
             finally:
                 self.state.epsilon = None
         if gradient is None:
             raise RelevanceError(
-                "the gradient is asked at an activation that the logits do not depend on: it is beside the way from "
-                "the image to them, or a norm that is no module took its layer's place"
+                "the logits do not depend on the activation whose gradient is needed: it lies on no path from the image "
+                "to them, or a norm that is not a module replaced its layer; use another explainer or architecture"
             )
         return gradient
 
     def _check_logits(self, tracer: Tracer) -> None:
         samples = tracer.samples
         if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != samples:
-            got = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
-            raise ValueError(f"the model must return logits of shape ({samples}, K), got {got}")
+            returned = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
+            raise ValueError(f"the model must return logits of shape ({samples}, K), got {returned}")
         if not tracer.carries(self.logits):
             raise RelevanceError(
                 "the logits do not depend on the image by any operation that autograd recorded: "
@@ -178,7 +202,7 @@ def _checked_classes(target_class: Tensor, samples: int, classes: int) -> Tensor
 
 
 def _checked_epsilon(epsilon: float | Tensor, samples: int) -> tuple[Tensor, float | None]:
-    """ε as (N,), and the number that it is where it is one for all, as far as that is known."""
+    """Return ε as (N,), and the one number that it is for all samples, or None if it differs or is not known yet."""
     values = epsilon if isinstance(epsilon, Tensor) else torch.as_tensor(epsilon, dtype=torch.float64)
     if values.dim() == 0:
         values = values.expand(samples)
@@ -195,5 +219,5 @@ def _checked_epsilon(epsilon: float | Tensor, samples: int) -> tuple[Tensor, flo
 
 
 def _recorded(values: Tensor) -> bool:
-    """Whether a CUDA graph is being recorded, which holds no numbers yet, so that none can be looked at."""
+    """Return whether a CUDA graph is being recorded: then the tensor has no values yet."""
     return values.is_cuda and torch.cuda.is_current_stream_capturing()

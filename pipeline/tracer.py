@@ -1,6 +1,6 @@
-"""Following relevance through a forward pass: which rule stands in for which call, and what depends on the image.
+"""Following relevance through a forward pass: the rule for each call, and the tensors that depend on the image.
 
-Not here: what an operation does to relevance (`rules/`), and how relevance is propagated back (`relevance.py`).
+Not here: the rules of the operations (`rules/`), and how relevance is propagated back (`relevance.py`).
 """
 
 from __future__ import annotations
@@ -25,35 +25,39 @@ from pipeline.rules import (
     tensors,
 )
 
-_PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch's that return their input
-_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # as checkpointing, up to 2.13
+_PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch that return their input
+_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # checkpointing does, up to 2.13
 
 
 class Tracer(TorchFunctionMode):
-    """Puts the rule in place of every torch function that touches what depends on the image.
+    """Replaces every torch function whose input depends on the image by its rule.
 
-    The autograd nodes that rules made carry the pass's state in their metadata, with the batch axis and whether
-    anybody wants the outer gradient there. What depends on the image through any other node (a custom autograd
-    function, scripted code) was not seen and is refused. Holds no tensor of the graph once the pass is over.
+    The metadata of the autograd nodes that rules make hold the state of the pass, the batch axis, and whether the outer
+    gradient is needed there. A tensor that depends on the image through another node (a custom autograd function,
+    scripted code) escapes the tracer and is refused. The tracer holds no tensor of the graph after the pass.
+
+    Args:
+        rules: the rules.
+        samples: the number of images.
     """
 
     def __init__(self, rules: RuleSet, samples: int):
         super().__init__()
         self.rules, self.samples = rules, samples
         self.state = PassState()
-        self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm behind it
+        self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm that follows it
 
     def __exit__(self, *error: Any) -> None:
         self.latest = (None, None)
         super().__exit__(*error)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # else a compiled model compiles the choice of rules in
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # otherwise a compiled model includes the choice of rules
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == _ASKS_FOR_ITS_NODE:
             return func(*args)
-        given = tensors([args, kwargs])
-        carrying = [tensor for tensor in (given[:1] if func in LIKE_THE_SECOND else given) if self.carries(tensor)]
+        inputs = tensors([args, kwargs])
+        carrying = [tensor for tensor in (inputs[:1] if func in LIKE_THE_SECOND else inputs) if self.carries(tensor)]
         if not carrying:
             return func(*args, **kwargs)
         rule = self.rules.rule(func)
@@ -65,14 +69,18 @@ class Tracer(TorchFunctionMode):
         self._recompute_with_rules()
         axes = {id(tensor): self.batch_axis(tensor) for tensor in carrying}
         outer = any(map(self.outer_gradient_wanted, carrying))
-        outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in given)
+        outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in inputs)
         output = rule(self, func, *args, **kwargs)
         for tensor in tensors(output):
             self.mark(tensor, batch_axis_after(axes, self.samples, func, args, kwargs, tensor), outer)
         return output
 
     def carries(self, tensor: Tensor) -> bool:
-        """Whether relevance reaches this tensor: rules made it from the image."""
+        """Return whether relevance reaches a tensor: rules made it from the image.
+
+        Raises:
+            RelevanceError: the tensor depends on the image through a node that no rule made.
+        """
         node: Any = tensor.grad_fn
         if node is None or self.state in node.metadata:
             return node is not None
@@ -84,22 +92,22 @@ class Tracer(TorchFunctionMode):
         return self.rules.otherwise is not None and self._hidden_dependency(node) is not None
 
     def batch_axis(self, *carrying: Tensor) -> int | None:
-        """The axis of the batch in tensors that carry relevance; None where it is lost, or not one for all."""
+        """Return the batch axis of tensors that carry relevance; None if it is lost, or differs between them."""
         axes = {tensor.grad_fn.metadata.get(self.state, (None,))[0] for tensor in carrying}  # type: ignore
         return axes.pop() if len(axes) == 1 else None
 
     def outer_gradient_wanted(self, carrying: Tensor) -> bool:
-        """Whether parameters, or images whose gradient was asked for, stand behind this tensor."""
+        """Return whether a tensor depends on parameters, or on images that require a gradient."""
         return carrying.grad_fn.metadata.get(self.state, (None, True))[1]  # type: ignore
 
     def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool) -> None:
-        """Note that relevance reaches this tensor, unless a rule ends it there or has noted it already."""
+        """Record that relevance reaches a tensor, unless a rule stops it there or has recorded it already."""
         node: Any = tensor.grad_fn
         if node is not None and not _stops_relevance(node):
             node.metadata.setdefault(self.state, (batch_axis, outer))
 
     def written_out(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a function with the rules in place, from where they are not: within a rule, or in a backward pass."""
+        """Call a function with the rules active, from a place where they are not: a rule, or a backward pass."""
         with self:
             return function(*args, **kwargs)
 
@@ -107,10 +115,10 @@ class Tracer(TorchFunctionMode):
         return next((p.metadata[self.state] for p, _ in node.next_functions if p and self.state in p.metadata), None)
 
     def _hidden_dependency(self, node: Any) -> str | None:
-        """The name of a node between an unmarked node and the image, if the image is among its ancestors.
+        """Return the name of a node between an unmarked node and the image, or None if it does not depend on the image.
 
-        Relevance is cut on purpose at `stop_relevance`, so the search does not pass it. It ends at
-        parameters, which is after a few nodes for a norm's statistics or a normalised weight.
+        `stop_relevance` cuts relevance on purpose, so the search does not pass it. The search ends at parameters, which
+        are a few nodes away for a norm's statistics or a normalised weight.
         """
         stack: list[Any] = [node]
         seen: set[Any] = set()
@@ -128,7 +136,7 @@ class Tracer(TorchFunctionMode):
         return None
 
     def unknown(self, operation: Callable[..., Any] | str, why: str = "") -> RelevanceError:
-        """The error for an operation without a rule."""
+        """Return the error for an operation without a rule."""
         name = operation if isinstance(operation, str) else resolve_name(operation) or repr(operation)
         return RelevanceError(
             f"no relevance rule for {name}{' ' * bool(why)}{why}, in {_module_on_the_stack()}: the heatmap "
@@ -137,9 +145,9 @@ class Tracer(TorchFunctionMode):
         )
 
     def _recompute_with_rules(self) -> None:
-        """Within a checkpointed block (torch.utils.checkpoint, not reentrant), see to its being recomputed with rules.
+        """Within a checkpointed block (torch.utils.checkpoint, not reentrant), let it be recomputed with the rules.
 
-        The block's frame is found as its hook's variable: PyTorch has no public way to it.
+        The block's frame is a variable of its hook: PyTorch has no public way to get it.
         """
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         variables = getattr(hooks[0], "__closure__", None) if hooks else None
@@ -155,7 +163,7 @@ def _stops_relevance(node: Any) -> bool:
 
 
 def _module_on_the_stack() -> str:
-    """Name and type of the innermost module that is running, named as in the outermost one."""
+    """Return name and type of the innermost module that is running; the name is that in the outermost one."""
     modules = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:

@@ -277,7 +277,7 @@ def test_swin_of_one_position_at_its_end_is_refused_as_its_other_maps_lie_otherw
 
 def test_feature_maps_beside_the_way_to_the_logits_are_refused():
     forward = Forward(Aside(), images().float(), "grad-cam")
-    with pytest.raises(RelevanceError, match="beside the way from the image to them"):
+    with pytest.raises(RelevanceError, match="it lies on no path from the image to them"):
         forward.maps(TARGETS, 0.1)
 
 

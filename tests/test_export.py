@@ -19,11 +19,20 @@ import torchvision
 from click.testing import CliRunner
 from torch import nn
 
-import pipeline.networks.export
 from cli import main
-from pipeline import ModelConfig, ModelError, ScaleNorm, bias_free, export_model, load_classifier, plain, save_plain
+from pipeline import (
+    ModelConfig,
+    ModelError,
+    ScaleNorm,
+    bias_free,
+    build_network,
+    export_model,
+    load_classifier,
+    plain,
+    save_plain,
+)
 from pipeline.networks.classifier import Classifier, build_classifier, save_weights
-from pipeline.networks.export import FORMATS
+from pipeline.networks.formats import FORMATS, Format
 from pipeline.networks.heads import HeadSpec
 
 SHAPE = (3, 28, 28)
@@ -94,7 +103,7 @@ def test_the_plain_network_is_the_same_function_in_torchs_own_layers(name):
     if name.startswith("norm"):
         network, _ = bias_free(Norms() if name == "norms" else nn.BatchNorm2d(3))
     else:
-        network, _ = pipeline.build_network(name, 10, SHAPE, free_of_biases=True)
+        network, _ = build_network(name, 10, SHAPE, free_of_biases=True)
     model = used(Classifier(network, image_shape=shape), shape).train()
     before = copy.deepcopy(model.state_dict())
     found = plain(model)
@@ -133,7 +142,7 @@ def test_the_rank_of_a_norm_is_not_guessed():
 
 @pytest.mark.parametrize("debias", ["grayscale", "mask"])
 def test_a_network_is_not_taken_out_from_behind_its_front(tmp_path, debias):
-    network, _ = pipeline.build_network("small-cnn", 10, SHAPE, free_of_biases=True)
+    network, _ = build_network("small-cnn", 10, SHAPE, free_of_biases=True)
     with pytest.raises(ModelError, match=f"stands behind the front '{debias}'"):
         plain(Classifier(network, debias, image_shape=SHAPE))
 
@@ -233,21 +242,18 @@ def test_transformers_are_exported(form, build):
             torch.testing.assert_close(found, network(images), rtol=1e-4, atol=1e-4)
 
 
-def test_a_file_that_computes_something_else_is_not_put_in_place(tiny, tmp_path, monkeypatch):
+def test_a_file_that_computes_something_else_is_not_put_in_place(tiny, tmp_path, request):
     honest = FORMATS["state-dict"]
 
     def careless(network: nn.Module, images: torch.Tensor) -> bytes:
         network.head.weight.data[3] *= 1.01
         return honest.encode(network, images)
 
-    monkeypatch.setitem(FORMATS, "state-dict", pipeline.networks.export.Format(careless, honest.decode))
-    with pytest.raises(ModelError, match="computes something else, with logits that differ by up to"):
+    request.addfinalizer(lambda: FORMATS.enter("state-dict", honest))
+    FORMATS.enter("state-dict", Format(careless, honest.decode))
+    with pytest.raises(ModelError, match="computes other logits, which differ by up to"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")
-    monkeypatch.setitem(
-        FORMATS,
-        "state-dict",
-        pipeline.networks.export.Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan),
-    )
+    FORMATS.enter("state-dict", Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan))
     with pytest.raises(ModelError, match="differ by up to nan"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")
     assert list(tmp_path.iterdir()) == []
@@ -292,7 +298,7 @@ def test_what_cannot_be_exported_is_said_and_nothing_is_written(tiny, teacher, t
         result = invoke("--model", model, "--format", form, "--out", out)
         assert (result.exit_code, out.exists()) == (1, False)
         assert message in result.output
-    with pytest.raises(ModelError, match="unknown --format 'caffe': choose one of torch-export, onnx, state-dict"):
+    with pytest.raises(ModelError, match="unknown format 'caffe': choose one of torch-export, onnx, state-dict"):
         export_model(tiny, out, "caffe")
 
 

@@ -150,8 +150,8 @@ def test_images_without_an_object_have_maps_of_zeros_and_are_no_error(data, of_o
 def test_code_of_somebodys_own_runs_only_where_the_user_names_it(data, of_own):
     train_teacher(data, "t", debias="segmenter", segmenter="ownseg:bright", steps=2, batch_size=32)
     for given, words in (
-        (None, "give --segmenter ownseg:bright$"),
-        ("ownseg:colours", "give --segmenter ownseg:bright, not ownseg:colours"),
+        (None, "give segmenter='ownseg:bright'$"),
+        ("ownseg:colours", "give segmenter='ownseg:bright', not ownseg:colours"),
     ):
         with pytest.raises(ModelError, match=words):
             load_classifier("t", segmenter=given)
@@ -199,11 +199,11 @@ def test_what_is_no_segmenter_is_refused_with_what_would_be(of_own):
     (of_own / "cut.pt2").write_bytes(b"PK\x03\x04")
     torch.save({"weight": torch.zeros(3)}, of_own / "weights.pt")
     for spec, words in {
-        "lraspp": "no segmenter is called 'lraspp': give torchvision:lraspp_mobilenet_v3_large",
+        "lraspp": "unknown segmenter 'lraspp': give torchvision:lraspp_mobilenet_v3_large",
         "torchvision:resnet18": "torchvision has no segmentation network 'resnet18'",
         "nowhere.pt2": "the segmenter nowhere.pt2 cannot be read",
         "cut.pt2": "the segmenter cut.pt2 does not load",
-        "weights.pt": "weights alone are no network",
+        "weights.pt": "for weights alone a package.module:function",
         "ownseg:nothing": "ownseg has no function 'nothing'",
         "nomodule:x": "the segmenter 'nomodule:x' cannot be imported",
         "ownseg:no_module": "returned int: it must return an nn.Module",
@@ -223,5 +223,5 @@ def test_segmenter_and_debias_go_together_or_not_at_all(data, of_own):
     train_teacher(data, "t", debias="segmenter", segmenter="ownseg:bright", steps=1, batch_size=32)
     config = json.loads(Path("t/config.json").read_text())
     Path("t/config.json").write_text(json.dumps(config | {"segmenter": None}))
-    with pytest.raises(ModelError, match="its debias is 'segmenter', and its segmenter None"):
+    with pytest.raises(ModelError, match="its debias is 'segmenter' and its segmenter is None"):
         load_classifier("t")

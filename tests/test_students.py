@@ -176,7 +176,7 @@ def test_a_map_is_found_that_a_function_flattens_and_not_one_that_was_changed_on
 
 def test_a_student_that_ends_otherwise_is_refused_with_what_to_do():
     network = nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(ModelError, match=r"neither a linear layer nor a 1×1 convolution with 10 outputs.*--head free"):
+    with pytest.raises(ModelError, match=r"neither a linear layer nor a 1×1 convolution with 10 outputs.*head='free'"):
         attach_head(network, HeadSpec(4, False), 10, SHAPE, adapter_bias=False)
 
 

@@ -313,7 +313,7 @@ def test_an_exported_student_needs_neither_open_clip_nor_text(store, dataset, tm
 def test_heads_that_do_not_fit_are_refused_with_the_remedy(store, cache, dataset, tmp_path):
     with pytest.raises(ModelError, match="pools by attention"):
         train_student(dataset, cache, tmp_path / "a", head="attention-pool")
-    with pytest.raises(ModelError, match="--head frozen"):
+    with pytest.raises(ModelError, match="give head='frozen'"):
         train_student(dataset, store, tmp_path / "b", head="attention-pool", arch="mobilenet_v2")
     with pytest.raises(ModelError, match="ends in a 1×1 convolution"):
         train_student(dataset, store, tmp_path / "c", arch="squeezenet1_1")

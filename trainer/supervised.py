@@ -7,7 +7,7 @@ from typing import Any
 
 from data import Location, open_dataset
 from pipeline import ModelConfig
-from pipeline.networks.classifier import DEBIAS
+from pipeline.networks.debias import DEBIAS
 from pipeline.networks.models import OWN
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError

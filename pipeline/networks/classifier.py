@@ -1,6 +1,6 @@
-"""A network behind its debiasing front, and how it is kept on disk. Teachers, baselines and students are all this.
+"""A network behind its debiasing front, and its files. Teachers, baselines and students are all classifiers.
 
-The front is a part of the module, so that relevance flows through it back to the pixels that a student sees.
+Not here: the fronts (`debias.py`), and the networks (`models.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import zarr
 from torch import Tensor, nn
 
 from data.storage import Folder
+from options import Message, Option
+from pipeline.networks.debias import DEBIAS
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.models import ImageShape, ModelError, build_network, check_factory
@@ -32,47 +33,15 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.pt"  # of a saved model, in its folder
 
 
-def grayscale(images: Tensor, masks: Tensor | None) -> Tensor:
-    """The mean of the channels divided by its spatial maximum: neither hue nor brightness tells the class.
-
-    (N, C, H, W) to the same shape, every channel alike. The maximum is a constant for relevance; else the
-    result would not change with the brightness and the relevance of every image would sum to 0.
-    """
-    mean = images.mean(dim=1, keepdim=True)
-    brightest = stop_relevance(mean).amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(images.dtype).tiny)
-    return (mean / brightest).expand(-1, images.shape[1], -1, -1)
-
-
-def mask(images: Tensor, masks: Tensor | None) -> Tensor:
-    """The image with its background set to 0, by the dataset's masks (N, 1, H, W) in {0, 1}."""
-    if masks is None:
-        raise ModelError("a teacher with --debias mask needs the dataset's 'masks', and this split has none")
-    return images * masks
-
-
-def segmenter(images: Tensor, masks: Tensor | None) -> Tensor:
-    """As `mask`, by the masks that a frozen segmentation network makes of the image (`segmenters.py`)."""
-    return mask(images, masks)
-
-
-def none(images: Tensor, masks: Tensor | None) -> Tensor:
-    """The image as it is: a biased baseline, or a student."""
-    return images
-
-
-DEBIAS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
-    "grayscale": grayscale,
-    "mask": mask,
-    "segmenter": segmenter,
-    "none": none,
-}
-
-
 class Classifier(nn.Module):
-    """``network`` behind the front called ``debias``: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → (N, K).
+    """A network behind a front: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → logits (N, K).
 
-    ``bias_free_report`` says what was done to the network, where it is in its bias-free form, and ``image_shape``
-    which images (C, H, W) it was built for. With a ``segmenter`` the masks are those that it makes of the images.
+    Args:
+        network: the network.
+        debias: the name of the front, in `DEBIAS`.
+        bias_free_report: what `bias_free` did to the network, if it is in its bias-free form.
+        image_shape: (C, H, W) of the images that the network was built for.
+        segmenter: a network that makes the masks from the images.
     """
 
     def __init__(
@@ -96,19 +65,31 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that is needed to build a saved classifier again, and what it was trained on.
+    """The configuration that a saved classifier is built from again, and a record of its training.
 
-    ``arch`` and ``arch_options`` are those of `build_network`. Without a ``head`` the last layer is the network's own.
-    ``segmenter`` is that of `build_segmenter`.
+    Attributes:
+        kind: ``"teacher"``, which includes the ERM baseline, or ``"student"``.
+        arch: as in `build_network`.
+        bias_free: whether the network is in its bias-free form.
+        debias: the name of the front, in `DEBIAS`.
+        class_names: the classes, in the order of the logits.
+        image_shape: (C, H, W) of the images.
+        dataset: name and fingerprint of the training split.
+        training: the settings of the training.
+        head: the teacher's last layer; None for the network's own.
+        arch_options: the options of `build_network`.
+        segmenter: as in `build_segmenter`.
+        format_version: version of these fields.
+        versions: versions of the software that made the classifier.
     """
 
-    kind: str  # "teacher", which includes the ERM baseline, or "student"
+    kind: str
     arch: str
     bias_free: bool
     debias: str
     class_names: tuple[str, ...]
     image_shape: ImageShape
-    dataset: dict[str, str]  # name and fingerprint of the training split
+    dataset: dict[str, str]
     training: dict[str, Any]
     head: HeadSpec | None = None
     arch_options: dict[str, int | float | bool | str] = field(default_factory=dict)
@@ -121,10 +102,14 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Raises ModelError where the fields are not those of this format version."""
+        """Check the fields of a ``config.json``, and return them as a configuration.
+
+        Raises:
+            ModelError: a field is missing, unknown or wrong, or the format version is another.
+        """
         if values.get("format_version") != FORMAT_VERSION:
             raise ModelError(f"its format version is {values.get('format_version')!r}, not {FORMAT_VERSION}")
-        values = {"arch_options": {}, "segmenter": None, **values}  # which older files do not have
+        values = {"arch_options": {}, "segmenter": None, **values}  # older files lack these two
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(values) != expected:
             raise ModelError(f"its fields differ from the expected ones in {sorted(set(values) ^ expected)}")
@@ -138,16 +123,18 @@ class ModelConfig:
             raise ModelError(f"its arch is {values['arch']!r}, not a name")
         options = values["arch_options"]
         if not isinstance(options, dict) or not all(isinstance(v, int | float | str) for v in options.values()):
-            raise ModelError(f"its arch_options are {options!r}, not numbers, switches and words by name")
+            raise ModelError(f"its arch_options are {options!r}, not names with numbers, switches or words")
         if values["debias"] not in DEBIAS:
             raise ModelError(f"its debias is {values['debias']!r}, not one of {', '.join(DEBIAS)}")
         if (values["debias"] == "segmenter") != isinstance(values["segmenter"], str):
-            raise ModelError(f"its debias is {values['debias']!r}, and its segmenter {values['segmenter']!r}")
+            raise ModelError(
+                f"its debias is {values['debias']!r} and its segmenter is {values['segmenter']!r}, which do not fit"
+            )
         return cls(**values)
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a result."""
+    """Return the versions of the software that decides a result."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -160,9 +147,15 @@ def versions() -> dict[str, str]:
 def build_classifier(
     config: ModelConfig, student_factory: str | None = None, segmenter: Segmenter | None = None
 ) -> Classifier:
-    """The classifier that the configuration describes, freshly initialised, with the ``segmenter`` that it names.
+    """Build the classifier that a configuration describes, with random weights.
 
-    ``student_factory`` as in `load_classifier`. Raises ModelError, see `build_network` and `attach_head`.
+    Args:
+        config: the configuration.
+        student_factory: as in `load_classifier`.
+        segmenter: the segmenter that the configuration names, already built.
+
+    Raises:
+        ModelError: see `build_network` and `attach_head`.
     """
     network, report = build_network(
         config.arch,
@@ -180,20 +173,24 @@ def build_classifier(
 
 
 def save_weights(directory: Path, model: nn.Module) -> None:
-    """Write ``weights.pt``, whole or not at all."""
+    """Write ``weights.pt`` atomically."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
     write_whole(directory / "weights.pt", buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file, whole and on the disk, or not at all."""
+    """Write a file atomically, and flush it to the disk."""
     Folder(path.parent).write(path.name, content)
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """What a saved model, or an unfinished training, is. Raises ModelError where the folder holds none."""
-    hint = "give the --out folder of train-teacher or train-student"
+    """Read the configuration of a saved classifier, or of an unfinished training.
+
+    Raises:
+        ModelError: the folder has no ``config.json`` of a classifier.
+    """
+    hint = "give the output folder of a teacher's or a student's training"
     try:
         values = json.loads((directory / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -209,62 +206,84 @@ def read_config(directory: Path) -> ModelConfig:
 def load_classifier(
     directory: str | Path, student_factory: str | None = None, segmenter: str | None = None
 ) -> tuple[Classifier, ModelConfig]:
-    """A saved teacher or student, in evaluation mode on the CPU; no code from the files is run.
+    """Load a saved teacher or student, in evaluation mode on the CPU. No code from its files runs.
 
-    A student that was built by a function of somebody's own is built by it again if ``student_factory``,
-    ``package.module:function``, names the same; and so is a teacher's segmenter, be it a function's or in a file, if
-    ``segmenter`` does. One of torchvision's needs no naming.
+    Args:
+        directory: the output folder of its training.
+        student_factory: the function ``package.module:function`` that built a student of the user's own. It runs only
+            if it is the one that the configuration names.
+        segmenter: the teacher's segmenter, if that is a function or a file. It runs only if the configuration names the
+            same one. A segmenter of torchvision's needs no naming.
 
-    Raises ModelError where the folder is missing, holds none, its training was not finished, or its factory or
-    segmenter was not given.
+    Returns:
+        The classifier and its configuration.
+
+    Raises:
+        ModelError: the folder holds no classifier, its training is unfinished, its factory or segmenter was not given,
+            or its weights do not fit.
     """
     directory = Path(directory)
     config = read_config(directory)
     if not (directory / "weights.pt").exists():
-        raise ModelError(f"the training of {directory} was not finished: there is no weights.pt; train it again")
+        raise ModelError(f"the training of {directory} is unfinished: there is no weights.pt; train it again")
     try:
         check_factory(config.arch, student_factory)
-        named = _segmenter(config.segmenter, segmenter)
+        segmenter_spec = _permitted_segmenter(config.segmenter, segmenter)
     except ModelError as error:
-        raise ModelError(f"the model {directory} was not loaded: {error}") from None
-    again = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
+        raise ModelError(Message(f"the model {directory} was not loaded: ", error)) from None
+    remedy = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
     try:
-        made = None if named is None else build_segmenter(named, config.image_shape, weights=False)
-        model = build_classifier(config, student_factory, made)
+        built = None if segmenter_spec is None else build_segmenter(segmenter_spec, config.image_shape, weights=False)
+        model = build_classifier(config, student_factory, built)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"what the config.json in {directory} describes cannot be built ({error}); {again}") from error
+        raise ModelError(
+            Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")
+        ) from error
     try:
         model.load_state_dict(torch.load(directory / "weights.pt", map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many kinds for a file that is cut or foreign
-        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {again}") from error
+    except Exception as error:  # torch raises many types for a file that is cut or foreign
+        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {remedy}") from error
     return model.eval(), config
 
 
-def _segmenter(used: str | None, given: str | None) -> str | None:
-    """What `build_segmenter` is asked for; raises ModelError unless the user has named the code that would run."""
+def _permitted_segmenter(used: str | None, segmenter: str | None) -> str | None:
+    """Return the segmenter to build: the ``used`` one of torchvision's, or the user's code that the user has named."""
     if used is None:
-        if given is not None:
-            raise ModelError(f"--segmenter {given} was given, but it has no segmenter: leave the option out")
+        if segmenter is not None:
+            raise ModelError(
+                Message(Option("segmenter", segmenter), " was given, but it has no segmenter: leave the option out")
+            )
         return None
     if used.startswith(TORCHVISION):
-        if given not in (None, used):
-            raise ModelError(f"--segmenter {given} was given, but it was made with {used}: leave the option out")
+        if segmenter not in (None, used):
+            raise ModelError(
+                Message(
+                    Option("segmenter", segmenter), f" was given, but it was made with {used}: leave the option out"
+                )
+            )
         return used
-    if given is None or (given != used and not (Path(given).suffix == Path(used).suffix in FILES)):
+    if segmenter is None or (segmenter != used and not (Path(segmenter).suffix == Path(used).suffix in FILES)):
         raise ModelError(
-            f"it was made with the segmenter '{used}', code of somebody's own that runs only where you say so: if you "
-            f"trust it, give --segmenter {used}" + (f", not {given}" if given else "")
+            Message(
+                f"its segmenter is '{used}', whose code runs only where you say so: if you trust it, give ",
+                Option("segmenter", used),
+                f", not {segmenter}" if segmenter else "",
+            )
         )
-    return given
+    return segmenter
 
 
 def weights_sha256(directory: str | Path) -> str:
-    """Identity of a saved model: the SHA-256 of its ``weights.pt``."""
+    """Return the identity of a saved model: the SHA-256 of its ``weights.pt``."""
     return hashlib.sha256((Path(directory) / "weights.pt").read_bytes()).hexdigest()
 
 
 def check_fits(config: ModelConfig, class_names: tuple[str, ...], image_shape: ImageShape, where: str | Path) -> None:
-    """Raise ModelError unless a saved model was made for these classes and this shape of images."""
+    """Check that a saved model was made for these classes and for images of this shape.
+
+    Raises:
+        ModelError: it was made for others.
+    """
     if config.class_names != class_names:
         raise ModelError(
             f"the model {where} knows the classes {', '.join(config.class_names)}, the dataset has "

@@ -1,51 +1,59 @@
-"""A trained network as plain PyTorch, and in the formats that other programs read.
+"""A trained network as a plain PyTorch module, and as a file for other programs.
 
-Not here: how we keep our own models, which is `classifier.py`.
+Not here: the formats (`formats.py`), and the files of our own models (`classifier.py`).
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from options import Message, Option
 from pipeline.networks.classifier import Classifier, load_classifier, write_whole
+from pipeline.networks.formats import FORMATS
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm
-from pipeline.networks.models import ImageShape, ModelError
+from pipeline.networks.models import ImageShape, ModelError, error_summary
 
-BATCHES = (1, 5)  # on which a file is checked: not the size that it is traced with
-TOLERANCE = 1e-3  # of the largest logit; other kernels round otherwise
+BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
+TOLERANCE = 1e-3  # relative to the largest logit, as other kernels round differently
 
 
 def plain(model: Classifier) -> nn.Module:
-    """A copy of the network in evaluation mode that needs nothing of ours: images (N, C, H, W) in [0, 1] → (N, K).
+    """Copy the network of a classifier into one that needs none of our code, in evaluation mode.
 
-    A `ScaleNorm` becomes the `nn.BatchNorm1d`, ``2d`` or ``3d``, by what it is given in a pass of an image, that is
-    the same function in evaluation mode: running mean 0, running variance the running second moment, shift 0. An
+    A `ScaleNorm` becomes the `nn.BatchNorm1d`, ``2d`` or ``3d`` that computes the same in evaluation mode: running mean
+    0, running variance the running second moment, shift 0. A forward pass tells the number of its dimensions. An
     `AttentionPool` becomes a graph of PyTorch's own functions.
 
-    Raises ModelError for a network behind a debiasing front, whose logits are not the network's alone, and for one
-    that cannot be copied.
+    Returns:
+        The network: images (N, C, H, W) in [0, 1] → logits (N, K).
+
+    Raises:
+        ModelError: a debiasing front stands before the network, which is useless without it, or the network cannot be
+            copied.
     """
     if model.debias != "none":
         raise ModelError(
-            f"this model's network stands behind the front '{model.debias}' and is nothing without it: students, and "
-            "teachers with --debias none, can be taken out"
+            Message(
+                f"this model's network stands behind the front '{model.debias}' and is useless without it: export a "
+                "student, or a teacher with ",
+                Option("debias", "none"),
+            )
         )
     try:
         network = copy.deepcopy(model.network).eval()
     except Exception as error:
-        raise ModelError(f"this model's network cannot be copied: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"this model's network cannot be copied: {error_summary(error)}; let copy.deepcopy take it"
+        ) from error
     for name, module in list(network.named_modules()):
-        if isinstance(module, AttentionPool):  # as a graph of PyTorch's own, which is pickled with its code
+        if isinstance(module, AttentionPool):  # a graph is pickled with its code
             network.set_submodule(name, torch.fx.symbolic_trace(module))
     norms = {norm: _batch_norm_like(norm, rank) for norm, rank in _ranks(network, model.image_shape).items()}
     if network in norms:
@@ -57,10 +65,12 @@ def plain(model: Classifier) -> nn.Module:
 
 
 def save_plain(path: str | Path, model: Classifier) -> None:
-    """Write the `plain` network, whole or not at all, for ``torch.load(path, weights_only=False)``, on the CPU.
+    """Write the `plain` network atomically, for ``torch.load(path, weights_only=False)``, on the CPU.
 
-    Who loads it needs PyTorch, torchvision for its architectures, and the module of a factory's own classes.
-    Raises ModelError as `plain`, and for a network of classes that cannot be pickled.
+    Loading it needs PyTorch, torchvision for an architecture of torchvision's, and the module of a user's own classes.
+
+    Raises:
+        ModelError: as in `plain`, or the network cannot be pickled.
     """
     network = plain(model).cpu()
     buffer = io.BytesIO()
@@ -73,37 +83,50 @@ def save_plain(path: str | Path, model: Classifier) -> None:
     write_whole(Path(path), buffer.getbuffer())
 
 
-def export_model(model: str | Path, out: str | Path, form: str, *, student_factory: str | None = None) -> float:
-    """Write the `plain` network of a saved model to a file in one of `FORMATS`, with a batch of any size.
+def export_model(model: str | Path, out: str | Path, format: str, *, student_factory: str | None = None) -> float:
+    """Write the `plain` network of a saved model to a file, for batches of any size.
 
-    The file is read back and compared with the model on some random images before it is put in place. Returns the
-    largest difference between their logits. ``student_factory`` as in `load_classifier`.
+    The file is read again and compared with the model on random images before it gets its name.
 
-    Raises ModelError where the network does not fit the format, or the file computes something else than the model,
-    and FileExistsError.
+    Args:
+        model: the folder of the model.
+        out: the file, which must not exist.
+        format: a name in `FORMATS`.
+        student_factory: as in `load_classifier`.
+
+    Returns:
+        The largest difference between the logits of the file and of the model.
+
+    Raises:
+        ModelError: the format is unknown or cannot hold the network, or the file computes other logits.
+        FileExistsError: ``out`` exists.
     """
-    if form not in FORMATS:
-        raise ModelError(f"unknown --format '{form}': choose one of {', '.join(FORMATS)}")
+    FORMATS.check(format)
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+        raise FileExistsError(Message(f"{out} exists: choose another ", Option("out"), ", or remove it first"))
     classifier, config = load_classifier(model, student_factory)
     network = plain(classifier)
     try:
-        content = FORMATS[form].encode(network, _images(2, config.image_shape))
-        run = FORMATS[form].decode(content, network)
+        content = FORMATS[format].encode(network, _images(2, config.image_shape))
+        run = FORMATS[format].decode(content, network)
         difference, largest = _compared(run, classifier, config.image_shape)
     except ModelError:
         raise
-    except Exception as error:  # of many kinds: whatever a network does that a format has no words for
-        reason = (str(error).strip().splitlines() or [""])[0][:300]
+    except Exception as error:  # of many types: a network may do what a format cannot express
         raise ModelError(
-            f"the model {model} cannot be exported as {form}: {type(error).__name__}: {reason}; try another --format"
+            Message(
+                f"the model {model} cannot be exported as {format}: {error_summary(error)}; try another ",
+                Option("format"),
+            )
         ) from error
     if not difference <= TOLERANCE * largest:
         raise ModelError(
-            f"{out} was not written: exported as {form}, the model {model} computes something else, with logits that "
-            f"differ by up to {difference:.2g}, where the largest is {largest:.2g}; try another --format"
+            Message(
+                f"{out} was not written: exported as {format}, the model {model} computes other logits, which differ "
+                f"by up to {difference:.2g}, where the largest is {largest:.2g}; try another ",
+                Option("format"),
+            )
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, content)
@@ -111,12 +134,12 @@ def export_model(model: str | Path, out: str | Path, form: str, *, student_facto
 
 
 def _ranks(network: nn.Module, image_shape: ImageShape | None) -> dict[ScaleNorm, int]:
-    """How many dimensions the input of each `ScaleNorm` has, in a pass of an image; 4 where it is not called."""
+    """Return the number of dimensions of each `ScaleNorm`'s input in a forward pass; 4 for one that is not called."""
     ranks = {module: 4 for module in network.modules() if isinstance(module, ScaleNorm)}
     if not ranks:
         return {}
     if image_shape is None:
-        raise ModelError("which norm a ScaleNorm becomes is found with an image: give the Classifier its image_shape")
+        raise ModelError("a ScaleNorm cannot be replaced without a trial image: give the Classifier its image_shape")
 
     def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, ScaleNorm)
@@ -148,88 +171,8 @@ def _images(samples: int, image_shape: ImageShape) -> Tensor:
 
 @torch.no_grad()
 def _compared(run: Callable[[Tensor], Tensor], model: nn.Module, image_shape: ImageShape) -> tuple[float, float]:
-    """The largest difference between two models' logits, and the largest logit."""
+    """Return the largest difference between two models' logits, and the largest logit."""
     batches = [_images(samples, image_shape) for samples in BATCHES]
     logits = [model(images) for images in batches]
     differences = [(run(images) - expected).abs().max() for images, expected in zip(batches, logits, strict=True)]
     return max(differences).item(), max(expected.abs().max() for expected in logits).item()
-
-
-@dataclass(frozen=True)
-class Format:
-    """``encode`` a network, with some images to trace it by, as a file; ``decode`` the file as a function of images."""
-
-    encode: Callable[[nn.Module, Tensor], bytes]
-    decode: Callable[[bytes, nn.Module], Callable[[Tensor], Tensor]]
-
-
-def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
-    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    return buffer.getvalue()
-
-
-def _from_torch_export(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.export.load(io.BytesIO(content)).module()
-
-
-def _to_onnx(network: nn.Module, images: Tensor) -> bytes:
-    _require_onnx()
-    program = torch.onnx.export(
-        network,
-        (images,),
-        dynamo=True,
-        dynamic_shapes=_any_batch(),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    assert program is not None
-    return program.model_proto.SerializeToString()
-
-
-def _from_onnx(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """By onnx's own evaluator, which is slow and says what the file means, whatever the runtime that it is for."""
-    from onnx import load_from_string
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator: Any = ReferenceEvaluator(load_from_string(content))
-    return lambda images: torch.from_numpy(evaluator.run(["logits"], {"images": images.numpy()})[0])
-
-
-def _require_onnx() -> None:
-    try:
-        for library in ("onnx", "onnxscript"):
-            importlib.import_module(library)
-    except ImportError as error:
-        raise ModelError(
-            f"--format onnx needs {error.name or 'onnx'}, which is not installed: pip install onnx onnxscript, or "
-            "pip install -e '.[onnx]' in the checkout"
-        ) from None
-
-
-def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(network.state_dict(), buffer)
-    return buffer.getvalue()
-
-
-def _from_state_dict(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """In a copy that knows nothing but the file."""
-    network = copy.deepcopy(network)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.zero_()
-    network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-    return network
-
-
-def _any_batch() -> Any:
-    return ({0: torch.export.Dim("batch")},)
-
-
-FORMATS = {
-    "torch-export": Format(_to_torch_export, _from_torch_export),
-    "onnx": Format(_to_onnx, _from_onnx),
-    "state-dict": Format(_to_state_dict, _from_state_dict),
-}

@@ -1,6 +1,6 @@
-"""What stands at the end of a network: the teacher's last layer as a store keeps it, and the frozen copy in a student.
+"""The last layer of a teacher as a store keeps it, and its frozen copy in a student.
 
-Not here: what a network is made of in front of it (`models.py`).
+Not here: the layers in front of it (`models.py`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pipeline.networks.models import ImageShape, ModelError, last_layer, outputs_of_last_layer
+from options import Message, Option
+from pipeline.networks.models import ImageShape, ModelError, error_summary, last_layer, outputs_of_last_layer
 
-POOL = "pool."  # in front of the names of an attention pooling's arrays
+POOL = "pool."  # prefix of the names of an attention pooling's arrays
 POOL_HEADS = POOL + "heads"
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """An `AttentionPool`: positions on a side of the map that it takes, its channels, heads, and outputs."""
+    """The sizes of an `AttentionPool`, which takes maps (N, channels, side, side)."""
 
     side: int
     channels: int
@@ -33,10 +34,13 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The frozen last layer copied from a teacher: its input width and whether it has a bias.
+    """The form of the frozen last layer that a student copies from a teacher.
 
-    normalised: what enters it has been divided by its L2 norm, as in front of CLIP's text embeddings. pool: the
-    teacher's attention pooling that stands in front of both, where that is copied too.
+    Attributes:
+        features: its input width.
+        bias: whether it has a bias.
+        normalised: whether its input is divided by its L2 norm first, as before CLIP's text embeddings.
+        pool: the teacher's attention pooling in front of both, if it is copied too.
     """
 
     features: int
@@ -46,14 +50,22 @@ class HeadSpec:
 
     @classmethod
     def of(cls, head: Mapping[str, np.ndarray], *, with_pool: bool = False) -> HeadSpec:
-        """That of the arrays of `head_arrays`. Raises ModelError for a pooling that is not among them."""
+        """Return the form of the arrays of `head_arrays`; ``with_pool`` includes their attention pooling.
+
+        Raises:
+            ModelError: there is no attention pooling among them.
+        """
         weight = head["weight"]
         pool = None
         if with_pool:
             if POOL_HEADS not in head:
                 raise ModelError(
-                    "--head attention-pool needs a teacher that pools by attention, as the ResNets of CLIP do, and "
-                    "this one does not: give --head frozen"
+                    Message(
+                        Option("head", "attention-pool"),
+                        " needs a teacher that pools by attention, as the ResNets of CLIP do, and this one does not: "
+                        "give ",
+                        Option("head", "frozen"),
+                    )
                 )
             positions, channels = head[POOL + "positional_embedding"].shape
             outputs = len(head[POOL + "c_proj.weight"])
@@ -62,16 +74,20 @@ class HeadSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HeadSpec:
-        """Raises TypeError for fields that it does not have, and for what has none."""
+        """Build it from the fields of a ``config.json``.
+
+        Raises:
+            TypeError: a field is unknown or missing.
+        """
         pool = dict(values).get("pool")
         return cls(**{**values, "pool": None if pool is None else PoolSpec(**pool)})
 
 
 class AttentionPool(nn.Module):
-    """The attention pooling of CLIP's ResNets: (N, channels, side, side) to (N, outputs).
+    """The attention pooling of CLIP's ResNets: (N, channels, side, side) → (N, outputs).
 
-    The mean over positions is one more position, and the one that asks (Radford et al., ICML 2021, section 2.4).
-    Parameters have the names of OpenAI's and open_clip's, so that it takes their values.
+    The mean over positions is one more position, and the query (Radford et al., ICML 2021, section 2.4). Parameters
+    have the names that OpenAI and open_clip give them, so that their values load.
     """
 
     def __init__(self, side: int, channels: int, heads: int, outputs: int):
@@ -92,9 +108,9 @@ class AttentionPool(nn.Module):
 
 
 def l2_norm(features: int) -> nn.RMSNorm:
-    """The division of (N, features) by the L2 norm, as a norm that PyTorch has: by √features times the RMS.
+    """Return the frozen division of (N, features) by the L2 norm, as PyTorch's RMS norm with a weight of 1/√features.
 
-    For relevance the norm is a constant, as every denominator is (AttnLRP, ICML 2024, prop. 3.4). Frozen.
+    For relevance the norm is a constant, as every denominator is (AttnLRP, ICML 2024, prop. 3.4).
     """
     norm = nn.RMSNorm(features, eps=1e-24)
     nn.init.constant_(norm.weight, features**-0.5)
@@ -102,34 +118,39 @@ def l2_norm(features: int) -> nn.RMSNorm:
 
 
 def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
-    """The last layer of a teacher's network: ``weight`` (K, F), ``bias`` (K,) if it has one; float32.
+    """Return the last layer of a teacher's network, as float32 arrays.
 
-    Where a norm is the layer's direct neighbour in an `nn.Sequential`, as `l2_norm` is, also its ``norm`` (F,), what
-    features are multiplied by once they are divided by their RMS; where the network has a module ``attnpool`` with
-    CLIP's parameters, also these, by their names behind ``pool.``, and the number of its heads. None of it where the
-    network ends in no layer that we know.
+    Args:
+        network: the teacher's network.
+        classes: the number K of its logits.
+
+    Returns:
+        ``weight`` (K, F), and ``bias`` (K,) if the layer has one. If a norm stands directly in front of it in an
+        `nn.Sequential`, as `l2_norm` does, also ``norm`` (F,), the factor of features that are divided by their RMS. If
+        the network has a module ``attnpool`` with CLIP's parameters, also these, with the prefix ``pool.``, and the
+        number of its heads. Empty if the network does not end in a linear layer or a 1×1 convolution.
     """
     name = last_layer(network, classes)
     if name is None:
         return {}
     head = network.get_submodule(name)
     assert isinstance(head, nn.Linear | nn.Conv2d)
-    found: dict[str, Any] = {"weight": head.weight.flatten(1), "bias": head.bias}
+    arrays: dict[str, Any] = {"weight": head.weight.flatten(1), "bias": head.bias}
     parent = network.get_submodule(name.rpartition(".")[0])
     before = [module for module in parent.children() if isinstance(parent, nn.Sequential)][-2:-1]
     if before and isinstance(before[0], nn.RMSNorm):
-        found["norm"] = before[0].weight
+        arrays["norm"] = before[0].weight
     for module_name, module in network.named_modules():
         if module_name.rpartition(".")[2] == "attnpool" and hasattr(module, "c_proj"):
-            found |= {POOL + key: value for key, value in module.state_dict().items()}
-            found[POOL_HEADS] = torch.tensor([getattr(module, "num_heads", getattr(module, "heads", 1))])
-    return {key: value.detach().float().cpu().numpy() for key, value in found.items() if value is not None}
+            arrays |= {POOL + key: value for key, value in module.state_dict().items()}
+            arrays[POOL_HEADS] = torch.tensor([getattr(module, "num_heads", getattr(module, "heads", 1))])
+    return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}
 
 
 def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
-    """Give the frozen layers of `attach_head` the teacher's values, as `head_arrays` has them."""
+    """Copy the teacher's values, the arrays of `head_arrays`, into the frozen layers of `attach_head`."""
     name = last_layer(network, len(head["weight"]))
-    assert name is not None  # attach_head has put it there
+    assert name is not None  # attach_head put it there
     layer = network.get_submodule(name)
     state = layer.state_dict()
     layer.load_state_dict({key: torch.from_numpy(head[key]).view_as(value) for key, value in state.items()})
@@ -140,65 +161,85 @@ def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
 def attach_head(
     network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, *, adapter_bias: bool
 ) -> None:
-    """Put a frozen last layer of the teacher's shape in place of the network's own, as a layer of the same kind.
+    """Replace the last layer of a network by a frozen layer of the teacher's shape and the network's own kind.
 
-    Where the network's feature width differs, a learnt adapter stands in front of it, and the two take the place
-    as an `nn.Sequential`: a 1×1 convolution in front of a convolution; a 1×1 convolution on the positions where a
-    linear layer sees a flattened map of several, and the teacher's width is a multiple of their number; else a
-    linear layer. Behind global average pooling a 1×1 convolution in front of the pooling is the very same function
-    as that linear layer, at more cost.
+    If the network's feature width differs, a learnt adapter stands in front of the frozen layer, and an
+    `nn.Sequential` of both replaces the last layer. The adapter is a 1×1 convolution in front of a convolution. In
+    front of a linear layer that takes a flattened map of several positions it is a 1×1 convolution on these positions,
+    if the teacher's width is a multiple of their number. Otherwise it is a linear layer. (Behind global average pooling
+    a 1×1 convolution in front of the pooling is the same function as that linear layer, at a higher cost.)
 
-    Where the head's features are normalised, the division by their norm stands between adapter and layer. Where the
-    head has a ``pool``, it takes the place of the network's last adaptive average pooling: a learnt 1×1 convolution to
-    the pooling's channels, the map pooled or repeated to its side, and the pooling, frozen (Bassi et al., arXiv
+    If the head's features are normalised, the division by their norm stands between adapter and frozen layer. If the
+    head has a ``pool``, that replaces the network's last adaptive average pooling: a learnt 1×1 convolution to the
+    pooling's channels, average pooling or repetition to its side, and the frozen pooling (Bassi et al., arXiv
     2407.09788, for CLIP's ResNets).
 
-    Raises ModelError where the network ends in neither a linear layer nor a 1×1 convolution, has no such pooling, or
-    does not work with another module in that place.
+    Args:
+        network: the student's network, changed in place.
+        head: the form of the teacher's last layer.
+        num_classes: number of logits.
+        image_shape: (C, H, W) of the images.
+        adapter_bias: whether the adapter has a bias.
+
+    Raises:
+        ModelError: the network does not end in a linear layer or a 1×1 convolution, lacks the pooling to replace, or
+            fails with another module in that place.
     """
     name = last_layer(network, num_classes)
     if name is None:
-        raise ModelError(
+        raise _head_error(
             f"this student ends in neither a linear layer nor a 1×1 convolution with {num_classes} outputs, so the "
-            "teacher's last layer cannot take its place: choose another network, such as small-cnn or resnet18, or "
-            "let it keep its own (--head free)"
+            "teacher's last layer cannot replace it: choose another network, such as small-cnn or resnet18, or let "
+            "the student keep its own"
         )
     own = network.get_submodule(name)
     if _run_last(network, num_classes, image_shape) not in (own, None):
-        raise ModelError(
+        raise _head_error(
             f"this student's layers with {num_classes} outputs run in another order than they are registered in, so it "
             f"is not clear that '{name}' is its last: register the last one last in __init__, or let the student keep "
-            "its own (--head free)"
+            "its own"
         )
     if head.normalised and isinstance(own, nn.Conv2d):
-        raise ModelError(
-            "this student ends in a 1×1 convolution, and the teacher's last layer takes features that are normalised "
-            "once they are pooled: choose another network, such as small-cnn or resnet18, or --head free"
+        raise _head_error(
+            "this student ends in a 1×1 convolution, but the teacher's last layer takes features that are pooled and "
+            "then normalised: choose another network, such as small-cnn or resnet18, or let the student keep its own"
         )
+    _replace_last_layer(network, name, head, num_classes, image_shape, adapter_bias)
+    try:
+        _pass(network, image_shape)
+    except Exception as error:
+        raise _head_error(
+            f"this student does not work with the teacher's last layer in place of its own '{name}' "
+            f"({error_summary(error)}): its forward must only call '{name}', or let the student keep its own"
+        ) from error
+
+
+def _head_error(text: str) -> ModelError:
+    """Return an error whose remedy is a last layer of the student's own."""
+    return ModelError(Message(f"{text} (", Option("head", "free"), ")"))
+
+
+def _replace_last_layer(
+    network: nn.Module, name: str, head: HeadSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
+) -> None:
+    """Put the adapter, the norm and the frozen layer in place of the layer ``name``, and the pooling in its place."""
+    own = network.get_submodule(name)
     if head.pool is not None:
         adapter: nn.Module | None = None
         frozen: nn.Module = nn.Linear(head.features, num_classes, bias=head.bias)
-        _attach_pool(network, own, head.pool, num_classes, image_shape, adapter_bias)
+        _attach_pool(network, own, head.pool, image_shape, adapter_bias)
     else:
         adapter, frozen = _adapter_and_head(network, own, head, num_classes, image_shape, adapter_bias)
     frozen.requires_grad_(False)
     parts = [adapter, l2_norm(head.features) if head.normalised else None, frozen]
-    there = [part for part in parts if part is not None]
-    network.set_submodule(name, nn.Sequential(*there) if len(there) > 1 else frozen)
-    try:
-        _pass(network, image_shape)
-    except Exception as error:
-        raise ModelError(
-            f"this student does not work with the teacher's last layer in place of its own '{name}' "
-            f"({type(error).__name__}: {error}): its forward must only call '{name}', or let it keep its own "
-            "(--head free)"
-        ) from error
+    layers = [part for part in parts if part is not None]
+    network.set_submodule(name, nn.Sequential(*layers) if len(layers) > 1 else frozen)
 
 
 def _attach_pool(
-    network: nn.Module, own: nn.Module, pool: PoolSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
+    network: nn.Module, own: nn.Module, pool: PoolSpec, image_shape: ImageShape, adapter_bias: bool
 ) -> None:
-    """Put an `AttentionPool` behind an adapter in place of the adaptive average pooling that ``own`` is behind."""
+    """Replace the adaptive average pooling in front of the layer ``own`` by an adapter and an `AttentionPool`."""
     poolings: list[tuple[str, Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: poolings.append((name, inputs[0])))
@@ -210,19 +251,23 @@ def _attach_pool(
         hook.remove()
     if not isinstance(own, nn.Linear) or not poolings:
         raise ModelError(
-            "this student has no adaptive average pooling (nn.AdaptiveAvgPool2d) in front of a last linear layer, that "
-            "the teacher's attention pooling could take the place of: give --head frozen, or choose another network, "
-            "such as small-cnn, small-resnet or resnet18"
+            Message(
+                "this student has no adaptive average pooling (nn.AdaptiveAvgPool2d) in front of a last linear layer "
+                "that the teacher's attention pooling could replace: give ",
+                Option("head", "frozen"),
+                ", or choose another network, such as small-cnn, small-resnet or resnet18",
+            )
         )
-    name, entered = poolings[-1]
+    name, pool_input = poolings[-1]
     frozen = AttentionPool(pool.side, pool.channels, pool.heads, pool.outputs).requires_grad_(False)
-    adapter = nn.Conv2d(entered.shape[1], pool.channels, 1, bias=adapter_bias)
+    adapter = nn.Conv2d(pool_input.shape[1], pool.channels, 1, bias=adapter_bias)
     network.set_submodule(name, nn.Sequential(adapter, nn.AdaptiveAvgPool2d(pool.side), frozen))
 
 
 def _adapter_and_head(
     network: nn.Module, own: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, adapter_bias: bool
 ) -> tuple[nn.Module | None, nn.Module]:
+    """Return the adapter, if the layer ``own`` has another input width than the head, and the layer to freeze."""
     if isinstance(own, nn.Conv2d):
         frozen: nn.Module = nn.Conv2d(head.features, num_classes, 1, bias=head.bias)
         if own.in_channels == head.features:
@@ -241,20 +286,20 @@ def _adapter_and_head(
 
 
 def _flattened_map(network: nn.Module, layer: nn.Linear, image_shape: ImageShape) -> ImageShape:
-    """(C, h, w) of the map that a layer sees flattened, found by a pass; (in_features, 1, 1) where it sees none."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    """Return (C, h, w) of the flattened map that a layer takes in a forward pass; (in_features, 1, 1) without one."""
+    layer_inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: layer_inputs.extend(inputs))
     with _Flattenings(layer.in_features) as flattenings:
         _pass(network, image_shape)
     hook.remove()
-    for flat, shape in reversed(flattenings.found):
-        if any(torch.equal(flat, x) for x in seen):
+    for flat, shape in reversed(flattenings.maps):
+        if any(torch.equal(flat, x) for x in layer_inputs):
             return shape
     return layer.in_features, 1, 1
 
 
 def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> nn.Module | None:
-    """The layer with ``num_classes`` outputs that a pass calls last."""
+    """Return the layer with ``num_classes`` outputs that a forward pass calls last."""
     called: list[nn.Module] = []
     candidates = [module for module in network.modules() if outputs_of_last_layer(module) == num_classes]
     hooks = [module.register_forward_pre_hook(lambda module, _: called.append(module)) for module in candidates]
@@ -266,7 +311,7 @@ def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> 
 
 @torch.no_grad()
 def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
-    """The logits of two images in evaluation mode; the network's mode and the draws of PyTorch's seed stay theirs."""
+    """Return the logits of two images in evaluation mode; the modes and PyTorch's random state stay as they are."""
     modes = {module: module.training for module in network.modules()}
     logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
     for module, training in modes.items():
@@ -275,19 +320,19 @@ def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
 
 
 class _Flattenings(TorchFunctionMode):
-    """Notes every (N, features) that is made of an (N, C, h, w) by a change of shape alone, and its (C, h, w)."""
+    """Records each tensor (N, features) that a change of shape alone makes of an (N, C, h, w), and its (C, h, w)."""
 
     def __init__(self, features: int):
         super().__init__()
         self.features = features
-        self.found: list[tuple[Tensor, ImageShape]] = []
+        self.maps: list[tuple[Tensor, ImageShape]] = []
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if func in _RESHAPES and output.ndim == 2 and output.shape[1] == self.features:
             batch, *shape = (*args, *(kwargs or {}).values())[0].shape
             if len(shape) == 3 and batch == len(output):
-                self.found.append((output, (shape[0], shape[1], shape[2])))
+                self.maps.append((output, (shape[0], shape[1], shape[2])))
         return output
 
 

@@ -1,8 +1,8 @@
 """Positively homogeneous networks: no additive term anywhere, so that a heatmap accounts for its whole logit.
 
-What a bias or the shift of a batch norm adds to a logit no heatmap ``x · G`` can show, and a student that
-learns from heatmaps is free to get it wrong. Without such terms ``f(c·x) = c·f(x)`` for c > 0, relevance is
-conserved, and the outputs are inherited with the explanation.
+No heatmap ``x · G`` shows the part of a logit that a bias or the shift of a batch norm adds, and a student that learns
+from heatmaps is free to get that part wrong. Without such terms ``f(c·x) = c·f(x)`` for c > 0, relevance is conserved,
+and the student inherits the outputs with the explanation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.rules import scale_norm
 class ScaleNorm(nn.Module):
     """Scale-only norm over the batch: ``x · γ / sqrt(E[x²] + eps)``, with running second moments for evaluation.
 
-    Takes (N, C, ...) and returns the same shape. What is left of a batch norm without its mean and shift.
+    It is a batch norm without its mean and shift: (N, C, ...) → the same shape.
     """
 
     running_second_moment: Tensor
@@ -39,18 +39,21 @@ class ScaleNorm(nn.Module):
 
 @dataclass(frozen=True)
 class BiasFreeReport:
-    """What `bias_free` did: names of the modules it ``changed`` and, with the reason, those it ``could_not``."""
+    """The names of the modules that `bias_free` ``changed``, and of those that it ``could_not``, with their type."""
 
     changed: tuple[str, ...]
     could_not: tuple[str, ...]
 
 
 def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
-    """A copy of any ReLU network in its positively homogeneous form, and a report of what was done.
+    """Copy a ReLU network into its positively homogeneous form.
 
-    Convolutions and linear layers lose their bias, batch norms become `ScaleNorm` (keeping γ). The rest is
-    left, and named in ``could_not`` where it is known to break homogeneity or holds parameters of its own;
-    activations written as functions inside a ``forward`` cannot be seen here: `homogeneity_error` can.
+    Convolutions and linear layers lose their bias, and batch norms become `ScaleNorm` with the same γ. Other modules
+    stay as they are. The report lists those that break homogeneity or have parameters of their own. It cannot list an
+    activation that a ``forward`` calls as a function; `homogeneity_error` measures that.
+
+    Returns:
+        The copy, and the report.
     """
     model = copy.deepcopy(model)
     norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, _BATCH_NORMS)}
@@ -71,7 +74,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
 
 
 def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
-    """A scale-only norm with a batch norm's width, γ, momentum, mode, type and device."""
+    """Return a scale-only norm with the width, γ, momentum, mode, dtype and device of a batch norm."""
     assert isinstance(norm, _BATCH_NORMS)
     scale = ScaleNorm(norm.num_features, norm.eps, norm.momentum or 0.1).train(norm.training)
     for tensor in (norm.weight, norm.running_var):
@@ -110,7 +113,12 @@ _NOT_HOMOGENEOUS = (
 
 @torch.no_grad()
 def homogeneity_error(model: nn.Module, images: Tensor) -> float:
-    """max |f(2·x) − 2·f(x)| / max |2·f(x)| in evaluation mode: 0 up to rounding for a homogeneous network."""
+    """Return max |f(2·x) − 2·f(x)| / max |2·f(x)| in evaluation mode: 0 up to rounding for a homogeneous network.
+
+    Args:
+        model: images → logits.
+        images: floating (N, C, H, W).
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     twice, doubled = model(2 * images), 2 * model(images)

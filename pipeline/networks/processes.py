@@ -1,6 +1,6 @@
-"""The processes of a torch.distributed job as a norm sees them: sums over all of them, which autograd follows.
+"""Sums over the processes of a torch.distributed job, for norms; autograd differentiates them.
 
-Not here: how the processes find one another, and what a training loop asks of them (`trainer/loop/distributed.py`).
+Not here: how the processes find one another, and how a training loop uses them (`trainer/loop/distributed.py`).
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from options import first_line
+
 
 class LostProcess(RuntimeError):
     """A collective operation failed, as another process of the job ended or did not answer."""
 
 
 def lost_process(error: RuntimeError) -> LostProcess:
-    """What a collective operation's error means, in one sentence without the place in the C++ code."""
-    reason = re.sub(r"^(\[[^]]*] )+", "", (str(error).strip() or type(error).__name__).splitlines()[0])
+    """Return the meaning of a collective operation's error in one sentence, without the place in the C++ code."""
+    reason = re.sub(r"^(\[[^]]*] )+", "", first_line(error))
     return LostProcess(
-        f"another process of this job ended or did not answer ({reason.split('. ')[0]}): see what that one reported, "
-        "and start the job again"
+        f"another process of this job ended or did not answer ({reason.split('. ')[0]}): see the error of that "
+        "process, and start the job again"
     )
 
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Around a collective operation and nothing else: its errors become LostProcess.
+    """Turn the errors of a collective operation into LostProcess.
 
-    Gloo's are plain RuntimeErrors, which only the place where they come from tells from other mistakes.
+    Put it around the collective operation alone: Gloo raises plain RuntimeErrors, which look like other mistakes.
     """
     try:
         yield
@@ -45,11 +47,12 @@ def collective() -> Iterator[None]:
 class _Total(Function):
     """The sum over all processes; its gradient is the sum of theirs.
 
-    A collective operation must be met by all processes in the same order. In a forward pass this is the order of the
-    model's calls. In a backward pass autograd runs, of the nodes that are ready, the one made last, in one thread for
-    each device: the same order in every process where the same nodes were made. Which norms' nodes there are and which
-    of them run follows from the model and from what requires a gradient, not from values (a ReLU's node has another
-    relevance at ε = 0, but behind the same norm); hence no norm may decide by its values whether to ask the others.
+    All processes must reach collective operations in the same order. In a forward pass this is the order of the
+    model's calls. In a backward pass autograd runs the youngest of the nodes that are ready, in one thread for each
+    device, which is the same order in every process that made the same nodes. The nodes of the norms, and the choice of
+    those that run, depend on the model and on the tensors that require a gradient, and not on values. (The node of a
+    ReLU has another relevance at ε = 0, but it stands behind the same norm.) So no norm may decide by its values
+    whether to ask the other processes.
     """
 
     @staticmethod
@@ -67,7 +70,7 @@ class _Total(Function):
 
 @dataclass(frozen=True)
 class Processes:
-    """Those of a process group; None is all there are, and the one there is without torch.distributed."""
+    """The processes of a group. The group None has all processes, or this one alone without torch.distributed."""
 
     group: dist.ProcessGroup | None = None
 
@@ -76,10 +79,10 @@ class Processes:
         return dist.get_world_size(self.group) if dist.is_available() and dist.is_initialized() else 1
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of every process's ``value``, all of one shape."""
+        """Return the sum of the ``value`` of every process; all have the same shape."""
         return _Total.apply(value, self.group)
 
     def rows(self, value: Tensor) -> Tensor:
-        """Every process's ``value``, (processes, *shape): a sum too, so that it has the same gradient."""
+        """Return the ``value`` of every process, (processes, *shape), as a sum, so that it has the same gradient."""
         rank, nothing = dist.get_rank(self.group), torch.zeros_like(value)
         return self.total(torch.stack([value if row == rank else nothing for row in range(self.count)]))

@@ -1,6 +1,6 @@
-"""Frozen segmentation networks: the masks of a teacher that has none, made from its images.
+"""Frozen segmentation networks, which make masks from the images of a dataset that has none.
 
-Not here: what a mask does to the image (`classifier.py`).
+Not here: what a mask does to the image (`debias.py`).
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pipeline.networks.models import ImageShape, ModelError, call_function
+from pipeline.networks.models import ImageShape, ModelError, call_function, error_summary
 
 TORCHVISION = "torchvision:"
 FILES = (".pt", ".pth", ".ts", ".pt2")
-SHORTER_SIDE = 520  # that torchvision's segmentation networks were trained and are measured at
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, that they were trained with
+SHORTER_SIDE = 520  # of the images that torchvision's segmentation networks were trained and evaluated with
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in their training
 
 
 class Segmenter(nn.Module):
-    """Images (N, 3, H, W) in [0, 1] to masks (N, 1, H, W) in {0, 1}, 1 on the object. It is never trained.
+    """A frozen network: images (N, 3, H, W) in [0, 1] → masks (N, 1, H, W), 1 on the object and 0 elsewhere.
 
-    ``network`` returns logits (N, K, h, w), or a dictionary with them as ``out``, as torchvision's do: an object is
-    where the single logit is positive, or where the class of the largest is not the first, which is the background.
-    ``prepare`` is done to the images first.
+    Args:
+        network: returns logits (N, K, h, w), or a dictionary with them as ``out``, as torchvision's networks do. With
+            one logit the object is where it is positive. With several the first class is the background, and the
+            object is where another class has the largest logit.
+        prepare: preprocesses the images.
     """
 
     def __init__(self, network: nn.Module, prepare: Callable[[Tensor], Tensor] = lambda images: images):
@@ -39,31 +41,36 @@ class Segmenter(nn.Module):
             parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Segmenter:
-        """It stays in evaluation mode, whatever the teacher around it does."""
+        """Keep the network in evaluation mode, whatever the mode of the teacher around it."""
         self.training = mode
-        if not isinstance(self.network, torch.fx.GraphModule):  # what torch.export wrote knows one mode
+        if not isinstance(self.network, torch.fx.GraphModule):  # a program of torch.export has one mode
             self.network.eval()
         return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        found = self.network(self.prepare(images))
-        logits = found["out"] if isinstance(found, dict) else found
+        output = self.network(self.prepare(images))
+        logits = output["out"] if isinstance(output, dict) else output
         logits = F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
         on_object = logits > 0 if logits.shape[1] == 1 else logits.argmax(1, keepdim=True) != 0
         return on_object.to(images.dtype)
 
 
 def build_segmenter(spec: str, image_shape: ImageShape, *, weights: bool = True) -> Segmenter:
-    """The segmentation network that the user names, tried once on images (C, H, W).
+    """Build or load the segmentation network that the user names, and try it once on two random images.
 
-    - ``torchvision:NAME``: one of torchvision's, trained on the 20 classes of Pascal VOC, at a shorter side of 520.
-      With ``weights`` they are fetched where they are not there yet; without, it is built to be given weights.
-    - a file of `torch.export.save` (``.pt2``) or `torch.jit.save` (``.pt``, ``.pth``, ``.ts``).
-    - ``package.module:function``: what this function of the user's own returns, an `nn.Module`.
+    Args:
+        spec: ``torchvision:NAME``, a network of torchvision's, trained on the 20 classes of Pascal VOC and run at a
+            shorter side of 520; a file of `torch.export.save` (``.pt2``) or `torch.jit.save` (``.pt``, ``.pth``,
+            ``.ts``); or ``package.module:function``, a function of the user's own that returns an `nn.Module`. Files
+            and functions run code of the user's own, so `load_classifier` loads them only if the user names them.
+        image_shape: (C, H, W) of the images.
+        weights: load torchvision's weights, which are downloaded unless they are cached. Without, the network gets
+            random weights, to be replaced by saved ones.
 
-    All but the first run code of the user's own; a saved teacher may name one, and `load_classifier` then waits for
-    the user to name it too. Raises ModelError where there is none, or it does not return what `Segmenter` says.
+    Raises:
+        ModelError: there is no such segmenter, it does not load, or it does not return the logits that `Segmenter`
+            takes.
     """
     name = f"the segmenter '{spec}'"
     if spec.startswith(TORCHVISION):
@@ -71,13 +78,13 @@ def build_segmenter(spec: str, image_shape: ImageShape, *, weights: bool = True)
     elif spec.endswith(FILES):
         segmenter = Segmenter(_of_file(Path(spec)))
     elif ":" in spec:
-        network = call_function(spec, "--segmenter", "segmenter")
+        network = call_function(spec, "segmenter", "segmenter")
         if not isinstance(network, nn.Module):
             raise ModelError(f"{name} returned {type(network).__name__}: it must return an nn.Module")
         segmenter = Segmenter(network)
     else:
         raise ModelError(
-            f"no segmenter is called '{spec}': give torchvision:{_names()[-1]} or another of torchvision's "
+            f"unknown segmenter '{spec}': give torchvision:{_names()[-1]} or another of torchvision's "
             f"({', '.join(_names()[:-1])}), a file ({', '.join(FILES)}), or package.module:function"
         )
     segmenter.train()
@@ -87,11 +94,13 @@ def build_segmenter(spec: str, image_shape: ImageShape, *, weights: bool = True)
         fits = masks.shape == (2, 1, *image_shape[1:])
     except Exception as error:
         raise ModelError(
-            f"{name} does not take images {shape} in [0, 1] and return logits (N, K, h, w), or such as 'out' of a "
-            f"dictionary: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"{name} must take images {shape} in [0, 1] and return logits (N, K, h, w), or a dictionary with them as "
+            f"'out', but it does not take images like these: {error_summary(error)}"
         ) from error
     if not fits:
-        raise ModelError(f"{name} gives masks of shape {tuple(masks.shape)} for images {shape}: one mask an image")
+        raise ModelError(
+            f"{name} makes masks of shape {tuple(masks.shape)} for images {shape}: it must make one mask an image"
+        )
     return segmenter
 
 
@@ -111,7 +120,7 @@ def _of_torchvision(name: str, weights: bool) -> nn.Module:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ModelError(
             f"the weights of torchvision's {name} are not here and cannot be fetched ({error}): fetch {trained.url} "
-            f"where there is a network, and put the file into {folder}"
+            f"on a machine with a network, and put the file into {folder}"
         ) from None
 
 
@@ -132,10 +141,10 @@ def _of_file(path: Path) -> nn.Module:
             exported: Any = torch.export.load(content)
             return exported.module()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # that it is deprecated is for who writes such files
+            warnings.simplefilter("ignore", FutureWarning)  # TorchScript is deprecated, which a reader cannot change
             return torch.jit.load(content, map_location="cpu")
-    except Exception as error:  # torch raises many kinds for a file that is cut or foreign
+    except Exception as error:  # torch raises many types for a file that is cut or foreign
         raise ModelError(
             f"the segmenter {path} does not load ({type(error).__name__}): give a file of torch.export.save (.pt2) or "
-            "torch.jit.save; weights alone are no network, for them write a package.module:function"
+            "torch.jit.save, or for weights alone a package.module:function that builds the network and loads them"
         ) from error

@@ -1,6 +1,6 @@
-"""Norms whose statistics in training are those of the batches of all processes of a torch.distributed job.
+"""Norms that in training take their statistics over the batches of all processes of a torch.distributed job.
 
-A job of many processes then learns what one process with the whole batch does. Not here: the norms' rules and
+A job of many processes then learns the same as one process with the whole batch. Not here: the norms' rules and
 gradients (`rules/batch_norm.py`), and the averaging of gradients (`trainer/loop/distributed.py`).
 """
 
@@ -18,7 +18,7 @@ from pipeline.rules import joint_batch_norm, scale_norm
 
 
 class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """A batch norm for (N, C, ...); in evaluation, and in a process alone, the plain one."""
+    """A batch norm for (N, C, ...); in evaluation, and in a single process, the plain one."""
 
     processes: Processes
 
@@ -43,7 +43,7 @@ class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SynchronisedScaleNorm(ScaleNorm):
-    """A scale-only norm for (N, C, ...); in evaluation, and in a process alone, the plain one."""
+    """A scale-only norm for (N, C, ...); in evaluation, and in a single process, the plain one."""
 
     processes: Processes
 
@@ -61,14 +61,19 @@ _SIBLINGS: dict[type[nn.Module], type[SynchronisedBatchNorm | SynchronisedScaleN
 
 
 def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Make every norm over the batch, in training, one over the batches of all processes of the group.
+    """Let every batch norm of a model, in training, normalise over the batches of all processes.
 
-    The group None is that of all processes. The modules stay the same objects with the same parameters and buffers:
-    only their class changes, so that optimisers, hooks and saved weights are unaffected. In training every process
-    then runs the model, and its backward passes, equally often. With gradients averaged over the processes, loss,
-    heatmaps, gradients and running statistics are those of one process with all their samples, where each has as many.
+    The modules stay the same objects with the same parameters and buffers. Only their class changes, so that
+    optimisers, hooks and saved weights are unaffected. In training every process must run the model, and its backward
+    passes, equally often. If all processes have equally many samples and average their gradients, then loss, heatmaps,
+    gradients and running statistics are those of one process with all samples.
 
-    Raises ModelError for a norm whose class is not known, as it may do more than normalise; nothing is changed then.
+    Args:
+        model: the model, changed in place.
+        group: the process group; None for all processes.
+
+    Raises:
+        ModelError: the class of a norm is unknown, and it may do more than normalise. The model is unchanged then.
     """
     kinds = (nn.modules.batchnorm._BatchNorm, ScaleNorm)
     norms: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

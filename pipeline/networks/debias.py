@@ -1,0 +1,60 @@
+"""Debiasing fronts: the first part of a teacher, which hides the shortcut from its network.
+
+A front is a part of the model, so that relevance flows through it back to the pixels that a student sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from options import Message, Option, Registry
+from pipeline.networks.models import ModelError
+from pipeline.rules import stop_relevance
+
+Front = Callable[[Tensor, Tensor | None], Tensor]  # images (N, C, H, W), masks (N, 1, H, W) → images (N, C, H, W)
+DEBIAS: Registry[Front] = Registry("debias", ModelError)
+
+
+@DEBIAS.add("grayscale")
+def grayscale(images: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the mean of the channels divided by its spatial maximum, so that neither hue nor brightness is left.
+
+    The result is (N, C, H, W) with equal channels. The maximum is a constant for relevance. Otherwise the result would
+    not change with the brightness, and the relevance of every image would sum to 0.
+    """
+    mean = images.mean(dim=1, keepdim=True)
+    brightest = stop_relevance(mean).amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(images.dtype).tiny)
+    return (mean / brightest).expand(-1, images.shape[1], -1, -1)
+
+
+@DEBIAS.add("mask")
+def mask(images: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the images with their background set to 0 by the dataset's masks, (N, 1, H, W) in {0, 1}.
+
+    Raises:
+        ModelError: there are no masks.
+    """
+    if masks is None:
+        raise ModelError(
+            Message(
+                "a teacher with ",
+                Option("debias", "mask"),
+                " needs the dataset's 'masks', and this split has none: use a dataset with masks, or another teacher",
+            )
+        )
+    return images * masks
+
+
+@DEBIAS.add("segmenter")
+def segmenter(images: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the images as `mask` does, by masks that a frozen segmentation network made from them."""
+    return mask(images, masks)
+
+
+@DEBIAS.add("none")
+def none(images: Tensor, masks: Tensor | None) -> Tensor:
+    """Return the images unchanged, for a biased baseline or a student."""
+    return images

@@ -1,0 +1,106 @@
+"""The file formats of `export_model`: how a network is written, and how its file is run to check it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from options import Message, Option, Registry
+from pipeline.networks.models import ModelError
+
+
+@dataclass(frozen=True)
+class Format:
+    """A file format.
+
+    Attributes:
+        encode: makes a file's content from a network and some images (N, C, H, W) to trace it with.
+        decode: makes a function, images → logits, from a file's content. It may use the network's structure, but not
+            its weights.
+    """
+
+    encode: Callable[[nn.Module, Tensor], bytes]
+    decode: Callable[[bytes, nn.Module], Callable[[Tensor], Tensor]]
+
+
+FORMATS: Registry[Format] = Registry("format", ModelError)
+
+
+def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
+    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _from_torch_export(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.export.load(io.BytesIO(content)).module()
+
+
+def _to_onnx(network: nn.Module, images: Tensor) -> bytes:
+    _require_onnx()
+    program = torch.onnx.export(
+        network,
+        (images,),
+        dynamo=True,
+        dynamic_shapes=_any_batch(),
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _from_onnx(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Run the file by onnx's own evaluator, which is slow and defines the meaning of the file for every runtime."""
+    from onnx import load_from_string
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator: Any = ReferenceEvaluator(load_from_string(content))
+    return lambda images: torch.from_numpy(evaluator.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _require_onnx() -> None:
+    try:
+        for library in ("onnx", "onnxscript"):
+            importlib.import_module(library)
+    except ImportError as error:
+        raise ModelError(
+            Message(
+                Option("format", "onnx"),
+                f" needs {error.name or 'onnx'}, which is not installed: pip install onnx onnxscript, or "
+                "pip install -e '.[onnx]' in the checkout",
+            )
+        ) from None
+
+
+def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def _from_state_dict(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Load the file into a copy of the network whose weights are 0."""
+    network = copy.deepcopy(network)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data.zero_()
+    network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+    return network
+
+
+def _any_batch() -> Any:
+    return ({0: torch.export.Dim("batch")},)
+
+
+FORMATS.enter("torch-export", Format(_to_torch_export, _from_torch_export))
+FORMATS.enter("onnx", Format(_to_onnx, _from_onnx))
+FORMATS.enter("state-dict", Format(_to_state_dict, _from_state_dict))
