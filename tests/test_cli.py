@@ -70,11 +70,17 @@ BAD = {
     "show-explanations --data nowhere --model teacher --out new.png": (1, "no dataset at nowhere"),
     "show-explanations --data data.zarr --model folder --out new.png": (1, "no model at folder"),
     "show-explanations --data data.zarr --cache folder --out new.png": (1, "no heatmap store at folder"),
-    "show-explanations --data data.zarr --out new.png": (1, "give a --model or a --cache"),
+    "show-explanations --data data.zarr --out new.png": (1, "give --model or --cache"),
     "show-explanations --data other.zarr --cache cache.zarr --split train --out new.png": (1, "another dataset"),
-    "show-explanations --data data.zarr --model teacher --out new.png --explain sevn": (1, "did you mean seven"),
-    "show-explanations --data data.zarr --model teacher --out new.png --sample 300": (1, "a --sample from 0 to 299"),
-    "show-explanations --data data.zarr --model teacher --out new.png --epsilon inf": (1, "and finite, got inf"),
+    "show-explanations --data data.zarr --model teacher --out new.png --explain sevn": (1, "Did you mean seven"),
+    "show-explanations --data data.zarr --model teacher --out new.png --sample 300": (
+        1,
+        "choose samples from 0 to 299",
+    ),
+    "show-explanations --data data.zarr --model teacher --out new.png --epsilon inf": (
+        1,
+        "must be a finite number, got inf",
+    ),
     "show-explanations --data data.zarr --model teacher --out file": (1, "file exists: choose another --out"),
     # stores that do not belong
     "train-student --data other.zarr --cache cache.zarr --out new": (1, "was made from another dataset"),
@@ -149,7 +155,7 @@ BAD = {
     "train-students --cache cache.zarr --out new": (2, "Missing option '--data', and the sweep has no 'data' either"),
     "train-students --data data.zarr --cache cache.zarr": (2, "Missing option '--out'"),
     "train-students nowhere.yaml": (2, "'nowhere.yaml' does not exist"),
-    "train-students file --out new --data data.zarr": (1, "file must hold options, and under 'students' a list"),
+    "train-students file --out new --data data.zarr": (1, "file must hold options by name, one on each line"),
     "train-students --data data.zarr --cache cache.zarr --out folder": (1, "choose another --out"),
     "train-students --data data.zarr --cache cache.zarr --out new --seed 1 --seed 1": (
         1,

@@ -46,7 +46,7 @@ def test_it_writes_results_and_picture_and_the_second_time_says_it_is_finished(t
 
     assert quickstart(tmp_path / "q", TINY, said.append) == results
     assert "finished" in said[-1]
-    with pytest.raises(TrainingError, match="choose another --out"):
+    with pytest.raises(TrainingError, match="choose another out"):
         quickstart(tmp_path / "q", QUICK, said.append)
 
 

@@ -23,18 +23,20 @@ from test_training import weights
 import cli
 from data import open_dataset
 from data.builders.fashion_on_textures import UNSEEN
+from options import option_fields
 from pipeline import ModelError, load_classifier
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.reproduction import profiles
 from trainer.reproduction import reproduce as module
+from trainer.reproduction.options import ColouredMnistTableOptions, FashionTableOptions, ReproduceOptions
 from trainer.reproduction.plan import before, chosen, plan
 from trainer.reproduction.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
 from trainer.reproduction.reproduce import reproduce
 from trainer.results.evaluation import evaluate_snapshots, predict
 from trainer.results.tables import escape, latex, markdown, measured, summarise, text
-from trainer.run_dir import lock, snapshots
+from trainer.run_dir import Run, lock
 from trainer.settings import Runtime, Settings, check_types
 
 CPU = PROFILES["cpu"]
@@ -120,15 +122,25 @@ def test_a_profile_has_options_that_trainings_take(name):
     assert [name for name in PROFILES if name != "quickstart"] == cli.PROFILES
 
 
+def test_the_options_name_every_profile_and_their_defaults_are_the_functions():
+    (coloured,) = (field.choices for field in option_fields(ColouredMnistTableOptions) if field.name == "profile")
+    (fashion,) = (field.choices for field in option_fields(FashionTableOptions) if field.name == "profile")
+    assert set(coloured) == set(PROFILES) - {"quickstart"}
+    assert set(fashion) == set(profiles.ON_TEXTURES)
+    parameters = inspect.signature(reproduce).parameters
+    defaults = {field.name: field.default for field in option_fields(ReproduceOptions) if not field.required}
+    assert {name: parameters[name].default for name in defaults} == defaults
+
+
 def test_rows_are_those_of_the_paper_unless_named_in_the_order_of_the_table():
     assert chosen(CPU, None) == tuple(PAPERS)
     assert chosen(CPU, ["all"]) == tuple(ROWS)
     assert chosen(CPU, ["output", "lrp"]) == ("teacher", "lrp", "output")
     assert chosen(CPU, ["lrp-biased-teacher"]) == ("biased-teacher", "lrp-biased-teacher")
     assert not PAPERS.keys() & ANY_TEACHER.keys()
-    with pytest.raises(TrainingError, match="no row is called 'irm' in --methods: choose from all, teacher, erm, lrp"):
+    with pytest.raises(TrainingError, match="no row is called 'irm' in methods: choose from all, teacher, erm, lrp"):
         chosen(CPU, ["lrp", "irm"])
-    with pytest.raises(TrainingError, match="--methods names no row"):
+    with pytest.raises(TrainingError, match="methods names no row"):
         chosen(CPU, [])
 
 
@@ -194,14 +206,14 @@ def test_a_table_has_the_columns_of_its_benchmark_and_of_what_was_measured():
         )
     ]
     head, _, teacher, lrp = markdown(summarise(results, benchmark)).splitlines()
-    assert head == "|  | test | worst group | on object | less its teacher's: test | seconds of training | what it is |"
+    assert head == "|  | test | worst group | on object | less its teacher's: test | seconds of training | source |"
     assert teacher.startswith("| teacher | 80.00 | 60.00 | 100.00 | – | 1 |")
     assert lrp.startswith("| lrp | 72.00 ± 2.83 | 52.00 ± 2.83 | 90.00 | −8.00 | 1 |")
 
     of_places = profiles.BENCHMARKS["coco-on-places"]
     student = result("lrp", (50.0, 48.0, 47.0), published=of_places.rows["lrp"].published)
     head, _, *rows = markdown(summarise([student], of_places)).splitlines()
-    assert head == "|  | IID | OOD | shift | gap | published: gap | seconds of training | what it is |"
+    assert head == "|  | IID | OOD | shift | gap | published: gap | seconds of training | source |"
     assert [row.split(" | ")[1:6] for row in rows] == [
         ["50.00", "48.00", "47.00", "2.00", "4.40"],
         ["–", "–", "–", "–", "52.10"],
@@ -267,7 +279,7 @@ def made(tmp_path_factory) -> tuple[Path, list[dict], list[str], list[str]]:
         patched.setattr(module, "evaluate", once_trained)
         patched.setattr(module, "evaluate_snapshots", once_all_are)
         patched.setattr(module, "heatmap_picture", gallery)
-        results = reproduce(out, TINY, ["all"], device="cpu", echo=said.append)
+        results = reproduce(out, TINY, ["all"], seeds=1, device="cpu", echo=said.append)
     return out, results, said, looked
 
 
@@ -332,7 +344,7 @@ def test_curves_end_with_the_last_weights_and_no_snapshot_stays(made):
     assert {split: last[split] for split in ("iid", "ood", "shift")} == {
         split: erm[split] for split in ("iid", "ood", "shift")
     }
-    assert not [path for line in results for path in snapshots(out / line["model"]).values()]
+    assert not [path for line in results for path in Run(out / line["model"]).snapshots.values()]
 
 
 def test_the_report_has_tables_and_pictures(made):
@@ -348,7 +360,7 @@ def test_the_report_has_tables_and_pictures(made):
 def test_a_second_time_nothing_is_made_again(made):
     out, results, *_ = made
     written, said = times(out, ("*",)), []
-    assert reproduce(out, TINY, ["output", "lrp"], device="cpu", echo=said.append) == results
+    assert reproduce(out, TINY, ["output", "lrp"], seeds=1, device="cpu", echo=said.append) == results
     assert len(said) == 1
     assert "finished" in said[0]
     assert times(out, ("*",)) == written
@@ -388,7 +400,7 @@ def test_another_benchmark_has_its_own_data_teacher_rows_and_table(fashion, tmp_
 
 def test_a_point_of_a_curve_is_the_accuracy_of_that_snapshot_on_every_nth_image(dataset, teacher, tmp_path):
     train_teacher(dataset, tmp_path / "t", steps=4, batch_size=40, snapshots=2, seed=5)
-    torch.save(weights(teacher), snapshots(tmp_path / "t")[2])
+    torch.save(weights(teacher), Run(tmp_path / "t").snapshots[2])
     points = list(evaluate_snapshots(dataset, tmp_path / "t", images=120, device="cpu"))
     assert [point["step"] for point in points] == [2, 4]
     for point, model in zip(points, (teacher, tmp_path / "t"), strict=True):
@@ -439,12 +451,12 @@ def test_stopped_anywhere_it_goes_on_without_making_anything_again(tmp_path, mon
         else:
             patched.setattr(module, broken, stop)
         with pytest.raises(KeyboardInterrupt):
-            reproduce(out, SMALL, ["erm", "lrp"], echo=lambda _: None)
+            reproduce(out, SMALL, ["erm", "lrp"], seeds=1, echo=lambda _: None)
     before_it, seconds = times(out), json.loads((out / "reproduce.json").read_text())["seconds"]
     there = lines(out / "results.jsonl") if (out / "results.jsonl").exists() else []
     if there:  # somebody who stops here has a table of what is there
         assert (out / "report" / "table.md").read_text() == markdown(summarise(there, COLOURED))
-    results = reproduce(out, SMALL, ["erm", "lrp"], echo=lambda _: None)
+    results = reproduce(out, SMALL, ["erm", "lrp"], seeds=1, echo=lambda _: None)
     assert before_it.items() <= times(out).items()
     assert [line["method"] for line in results] == ["teacher", "erm", "lrp"]
     assert results[: len(there)] == there
@@ -458,14 +470,14 @@ def test_a_training_stopped_between_two_steps_ends_with_the_same_weights_and_tim
     tmp_path, no_pictures, stop_after  # noqa: F811
 ):  # fmt: skip
     profile = dataclasses.replace(SMALL, of_row={"erm": {"steps": 6}})
-    reproduce(tmp_path / "whole", profile, ["erm"], echo=lambda _: None)
+    reproduce(tmp_path / "whole", profile, ["erm"], seeds=1, echo=lambda _: None)
     stop_after(5)  # the teacher has four
     with pytest.raises(TrainingInterrupted, match="stopped after step 5 of 6"):
-        reproduce(tmp_path / "r", profile, ["erm"], echo=lambda _: None)
+        reproduce(tmp_path / "r", profile, ["erm"], seeds=1, echo=lambda _: None)
     seconds = json.loads((tmp_path / "r" / "reproduce.json").read_text())["seconds"]
     assert seconds["models/erm-0"] > 0
     stop_after(0)
-    reproduce(tmp_path / "r", profile, ["erm"], echo=lambda _: None)
+    reproduce(tmp_path / "r", profile, ["erm"], seeds=1, echo=lambda _: None)
     assert same(tmp_path / "r" / "models" / "erm-0", tmp_path / "whole" / "models" / "erm-0")
     assert (
         json.loads((tmp_path / "r" / "reproduce.json").read_text())["seconds"]["models/erm-0"]
@@ -475,7 +487,7 @@ def test_a_training_stopped_between_two_steps_ends_with_the_same_weights_and_tim
 
 def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pictures):
     out, said = tmp_path / "r", []
-    first = reproduce(out, SMALL, ["erm"], echo=said.append)
+    first = reproduce(out, SMALL, ["erm"], seeds=1, echo=said.append)
     assert not (out / "stores").exists()
     finished = times(out)
     results = reproduce(out, SMALL, ["lrp", "features"], seeds=2, echo=said.append)
@@ -500,7 +512,7 @@ def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pic
     shutil.rmtree(out / "models" / "erm-1")  # somebody who wants it anew gets it, tested anew
     changed = [{**line, "iid": -1.0} if line["model"] == "models/erm-1" else line for line in results]
     (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
-    again = reproduce(out, SMALL, ["lrp"], echo=said.append)
+    again = reproduce(out, SMALL, ["lrp"], seeds=1, echo=said.append)
     assert "models/erm-1" not in {line["model"] for line in again}
     assert (line := reproduce(out, SMALL, ["erm"], seeds=2, echo=said.append)[2])["model"] == "models/erm-1"
     assert line["iid"] == results[2]["iid"]
@@ -508,25 +520,26 @@ def test_methods_and_seeds_are_added_and_what_is_finished_stays(tmp_path, no_pic
 
 def test_another_profile_or_architecture_in_the_same_folder_is_refused_by_its_values(tmp_path, no_pictures):
     out = tmp_path / "r"
-    reproduce(out, SMALL, ["teacher"], echo=lambda _: None)
+    reproduce(out, SMALL, ["teacher"], seeds=1, echo=lambda _: None)
     written = times(out, ("*",))
     resnet = dataclasses.replace(SMALL, student={**SMALL.student, "arch": "resnet18"})
     for profile, words in (
-        (resnet, r"student\.arch: 'small-cnn', 'resnet18'; its first, this command's second"),
+        (resnet, r"student\.arch: 'small-cnn', 'resnet18'; the recorded value first"),
         (dataclasses.replace(SMALL, seed=1), "seed: 0, 1"),
-        (PROFILES["gpu"], r"limit: 60, None; name: 'cpu', 'gpu'; .*, and \d+ more; its first"),
+        (PROFILES["gpu"], r"limit: 60, None; name: 'cpu', 'gpu'; .*, and \d+ more; the recorded value first"),
     ):
-        with pytest.raises(TrainingError, match=f"{words}.*choose another --out"):
-            reproduce(out, profile, ["teacher"])
-    with lock(out, "at work"), pytest.raises(TrainingError, match=r"another process is at work in .*let it finish"):
-        reproduce(out, SMALL, ["teacher"])
+        with pytest.raises(TrainingError, match=f"{words}.*choose another out"):
+            reproduce(out, profile, ["teacher"], seeds=1)
+    busy = r"another process is at work in .*: wait until it has finished"
+    with lock(out, "at work"), pytest.raises(TrainingError, match=busy):
+        reproduce(out, SMALL, ["teacher"], seeds=1)
     assert times(out, ("*",)) == written
     (out / "results.jsonl").write_text("{")
     with pytest.raises(TrainingError, match=r"results\.jsonl is damaged: remove it"):
-        reproduce(out, SMALL, ["teacher"])
+        reproduce(out, SMALL, ["teacher"], seeds=1)
     (out / "reproduce.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"reproduce\.json is damaged: remove the folder, or choose another --out"):
-        reproduce(out, SMALL, ["teacher"])
+    with pytest.raises(TrainingError, match=r"reproduce\.json is damaged: remove the folder, or choose another out"):
+        reproduce(out, SMALL, ["teacher"], seeds=1)
 
 
 def test_what_cannot_be_right_is_said_before_anything_is_made(tmp_path):
@@ -536,11 +549,11 @@ def test_what_cannot_be_right_is_said_before_anything_is_made(tmp_path):
         ({"student": {**SMALL.student, "arch": "vgg11"}}, ModelError, "does not take images of shape"),
     ):
         with pytest.raises(error, match=words):
-            reproduce(out, dataclasses.replace(SMALL, **change), ["erm"])
+            reproduce(out, dataclasses.replace(SMALL, **change), ["erm"], seeds=1)
     with pytest.raises(ModelError, match="the device 'tpu' cannot be used here"):
-        reproduce(out, SMALL, ["erm"], device="tpu")
+        reproduce(out, SMALL, ["erm"], seeds=1, device="tpu")
     with pytest.raises(TrainingError, match="no row is called 'lpr'"):
-        reproduce(out, SMALL, ["lpr"])
+        reproduce(out, SMALL, ["lpr"], seeds=1)
     assert not out.exists()
 
 

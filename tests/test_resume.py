@@ -24,7 +24,7 @@ from data.storage import Folder
 from trainer import TrainingError, train_student, train_teacher
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.loop.optim import is_moment
-from trainer.run_dir import RunDir, snapshots
+from trainer.run_dir import Run, RunDir
 
 ROOT = Path(__file__).parent.parent
 STEPS = 10
@@ -200,8 +200,8 @@ def test_snapshots_are_the_weights_of_their_steps_also_when_stopped_on_the_way(d
     train_teacher(
         dataset, tmp_path / "whole", **options, snapshots=3, checkpoint_steps=1, keep_checkpoints=9, log_steps=1
     )
-    assert list(snapshots(tmp_path / "whole")) == moments
-    for step, path in snapshots(tmp_path / "whole").items():
+    assert list(Run(tmp_path / "whole").snapshots) == moments
+    for step, path in Run(tmp_path / "whole").snapshots.items():
         state = torch.load(tmp_path / "whole" / "checkpoints" / f"step-{step:09}.pt", weights_only=True)
         found = torch.load(path, weights_only=True)
         for name, value in found.items():
@@ -215,13 +215,13 @@ def test_snapshots_are_the_weights_of_their_steps_also_when_stopped_on_the_way(d
     torch.save({}, tmp_path / "t" / "snapshots" / "step-000000006.pt")  # of no step of this training: it is forgotten
     stop_after(0)
     train_teacher(dataset, tmp_path / "t", **options, snapshots=3)
-    assert list(snapshots(tmp_path / "t")) == moments
-    for step, path in snapshots(tmp_path / "t").items():
-        whole = torch.load(snapshots(tmp_path / "whole")[step], weights_only=True)
+    assert list(Run(tmp_path / "t").snapshots) == moments
+    for step, path in Run(tmp_path / "t").snapshots.items():
+        whole = torch.load(Run(tmp_path / "whole").snapshots[step], weights_only=True)
         found = torch.load(path, weights_only=True)
         assert found.keys() == whole.keys()
         assert all(torch.equal(value, whole[name]) for name, value in found.items())
-    last = torch.load(snapshots(tmp_path / "t")[7], weights_only=True)
+    last = torch.load(Run(tmp_path / "t").snapshots[7], weights_only=True)
     assert all(torch.equal(value, last[name]) for name, value in weights(tmp_path / "t").items())
 
 
@@ -263,7 +263,7 @@ def test_an_unfinished_training_is_not_continued_with_other_options(dataset, cac
         ({"arch": "resnet18"}, r"arch: 'small-cnn', 'resnet18'"),
         ({"seed": 1}, r"training\.seed: 0, 1"),
     ):
-        with pytest.raises(TrainingError, match=f"other options .*{message}.*choose another --out"):
+        with pytest.raises(TrainingError, match=f"other options .*{message}.*choose another out"):
             train_student(dataset, cache, tmp_path / "s", **{"steps": 6, "batch_size": 50, **change})
         assert before == {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
     # how it is run is no such option

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import fcntl
 import json
 import os
@@ -31,7 +32,7 @@ from pipeline.device import as_input
 from teacher_cache import CacheError, open_cache
 from terminal import inline_picture
 from trainer import show_explanations, train_student, train_teacher
-from trainer.results.pictures import Cell
+from trainer.results.pictures import Cell, Grid
 from trainer.results.show import common_limit, pick_samples
 
 OUT = "heat.png"
@@ -41,10 +42,11 @@ OUT = "heat.png"
 def drawn(monkeypatch) -> list[dict[str, Any]]:
     """What pictures would be drawn of, in place of drawing them."""
     seen: list[dict[str, Any]] = []
-    names = ("cells", "columns", "rows", "title", "limit", "unit", "out", "about")
+    names = ("cells", "columns", "rows", "title", "limit", "unit")
 
-    def noting(*given: Any) -> None:
-        seen.append(dict(zip(names, given, strict=True)))
+    def noting(grid: Grid, out: Path, description: str) -> None:
+        values = [getattr(grid, field.name) for field in dataclasses.fields(Grid)]
+        seen.append(dict(zip(names, values, strict=True)) | {"out": out, "about": description})
 
     monkeypatch.setattr(module, "grid_picture", noting)
     return seen
@@ -236,17 +238,17 @@ def test_every_explainer_can_be_chosen():
 
 
 WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"explain": "sevn"}, DatasetError, "--explain sevn: .* no such class: did you mean seven"),
-    ({"explain": "tru"}, DatasetError, "did you mean true"),
-    ({"explain": "q"}, DatasetError, "give true, predicted, or one of zero, one, two"),
-    ({"samples": [0, 300]}, DatasetError, "there is no sample 300 in the split 'iid': give a --sample from 0 to 299"),
+    ({"explain": "sevn"}, DatasetError, "explain='sevn': .* no such class. Did you mean seven"),
+    ({"explain": "tru"}, DatasetError, "Did you mean true"),
+    ({"explain": "q"}, DatasetError, "Give true, predicted, or one of zero, one, two"),
+    ({"samples": [0, 300]}, DatasetError, "there is no sample 300 in the split 'iid': choose samples from 0 to 299"),
     ({"samples": [-1]}, DatasetError, "there is no sample -1"),
     ({"samples": 0}, RelevanceError, "shows 1 to 100 samples, not 0"),
     ({"samples": range(101)}, RelevanceError, "shows 1 to 100 samples, not 101"),
     ({"split": "odd"}, DatasetError, "no split 'odd': choose one of train"),
-    ({"epsilon": float("nan")}, RelevanceError, "--epsilon must be 0 or more, and finite, got nan"),
+    ({"epsilon": float("nan")}, RelevanceError, "epsilon must be at least 0, got nan"),
     ({"explainer": "lrp"}, RelevanceError, "unknown explainer 'lrp': choose one of flex"),
-    ({"models": []}, RelevanceError, "give a --model or a --cache"),
+    ({"models": []}, RelevanceError, "give models or caches"),
     ({"models": ["nowhere"]}, ModelError, "no model at nowhere"),
     ({"caches": ["nowhere"]}, CacheError, "no heatmap store at nowhere"),
     ({"device": "tpu"}, ModelError, "the device 'tpu' cannot be used here"),
@@ -266,9 +268,11 @@ def test_a_store_of_another_dataset_or_split_or_without_the_samples_is_refused(
     make_coloured_mnist(tmp_path / "other.zarr", seed=5, limit=300)
     with pytest.raises(CacheError, match="was made from another dataset"):
         show_explanations(tmp_path / "other.zarr", tmp_path / OUT, caches=[cache], split="train")
-    with pytest.raises(CacheError, match=r"explains the split 'train', and samples of 'iid' .*give --split train"):
+    with pytest.raises(
+        CacheError, match=r"explains the split 'train', and the samples are of 'iid': give split='train'"
+    ):
         show_explanations(dataset, tmp_path / OUT, caches=[cache])
-    with pytest.raises(CacheError, match="is incomplete, and has none of the samples 70, 80 to be shown yet"):
+    with pytest.raises(CacheError, match="is incomplete, and has none of the samples 70, 80: run cache_explanations"):
         show_explanations(dataset, tmp_path / OUT, caches=[parted], split="ood", samples=[70, 80])
     assert not drawn
 

@@ -96,9 +96,9 @@ def test_a_plan_that_cannot_be_right_is_refused(common, students, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b"students: [", "is no YAML"),
-        (b"\xff\xfe\xfa", "is no YAML"),
-        (b"a: !!python/object/apply:os.getcwd []", "is no YAML"),
+        (b"students: [", "is not valid YAML"),
+        (b"\xff\xfe\xfa", "is not valid YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not valid YAML"),
         (b"", "must hold options"),
         (b"- arch: resnet18", "must hold options"),
         (b"students: {arch: resnet18}", "under 'students' a list of options"),
@@ -171,7 +171,7 @@ def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"stopped with 0 of 1 students finished in {out}: the same command goes on" in said
+    assert f"stopped with 0 of 1 students finished in {out}: run the same command again to resume" in said
     (checkpoint,) = (out / "output" / "checkpoints").iterdir()
     at = int(checkpoint.stem.partition("-")[2])
     assert 0 < at < 1000
@@ -192,7 +192,7 @@ def test_a_finished_student_of_another_store_at_the_same_path_is_not_tabulated(
     sweep._claim(tmp_path / "s", plan)
     shutil.rmtree(tmp_path / "c.zarr")
     shutil.copytree(validation_cache, tmp_path / "c.zarr")
-    with pytest.raises(TrainingError, match=r"student .a. with other options .learns_from: .*choose another --out"):
+    with pytest.raises(TrainingError, match=r"student .a. with other options .learns_from: .*choose another out"):
         sweep._claim(tmp_path / "s", plan)
 
 

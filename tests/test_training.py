@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(dataset, tmp_path):
 
 def test_a_finished_training_is_not_overwritten(dataset, teacher):
     before = weights(teacher)
-    with pytest.raises(FileExistsError, match="holds a finished training: choose another --out"):
+    with pytest.raises(FileExistsError, match="holds a finished training: choose another out"):
         train_teacher(dataset, teacher, steps=2)
     assert all(torch.equal(value, before[name]) for name, value in weights(teacher).items())
 

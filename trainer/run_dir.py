@@ -1,6 +1,7 @@
-"""The folder of one training: its configuration first, metrics and checkpoints on the way, ``result.json`` last.
+"""The files of a run folder, which only this module knows by name: `Run` reads them, `RunDir` writes them.
 
-Every file is written whole or not at all; a line of a log may be cut off, and is then dropped by who continues.
+A training writes its configuration first, metrics and checkpoints on the way, and ``result.json`` last. Every file is
+written whole or not at all. The last line of a log may be incomplete; readers drop it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import subprocess
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,37 +22,86 @@ import torch
 import yaml
 
 from data.storage import PARTIAL, Folder
+from options import Message, Option
 from pipeline import ModelConfig, ModelError
-from pipeline.networks.classifier import versions
+from pipeline.networks.classifier import CONFIG_FILE, WEIGHTS_FILE, read_config, versions
 from trainer.errors import TrainingError
 
+OPTIONS_FILE = "config.yaml"
+STARTS_FILE = "starts.jsonl"
+METRICS_FILE = "metrics.jsonl"
+FAILURE_FILE = "failure.json"
+MODEL_FILE = "model.pt"
+RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
+CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE = "checkpoints", "snapshots", "tensorboard", "profile"
 FILES = {
-    *(
-        "config.json",
-        "config.yaml",
-        "starts.jsonl",
-        "metrics.jsonl",
-        "failure.json",
-        "weights.pt",
-        "model.pt",
-        "result.json",
-    ),
-    *(".lock", "checkpoints", "snapshots", "tensorboard", "profile"),
+    *(CONFIG_FILE, OPTIONS_FILE, STARTS_FILE, METRICS_FILE, FAILURE_FILE, WEIGHTS_FILE, MODEL_FILE, RESULT_FILE),
+    *(LOCK_FILE, CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE),
 }
+NEW_FOLDER = Message(": choose another ", Option("out"), ", or remove it first")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Read the files of a run folder, which may be unfinished or absent. Every look reads the file again."""
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has ended and written its result."""
+        return (self.path / RESULT_FILE).exists()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the model. Raises ModelError where the folder has none that can be read."""
+        return read_config(self.path)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The result of the training; None while it is unfinished, or where the file is damaged."""
+        try:
+            result = json.loads((self.path / RESULT_FILE).read_text())
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) else None
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of the metrics log, each with its ``step``."""
+        return _json_lines(self.path / METRICS_FILE)
+
+    @property
+    def starts(self) -> list[dict[str, Any]]:
+        """A record of each start: the step from which it went on, the time, the options and the versions."""
+        return _json_lines(self.path / STARTS_FILE)
+
+    @property
+    def snapshots(self) -> dict[int, Path]:
+        """The files with the weights at some steps of the training, by step in ascending order."""
+        files = sorted((self.path / SNAPSHOTS).glob("step-*.pt"))
+        return {int(file.stem.removeprefix("step-")): file for file in files}
 
 
 class RunDir:
-    """One training's folder, claimed for this process as long as that lives; close it after the last look at it.
+    """Claim a run folder for this process and write its files. Close it after the last use.
 
-    Found unfinished, with the same configuration, it is continued: `checkpoint` is what from. With another
-    configuration and without any checkpoint it begins anew, as nothing is lost. ``given`` are the options of its first
-    start, which ``config.yaml`` has for a command that repeats it.
+    An unfinished run with the same configuration is resumed from its `checkpoint`. An unfinished run with another
+    configuration and without a checkpoint is started anew, as nothing is lost.
 
-    Raises FileExistsError for a path that holds anything else, TrainingError for an unfinished training with another
-    configuration, and for one that another process is at.
+    Args:
+        out: the folder: new, empty, or an unfinished run to resume.
+        config: what decides the weights.
+        options: the options of this start. ``config.yaml`` records those of the first start, for a command that
+            repeats the training.
+
+    Raises:
+        FileExistsError: the path holds anything else.
+        TrainingError: the folder holds an unfinished run with another configuration, or another process uses it.
     """
 
-    def __init__(self, out: str | Path, config: ModelConfig, given: Mapping[str, Any]):
+    def __init__(self, out: str | Path, config: ModelConfig, options: Mapping[str, Any]):
         self.path = Path(out)
         check_free(self.path)
         self._folder = Folder(self.path)
@@ -59,38 +110,47 @@ class RunDir:
         try:
             check_free(self.path)  # again, as somebody may have finished it just now
             self._folder.sweep()
-            found = self.path / "config.json"
-            differing = differences(json.loads(found.read_text()), config.to_dict()) if found.exists() else []
-            if differing and self.checkpoints():
-                raise TrainingError(
-                    f"{self.path} holds an unfinished training with other options ({'; '.join(differing)}; its "
-                    "first, this command's second): give the same ones to continue it, or choose another --out"
-                )
-            if differing or not found.exists():
-                write_json(found, config.to_dict())
-            if differing or not (self.path / "config.yaml").exists():
-                again = f"python cli.py train-{config.kind} --config {self.path / 'config.yaml'} --out ANOTHER"
-                text = f"# To train it once more: {again}\n{yaml.safe_dump(dict(given), sort_keys=False)}"
-                self._folder.write("config.yaml", text.encode())
+            self._write_config(config, options)
         except BaseException:
             self.close()
             raise
 
+    def _write_config(self, config: ModelConfig, options: Mapping[str, Any]) -> None:
+        recorded, file = self.path / CONFIG_FILE, self.path / OPTIONS_FILE
+        differing = differences(json.loads(recorded.read_text()), config.to_dict()) if recorded.exists() else []
+        if differing and self.checkpoints():
+            raise TrainingError(
+                Message(
+                    f"{self.path} holds an unfinished training with other options ({'; '.join(differing)}; the "
+                    "recorded value first): give the same options to resume it, or choose another ",
+                    Option("out"),
+                )
+            )
+        if differing or not recorded.exists():
+            write_json(recorded, config.to_dict())
+        if differing or not file.exists():
+            command = f"python cli.py train-{config.kind} --config {file} --out ANOTHER"
+            text = f"# To repeat this training: {command}\n{yaml.safe_dump(dict(options), sort_keys=False)}"
+            self._folder.write(OPTIONS_FILE, text.encode())
+
     def close(self) -> None:
-        """Let others have it."""
+        """Release the folder for other processes."""
         self._lock.close()
 
     # --- checkpoints ------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Path]:
-        """What is there of them, the oldest first."""
-        found = (self.path / "checkpoints").glob("step-*.pt")
-        return sorted(path for path in found if re.fullmatch(r"step-\d{9,}\.pt", path.name))
+        """List the checkpoints, the oldest first."""
+        files = (self.path / CHECKPOINTS).glob("step-*.pt")
+        return sorted(path for path in files if re.fullmatch(r"step-\d{9,}\.pt", path.name))
 
     def checkpoint(self) -> tuple[dict[str, Any] | None, list[Path]]:
-        """The newest one that can be read, None where there is none; and the newer ones, which are damaged.
+        """Read the newest checkpoint that is intact, and rename the damaged ones.
 
-        These are given another name, so that they do not count among the last ones that stay.
+        A renamed checkpoint does not count among those that are kept.
+
+        Returns:
+            The state of the checkpoint, None where there is none, and the paths of the newer, damaged ones.
         """
         damaged: list[Path] = []
         for path in reversed(self.checkpoints()):
@@ -108,14 +168,14 @@ class RunDir:
         return None, damaged
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write one, then remove all but the last ``keep``."""
-        self._save(f"checkpoints/step-{step:09}.pt", state)
+        """Write a checkpoint, then remove all but the newest ``keep``."""
+        self._save(f"{CHECKPOINTS}/step-{step:09}.pt", state)
         for path in self.checkpoints()[:-keep]:
             path.unlink()
 
     def save_snapshot(self, step: int, weights: dict[str, Any]) -> None:
-        """Keep the weights of a step; see `snapshots`."""
-        self._save(f"snapshots/step-{step:09}.pt", weights)
+        """Write the weights of a step, which `Run.snapshots` finds."""
+        self._save(f"{SNAPSHOTS}/step-{step:09}.pt", weights)
 
     def _save(self, name: str, state: dict[str, Any]) -> None:
         buffer = io.BytesIO()
@@ -125,59 +185,62 @@ class RunDir:
     # --- logs and results -------------------------------------------------------------------------------
 
     def begin(self, step: int, **how: Any) -> None:
-        """Note in ``starts.jsonl`` how the training goes on, and from which step, and forget what came after that."""
-        metrics = self.path / "metrics.jsonl"
-        kept = []
-        for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-            try:
-                values = json.loads(line)
-            except ValueError:  # the last line of a process that was killed
-                continue
-            if values["step"] <= step:
-                kept.append(line)
-        self._folder.write("metrics.jsonl", "".join(f"{line}\n" for line in kept).encode())
-        for name in ("weights.pt", "model.pt", "failure.json"):
+        """Record a start in the log of starts, and remove what an interrupted run wrote after this step.
+
+        Args:
+            step: the step from which the training goes on; 0 for a new one.
+            how: what else to record.
+        """
+        kept = [json.dumps(line) for line in Run(self.path).metrics if line["step"] <= step]
+        self._folder.write(METRICS_FILE, "".join(f"{line}\n" for line in kept).encode())
+        for name in (WEIGHTS_FILE, MODEL_FILE, FAILURE_FILE):
             (self.path / name).unlink(missing_ok=True)
-        for at, path in snapshots(self.path).items():
+        for at, path in Run(self.path).snapshots.items():
             if at > step:
                 path.unlink()
-        with (self.path / "starts.jsonl").open("a") as file:
+        with (self.path / STARTS_FILE).open("a") as file:
             when = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(json.dumps({"step": step, "time": when, **how, **versions(), "revision": revision()}) + "\n")
 
     def log(self, **metrics: Any) -> None:
-        """Append one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        """Append a line to the metrics log."""
+        with (self.path / METRICS_FILE).open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def fail(self, **failure: Any) -> None:
-        """Write ``failure.json``: what a training that had to stop knows of why."""
-        write_json(self.path / "failure.json", failure)
+        """Record why the training had to stop."""
+        write_json(self.path / FAILURE_FILE, failure)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json``, which makes the training finished."""
-        write_json(self.path / "result.json", result)
+        """Write the result, which marks the training as finished."""
+        write_json(self.path / RESULT_FILE, result)
 
 
-def snapshots(path: Path) -> dict[int, Path]:
-    """The files with the weights that a training had on its way, by step, the first one first."""
-    return {int(file.stem.removeprefix("step-")): file for file in sorted((path / "snapshots").glob("step-*.pt"))}
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a log; none where there is no file."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the last line of a process that was killed
+            continue
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def check_free(path: Path) -> None:
-    """Raise FileExistsError unless a training may write here: nothing, an empty folder, an unfinished training."""
+    """Raise FileExistsError unless the path is new, an empty folder, or an unfinished run to resume."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    if "result.json" in names and "config.json" in names:
-        raise FileExistsError(f"{path} holds a finished training: choose another --out, or remove it first")
-    there = {name for name in names if not (name.startswith(".") and name.endswith(PARTIAL))} - {".lock"}
-    if there and ("config.json" not in there or there - FILES or not _is_config(path / "config.json")):
-        raise FileExistsError(f"{path} exists and is not empty: choose another --out, or remove it first")
+    if {RESULT_FILE, CONFIG_FILE} <= names:
+        raise FileExistsError(Message(f"{path} holds a finished training", NEW_FOLDER))
+    others = {name for name in names if not (name.startswith(".") and name.endswith(PARTIAL))} - {LOCK_FILE}
+    if others and (CONFIG_FILE not in others or others - FILES or not _is_config(path / CONFIG_FILE)):
+        raise FileExistsError(Message(f"{path} exists and is not empty", NEW_FOLDER))
 
 
 def _is_config(path: Path) -> bool:
-    """Whether a training wrote this file."""
+    """Tell whether a training wrote this file."""
     try:
         ModelConfig.from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError, AttributeError, ModelError):
@@ -185,40 +248,52 @@ def _is_config(path: Path) -> bool:
     return True
 
 
-def lock(folder: Path, at_work: str) -> BinaryIO:
-    """Claim a folder for as long as the file that this returns is open, or this process lives.
+def lock(folder: Path, activity: str) -> BinaryIO:
+    """Claim a folder until the returned file is closed, or this process ends.
 
-    Raises TrainingError, which says that another process is ``at_work`` there.
+    Args:
+        folder: an existing folder.
+        activity: what another process would be doing there, for the error: "another process is ``activity`` in …".
+
+    Raises:
+        TrainingError: another process has claimed the folder.
     """
-    file = (folder / ".lock").open("ab")
+    file = (folder / LOCK_FILE).open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise TrainingError(
-            f"another process is {at_work} in {folder}: let it finish, or choose another --out"
+            Message(
+                f"another process is {activity} in {folder}: wait until it has finished, or choose another ",
+                Option("out"),
+            )
         ) from None
     except OSError:  # a file system without locks
         pass
     return file
 
 
-def differences(found: Any, given: Any, name: str = "") -> list[str]:
-    """What is not alike in two records, as ``name: found, given``; ``versions`` do not count."""
-    found, given = (json.loads(json.dumps(values)) for values in (found, given))
-    if not (isinstance(found, dict) and isinstance(given, dict)):
-        return [] if found == given else [f"{name}: {found!r}, {given!r}"]
+def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
+    """Compare two records, apart from their ``versions``.
+
+    Returns:
+        A line for each difference: ``name: recorded value, current value``.
+    """
+    recorded, current = (json.loads(json.dumps(values)) for values in (recorded, current))
+    if not (isinstance(recorded, dict) and isinstance(current, dict)):
+        return [] if recorded == current else [f"{name}: {recorded!r}, {current!r}"]
     lines: list[str] = []
-    for key in sorted({*found, *given} - ({"versions"} if not name else set())):
-        lines += differences(found.get(key), given.get(key), f"{name}.{key}" if name else key)
+    for key in sorted({*recorded, *current} - ({"versions"} if not name else set())):
+        lines += differences(recorded.get(key), current.get(key), f"{name}.{key}" if name else key)
     return lines
 
 
 def revision() -> str | None:
-    """The git revision that this program runs from, with a + where files differ from it; None where there is none."""
+    """Return the git revision of this program, with a + where files differ from it; None outside a repository."""
     folder = Path(__file__).resolve().parent
     git = ["git", "-C", str(folder)]
-    try:  # not that of a repository in whose folder this program is merely installed
+    try:  # ignores a repository in which this program is merely installed
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10, check=True)
         describe = [*git, "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

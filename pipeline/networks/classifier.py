@@ -31,6 +31,7 @@ from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_se
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.pt"  # of a saved model, in its folder
 
 
 class Classifier(nn.Module):
@@ -176,7 +177,7 @@ def save_weights(directory: Path, model: nn.Module) -> None:
     """Write ``weights.pt`` atomically."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, buffer)
-    write_whole(directory / "weights.pt", buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
+    write_whole(directory / WEIGHTS_FILE, buffer.getbuffer())  # a full disk is an OSError here, and not in torch.save
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -192,7 +193,7 @@ def read_config(directory: Path) -> ModelConfig:
     """
     hint = "give the output folder of a teacher's or a student's training"
     try:
-        values = json.loads((directory / "config.json").read_text())
+        values = json.loads((directory / CONFIG_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise ModelError(f"no model at {directory}: there is no config.json; {hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -224,7 +225,7 @@ def load_classifier(
     """
     directory = Path(directory)
     config = read_config(directory)
-    if not (directory / "weights.pt").exists():
+    if not (directory / WEIGHTS_FILE).exists():
         raise ModelError(f"the training of {directory} is unfinished: there is no weights.pt; train it again")
     try:
         check_factory(config.arch, student_factory)
@@ -240,7 +241,7 @@ def load_classifier(
             Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")
         ) from error
     try:
-        model.load_state_dict(torch.load(directory / "weights.pt", map_location="cpu", weights_only=True))
+        model.load_state_dict(torch.load(directory / WEIGHTS_FILE, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises many types for a file that is cut or foreign
         raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {remedy}") from error
     return model.eval(), config
@@ -275,7 +276,7 @@ def _permitted_segmenter(used: str | None, segmenter: str | None) -> str | None:
 
 def weights_sha256(directory: str | Path) -> str:
     """Return the identity of a saved model: the SHA-256 of its ``weights.pt``."""
-    return hashlib.sha256((Path(directory) / "weights.pt").read_bytes()).hexdigest()
+    return hashlib.sha256((Path(directory) / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
 def check_fits(config: ModelConfig, class_names: tuple[str, ...], image_shape: ImageShape, where: str | Path) -> None:

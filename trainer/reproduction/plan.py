@@ -1,4 +1,4 @@
-"""What a reproduction has to make, and in which order: pure functions of the rows, the profile and the seeds."""
+"""The stages of a reproduction, in their order: pure functions of the rows, the profile and the seeds."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from options import Message, Option, did_you_mean
 from pipeline.explainers import EXPLAINERS
-from trainer.errors import TrainingError, did_you_mean
+from trainer.errors import TrainingError
 from trainer.loop.methods import needs, parse_terms
 from trainer.reproduction.profiles import Options, Profile
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One thing to make.
+    """One dataset, store or model to make.
 
-    kind: data, teacher, store or student. path: where, in the reproduction's folder. options: the keywords of what
-    makes it. needs: what it is made from, in the order in which that is handed over. row, seed: of a model.
+    Attributes:
+        kind: ``data``, ``teacher``, ``store`` or ``student``.
+        path: its path in the reproduction's folder.
+        says: its description in a line of progress.
+        options: the options of the function that makes it.
+        needs: the stages before it, in the order of that function's parameters.
+        row: the row of a model.
+        seed: the seed of a model.
     """
 
     kind: str
@@ -30,9 +37,17 @@ class Stage:
 
 
 def chosen(profile: Profile, methods: Sequence[str] | None) -> tuple[str, ...]:
-    """The rows to make, in the order of the table: those of the paper, or the ones named, with the teachers they need.
+    """Choose the rows to make, with the teachers that they need.
 
-    ``all`` names all. Raises TrainingError for a row that there is not.
+    Args:
+        profile: the profile, which knows the table.
+        methods: names of rows, or ``all``; the usual rows of the benchmark if None.
+
+    Returns:
+        Names of rows in the order of the table.
+
+    Raises:
+        TrainingError: a name is unknown, or there is none.
     """
     table = profile.table
     known = profile.rows or tuple(table.rows)
@@ -43,16 +58,20 @@ def chosen(profile: Profile, methods: Sequence[str] | None) -> tuple[str, ...]:
     for key in methods:
         if key not in known:
             raise TrainingError(
-                f"no row is called '{key}' in --methods: choose from all, {', '.join(known)}.{did_you_mean(key, known)}"
+                Message(
+                    f"no row is called '{key}' in ",
+                    Option("methods"),
+                    f": choose from all, {', '.join(known)}.{did_you_mean(key, known)}",
+                )
             )
     if not methods:
-        raise TrainingError(f"--methods names no row: choose from all, {', '.join(known)}")
-    wanted = {*methods, *(table.rows[key].teacher for key in methods)}
-    return tuple(key for key in table.rows if key in wanted)
+        raise TrainingError(Message(Option("methods"), f" names no row: choose from all, {', '.join(known)}"))
+    rows = {*methods, *(table.rows[key].teacher for key in methods)}
+    return tuple(key for key in table.rows if key in rows)
 
 
 def plan(profile: Profile, rows: Sequence[str], seeds: int) -> list[Stage]:
-    """All stages that the rows need, each once and after what it needs; every row of a seed before the next seed."""
+    """List the stages of the rows, each once and after those that it needs; a seed is finished before the next one."""
     stages: dict[str, Stage] = {}
 
     def add(stage: Stage) -> None:
@@ -68,11 +87,11 @@ def plan(profile: Profile, rows: Sequence[str], seeds: int) -> list[Stage]:
 
 
 def before(stage: Stage) -> dict[str, Stage]:
-    """By path, all that has to be there before a stage."""
-    found: dict[str, Stage] = {}
+    """Collect all stages before a stage, by path."""
+    stages: dict[str, Stage] = {}
     for needed in stage.needs:
-        found |= before(needed) | {needed.path: needed}
-    return found
+        stages |= before(needed) | {needed.path: needed}
+    return stages
 
 
 def _data(profile: Profile) -> Stage:
@@ -92,7 +111,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
     readers = [
         row for key in profile.rows or rows if ((row := rows[key]).teacher, row.explainer) == (teacher, explainer)
     ]
-    explained = profile.draws if split == "train" else 1  # of the validation split, the first draw alone is looked at
+    explained = profile.draws if split == "train" else 1  # a validation uses the first draw alone
     options = {
         "split": split,
         "explainer": explainer,

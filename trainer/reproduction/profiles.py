@@ -1,6 +1,6 @@
-"""What is reproduced, as data: benchmarks with the rows of their tables, and what a profile spends on them.
+"""Reproductions as data: benchmarks with the rows of their tables, and profiles with networks and sizes.
 
-To add a row, a profile or a benchmark is to add an entry. Not here: what is done with them (`reproduce.py`).
+A new row, profile or benchmark is a new entry here. Not here: how they are made (`reproduce.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ TESTS = ("iid", "ood", "shift")
 class Row:
     """A row that is trained here.
 
-    loss: what a student matches, as ``--loss`` takes it; None for a row that is a teacher. teacher: the row that it is
-    measured against, and whose store, with the maps of ``explainer``, it learns from; without an explainer from none.
-    bias_free: None is as the teacher, and in a teacher as the profile says. augment: as in `Settings`.
-    published: by Bassi et al., arXiv 2407.09788.
+    Attributes:
+        title: its name in the table.
+        published: the numbers of Bassi et al., arXiv 2407.09788.
+        loss: the loss of a student, as `train_student` takes it; None for a row that is a teacher.
+        teacher: the row of its teacher, with which it is compared.
+        explainer: the explainer of the teacher's store; None for a student that learns without a store.
+        bias_free: None means as the teacher, and for a teacher as the profile.
+        augment: augmentations, as in `trainer.settings.Settings`.
     """
 
     title: str
@@ -38,7 +42,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Quoted:
-    """A row that stands in the table as published, and why it is not trained here."""
+    """A row with published numbers alone, and why it is not trained here."""
 
     title: str
     published: Published
@@ -47,12 +51,22 @@ class Quoted:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A dataset and its table. ``says``: what it is. make: builds it, of ``size`` pixels a side unless told otherwise.
+    """A dataset and its table.
 
-    sees: what the teacher sees; debias: its front. rows: in the order of the table; usual: those that are made unless
-    others are asked for. quoted: rows that are not trained here. tests: the splits that are tested, IID first where
-    there is one. biased_validation: whether the validation split is as biased as the training, so that it may choose
-    among a student's weights; the last are kept where it is not. seeded: whether ``make`` draws anything.
+    Attributes:
+        name: its name.
+        says: its description in a line of progress.
+        make: builds the dataset.
+        size: the default side of its images in pixels.
+        sees: what the teacher sees, for a line of progress.
+        debias: the teacher's front.
+        rows: its rows in the order of the table.
+        usual: the rows that are made by default.
+        quoted: rows that are not trained here.
+        tests: the test splits, IID first where there is one.
+        biased_validation: whether the validation split is as biased as the training split, so that the weights of a
+            student may be chosen by it. If not, the last weights are kept.
+        seeded: whether ``make`` takes a seed.
     """
 
     name: str
@@ -112,8 +126,8 @@ QUOTED = tuple(
 )
 
 
-# of datasets with masks, whose bias is the background; the rivals use them in training, and so does what is repainted,
-# with a random background at each step
+# of datasets with masks, whose bias is the background; the rivals use the masks in training, and so do the repainted
+# rows, which have a random background at each step
 _REPAINTED = ("background",)
 OBJECTS: dict[str, Row] = {
     "teacher": Row("teacher"),
@@ -187,12 +201,20 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What is spent, and with which networks.
+    """The sizes of the networks and trainings of a reproduction.
 
-    teacher, student: keywords of `train_teacher` and `train_student`; of_row: those that another one has than
-    ``student``, by row. benchmark: of `BENCHMARKS`; data: keywords of its ``make``. draws, epsilon_range: of the
-    stores. seed: of dataset, teachers, stores and the first student; the others' follow. limit: samples of each split,
-    None for all. rows: those that it knows, None for all.
+    Attributes:
+        name: its name.
+        teacher: options of `train_teacher`.
+        student: options of `train_student`.
+        benchmark: a name of `BENCHMARKS`.
+        data: options of the benchmark's ``make``.
+        of_row: options of the students of a row that differ from ``student``.
+        draws: draws of the stores.
+        epsilon_range: the ε of the stores.
+        seed: of the dataset, teachers, stores and the first student; further students count up from it.
+        limit: samples of each split; all if None.
+        rows: rows that can be made; all of the benchmark if None.
     """
 
     name: str
@@ -212,7 +234,18 @@ class Profile:
         return BENCHMARKS[self.benchmark]
 
 
-# of the paper, but for the number of epochs of its teacher and ERM rows, which it does not tell
+def with_arch(profile: Profile, arch: str | None) -> Profile:
+    """Replace the architecture of teachers and students, whose own options do not apply to it; None keeps it."""
+    if arch is None:
+        return profile
+    teacher, student = (
+        {**{name: value for name, value in network.items() if name != "arch_options"}, "arch": arch}
+        for network in (profile.teacher, profile.student)
+    )
+    return dataclasses.replace(profile, teacher=teacher, student=student)
+
+
+# the paper's, but for the epochs of its teacher and ERM rows, which the paper does not state
 _SGD = {"optimizer": "sgd", "lr": 0.01, "momentum": 0.99, "schedule": "constant", "clip_norm": 1.0}
 
 PROFILES = {  # of COLOURED MNIST
@@ -245,7 +278,7 @@ PROFILES = {  # of COLOURED MNIST
         ),
     )
 }
-_COARSER = (0.1, 1.0)  # ε, with which maps of whole objects are matched far better than with smaller ones
+_COARSER = (0.1, 1.0)  # with a larger ε, maps of whole objects are matched far better
 _MUON = {"batch_size": 128, "optimizer": "muon", "lr": 1e-2}
 _WIDE = {"arch": "small-resnet", "arch_options": {"width": 32}}
 ON_TEXTURES = {

@@ -1,6 +1,6 @@
-"""The paper's table in one command: what `plan` lists is made, tested, and told in tables and pictures.
+"""The paper's table in one command: make and test what `plan` lists, and write tables and pictures of it.
 
-Whatever stops it, the same command goes on: a stage is finished when its product is. Quickstart is a small one.
+A second call resumes an interrupted one: a stage whose product is complete is finished. The quickstart is a small one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from data import DatasetError, open_dataset
 from data.storage import PARTIAL, Folder
+from options import Message, Option, takes
 from pipeline import cache_explanations
 from pipeline.device import pick_device
 from pipeline.networks.classifier import versions
@@ -24,78 +26,107 @@ from pipeline.networks.models import build_network
 from teacher_cache import CacheError, check_complete, open_cache
 from trainer.distill import train_student
 from trainer.errors import TrainingError
+from trainer.reproduction.options import ReproduceOptions
 from trainer.reproduction.plan import Stage, before, chosen, plan
-from trainer.reproduction.profiles import Profile
+from trainer.reproduction.profiles import Profile, with_arch
 from trainer.results.evaluation import evaluate, evaluate_snapshots
 from trainer.results.pictures import curves_picture, groups_picture, heatmap_picture
 from trainer.results.tables import latex, markdown, summarise
-from trainer.run_dir import differences, lock, revision, snapshots, write_json
+from trainer.run_dir import LOCK_FILE, NEW_FOLDER, Run, differences, lock, revision, write_json
 from trainer.supervised import train_teacher
 
 MARKER = "reproduce.json"
 CURVE_IMAGES = 2000  # of each test split
-TOLD = 5  # differences, at most
+TOLD = 5  # differences in an error
 
 Result = dict[str, Any]
 
 
+@takes(ReproduceOptions)
 def reproduce(
     out: str | Path,
     profile: Profile,
     methods: Sequence[str] | None = None,
     *,
-    seeds: int = 1,
     sources: Mapping[str, str | Path] | None = None,
-    device: str = "auto",
     echo: Callable[[str], None] = print,
+    **options: Any,
 ) -> list[Result]:
-    """Make a benchmark's data, teachers, stores and every row's students in ``out``; test and tabulate them.
+    """Make a benchmark's data, teachers, stores and the students of every row in a folder; test and tabulate them.
 
-    ``methods`` are rows of the benchmark (`trainer.reproduction.profiles`), its usual ones unless given, or
-    ``all``. A later call on the same folder may have more of them and more ``seeds``; what is finished stays. A
-    model is tested once, when its training has ended; the curves come after all trainings, and nothing is chosen by
-    either. ``sources`` are where the original files lie that the data are made of, by the names that the
-    benchmark's ``make`` has for them.
+    A later call on the same folder may have more ``methods`` and ``seeds``; finished stages stay. A model is tested
+    once, after its training. The curves come after all trainings, and nothing is chosen by either.
 
-    Returns what is in ``results.jsonl``, a line for each model: ``method``, ``title``, ``seed``, ``arch``; in % the
-    accuracy on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and of each split
-    ``on_object``, as of `evaluate`; ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and those of
-    the ``stages`` before it; the ``published`` numbers.
+    Args:
+        out: the folder: new, empty, or an earlier reproduction.
+        profile: the sizes, an entry of `trainer.reproduction.profiles`.
+        methods: rows of the benchmark, or ``all``; its usual rows if None.
+        sources: paths of the original files, by the parameters of the benchmark's ``make``.
+        echo: takes a line of progress.
 
-    Raises FileExistsError for a folder that holds anything else, TrainingError for one of another profile and one that
-    another process is at, and what its stages raise.
+    Returns:
+        The lines of ``results.jsonl``, one for each model: ``method``, ``title``, ``seed``, ``arch``; the accuracy in %
+        on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and ``on_object`` of each
+        split, as `evaluate` returns them; ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and of
+        the ``stages`` before it; the ``published`` numbers.
+
+    Raises:
+        FileExistsError: the folder holds anything else.
+        TrainingError: the folder holds a reproduction of another profile, or another process uses it; or a stage
+            cannot be trained. The stages raise further errors.
     """
-    out = Path(out)
-    stages = plan(profile, chosen(profile, methods), seeds)
-    _try_out(profile, device)
+    settings = ReproduceOptions(out=out, methods=None if methods is None else tuple(methods), **options)
+    out, profile = Path(out), with_arch(profile, settings.arch)
+    stages = plan(profile, chosen(profile, methods), settings.seeds)
+    _check_networks(profile, settings.device)
     with _claimed(out, profile) as state:
+        job = _Job(out, profile, sources or {}, settings.device, state, echo)
         results, points = (_kept(out, f"{name}.jsonl") for name in ("results", "curves"))
         tested = {result["model"] for result in results}
         models = [stage for stage in stages if stage.row is not None]
         if state["reported"] == sorted(tested) and tested >= {stage.path for stage in models}:
             echo(
-                f"it is finished in {out}: ask for more methods or seeds, or remove the folder or choose another --out "
-                "to run it again"
+                f"the reproduction in {out} is finished: ask for more methods or seeds to extend it; to run it again, "
+                "remove the folder or choose another one"
             )
             return results
-
-        total = len(stages) + 1
-        for number, stage in enumerate(stages, start=1):
-            if not _finished(out / stage.path):
-                echo(f"[{number}/{total}] {stage.says}")
-                with _timed(out, state, stage.path):
-                    _make(out, profile, stage, sources or {}, device)
-            if stage.row is not None and stage.path not in tested:
-                results = _in_order(profile, [*results, _test(out, profile, stage, state, device)])
-                _write_results(out, profile, results)
-
-        echo(f"[{total}/{total}] the report: tables and pictures")
-        with _timed(out, state, "report"):
-            points = _test_snapshots(out, profile, results, points, device)
-            _draw(out, profile, results, points)
-        state["reported"] = sorted(result["model"] for result in results)
-        write_json(out / MARKER, state)
+        results = _make_all(job, stages, results)
+        echo(f"[{len(stages) + 1}/{len(stages) + 1}] the report: tables and pictures")
+        _report(job, results, points)
         return results
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A reproduction at work. ``state``: what its marker file records, which changes."""
+
+    out: Path
+    profile: Profile
+    sources: Mapping[str, str | Path]
+    device: str
+    state: dict[str, Any]
+    echo: Callable[[str], None]
+
+
+def _make_all(job: _Job, stages: Sequence[Stage], results: list[Result]) -> list[Result]:
+    """Make and test what is missing; return the results of all models in the order of the table."""
+    tested = {result["model"] for result in results}
+    for number, stage in enumerate(stages, start=1):
+        if not _finished(job.out / stage.path):
+            job.echo(f"[{number}/{len(stages) + 1}] {stage.says}")
+            with _timed(job, stage.path):
+                _make(job, stage)
+        if stage.row is not None and stage.path not in tested:
+            results = _in_order(job.profile, [*results, _test(job, stage)])
+            _write_results(job, results)
+    return results
+
+
+def _report(job: _Job, results: Sequence[Result], points: list[Result]) -> None:
+    with _timed(job, "report"):
+        _draw(job, results, _test_snapshots(job, results, points))
+    job.state["reported"] = sorted(result["model"] for result in results)
+    write_json(job.out / MARKER, job.state)
 
 
 # --- the folder ---------------------------------------------------------------------------------------------
@@ -103,7 +134,7 @@ def reproduce(
 
 @contextmanager
 def _claimed(out: Path, profile: Profile) -> Iterator[dict[str, Any]]:
-    """The state of a reproduction in ``out``, new or found there, as long as no other process is at it."""
+    """Claim a reproduction's folder and yield its state, new or as recorded. Other processes are refused."""
     _check_ours(out)
     Folder(out).make()
     with closing(lock(out, "at work")):
@@ -126,33 +157,38 @@ def _claimed(out: Path, profile: Profile) -> Iterator[dict[str, Any]]:
 def _check_ours(out: Path) -> None:
     if not out.exists() or (out / MARKER).exists():
         return
-    if not out.is_dir() or any(not entry.name.endswith(PARTIAL) and entry.name != ".lock" for entry in out.iterdir()):
-        raise FileExistsError(f"{out} exists and is not empty: choose another --out, or remove it first")
+    if not out.is_dir() or any(not entry.name.endswith(PARTIAL) and entry.name != LOCK_FILE for entry in out.iterdir()):
+        raise FileExistsError(Message(f"{out} exists and is not empty", NEW_FOLDER))
 
 
 def _read_state(marker: Path, profile: Profile) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(marker.read_text())
-        found = state["profile"]
+        recorded = state["profile"]
     except (ValueError, TypeError, KeyError):
-        raise TrainingError(f"{marker} is damaged: remove the folder, or choose another --out") from None
-    if differing := differences(found, dataclasses.asdict(profile)):
+        raise TrainingError(
+            Message(f"{marker} is damaged: remove the folder, or choose another ", Option("out"))
+        ) from None
+    if differing := differences(recorded, dataclasses.asdict(profile)):
         more = f", and {len(differing) - TOLD} more" if len(differing) > TOLD else ""
         raise TrainingError(
-            f"{marker.parent} holds a reproduction with other sizes ({'; '.join(differing[:TOLD])}{more}; its first, "
-            "this command's second): give the same ones to continue it, or choose another --out"
+            Message(
+                f"{marker.parent} holds a reproduction with other options ({'; '.join(differing[:TOLD])}{more}; the "
+                "recorded value first): give the same options to resume it, or choose another ",
+                Option("out"),
+            )
         )
     return state
 
 
 def _kept(out: Path, name: str) -> list[Result]:
-    """The lines of a file, without those of models that are no longer there."""
+    """Read the lines of a file, and drop those of models that are no longer there."""
     path = out / name
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         kept = [line for line in lines if _finished(out / line["model"])]
     except (ValueError, TypeError, KeyError):
-        raise TrainingError(f"{path} is damaged: remove it, and the same command makes it again") from None
+        raise TrainingError(f"{path} is damaged: remove it, and run the same command again to rebuild it") from None
     if len(kept) < len(lines):
         _write_lines(out, name, kept)
     return kept
@@ -163,9 +199,9 @@ def _write_lines(out: Path, name: str, lines: Sequence[Result]) -> None:
 
 
 def _finished(product: Path) -> bool:
-    """Whether a stage's dataset, store or training is there and complete."""
+    """Tell whether a stage's dataset, store or training is complete."""
     if product.suffix != ".zarr":
-        return (product / "result.json").exists()
+        return Run(product).finished
     try:
         if product.parent.name == "stores":
             check_complete(open_cache(product))
@@ -177,22 +213,22 @@ def _finished(product: Path) -> bool:
 
 
 @contextmanager
-def _timed(out: Path, state: dict[str, Any], name: str) -> Iterator[None]:
-    """Adds to the seconds of a stage, which may be interrupted and go on."""
+def _timed(job: _Job, name: str) -> Iterator[None]:
+    """Add to the seconds of a stage, which may be interrupted and resumed."""
     started = time.perf_counter()
     try:
         yield
     finally:
-        spent = state["seconds"].get(name, 0.0) + time.perf_counter() - started
-        state["seconds"][name] = round(spent, 1)
-        write_json(out / MARKER, state)
+        seconds = job.state["seconds"]
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 1)
+        write_json(job.out / MARKER, job.state)
 
 
 # --- the stages ---------------------------------------------------------------------------------------------
 
 
-def _try_out(profile: Profile, device: str) -> None:
-    """What is wrong with the networks and the device is said before anything is made."""
+def _check_networks(profile: Profile, device: str) -> None:
+    """Raise ModelError for networks that cannot be built and a device that cannot be used, before anything is made."""
     pick_device(device)
     side = profile.data.get("size", profile.table.size)
     for of in (profile.teacher, profile.student):
@@ -205,12 +241,12 @@ def _try_out(profile: Profile, device: str) -> None:
         )
 
 
-def _make(out: Path, profile: Profile, stage: Stage, sources: Mapping[str, str | Path], device: str) -> None:
-    path, options = out / stage.path, stage.options
+def _make(job: _Job, stage: Stage) -> None:
+    path, options, device = job.out / stage.path, stage.options, job.device
     if stage.kind == "data":
-        profile.table.make(path, **sources, **options)
+        job.profile.table.make(path, **job.sources, **options)
         return
-    data, *others = (out / needed.path for needed in stage.needs)
+    data, *others = (job.out / needed.path for needed in stage.needs)
     if stage.kind == "teacher":
         train_teacher(data, path, device=device, **options)
     elif stage.kind == "store":
@@ -221,14 +257,14 @@ def _make(out: Path, profile: Profile, stage: Stage, sources: Mapping[str, str |
         train_student(data, cache, path, validation_cache=validation_cache, device=device, **options)
 
 
-def _test(out: Path, profile: Profile, stage: Stage, state: dict[str, Any], device: str) -> Result:
-    """The line of a trained model. This is the one look that it gets at the test splits."""
+def _test(job: _Job, stage: Stage) -> Result:
+    """Test a trained model and return its line. No other test of the model is made."""
+    table, run = job.profile.table, Run(job.out / stage.path)
+    result = run.result
     assert stage.row is not None
-    row, (data, *_) = profile.table.rows[stage.row], stage.needs
-    path = out / stage.path
-    scores = evaluate(out / data.path, path, device=device)
-    told = json.loads((path / "config.json").read_text())["training"]
-    result = json.loads((path / "result.json").read_text())
+    assert result is not None
+    row, (data, *_) = table.rows[stage.row], stage.needs
+    scores = evaluate(job.out / data.path, run.path, device=job.device)
     return {
         "model": stage.path,
         "method": stage.row,
@@ -236,34 +272,34 @@ def _test(out: Path, profile: Profile, stage: Stage, state: dict[str, Any], devi
         "seed": stage.seed,
         "arch": scores["arch"],
         "teacher": row.teacher,
-        **{split: scores["splits"][split]["accuracy"] for split in profile.table.tests},
+        **{split: scores["splits"][split]["accuracy"] for split in table.tests},
         **{key: scores[key] for key in ("gap", "worst_group")},
         "on_object": {name: split["on_object"] for name, split in scores["splits"].items()},
         "groups": [group for split in scores["splits"].values() for group in split["groups"]],
         "steps": result["steps"],
-        "batch_size": told["batch_size"],
+        "batch_size": run.config.training["batch_size"],
         "loss": result["loss"],
         "seconds": round(result["seconds"], 1),
-        "stages": {path: state["seconds"].get(path, 0.0) for path in before(stage)},
+        "stages": {path: job.state["seconds"].get(path, 0.0) for path in before(stage)},
         "published": row.published,
     }
 
 
-def _test_snapshots(
-    out: Path, profile: Profile, results: Sequence[Result], points: list[Result], device: str
-) -> list[Result]:
-    """The points of the curves, with those of the models that have snapshots, which then are removed."""
-    models = {result["model"]: snapshots(out / result["model"]) for result in results}
+def _test_snapshots(job: _Job, results: Sequence[Result], points: list[Result]) -> list[Result]:
+    """Add the points of models that have snapshots to those of the curves, and remove the snapshots."""
+    out = job.out
+    models = {result["model"]: Run(out / result["model"]).snapshots for result in results}
     drawn = {point["model"] for point in points}
     with tqdm(total=sum(map(len, models.values())), unit="snapshot", desc="curves", disable=None) as bar:
         for result in results:
             model, files = result["model"], models[result["model"]]
             if files and model not in drawn:
                 about = {key: result[key] for key in ("model", "method", "title", "seed")}
-                for point in evaluate_snapshots(out / "data.zarr", out / model, images=CURVE_IMAGES, device=device):
+                data, device = out / "data.zarr", job.device
+                for point in evaluate_snapshots(data, out / model, images=CURVE_IMAGES, device=device):
                     points.append({**about, **point, "used_for": "a picture; nothing was chosen by it"})
                     bar.update()
-                points = _in_order(profile, points)
+                points = _in_order(job.profile, points)
                 _write_lines(out, "curves.jsonl", points)
             for file in files.values():
                 file.unlink()
@@ -271,23 +307,22 @@ def _test_snapshots(
 
 
 def _in_order(profile: Profile, lines: Sequence[Result]) -> list[Result]:
-    """That of the table, and of the seeds in a row; the steps of a training stay as they come."""
+    """Sort lines by the rows of the table, then by seed. Lines of one model keep their order."""
     place = {row: index for index, row in enumerate(profile.table.rows)}
     return sorted(lines, key=lambda line: (place.get(line["method"], len(place)), line["seed"]))
 
 
-def _write_results(out: Path, profile: Profile, results: Sequence[Result]) -> None:
-    _write_lines(out, "results.jsonl", results)
-    lines = summarise(results, profile.table)
+def _write_results(job: _Job, results: Sequence[Result]) -> None:
+    _write_lines(job.out, "results.jsonl", results)
+    lines = summarise(results, job.profile.table)
     for name, content in (("table.md", markdown(lines)), ("table.tex", latex(lines))):
-        Folder(out).write(f"report/{name}", content.encode())
+        Folder(job.out).write(f"report/{name}", content.encode())
 
 
-def _draw(out: Path, profile: Profile, results: Sequence[Result], points: Sequence[Result]) -> None:
-    report = out / "report"
+def _draw(job: _Job, results: Sequence[Result], points: Sequence[Result]) -> None:
+    out, report, tests = job.out, job.out / "report", job.profile.table.tests
     first = {result["title"]: out / result["model"] for result in reversed(results)}  # of the first seed
     models = {title: first[title] for title in dict.fromkeys(result["title"] for result in results)}
-    tests = profile.table.tests
     harder = tuple(split for split in tests if split != "iid")
     heatmap_picture(open_dataset(out / "data.zarr"), harder, models, report / "heatmaps.png")
     groups_picture(results, harder, report / "groups.png")

@@ -1,6 +1,6 @@
 """Charts of a report, by Matplotlib, as SVG that takes its ink, font and colours from the page that it stands in.
 
-Small ones, several of which a page puts beside or below each other. Not here: what is shown (`report.py`).
+Charts are small, as a page puts several side by side. Not here: what they show (`report.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-# Okabe and Ito's, which all kinds of colour vision tell apart; their black is the page's ink, their yellow comes last
+# Okabe and Ito's colours, which all kinds of colour vision tell apart; black is the page's ink, yellow comes last
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442")
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # and as characters
 SIZE = (4.2, 3.0)  # inches
@@ -49,12 +49,12 @@ class Chart:
 
 
 def colour_of(number: int) -> str:
-    """The colour of a model, as the page names it."""
+    """Name the colour of a model in the CSS of the page."""
     return f"var(--model-{number % len(COLOURS)})"
 
 
 def marker_of(number: int) -> str:
-    """The sign of a model, as a character; with the colour it is another one for each of the first 49."""
+    """Return the sign of a model, a character. Colour and sign together differ for the first 49 models."""
     return list(MARKERS.values())[_marker(number)]
 
 
@@ -63,7 +63,7 @@ def _marker(number: int) -> int:
 
 
 def draw(chart: Chart, prefix: str) -> str:
-    """A chart as an ``<svg>`` element, whose ids begin with ``prefix``."""
+    """Draw a chart as an ``<svg>`` element, whose ids begin with ``prefix``."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -115,12 +115,12 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def _plain(text: str) -> str:
-    """A text with dollars that begin no formula."""
+    """Escape dollars, which begin a formula in Matplotlib."""
     return text.replace("$", r"\$")
 
 
 def _of_page(svg: str, prefix: str) -> str:
-    """Matplotlib's file as an element of a page: ids of its own, ink and colours as the page has them."""
+    """Turn Matplotlib's file into an element of the page: unique ids, the ink and the colours of the page."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| (width|height)="[\d.]+pt"| version="[\d.]+"', "", svg)

@@ -1,11 +1,10 @@
-"""Any number of models measured side by side, on the same test splits: all that a report shows, as plain data.
+"""Any number of models measured side by side on the same test splits: all that a report shows, as plain data.
 
-Not here: what is seen of it (`report.py`).
+Not here: how it is shown (`report.py`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,18 @@ from tqdm import tqdm
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
-from pipeline import Classifier, Forward, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
+from options import Message, Option, takes
+from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
+from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches
-from pipeline.device import as_input, as_mask, pick_device, place
-from pipeline.networks.classifier import read_config
+from pipeline.device import pick_device, place
 from pipeline.networks.teachers import Teacher, absolute_teacher
 from trainer.loop.methods import METHODS
-from trainer.results.evaluation import EPSILON, Answers, answers, open_tested, score, summary
+from trainer.results.evaluation import Answers, answers, open_tested, score, summary
+from trainer.results.options import EPSILON, CompareOptions
 from trainer.results.show import distinct, in_units, own_code, spread
+from trainer.run_dir import RESULT_FILE, STARTS_FILE, Run
 
-SAMPLES, MOST_SAMPLES = 6, 50
 BINS = 15  # of the probability, as in Guo et al.
 COMPARED = 256  # images of a split whose maps are compared, at most
 WORST = 5
@@ -39,11 +40,14 @@ Model = str | Path | ZeroShot
 
 @dataclass(frozen=True)
 class Calibration:
-    """Whether probabilities are what they say. ``error`` is the expected calibration error, in %.
+    """How far probabilities agree with accuracies, by bins (b/15, (b+1)/15] of the probability of the predicted class.
 
-    By bins of the probability p of the class that the model says, (b/15, (b+1)/15]: ``samples`` int64 (15,), their mean
-    ``probability`` and the ``accuracy`` of them, in [0, 1], float64 (15,), nan where there are none. The error is the
-    mean over samples of |accuracy − probability| of their bins (Guo et al., ICML 2017, equation 3).
+    Attributes:
+        samples: the number of samples in each bin, int64 (15,).
+        probability: their mean probability, float64 (15,); nan in an empty bin.
+        accuracy: their accuracy in [0, 1], float64 (15,); nan in an empty bin.
+        error: the expected calibration error in %: the mean over samples of |accuracy − probability| of their bins (Guo
+            et al., ICML 2017, equation 3).
     """
 
     samples: np.ndarray
@@ -54,7 +58,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Case:
-    """A sample on which maps differ: both (h, w), in units of their own mean |relevance|, the reference's second."""
+    """A sample on which maps differ. ``maps``: the model's and the reference's (h, w), in units of their own means."""
 
     row: int
     cosine: float
@@ -64,10 +68,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike a model's maps and the reference's are, of the true class, summed over channels.
+    """How alike the maps of a model and of the reference are, for the true class, summed over channels.
 
-    ``cosine`` and ``rank``, Spearman's correlation over the positions, float64 (n,), of the samples that have some
-    relevance in both maps; of ``without`` others one has none. ``worst``: those of the lowest cosine, it first.
+    Attributes:
+        cosine: of each sample that has relevance in both maps, float64 (n,).
+        rank: Spearman's correlation over the positions, float64 (n,).
+        without: the number of samples without relevance in one of the maps.
+        worst: the samples of the lowest cosine, the lowest first.
     """
 
     cosine: np.ndarray
@@ -78,7 +85,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Explained:
-    """What a model says of a sample, with which probability; its map (h, w) of some classes, in units of its own."""
+    """A model's prediction for a sample, its probability, and maps (h, w) by class, in units of their own means."""
 
     says: int
     probability: float
@@ -87,9 +94,14 @@ class Explained:
 
 @dataclass(frozen=True)
 class OnSplit:
-    """A model on a split. ``score`` is what `evaluate` has of it, ``confusion`` int64 (K, K): true, then said.
+    """The measurements of a model on a split.
 
-    ``gallery`` is of the split's ``rows``. ``agreement`` is None of what there is nothing to compare with.
+    Attributes:
+        score: the result of `evaluate` for this split.
+        confusion: int64 (K, K), the true class first and the predicted one second.
+        calibration: how far probabilities agree with accuracies.
+        gallery: the explained samples, those of `SplitReport.rows`.
+        agreement: how alike the maps and the reference's are; None without a reference.
     """
 
     score: dict[str, Any]
@@ -101,7 +113,7 @@ class OnSplit:
 
 @dataclass(frozen=True)
 class Curve:
-    """Of a training: steps and the loss at them, and the same of the validation split; what the loss is."""
+    """The name of a training's loss, the steps at which it was logged, the losses, and those of the validation."""
 
     loss: str
     steps: np.ndarray
@@ -112,9 +124,16 @@ class Curve:
 
 @dataclass(frozen=True, eq=False)
 class ModelReport:
-    """All of a model. ``totals`` is what `evaluate` has at the top. ``unexplained``: why it has no maps, where so.
+    """The measurements of a model.
 
-    ``origin`` is all that is known of where it is from.
+    Attributes:
+        title: its name on the page.
+        config: its configuration.
+        totals: the top level of the result of `evaluate`.
+        splits: its measurements by split.
+        curve: the losses of its training; None without a training.
+        unexplained: why it has no maps; None where it has.
+        origin: all that is recorded of it, for JSON.
     """
 
     title: str
@@ -127,7 +146,7 @@ class ModelReport:
 
     @property
     def what(self) -> str:
-        """What kind of model it is, in a few words."""
+        """The kind of the model, in a few words."""
         if not self.config.training:
             return "vision-language teacher"
         if self.config.kind == "teacher":
@@ -138,23 +157,30 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A split. ``rows`` int64 (n,) are in the gallery; ``images`` uint8 (C, H, W) by row, of the worst cases too."""
+    """A split. ``rows`` int64 (n,) are the gallery; ``images`` uint8 (C, H, W) by row, also of the worst cases."""
 
     name: str
     samples: int
     fingerprint: str
     has_masks: bool
     rows: np.ndarray
-    labels: np.ndarray  # int64 (N,), of all of it
+    labels: np.ndarray  # int64 (N,), of the whole split
     groups: dict[int, str]
     images: dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the test splits of a dataset. ``reference`` is the place of the model that others are compared with.
+    """Models on the test splits of a dataset.
 
-    ``explained``: the classes of which there is a map everywhere in the gallery.
+    Attributes:
+        dataset: the name of the dataset.
+        path: its path.
+        class_names: its classes.
+        splits: its test splits.
+        models: the measurements of each model.
+        reference: the index of the model with which the others are compared; None without one.
+        explained: the classes that every sample of the gallery has a map of.
     """
 
     dataset: str
@@ -166,159 +192,132 @@ class Comparison:
     explained: tuple[int, ...]
 
     def others(self) -> list[ModelReport]:
-        """The models that are compared with the reference."""
+        """List the models that are compared with the reference."""
         return [model for place, model in enumerate(self.models) if place != self.reference]
 
 
-def compare(
-    models: Sequence[Model],
-    data: Location | None = None,
-    *,
-    reference: Model | None = None,
-    samples: int = SAMPLES,
-    student_factory: str | None = None,
-    segmenter: str | None = None,
-    device: str = "auto",
-) -> Comparison:
-    """Measure models on every test split of a dataset, without ``data`` of the one that they were trained on.
+@takes(CompareOptions)
+def compare(models: Sequence[Model], data: Location | None = None, **options: Any) -> Comparison:
+    """Measure models on every test split of a dataset.
 
-    ``reference`` is the model that heatmaps are compared with, one more where it is none of them; without it the
-    first teacher behind a debiasing front, or that is a vision-language one. ``samples`` of each split, evenly spread,
-    are explained. ``student_factory`` and ``segmenter`` as in `pipeline.load_teacher`.
+    Args:
+        models: folders of trainings, or vision-language teachers. A ``reference`` that is none of them is put first.
+        data: the dataset; that of the trainings if None.
 
-    Raises DatasetError, ModelError, RelevanceError; OSError.
+    Returns:
+        The measurements. ``samples`` of each split, evenly spread, are explained.
+
+    Raises:
+        DatasetError: there is no such dataset, or the trainings are of different ones.
+        ModelError: a model cannot be loaded, is given twice, or there is none.
+        RelevanceError: an option is wrong.
     """
-    models = list(models)
-    if reference is not None and _identity(reference) not in map(_identity, models):
-        models.insert(0, reference)
-    if not models:
-        raise ModelError("there is nothing to report on: give the folder of a training, or several, or a --teacher")
-    identities = [_identity(model) for model in models]
-    if twice := next((model for model in models if identities.count(_identity(model)) > 1), None):
-        raise ModelError(f"{twice} was given twice: give each model once")
-    if not 1 <= samples <= MOST_SAMPLES:
-        raise RelevanceError(f"a report shows 1 to {MOST_SAMPLES} samples of each split, not {samples}")
+    settings = CompareOptions(**options)
+    models = _models_to_compare(models, settings.reference)
     dataset = open_tested(recorded_data(models) if data is None else data)
     shape = dataset.test_splits[0].image_shape
-    loaded = [
-        load_teacher(model, dataset.class_names, shape, student_factory=factory, segmenter=masker)
-        for model, (factory, masker) in own_code(models, student_factory, segmenter)
+    teachers = [
+        load_teacher(model, dataset.class_names, shape, student_factory=code.student_factory, segmenter=code.segmenter)
+        for model, code in own_code(models, settings)
     ]
-    compared_with = _reference(identities, loaded, reference)
-    titles = distinct([str(each) if isinstance(each, ZeroShot) else each.name for each in identities], models)
-
-    torch_device = pick_device(device)
-    explained, prepared = _classes_to_explain(dataset), {}
-    for split in dataset.test_splits:
-        split.verify()
-        prepared[split.name] = _Samples(split, dataset, samples)
-    measured: dict[int, ModelReport] = {}
-    order = sorted(range(len(models)), key=lambda number: number != compared_with)  # the reference first
-    with tqdm(total=len(models) * len(prepared), unit="split", disable=None, desc="report") as bar:
-        maps: dict[str, np.ndarray] = {}  # the reference's
+    reference = _reference(models, teachers, settings.reference)
+    device = pick_device(settings.device)
+    measuring = _Measuring(dataset, settings.samples, device, compares=reference is not None and len(models) > 1)
+    titles = distinct(
+        [str(each) if isinstance(each, ZeroShot) else each.name for each in map(_identity, models)], models
+    )
+    reports: dict[int, ModelReport] = {}
+    order = sorted(range(len(models)), key=lambda number: number != reference)  # the reference first
+    with tqdm(total=len(models) * len(dataset.test_splits), unit="split", disable=None, desc="report") as bar:
         for number in order:
-            found = loaded[number]
-            place(found.model, torch_device)
-            splits, unexplained = {}, None
-            for split in dataset.test_splits:
-                shown, said = prepared[split.name], answers(found.model, split, torch_device)
-                gallery, agreement = _only_said(shown, said), None
-                try:
-                    gallery = _gallery(found.model, shown, said, explained, torch_device)
-                    if compared_with is not None and len(models) > 1:
-                        ours = explain_samples(
-                            found.model, *shown.compared, shown.labels[shown.compared_rows][:, None], torch_device
-                        )[:, 0]
-                        if number == compared_with:
-                            maps[split.name] = ours
-                        elif split.name in maps:
-                            agreement = agree(ours, maps[split.name], shown.compared_rows)
-                except RelevanceError as error:
-                    unexplained = str(error)
-                splits[split.name] = OnSplit(
-                    score=score(found.model, split, dataset, said, torch_device),
-                    confusion=confusion(shown.labels, said.classes, len(dataset.class_names)),
-                    calibration=calibration(said.probabilities, said.classes == shown.labels),
-                    gallery=gallery,
-                    agreement=agreement,
-                )
-                bar.update()
-            found.model.cpu()
-            measured[number] = ModelReport(
+            splits, unexplained = measuring.measure(teachers[number], number == reference, bar)
+            reports[number] = ModelReport(
                 title=titles[number],
-                config=found.config,
+                config=teachers[number].config,
                 totals=summary({name: on.score for name, on in splits.items()}),
                 splits=splits,
-                curve=_curve(models[number], found.config),
+                curve=_curve(models[number], teachers[number].config),
                 unexplained=unexplained,
-                origin=_origin(models[number], found, dataset),
+                origin=_origin(models[number], teachers[number], dataset),
             )
-    if compared_with is not None and not maps:
-        compared_with = None
-    reports = tuple(measured[number] for number in range(len(models)))
-    return Comparison(
-        dataset=dataset.name,
-        path=str(absolute(dataset.path)),
-        class_names=dataset.class_names,
-        splits=tuple(prepared[split.name].report(reports) for split in dataset.test_splits),
-        models=reports,
-        reference=compared_with,
-        explained=explained,
-    )
+    return measuring.comparison(tuple(reports[number] for number in range(len(models))), reference)
 
 
 # --- what is compared ---------------------------------------------------------------------------------------
 
 
-def recorded_data(models: Sequence[Model]) -> Location:
-    """The dataset that trainings say they learnt from, if it is still what it was.
+def _models_to_compare(models: Sequence[Model], reference: Model | None) -> list[Model]:
+    """List the models with the reference. Raises ModelError where there are none, or one is given twice."""
+    models = list(models)
+    if reference is not None and _identity(reference) not in map(_identity, models):
+        models.insert(0, reference)
+    if not models:
+        raise ModelError(
+            Message("there is no model to report: give the folder of a training, or several, or a ", Option("teacher"))
+        )
+    identities = [_identity(model) for model in models]
+    if twice := next((model for model in models if identities.count(_identity(model)) > 1), None):
+        raise ModelError(f"the model {twice} is given twice: give each model once")
+    return models
 
-    Raises DatasetError where they say different ones, or it is not there; ModelError for a folder without a training.
+
+def recorded_data(models: Sequence[Model]) -> Location:
+    """Find the dataset on which models were trained, if it is unchanged.
+
+    Raises:
+        DatasetError: the models were trained on different datasets, or the dataset is no longer there.
+        ModelError: a folder holds no training.
     """
-    runs = {Path(model): read_config(Path(model)) for model in models if not isinstance(model, ZeroShot)}
-    if not runs:
-        raise DatasetError("a vision-language teacher knows no dataset: give --data")
-    first, wanted = next((run, config.dataset["fingerprint"]) for run, config in runs.items())
-    for run, config in runs.items():
-        if config.dataset["fingerprint"] != wanted:
+    configs = {Path(model): Run(Path(model)).config for model in models if not isinstance(model, ZeroShot)}
+    if not configs:
+        raise DatasetError(Message("a vision-language teacher knows no dataset: give ", Option("data")))
+    first, fingerprint = next((path, config.dataset["fingerprint"]) for path, config in configs.items())
+    for path, config in configs.items():
+        if config.dataset["fingerprint"] != fingerprint:
             raise DatasetError(
-                f"{first} was trained on the dataset with the fingerprint {wanted[:12]}, {run} on another, "
-                f"{config.dataset['fingerprint'][:12]}: give --data, the one to compare them on"
+                Message(
+                    f"{first} was trained on the dataset with the fingerprint {fingerprint[:12]}, {path} on another, "
+                    f"{config.dataset['fingerprint'][:12]}: give ",
+                    Option("data"),
+                    ", the dataset to compare them on",
+                )
             )
-    named = [data for run in runs for data in _recorded(run)]
-    for data in dict.fromkeys(named):
+    locations = [data for path in configs for data in _recorded(path)]
+    for data in dict.fromkeys(locations):
         try:
-            if open_dataset(data).split("train").fingerprint == wanted:
+            if open_dataset(data).split("train").fingerprint == fingerprint:
                 return data
         except DatasetError:
             continue
-    where = f"at {named[0]}, as when it was trained" if named else "named in its starts.jsonl"
+    where = f"no longer at {locations[0]}" if locations else f"not named in its {STARTS_FILE}"
     raise DatasetError(
-        f"the dataset that {first} was trained on (fingerprint {wanted[:12]}) is not {where}: give --data, the dataset "
-        "to compare on"
+        Message(
+            f"the dataset on which {first} was trained (fingerprint {fingerprint[:12]}) is {where}: give ",
+            Option("data"),
+            ", the dataset to compare on",
+        )
     )
 
 
 def _recorded(run: Path) -> list[str]:
-    """Where its dataset was when it was last begun: as it was given, and beside the training's folder."""
-    try:
-        data = json.loads((run / "starts.jsonl").read_text().splitlines()[-1])["data"]
-    except (OSError, ValueError, LookupError, TypeError):
+    """List where the dataset may be: the path of the last start, also relative to the parent of the run folder."""
+    data = Run(run).starts[-1].get("data") if Run(run).starts else None
+    if not isinstance(data, str):
         return []
     return [data] if "://" in data or Path(data).is_absolute() else [data, str(run.absolute().parent / data)]
 
 
 def _identity(model: Model) -> Path | ZeroShot:
-    """By which a model is known to be the same."""
+    """Return what two names of one model have in common."""
     return model if isinstance(model, ZeroShot) else Path(model).resolve()
 
 
-def _reference(identities: Sequence[Path | ZeroShot], loaded: Sequence[Teacher], asked: Model | None) -> int | None:
-    """The place of the model whose heatmaps the others' are compared with; None without one that is free of bias."""
-    if asked is not None:
-        return identities.index(_identity(asked))
-    for number, found in enumerate(loaded):
-        if found.config.kind == "teacher" and (found.config.debias != "none" or not found.config.training):
+def _reference(models: Sequence[Model], teachers: Sequence[Teacher], reference: Model | None) -> int | None:
+    """Find the model whose heatmaps the others' are compared with; None without a teacher that is free of bias."""
+    if reference is not None:
+        return [_identity(model) for model in models].index(_identity(reference))
+    for number, teacher in enumerate(teachers):
+        if teacher.config.kind == "teacher" and (teacher.config.debias != "none" or not teacher.config.training):
             return number
     return None
 
@@ -332,7 +331,7 @@ def _classes_to_explain(dataset: Dataset) -> tuple[int, ...]:
 
 
 class _Samples:
-    """A split's samples that are explained, read once: those of the gallery, and those that are compared."""
+    """Read a split's samples once: those of the gallery, and those whose maps are compared."""
 
     def __init__(self, split: Split, dataset: Dataset, samples: int):
         self.split, self.dataset = split, dataset
@@ -345,9 +344,9 @@ class _Samples:
         return np.asarray(self.split.images.oindex[rows]), masks
 
     def report(self, models: Sequence[ModelReport]) -> SplitReport:
-        """With the images of the worst cases of all models."""
-        found = [model.splits[self.split.name].agreement for model in models]
-        worst = {case.row for agreement in found if agreement is not None for case in agreement.worst}
+        """Describe the split, with the images of the worst cases of all models."""
+        agreements = [model.splits[self.split.name].agreement for model in models]
+        worst = {case.row for agreement in agreements if agreement is not None for case in agreement.worst}
         images = dict(zip(self.rows.tolist(), self.shown[0], strict=True))
         compared = self.compared_rows.tolist()
         images |= {row: self.compared[0][compared.index(row)] for row in worst - set(images)}
@@ -370,15 +369,87 @@ class _Samples:
 # --- what is measured ---------------------------------------------------------------------------------------
 
 
-def confusion(labels: np.ndarray, said: np.ndarray, classes: int) -> np.ndarray:
-    """How often samples of a class were said to be of which, int64 (K, K)."""
-    return np.bincount(labels * classes + said, minlength=classes**2).reshape(classes, classes)
+class _Measuring:
+    """Measure models on the test splits of a dataset, the reference before the others.
+
+    ``compares``: whether maps are compared with those of a reference.
+    """
+
+    def __init__(self, dataset: Dataset, samples: int, device: torch.device, *, compares: bool):
+        self.dataset, self.device, self.compares = dataset, device, compares
+        self.explained = _classes_to_explain(dataset)
+        self.samples: dict[str, _Samples] = {}
+        self.reference_maps: dict[str, np.ndarray] = {}  # by split, float32 (n, h, w)
+        for split in dataset.test_splits:
+            split.verify()
+            self.samples[split.name] = _Samples(split, dataset, samples)
+
+    def measure(self, teacher: Teacher, is_reference: bool, bar: tqdm) -> tuple[dict[str, OnSplit], str | None]:
+        """Measure a model, which is on the CPU before and after.
+
+        Returns:
+            Its measurements by split, and why it has no maps; None where it has.
+        """
+        model, splits, unexplained = teacher.model, {}, None
+        place(model, self.device)
+        for split in self.dataset.test_splits:
+            samples, predictions = self.samples[split.name], answers(model, split, self.device)
+            gallery, agreement = _without_maps(samples, predictions), None
+            try:
+                gallery = _gallery(model, samples, predictions, self.explained, self.device)
+                agreement = self._agreement(model, samples, is_reference)
+            except RelevanceError as error:
+                unexplained = str(error)
+            splits[split.name] = OnSplit(
+                score=score(model, split, self.dataset, predictions, self.device),
+                confusion=confusion(samples.labels, predictions.classes, len(self.dataset.class_names)),
+                calibration=calibration(predictions.probabilities, predictions.classes == samples.labels),
+                gallery=gallery,
+                agreement=agreement,
+            )
+            bar.update()
+        model.cpu()
+        return splits, unexplained
+
+    def _agreement(self, model: Classifier, samples: _Samples, is_reference: bool) -> Agreement | None:
+        """Compare the maps with the reference's, or keep those of the reference. Raises RelevanceError."""
+        if not self.compares:
+            return None
+        labels = samples.labels[samples.compared_rows][:, None]
+        maps = explain_samples(model, *samples.compared, labels, self.device)[:, 0]
+        if is_reference:
+            self.reference_maps[samples.split.name] = maps
+        elif samples.split.name in self.reference_maps:
+            return agree(maps, self.reference_maps[samples.split.name], samples.compared_rows)
+        return None
+
+    def comparison(self, reports: tuple[ModelReport, ...], reference: int | None) -> Comparison:
+        """Put the measurements of all models together."""
+        return Comparison(
+            dataset=self.dataset.name,
+            path=str(absolute(self.dataset.path)),
+            class_names=self.dataset.class_names,
+            splits=tuple(self.samples[split.name].report(reports) for split in self.dataset.test_splits),
+            models=reports,
+            reference=reference if self.reference_maps else None,
+            explained=self.explained,
+        )
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Count the samples by their true class and their predicted class, int64 (K, K)."""
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def calibration(probabilities: np.ndarray, correct: np.ndarray) -> Calibration:
-    """Of what a model said: the probability of its class, (N,), and whether that was right, (N,)."""
+    """Measure how far probabilities agree with accuracies.
+
+    Args:
+        probabilities: of the predicted classes, float (N,).
+        correct: whether the predictions are right, bool (N,).
+    """
     inner = np.arange(1, BINS) / BINS
-    bins = np.searchsorted(inner, probabilities, side="left")  # a bin has its upper end
+    bins = np.searchsorted(inner, probabilities, side="left")  # a bin contains its upper end
     samples = np.bincount(bins, minlength=BINS)
     with np.errstate(invalid="ignore"):
         probability, accuracy = (
@@ -392,44 +463,53 @@ def calibration(probabilities: np.ndarray, correct: np.ndarray) -> Calibration:
 def explain_samples(
     model: Classifier, images: np.ndarray, masks: np.ndarray | None, classes: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """LRP-Flex maps, ε = 0.1, of some classes (n, T) of each image, summed over channels: float32 (n, T, H, W).
+    """Explain some classes of each image by LRP-Flex with ε = 0.1.
 
-    images: uint8 (n, C, H, W); masks: uint8 (n, 1, H, W) or None. Raises RelevanceError.
+    Args:
+        model: a classifier on the device.
+        images: uint8 (n, C, H, W).
+        masks: uint8 (n, 1, H, W), or None.
+        classes: int64 (n, T).
+        device: where the model is.
+
+    Returns:
+        Maps, summed over channels: float32 (n, T, H, W).
+
+    Raises:
+        RelevanceError: an operation of the model has no rule.
     """
 
-    def explain(batch: slice) -> np.ndarray:
-        of_batch = None if masks is None else as_mask(masks[batch], device)
-        forward = Forward(model, as_input(images[batch], device), EXPLAINER, of_batch)
-        maps = []
-        for column in range(classes.shape[1]):
-            targets = torch.from_numpy(classes[batch, column].copy()).to(device)
-            last = column == classes.shape[1] - 1
-            maps.append(forward.maps(targets, EPSILON, keep_graph=not last).detach().sum(1).float().cpu())
-        return torch.stack(maps, 1).numpy()
+    def explain(rows: slice) -> np.ndarray:
+        of_rows = None if masks is None else masks[rows]
+        batch = explain_batch(model, images[rows], of_rows, classes[rows], EPSILON, explainer=EXPLAINER, device=device)
+        return batch.maps.sum(2)
 
     return np.concatenate(Batches(AT_ONCE, given=False).run(len(images), explain))
 
 
-def _only_said(shown: _Samples, said: Answers) -> tuple[Explained, ...]:
-    """A gallery without maps."""
-    return tuple(Explained(int(said.classes[row]), float(said.probabilities[row]), {}) for row in shown.rows)
+def _without_maps(samples: _Samples, predictions: Answers) -> tuple[Explained, ...]:
+    """Make a gallery without maps."""
+    return tuple(
+        Explained(int(predictions.classes[row]), float(predictions.probabilities[row]), {}) for row in samples.rows
+    )
 
 
 def _gallery(
-    model: Classifier, shown: _Samples, said: Answers, explained: tuple[int, ...], device: torch.device
+    model: Classifier, samples: _Samples, predictions: Answers, explained: tuple[int, ...], device: torch.device
 ) -> tuple[Explained, ...]:
-    fixed = np.tile(np.asarray(explained, np.int64), (len(shown.rows), 1))
-    own = [] if len(explained) == len(shown.dataset.class_names) else [shown.labels, said.classes]
-    classes = np.concatenate([*(each[shown.rows][:, None] for each in own), fixed], 1)
-    maps = explain_samples(model, *shown.shown, classes, device).astype(np.float64)
+    fixed = np.tile(np.asarray(explained, np.int64), (len(samples.rows), 1))
+    every_class = len(explained) == len(samples.dataset.class_names)
+    own = [] if every_class else [samples.labels, predictions.classes]
+    classes = np.concatenate([*(each[samples.rows][:, None] for each in own), fixed], 1)
+    maps = explain_samples(model, *samples.shown, classes, device).astype(np.float64)
     return tuple(
-        Explained(each.says, each.probability, dict(zip(of, map(in_units, found), strict=True)))
-        for each, of, found in zip(_only_said(shown, said), classes.tolist(), maps, strict=True)
+        Explained(each.says, each.probability, dict(zip(of, map(in_units, of_sample), strict=True)))
+        for each, of, of_sample in zip(_without_maps(samples, predictions), classes.tolist(), maps, strict=True)
     )
 
 
 def agree(ours: np.ndarray, theirs: np.ndarray, rows: np.ndarray) -> Agreement:
-    """How alike two models' maps (n, H, W) of the samples ``rows`` (n,) are."""
+    """Compare a model's maps (n, H, W) with the reference's, of the samples ``rows`` (n,)."""
     flat = [maps.reshape(len(maps), -1).astype(np.float64) for maps in (ours, theirs)]
     cosines, ranks = cosine(*flat), rank_correlation(*flat)
     known = np.isfinite(cosines) & np.isfinite(ranks)
@@ -447,20 +527,20 @@ def agree(ours: np.ndarray, theirs: np.ndarray, rows: np.ndarray) -> Agreement:
 
 
 def cosine(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Of the angles between rows (n, P) of the one and the other, (n,); nan where one is all zero."""
+    """Compute the cosine of the angle between each row (n, P) and the other's, (n,); nan where one is all zero."""
     lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip((ours * theirs).sum(1) / lengths, -1, 1)
 
 
 def rank_correlation(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """Spearman's, of rows (n, P) of the one and the other, (n,); nan where the values of one are all alike."""
+    """Compute Spearman's correlation of each row (n, P) and the other's, (n,); nan where one is constant."""
     ranks = [np.stack([_average_ranks(row) for row in rows]) for rows in (ours, theirs)]
     return cosine(*(of - of.mean(1, keepdims=True) for of in ranks))
 
 
 def _average_ranks(values: np.ndarray) -> np.ndarray:
-    """From 1 on; equal values have the mean of theirs."""
+    """Rank values from 1 on; equal values have the mean of their ranks."""
     _, inverse, times = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(times) - (times - 1) / 2)[inverse]
 
@@ -469,7 +549,7 @@ def _average_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def loss_name(config: ModelConfig) -> str:
-    """What the loss of a training was, in a few words; losses of different names have no common unit."""
+    """Name the loss of a training in a few words. Losses of different names have no common unit."""
     terms = config.training.get("loss", {})
     name = " + ".join(each if weight == 1 else f"{weight:g}·{each}" for each, weight in terms.items())
     maps = any(each in METHODS and METHODS[each].explainers for each in terms)
@@ -478,51 +558,31 @@ def loss_name(config: ModelConfig) -> str:
 
 
 def _curve(model: Model, config: ModelConfig) -> Curve | None:
-    """What ``metrics.jsonl`` has of a training; None where there is none."""
+    """Read the losses of a training from its metrics; None where there are none."""
     if isinstance(model, ZeroShot):
         return None
-    found: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
-    for line in _json_lines(Path(model) / "metrics.jsonl"):
-        for name, points in found.items():
+    points: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
+    for line in Run(Path(model)).metrics:
+        for name, of_name in points.items():
             if isinstance(line.get(name), int | float) and isinstance(line.get("step"), int):
-                points.append((line["step"], line[name]))
-    if not found["loss"]:
+                of_name.append((line["step"], line[name]))
+    if not points["loss"]:
         return None
-    of_train, of_validation = (np.array(points, np.float64).reshape(-1, 2).T for points in found.values())
+    of_train, of_validation = (np.array(of_name, np.float64).reshape(-1, 2).T for of_name in points.values())
     return Curve(loss_name(config), *of_train, *of_validation)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that can be read."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def _origin(model: Model, found: Teacher, dataset: Dataset) -> dict[str, Any]:
-    """All that is known of a model, for JSON."""
-    origin: dict[str, Any] = {"model": str(absolute_teacher(model)), "weights_sha256": found.sha256, **found.record}
-    origin["config"] = found.config.to_dict()
+def _origin(model: Model, teacher: Teacher, dataset: Dataset) -> dict[str, Any]:
+    """Collect all that is recorded of a model, for JSON."""
+    origin: dict[str, Any] = {"model": str(absolute_teacher(model)), "weights_sha256": teacher.sha256, **teacher.record}
+    origin["config"] = teacher.config.to_dict()
     if isinstance(model, ZeroShot):
         return origin
-    trained_on = found.config.dataset.get("fingerprint")
     train = dataset.splits.get("train")
+    trained_on = teacher.config.dataset.get("fingerprint")
     origin["trained_on_this_dataset"] = train is not None and trained_on == train.fingerprint
-    for name in ("result.json", "starts.jsonl"):
-        lines = _json_lines_or_file(Path(model) / name)
-        if lines:
-            origin[name] = lines
+    run = Run(Path(model))
+    for name, content in ((RESULT_FILE, run.result), (STARTS_FILE, run.starts)):
+        if content:
+            origin[name] = content
     return origin
-
-
-def _json_lines_or_file(path: Path) -> Any:
-    if path.suffix == ".jsonl":
-        return _json_lines(path)
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""How well a saved classifier does on every test split: accuracy, gap, worst group, with intervals."""
+"""How good a saved classifier is on every test split: accuracy, gap, worst group, with intervals."""
 
 from __future__ import annotations
 
@@ -12,45 +12,53 @@ import numpy as np
 import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
-from pipeline import Classifier, Forward, RelevanceError, ZeroShot, load_classifier, load_teacher
+from options import Message, Option, takes
+from pipeline import Classifier, RelevanceError, ZeroShot, load_classifier, load_teacher
+from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
-from trainer.run_dir import snapshots
+from trainer.results.options import EPSILON, EvaluateOptions
+from trainer.run_dir import Run
 
 BATCH_SIZE = 512
 EXPLAINED, EXPLAINED_AT_ONCE = 500, 64  # images whose relevance is measured
-LARGE_GAP = 5.0  # points, from which on a teacher is called biased
-EPSILON = 0.1  # the middle of the range that a store draws from, unless told otherwise
+EXPLAINER = "flex"
+LARGE_GAP = 5.0  # points; a teacher that loses more is called biased
 
 
-def evaluate(
-    data: Location,
-    model: str | Path | ZeroShot,
-    *,
-    device: str = "auto",
-    student_factory: str | None = None,
-    segmenter: str | None = None,
-) -> dict[str, Any]:
-    """Accuracy, in %, of a model on every split that is neither trained nor chosen on.
+@takes(EvaluateOptions)
+def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> dict[str, Any]:
+    """Measure the accuracy of a model on every test split, which are all splits but train and validation.
 
-    ``model`` is the folder of a saved teacher or student, or a vision-language teacher.
+    Args:
+        data: a dataset.
+        model: the folder of a teacher or a student, or a vision-language teacher.
 
-    ``splits`` has, by name, ``accuracy``, its 95 % Wilson ``interval``, ``samples``, the same of each of its ``groups``
-    (by the dataset's bias attribute) and the ``worst_group`` of them, and as ``on_object``, in %, how much of the
-    relevance is on the object (see `relevance_on_object`; None without masks); ``iid``, ``ood``, ``shift`` and
-    ``gap`` = iid − ood stand at the top (None without such a split), as does the worst ``worst_group`` of all.
-    ``student_factory`` and ``segmenter`` as in `pipeline.load_teacher`.
+    Returns:
+        Accuracies in %. ``splits`` has, by the name of a split: ``accuracy``, its 95 % Wilson ``interval``,
+        ``samples``, the same for each of its ``groups`` (the values of the dataset's bias attribute), its
+        ``worst_group``, and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
+        without masks). At the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a split), the
+        worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``, ``kind``, ``arch``, ``debias``.
 
-    Raises DatasetError, ModelError.
+    Raises:
+        DatasetError: there is no dataset, or it has no test split.
+        ModelError: the model cannot be loaded, or does not fit the dataset.
     """
+    settings = EvaluateOptions(data=data, model=model, **options)
     dataset = open_tested(data)
-    shape = dataset.test_splits[0].image_shape
-    found = load_teacher(model, dataset.class_names, shape, student_factory=student_factory, segmenter=segmenter)
-    config, torch_device = found.config, pick_device(device)
-    place(found.model, torch_device)
+    teacher = load_teacher(
+        model,
+        dataset.class_names,
+        dataset.test_splits[0].image_shape,
+        student_factory=settings.student_factory,
+        segmenter=settings.segmenter,
+    )
+    config, device = teacher.config, pick_device(settings.device)
+    place(teacher.model, device)
     splits = {}
     for split in dataset.test_splits:
         split.verify()
-        splits[split.name] = score(found.model, split, dataset, answers(found.model, split, torch_device), torch_device)
+        splits[split.name] = score(teacher.model, split, dataset, answers(teacher.model, split, device), device)
     return {
         **summary(splits),
         "dataset": dataset.name,
@@ -62,7 +70,7 @@ def evaluate(
 
 
 def open_tested(data: Location) -> Dataset:
-    """A dataset that has something to test on. Raises DatasetError."""
+    """Open a dataset that has a test split. Raises DatasetError."""
     dataset = open_dataset(data)
     if not dataset.test_splits:
         raise DatasetError(f"the dataset {data} has no test split besides train and validation: add one, such as 'ood'")
@@ -71,63 +79,81 @@ def open_tested(data: Location) -> Dataset:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of samples: the class, int64 (N,), and its probability by softmax, float64 (N,)."""
+    """A model's predictions: the classes, int64 (N,), and their probabilities by softmax, float64 (N,)."""
 
     classes: np.ndarray
     probabilities: np.ndarray
 
 
-def score(model: Classifier, split: Split, dataset: Dataset, said: Answers, device: torch.device) -> dict[str, Any]:
-    """What `evaluate` returns of one split, by what the model said of all of it."""
+def score(
+    model: Classifier, split: Split, dataset: Dataset, predictions: Answers, device: torch.device
+) -> dict[str, Any]:
+    """Score the model's predictions on a whole split, as `evaluate` returns it for each split."""
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
-    return {**_summary(said.classes == np.asarray(split.labels[:]), split, dataset), "on_object": on_object}
+    return {**_summary(predictions.classes == np.asarray(split.labels[:]), split, dataset), "on_object": on_object}
 
 
 def summary(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What `evaluate` has at the top, by what `score` returned of each split, and the ``splits`` themselves."""
+    """Put the totals that `evaluate` returns above the ``splits``, each as `score` returns it."""
     accuracies = {name: splits[name]["accuracy"] if name in splits else None for name in ("iid", "ood", "shift")}
     iid, ood = accuracies["iid"], accuracies["ood"]
-    worst = [found["worst_group"] for found in splits.values() if found["worst_group"] is not None]
+    worst_groups = [one["worst_group"] for one in splits.values() if one["worst_group"] is not None]
     return {
         **accuracies,
         "gap": None if iid is None or ood is None else round(iid - ood, 6),
-        "worst_group": min(worst, key=lambda group: group["accuracy"], default=None),
+        "worst_group": min(worst_groups, key=lambda group: group["accuracy"], default=None),
         "splits": splits,
     }
 
 
-def bias_warning(result: dict[str, Any]) -> str | None:
-    """What to say of a teacher that is biased itself, by what `evaluate` returns; None of others.
+def bias_warning(result: dict[str, Any]) -> Message | None:
+    """Warn of a biased teacher: its IID accuracy is more than 5 points above that on another test split.
 
-    Its accuracy on iid is more than 5 points above that on another test split: students learn its reasons, biases too.
+    Args:
+        result: the dictionary that `evaluate` returns.
+
+    Returns:
+        The warning; None for a student, and for a teacher that is not biased.
     """
     if result["kind"] != "teacher" or result["iid"] is None:
         return None
     worst = min(result["splits"], key=lambda name: float(result["splits"][name]["accuracy"]))
-    behind = result["iid"] - result["splits"][worst]["accuracy"]
-    if behind <= LARGE_GAP:
+    points_lost = result["iid"] - result["splits"][worst]["accuracy"]
+    if points_lost <= LARGE_GAP:
         return None
-    return (
-        f"warning: this teacher loses {behind:.1f} points from iid to {worst}, and a biased teacher teaches its bias: "
-        "use it as a baseline only, or choose another one, its --debias or its --prompt"
+    return Message(
+        f"warning: this teacher loses {points_lost:.1f} points from iid to {worst}, and a biased teacher teaches its "
+        "bias: use it as a baseline only, or choose another teacher, another ",
+        Option("debias"),
+        " or another ",
+        Option("prompt"),
     )
 
 
 def evaluate_snapshots(
     data: Location, model: str | Path, *, images: int, device: str = "auto"
 ) -> Iterator[dict[str, float]]:
-    """The snapshots of a finished training: ``step``, and the accuracy, in %, on each test split by its name.
+    """Measure the accuracy of each snapshot of a finished training on a part of each test split.
 
-    Not on all of it but on every n-th image, so that it is at least ``images`` of them and less than twice as many (all
-    where there are fewer): the same ones for every snapshot and model.
+    Args:
+        data: a dataset.
+        model: the folder of a training.
+        images: every n-th image of a split is used, the same for all snapshots and models, so that there are at least
+            this many and less than twice as many; all images of a smaller split.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
-    Raises DatasetError, ModelError.
+    Yields:
+        ``step``, and the accuracy in % on each test split by its name.
+
+    Raises:
+        DatasetError: there is no dataset.
+        ModelError: the model cannot be loaded.
     """
     dataset = open_dataset(data)
     classifier, _ = load_classifier(model)
     torch_device = pick_device(device)
     place(classifier, torch_device)
-    for step, path in snapshots(Path(model)).items():
+    for step, path in Run(Path(model)).snapshots.items():
         classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         point: dict[str, float] = {"step": step}
         for split in dataset.test_splits:
@@ -138,36 +164,43 @@ def evaluate_snapshots(
 
 
 def relevance_on_object(model: Classifier, split: Split, device: torch.device) -> float | None:
-    """How much of |relevance|, in %, lies within the masks: LRP-Flex of the true class, ε = 0.1; a mean over images.
+    """Measure how much of |relevance| lies within the masks: LRP-Flex of the true class, ε = 0.1.
 
-    Of every n-th image, as in `evaluate_snapshots`, at least 500 where there are so many, but none without an object or
-    without relevance. None where there is nothing to take a mean of, or an operation of the model has no rule.
+    Args:
+        model: a classifier on the device, in evaluation mode.
+        split: a split with masks. Every n-th image is explained, at least 500 if there are so many; images without an
+            object or without relevance are left out.
+        device: where the model is.
+
+    Returns:
+        The mean share over images, in %. None if no image is left, or an operation of the model has no rule.
     """
     assert split.masks is not None
     every, shares = max(1, len(split) // EXPLAINED), []
     for rows in _batches(split, every, EXPLAINED_AT_ONCE):
-        masks = as_mask(np.asarray(split.masks[rows]), device)
-        labels = torch.as_tensor(np.asarray(split.labels[rows]), device=device)
+        images, masks = np.asarray(split.images[rows]), np.asarray(split.masks[rows])
+        labels = np.asarray(split.labels[rows]).astype(np.int64)[:, None]
         try:
-            forward = Forward(model, as_input(np.asarray(split.images[rows]), device), "flex", masks)
-            sizes = forward.maps(labels, EPSILON).abs().sum(1, keepdim=True)
+            batch = explain_batch(model, images, masks, labels, EPSILON, explainer=EXPLAINER, device=device)
         except RelevanceError:
             return None
+        sizes = torch.from_numpy(batch.maps[:, 0]).abs().sum(1, keepdim=True)  # (n, 1, h, w)
+        objects = as_mask(masks, torch.device("cpu"))
         total = sizes.sum((1, 2, 3))
-        some = (total > 0) & masks.any(3).any(2).any(1)
-        shares.append(((sizes * masks).sum((1, 2, 3)) / total)[some])
-    found = torch.cat(shares)
-    return 100 * float(found.mean()) if len(found) else None
+        known = (total > 0) & objects.any(3).any(2).any(1)
+        shares.append(((sizes * objects).sum((1, 2, 3)) / total)[known])
+    every_share = torch.cat(shares)
+    return 100 * float(every_share.mean()) if len(every_share) else None
 
 
 def predict(model: Classifier, split: Split, device: torch.device, every: int = 1) -> np.ndarray:
-    """The predicted class of every sample, or of every n-th, int64 (N,); the model in evaluation mode."""
+    """Predict the class of every sample, or of every n-th, int64 (N,), by a model in evaluation mode."""
     return answers(model, split, device, every).classes
 
 
 @torch.no_grad()
 def answers(model: Classifier, split: Split, device: torch.device, every: int = 1) -> Answers:
-    """What the model, in evaluation mode, says of every sample, or of every n-th."""
+    """Predict the class and its probability of every sample, or of every n-th, by a model in evaluation mode."""
     classes, probabilities = [], []
     for rows in _batches(split, every, BATCH_SIZE):
         masks = None if split.masks is None else as_mask(np.asarray(split.masks[rows]), device)
@@ -207,7 +240,7 @@ def _score(correct: np.ndarray) -> dict[str, Any]:
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Score interval for a proportion (Wilson, JASA 22, 1927), within [0, 1]."""
+    """Compute the score interval of a proportion (Wilson, JASA 22, 1927), within [0, 1]."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / trials
     centre = (share + z**2 / (2 * trials)) / (1 + z**2 / trials)

@@ -1,4 +1,7 @@
-"""Pictures: what models look at, how accurate they get as they learn, and on which colours. Nothing is decided here."""
+"""Pictures: what models look at, how accurate they become as they learn, and on which groups.
+
+Not here: what is measured and which samples are shown.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import zarr
 
 from data import Dataset, Split
 from data.storage import Folder
-from pipeline import explain, load_classifier
-from pipeline.device import as_input, as_mask
-from trainer.results.evaluation import EPSILON
+from options import Message
+from pipeline import load_classifier
+from pipeline.batch import explain_batch
+from trainer.results.options import EPSILON
 from trainer.results.tables import heading
+from trainer.run_dir import NEW_FOLDER
 
 CPU = torch.device("cpu")
 DPI = 130
@@ -32,9 +36,9 @@ ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a grid and what is below it; in bold red where that is ``wrong``.
+    """One picture of a grid and the text below it, which is bold and red if it is ``wrong``.
 
-    content: an image, float32 (C, H, W) in [0, 1], or a heatmap, (h, w); None for nothing at all.
+    content: an image, float32 (C, H, W) in [0, 1], or a heatmap, (h, w); None for an empty place.
     """
 
     content: np.ndarray | None
@@ -42,13 +46,34 @@ class Cell:
     wrong: bool = False
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Rows of cells with their titles.
+
+    limit: heatmaps are drawn on the scale from −limit to limit. unit: the text below the bar of that scale.
+    """
+
+    cells: Sequence[Sequence[Cell]]
+    column_titles: Sequence[str]
+    row_titles: Sequence[str]
+    title: str
+    limit: float
+    unit: str
+
+
 def heatmap_picture(
     dataset: Dataset, split_names: tuple[str, ...], models: Mapping[str, str | Path], out: str | Path
 ) -> None:
     """Write a PNG: of each split one image per class (ten at most), and each model's heatmap of the true class.
 
-    ``models`` maps row titles to saved models. Heatmaps are summed over the channels; red speaks for the
-    class, blue against it, each map on its own scale. Below each map is what the model says.
+    Heatmaps are summed over the channels; red speaks for the class, blue against it, each map on its own scale. Below
+    each map is the model's prediction.
+
+    Args:
+        dataset: the dataset of the splits.
+        split_names: the splits to show.
+        models: the folders of saved models by the titles of their rows.
+        out: the file to write; an existing one is overwritten.
     """
     from matplotlib.figure import Figure
 
@@ -59,78 +84,74 @@ def heatmap_picture(
     for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
         split = dataset.split(name)
         picked = _one_per_class(split, columns)
-        labels = np.asarray(split.labels[:])[picked]
-        images = as_input(rows_of(split.images, picked), CPU)
-        masks = None if split.masks is None else as_mask(rows_of(split.masks, picked), CPU)
+        labels = np.asarray(split.labels[:])[picked].astype(np.int64)
+        images = rows_of(split.images, picked)
+        masks = None if split.masks is None else rows_of(split.masks, picked)
         panel.suptitle(f"{name}: image, and relevance for its true class (red for, blue against)", fontsize=10)
         axes = panel.subplots(rows, len(picked), squeeze=False)
         _row_title(axes[0, 0], "image")
-        for column, image in enumerate(images):
-            _draw(axes[0, column], Cell(image.numpy(), dataset.class_names[labels[column]]))
+        for column, image in enumerate(images.astype(np.float32) / 255):
+            _draw(axes[0, column], Cell(image, dataset.class_names[labels[column]]))
         for row, (title, model) in enumerate(loaded.items(), start=1):
             _row_title(axes[row, 0], title)
-            logits, maps = explain(partial(model, masks=masks), images, torch.from_numpy(labels), EPSILON)
-            for column, heatmap in enumerate(maps.sum(1).numpy()):
-                says = int(logits[column].argmax())
-                cell = Cell(heatmap, f"says {dataset.class_names[says]}", wrong=says != labels[column])
+            batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
+            for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
+                predicted = int(batch.logits[column].argmax())
+                cell = Cell(heatmap, f"says {dataset.class_names[predicted]}", wrong=predicted != labels[column])
                 _draw(axes[row, column], cell, np.abs(heatmap).max() or 1.0)
     _save(figure, out)
 
 
-def grid_picture(
-    cells: Sequence[Sequence[Cell]],
-    column_titles: Sequence[str],
-    row_titles: Sequence[str],
-    title: str,
-    limit: float,
-    unit: str,
-    out: str | Path,
-    about: str,
-) -> None:
-    """Write a PNG: rows of cells, all heatmaps on the scale from −``limit`` to ``limit``, with its bar at the bottom.
+def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
+    """Write a PNG of a grid, with the bar of its scale at the bottom.
 
-    ``unit`` says what the bar shows, ``about`` goes into the file as its "Description". Raises FileExistsError where
-    there is a file already.
+    Args:
+        grid: what to draw.
+        out: the file to write.
+        description: a text that the file contains as its "Description".
+
+    Raises:
+        FileExistsError: the file exists.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    height, width = next(cell.content for row in cells for cell in row if cell.content is not None).shape[-2:]
-    cells = [[dataclasses.replace(cell, below=_wrapped(cell.below, 26)) for cell in row] for row in cells]
-    titles, row_titles = ([_wrapped(each, 22) for each in texts] for texts in (column_titles, row_titles))
+    height, width = next(cell.content for row in grid.cells for cell in row if cell.content is not None).shape[-2:]
+    cells = [[dataclasses.replace(cell, below=_wrapped(cell.below, 26)) for cell in row] for row in grid.cells]
+    titles, row_titles = ([_wrapped(each, 22) for each in texts] for texts in (grid.column_titles, grid.row_titles))
     lines = max(cell.below.count("\n") + 1 for row in cells for cell in row)
-    tall = SIDE * max(height / width, 0.4) + 0.17 * lines + 0.1
-    heads = 0.17 * max(each.count("\n") + 1 for each in titles) + 0.1
+    row_height = SIDE * max(height / width, 0.4) + 0.17 * lines + 0.1
+    titles_height = 0.17 * max(each.count("\n") + 1 for each in titles) + 0.1
     across = SIDE * len(titles) + 0.1 + 0.075 * max(len(line) for each in row_titles for line in each.split("\n"))
-    text, bar_text = (_wrapped(each, int(across / 0.08)) for each in (title, unit))
+    text, bar_text = (_wrapped(each, int(across / 0.08)) for each in (grid.title, grid.unit))
     top, bottom = (0.19 * (each.count("\n") + 1) for each in (text, bar_text))
-    parts = (top + heads + tall * len(cells), 0.5 + bottom)
+    parts = (top + titles_height + row_height * len(cells), 0.5 + bottom)
     figure = Figure(figsize=(across, sum(parts)), layout="constrained")
-    grid, foot = figure.subfigures(2, 1, squeeze=False, height_ratios=parts).flat
-    grid.suptitle(text, fontsize=10)
-    axes = grid.subplots(len(cells), len(titles), squeeze=False)
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=parts).flat
+    upper.suptitle(text, fontsize=10)
+    axes = upper.subplots(len(cells), len(titles), squeeze=False)
     for axis, each in zip(axes[0], titles, strict=True):
         axis.set_title(each, fontsize=9)
     for line, row, name in zip(axes, cells, row_titles, strict=True):
         line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         for axis, cell in zip(line, row, strict=True):
-            _draw(axis, cell, limit)
-    scale = ScalarMappable(Normalize(-limit, limit), COLOURS)
-    bar = foot.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
-    foot.colorbar(scale, bar, orientation="horizontal", extend="both")
+            _draw(axis, cell, grid.limit)
+    scale = ScalarMappable(Normalize(-grid.limit, grid.limit), COLOURS)
+    bar = lower.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
+    lower.colorbar(scale, bar, orientation="horizontal", extend="both")
     bar.tick_params(labelsize=8)
     bar.set_xlabel(bar_text, fontsize=8)
-    _save(figure, out, about)
+    _save(figure, out, description)
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Each line of a text in lines of at most so many characters, with dollars that begin no formula."""
+    """Wrap each line of a text at ``width`` characters, and escape dollars, which begin a formula in Matplotlib."""
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
 
 
 def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
-    """Fill one place of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+    """Draw one cell of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
     axis.set_xticks([])
     axis.set_yticks([])
     if cell.content is None:
@@ -139,7 +160,7 @@ def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
         axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
     elif len(cell.content) == 3:
         axis.imshow(cell.content.transpose(1, 2, 0))
-    else:  # of one channel, or of some that are no colours
+    else:  # one channel, or channels that are not red, green and blue
         axis.imshow(cell.content.mean(0), cmap="gray", vmin=0, vmax=1)
     axis.set_xlabel(
         cell.below,
@@ -152,9 +173,13 @@ def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
 def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
     """Write a PNG: accuracy against steps, a panel for each test split and a line for each method.
 
-    A point has ``title`` (of the method), ``seed``, ``step``, and the accuracy on each of the ``splits`` in %. Lines
-    are means over seeds, bands from the lowest to the highest seed. The axis is the logit of the accuracy, which shows
-    the differences near 100 % too.
+    Lines are means over seeds, bands reach from the lowest to the highest seed. The axis is the logit of the accuracy,
+    which shows the differences near 100 % too.
+
+    Args:
+        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split.
+        splits: the test splits.
+        out: the file to write; an existing one is overwritten.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -192,10 +217,15 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
 
 
 def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
-    """Write a PNG: the accuracy of each method on each group of the splits; of colours the darkest first.
+    """Write a PNG: the accuracy of each method on each group of the splits, means over seeds.
 
-    A result has ``title`` (of the method) and ``groups``, each with ``split``, ``group`` (a name, or a colour as
-    #rrggbb) and ``accuracy`` in %. Numbers are means over the results of a title.
+    Groups that are colours are sorted, the darkest first.
+
+    Args:
+        results: each with the ``title`` of the method and its ``groups``, which have ``split``, ``group`` (a name, or a
+            colour as #rrggbb) and ``accuracy`` in %.
+        splits: the test splits.
+        out: the file to write; an existing one is overwritten.
     """
     from matplotlib.colors import is_color_like, to_rgb
     from matplotlib.figure import Figure
@@ -230,18 +260,19 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
 
 
 def _luminance(colour: str) -> float:
-    """Of #rrggbb, by the weights of ITU-R BT.709."""
+    """Compute the luminance of #rrggbb by the weights of ITU-R BT.709."""
     red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _save(figure: Any, out: str | Path, about: str | None = None) -> None:
-    """As a PNG, whole or not at all; one that says what it is ``about`` in place of no other."""
+def _save(figure: Any, out: str | Path, description: str | None = None) -> None:
+    """Write a PNG, whole or not at all. A picture with a description overwrites no other file."""
     out, buffer = Path(out), io.BytesIO()
-    figure.savefig(buffer, dpi=DPI, format="png", metadata=None if about is None else {"Description": about})
+    metadata = None if description is None else {"Description": description}
+    figure.savefig(buffer, dpi=DPI, format="png", metadata=metadata)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not Folder(out.parent).write(out.name, buffer.getbuffer(), exclusive=about is not None):
-        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+    if not Folder(out.parent).write(out.name, buffer.getbuffer(), exclusive=description is not None):
+        raise FileExistsError(Message(f"{out} exists", NEW_FOLDER))
 
 
 def _row_title(axis: object, title: str) -> None:
@@ -254,5 +285,5 @@ def _one_per_class(split: Split, classes: int) -> np.ndarray:
 
 
 def rows_of(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
-    """Some rows of an array of a dataset, in the order given."""
+    """Read some rows of an array of a dataset, in the order of ``rows``."""
     return np.stack([np.asarray(array[row]) for row in rows.tolist()])

@@ -1,6 +1,6 @@
-"""A report: everything that is measured of some models, as one HTML page that needs nothing but itself.
+"""A report: all measurements of some models, as one HTML page that needs no other file.
 
-Not here: what is measured (`comparison.py`), and how charts are drawn (`charts.py`).
+Not here: the measurements (`comparison.py`), and how charts are drawn (`charts.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from PIL import Image
 
 from data import Location
 from data.storage import Folder
+from options import Message, Option, takes
 from pipeline import RelevanceError, resize
 from pipeline.networks.classifier import versions
 from trainer.results.charts import COLOURS, Chart, Line, colour_of, draw, marker_of
 from trainer.results.comparison import (
     BINS,
     COMPARED,
-    SAMPLES,
     Agreement,
     Comparison,
     Model,
@@ -35,16 +35,17 @@ from trainer.results.comparison import (
     SplitReport,
     compare,
 )
-from trainer.results.evaluation import EPSILON, bias_warning
+from trainer.results.evaluation import bias_warning
+from trainer.results.options import EPSILON, CompareOptions
 from trainer.results.pictures import COLOURS as HEAT
 from trainer.results.show import common_limit
 from trainer.results.tables import MISSING, heading
-from trainer.run_dir import revision
+from trainer.run_dir import NEW_FOLDER, revision
 
-MATRIX_CLASSES = 20  # up to so many there is a confusion matrix, above that a list
-CONFUSIONS = 15  # of such a list
+MATRIX_CLASSES = 20  # more classes have a list of confusions in place of a matrix
+CONFUSIONS = 15  # in that list
 LEVELS = 127  # of relevance, zero in their middle
-FEWEST = 10  # answers that make a point of a reliability diagram
+FEWEST = 10  # predictions in a bin that has a point in a reliability diagram
 MOST_SIDE = 96  # pixels of a map or image, along its longer side
 
 ENVIRONMENT = Environment(
@@ -56,67 +57,73 @@ ENVIRONMENT = Environment(
 )
 
 
+@takes(CompareOptions)
 def write_report(
     models: Sequence[Model],
     out: str | Path,
     data: Location | None = None,
     *,
-    reference: Model | None = None,
-    samples: int = SAMPLES,
-    student_factory: str | None = None,
-    segmenter: str | None = None,
-    device: str = "auto",
     command: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Measure models and write a self-contained HTML page of all that was found; see `comparison.compare`.
+    """Measure models and write a self-contained HTML page of all measurements; see `comparison.compare`.
 
-    ``command`` is what the page says that it was made by. Returns ``models`` (their titles), ``splits``, ``reference``
-    (a title or None) and ``bytes``.
+    Args:
+        models: folders of trainings, or vision-language teachers.
+        out: the HTML file to write.
+        data: the dataset; that of the trainings if None.
+        command: the command that the page names as its origin.
 
-    Raises DatasetError, ModelError, RelevanceError; FileExistsError for an ``out`` that is there.
+    Returns:
+        ``models`` (their titles), ``splits``, ``reference`` (a title or None) and ``bytes``.
+
+    Raises:
+        DatasetError: there is no such dataset, or the trainings are of different ones.
+        ModelError: a model cannot be loaded, is given twice, or there is none.
+        RelevanceError: an option is wrong.
+        FileExistsError: ``out`` exists.
     """
     out = Path(out)
     if out.exists():
-        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+        raise FileExistsError(Message(f"{out} exists", NEW_FOLDER))
     if out.suffix.lower() not in (".html", ".htm"):
-        raise RelevanceError(f"--out {out} is no .html, and that is how the report is written: give such a name")
-    found = compare(
-        models,
-        data,
-        reference=reference,
-        samples=samples,
-        student_factory=student_factory,
-        segmenter=segmenter,
-        device=device,
-    )
-    made = {
+        raise RelevanceError(
+            Message(f"a report is an HTML file, and {out} is no .html: give an ", Option("out"), " that ends in .html")
+        )
+    comparison = compare(models, data, **options)
+    origin = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dataset": found.path,
-        "splits": {split.name: split.fingerprint for split in found.splits},
+        "dataset": comparison.path,
+        "splits": {split.name: split.fingerprint for split in comparison.splits},
         "versions": versions(),
         "revision": revision(),
     }
-    page = render(found, made).encode()
+    page = render(comparison, origin).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     if not Folder(out.parent).write(out.name, page, exclusive=True):
-        raise FileExistsError(f"{out} exists: choose another --out, or remove it first")
+        raise FileExistsError(Message(f"{out} exists", NEW_FOLDER))
+    reference = comparison.reference
     return {
-        "models": [model.title for model in found.models],
-        "splits": [split.name for split in found.splits],
-        "reference": None if found.reference is None else found.models[found.reference].title,
+        "models": [model.title for model in comparison.models],
+        "splits": [split.name for split in comparison.splits],
+        "reference": None if reference is None else comparison.models[reference].title,
         "bytes": len(page),
     }
 
 
-def render(found: Comparison, made: dict[str, Any]) -> str:
-    """The page of a comparison; ``made`` says how it came about, and has at least ``command`` and ``date``."""
-    page = _Page(found)
+def render(comparison: Comparison, origin: dict[str, Any]) -> str:
+    """Render the page of a comparison.
+
+    Args:
+        comparison: the measurements.
+        origin: where the page comes from: at least ``command``, ``date``, ``versions`` and ``revision``.
+    """
     return ENVIRONMENT.get_template("report.html").render(
-        found=found,
-        made=made,
-        page=page,
-        names=found.class_names,
+        comparison=comparison,
+        origin=origin,
+        page=_Page(comparison),
+        names=comparison.class_names,
         colours=COLOURS,
         heading=heading,
         missing=MISSING,
@@ -129,32 +136,30 @@ def render(found: Comparison, made: dict[str, Any]) -> str:
 
 
 class _Page:
-    """What the template asks of a comparison: pictures, charts, and numbers as they are written."""
+    """Prepare a comparison for the template: pictures, charts, and numbers as text."""
 
-    def __init__(self, found: Comparison):
-        self.found = found
+    def __init__(self, comparison: Comparison):
+        self.models, self.splits = comparison.models, comparison.splits
         self._charts = 0
-        self.every_class = len(found.explained) == len(found.class_names)
-        self.matrices = len(found.class_names) <= MATRIX_CLASSES
-        self.has_masks = any(split.has_masks for split in found.splits)
-        self.reference = None if found.reference is None else found.models[found.reference]
-        self.compared = self.reference is not None and len(found.models) > 1
-        warned = self.reference and bias_warning({**self.reference.totals, "kind": self.reference.config.kind})
-        self.warning = warned and warned.removeprefix("warning: ")
-        self.erring = max(
-            found.splits, key=lambda split: sum(self._errors(model, split) for model in found.models)
-        ).name
-        maps = [each for model in found.models for on in model.splits.values() for each in _maps_of(on)]
+        self.every_class = len(comparison.explained) == len(comparison.class_names)
+        self.matrices = len(comparison.class_names) <= MATRIX_CLASSES
+        self.has_masks = any(split.has_masks for split in self.splits)
+        self.reference = None if comparison.reference is None else self.models[comparison.reference]
+        self.compared = self.reference is not None and len(self.models) > 1
+        warning = self.reference and bias_warning({**self.reference.totals, "kind": self.reference.config.kind})
+        self.warning = warning and str(warning).removeprefix("warning: ")
+        self.erring = max(self.splits, key=lambda split: sum(self._errors(model, split) for model in self.models)).name
+        maps = [each for model in self.models for on in model.splits.values() for each in _maps_of(on)]
         self.limit = common_limit(maps)
-        height, width = next(iter(found.splits[0].images.values())).shape[1:]
+        height, width = next(iter(self.splits[0].images.values())).shape[1:]
         shrink = max(height, width, MOST_SIDE) / MOST_SIDE
         self.side = (max(1, round(height / shrink)), max(1, round(width / shrink)))
         self.smaller = self.side != (height, width)
         self.ratio = f"{width} / {height}"
 
     def key(self, model: ModelReport) -> Markup:
-        """The sign of a model in its colour, before its name."""
-        number = self.found.models.index(model)
+        """Make the sign of a model in its colour, for its legend."""
+        number = self.models.index(model)
         sign = Markup('<span class="key" style="color:{}" aria-hidden="true">{}</span>')
         return sign.format(colour_of(number), marker_of(number))
 
@@ -167,14 +172,14 @@ class _Page:
         return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
 
     def quartiles(self, values: np.ndarray) -> tuple[str, str]:
-        """The median, and the first and the third quartile."""
+        """Write the median, and the first and the third quartile."""
         if not len(values):
             return MISSING, ""
         low, middle, high = (self.percent(float(value)) for value in np.quantile(values, (0.25, 0.5, 0.75)))
         return middle, f"{low} – {high}"
 
     def shares(self, confusion: np.ndarray) -> list[list[float | None]]:
-        """Of each row of a confusion matrix its shares in %, None for a class that the split has none of."""
+        """Compute the shares of each row of a confusion matrix in %; None for a class without samples."""
         totals = confusion.sum(1)
         return [
             [100 * float(count) / float(total) if total else None for count in row]
@@ -182,15 +187,17 @@ class _Page:
         ]
 
     def confusions(self, confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
-        """The most frequent errors: the true class, what was said, how often, and the share of the class in %."""
+        """List the most frequent errors: the true class, the predicted class, their number, their share of the true
+        class in %.
+        """
         errors = confusion.copy()
         np.fill_diagonal(errors, 0)
         order = np.argsort(-errors, axis=None, kind="stable")[:CONFUSIONS]
         places = zip(*np.unravel_index(order, errors.shape), strict=True)
         return [
-            (int(true), int(said), int(errors[true, said]), 100 * errors[true, said] / confusion[true].sum())
-            for true, said in places
-            if errors[true, said]
+            (int(true), int(predicted), int(number), 100 * number / confusion[true].sum())
+            for true, predicted in places
+            if (number := errors[true, predicted])
         ]
 
     def agreement(self, model: ModelReport, split: SplitReport) -> Agreement | None:
@@ -199,18 +206,18 @@ class _Page:
     # --- pictures ---
 
     def image(self, split: SplitReport, row: int) -> str:
-        """An image as the address of a PNG in itself."""
+        """Write an image as a PNG in a data URL."""
         pixels = split.images[row]
         if len(pixels) == 3:
             picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-        else:  # of one channel, or of some that are no colours
+        else:  # one channel, or channels that are not red, green and blue
             picture = Image.fromarray(pixels.mean(0).round().astype(np.uint8))
         if self.smaller:
             picture = picture.resize((self.side[1], self.side[0]), Image.Resampling.LANCZOS)
         return _png(picture)
 
     def map(self, values: np.ndarray) -> str:
-        """A map (h, w) as the address of a PNG in itself, in the colours of the page's one scale."""
+        """Write a map (h, w) as a PNG in a data URL, in the colours of the page's scale."""
         if self.smaller:
             values = resize(torch.from_numpy(values)[None, None], self.side)[0, 0].numpy()
         levels = np.round((np.clip(values / self.limit, -1, 1) + 1) / 2 * (LEVELS - 1)).astype(np.uint8)
@@ -220,7 +227,7 @@ class _Page:
 
     @property
     def scale(self) -> str:
-        """The colours of the maps from one end to the other, for CSS."""
+        """The colours of the scale from its lower to its upper end, for CSS."""
         return ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * colour)) for colour in _colours(11))
 
     # --- charts ---
@@ -230,11 +237,11 @@ class _Page:
         return Markup(draw(chart, f"chart{self._charts}"))
 
     def _numbered(self) -> list[tuple[int, ModelReport]]:
-        return list(enumerate(self.found.models))
+        return list(enumerate(self.models))
 
     def accuracy_chart(self) -> Markup:
-        splits, lines = [split.name for split in self.found.splits], []
-        many = len(self.found.models)
+        splits, lines = [split.name for split in self.splits], []
+        many = len(self.models)
         for number, model in self._numbered():
             scores = [model.splits[split].score for split in splits]
             low, high = np.array([score["interval"] for score in scores]).T
@@ -245,7 +252,7 @@ class _Page:
         )
 
     def curve_charts(self) -> list[tuple[str, Markup]]:
-        """A chart for each kind of loss, as losses of different kinds have no common axis."""
+        """Draw a chart for each kind of loss, as losses of different kinds have no common axis."""
         kinds: dict[str, list[Line]] = {}
         for number, model in self._numbered():
             if (curve := model.curve) is not None:
@@ -273,16 +280,17 @@ class _Page:
     def calibration_chart(self, split: SplitReport) -> Markup:
         lines = []
         for number, model in self._numbered():
-            found = model.splits[split.name].calibration
-            some = found.samples >= FEWEST
-            lines.append(Line(number, found.probability[some], found.accuracy[some], style="points on a line"))
+            calibration = model.splits[split.name].calibration
+            drawn = calibration.samples >= FEWEST
+            x, y = calibration.probability[drawn], calibration.accuracy[drawn]
+            lines.append(Line(number, x, y, style="points on a line"))
         title = heading(split.name)
         return self._draw(Chart(title, "probability", "accuracy", lines, (-0.02, 1.03), (-0.02, 1.03), diagonal=True))
 
-    def agreement_chart(self, split: SplitReport, what: str) -> Markup:
-        """The distribution of ``cosine`` or ``rank`` over images, cumulated."""
+    def agreement_chart(self, split: SplitReport, measure: str) -> Markup:
+        """Draw the cumulative distribution of ``cosine`` or ``rank`` over images."""
         of_all = {
-            (number, name): np.sort(getattr(on.agreement, what))
+            (number, name): np.sort(getattr(on.agreement, measure))
             for number, model in self._numbered()
             for name, on in model.splits.items()
             if on.agreement is not None and len(on.agreement.cosine)
@@ -293,8 +301,8 @@ class _Page:
             if name == split.name
         ]
         lowest = min([0.0, *(float(values[0]) for values in of_all.values())])  # the same axis for all splits
-        named = {"cosine": "cosine", "rank": "rank correlation"}[what]
-        return self._draw(Chart(heading(split.name), named, "share of images", lines, (lowest - 0.02, 1.02), (0, 1.02)))
+        label = {"cosine": "cosine", "rank": "rank correlation"}[measure]
+        return self._draw(Chart(heading(split.name), label, "share of images", lines, (lowest - 0.02, 1.02), (0, 1.02)))
 
 
 def _heads(splits: Sequence[str]) -> list[str]:
@@ -302,13 +310,13 @@ def _heads(splits: Sequence[str]) -> list[str]:
 
 
 def _maps_of(on: Any) -> list[np.ndarray]:
-    """All maps of a model on a split that are shown."""
+    """List the maps of a model on a split that the page shows."""
     worst = on.agreement.worst if on.agreement is not None else ()
     return [each for cell in on.gallery for each in cell.maps.values()] + [each for case in worst for each in case.maps]
 
 
 def _colours(many: int) -> np.ndarray:
-    """The colours of relevance from the lowest to the highest, (many, 3) in [0, 1]."""
+    """Sample the colours of relevance from the lowest to the highest, (many, 3) in [0, 1]."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps[HEAT](np.linspace(0, 1, many)))[:, :3]

@@ -1,4 +1,4 @@
-"""Results to tables, in Markdown, LaTeX and plain text: pure functions, the arithmetic apart from the writing."""
+"""Tables of results in Markdown, LaTeX and plain text: pure functions, the arithmetic apart from the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Measured:
-    """The mean over seeds and the sample standard deviation (n − 1), None of one seed."""
+    """The mean over seeds and the sample standard deviation (n − 1); None for one seed."""
 
     mean: float
     deviation: float | None
@@ -27,11 +27,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table; all but ``seconds`` in % or points, each by the heading of its column, without what there is
-    not.
+    """A row of the table. Values are in % or points, by the heading of their column; missing values are left out.
 
-    ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object. to_teacher:
-    the splits but IID, less those of the row's teacher. published: as quoted.
+    Attributes:
+        title: its name.
+        ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object.
+        to_teacher: the accuracy on each split but IID, less the teacher's.
+        published: the published accuracies.
+        seconds: the mean time of a training in seconds; None for a row that is not trained.
+        note: where the values are from.
     """
 
     title: str
@@ -43,14 +47,19 @@ class Line:
 
 
 def measured(values: Sequence[float]) -> Measured:
-    """The mean and the spread of at least one value."""
+    """Compute the mean and the spread of at least one value."""
     return Measured(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def summarise(results: Sequence[Result], benchmark: Benchmark) -> list[Line]:
-    """The lines of a benchmark's table: a method's seeds as one, in the order of the results, and then what is quoted.
+    """Summarise results as the lines of a benchmark's table.
 
-    ``results`` are lines of ``results.jsonl``.
+    Args:
+        results: the lines of ``results.jsonl``.
+        benchmark: the benchmark of the table.
+
+    Returns:
+        A line for each method, over its seeds, in the order of the results; then the quoted rows.
     """
     methods: dict[str, list[Result]] = {}
     for result in results:
@@ -90,13 +99,13 @@ def _published(scores: Mapping[str, float] | None) -> dict[str, float]:
 
 
 def heading(split: str) -> str:
-    """A split's name in a table or picture."""
+    """Write a split's name for a table or a picture."""
     return split.upper() if split in ("iid", "ood") else split
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Neighbours in a table: their common heading, their own ones, and the cells of a line."""
+    """Neighbouring columns of a table: their common heading, their own headings, and the cells of a line."""
 
     title: str
     names: tuple[str, ...]
@@ -104,18 +113,18 @@ class _Columns:
 
 
 def _columns(lines: Sequence[Line]) -> list[_Columns]:
-    """What any of the lines has."""
+    """List the columns for which a line has a value."""
 
     def of(title: str, get: Callable[[Line], Mapping[str, Any]], write: Callable[[Any], str]) -> _Columns:
         names = tuple(dict.fromkeys(name for line in lines for name in get(line)))
         return _Columns(title, names, lambda line: [write(get(line)[n]) if n in get(line) else MISSING for n in names])
 
-    found = (
+    columns = (
         of("accuracy", lambda line: line.ours, str),
         of("less its teacher's", lambda line: line.to_teacher, lambda points: f"{points:+.2f}".replace("-", "−")),
         of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
     )
-    return [columns for columns in found if columns.names]
+    return [each for each in columns if each.names]
 
 
 def _seconds(line: Line) -> str:
@@ -123,7 +132,7 @@ def _seconds(line: Line) -> str:
 
 
 def text(lines: Sequence[Line]) -> str:
-    """For a terminal: without the distance to the teacher, and with a note where all is quoted."""
+    """Write a table for a terminal: without the distance to the teacher, with a note for quoted rows."""
     columns = [each for each in _columns(lines) if each.title != "less its teacher's"]
     header = ["in %"]
     for each in columns:
@@ -139,17 +148,18 @@ def text(lines: Sequence[Line]) -> str:
 
 
 def markdown(lines: Sequence[Line]) -> str:
+    """Write a table in Markdown."""
     columns = _columns(lines)
     header = [""]
     for each in columns:
         header += each.names if each.title == "accuracy" else [f"{each.title}: {name}" for name in each.names]
-    header += ["seconds of training", "what it is"]
+    header += ["seconds of training", "source"]
     rows = [header, ["---"] * len(header), *(_cells(columns, line) for line in lines)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
 def latex(lines: Sequence[Line]) -> str:
-    """A ``tabular`` that needs nothing but the package booktabs."""
+    """Write a LaTeX ``tabular``, which needs the package booktabs alone."""
     columns = _columns(lines)
     rows = [" & ".join(map(escape, _cells(columns, line))) + r" \\" for line in lines]
     titles, rules, at = "", [], 2
@@ -180,7 +190,7 @@ def _cells(columns: Sequence[_Columns], line: Line) -> list[str]:
 
 
 def escape(words: str) -> str:
-    """Plain text as LaTeX that shows it."""
+    """Escape plain text for LaTeX."""
     return "".join(_LATEX.get(character, character) for character in words)
 
 

@@ -1,0 +1,125 @@
+"""Options of the commands and functions that evaluate, show and report models. No PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from options import Among, Doc, Ge, Heading, Kind, Le, OptionSet
+from pipeline import EXPLAINERS, RelevanceError
+
+EPSILON = 0.1  # ε of a map: the middle of the range from which a store draws by default
+TRUE, PREDICTED = "true", "predicted"  # classes to explain that are not a class by its name
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCode(OptionSet):
+    """Code of the user's own that builds networks. It runs only if it is named here."""
+
+    ERROR = RelevanceError
+    HEADING = "Your own code"
+
+    student_factory: Annotated[
+        str | None, Doc("Function that builds your own network, as MODULE:FUNCTION. Its code is run.")
+    ] = None
+    segmenter: Annotated[
+        str | None,
+        Doc(
+            "Segmenter of a teacher that sees the object alone: torchvision:NAME, a file (.pt2, .pt), or a function "
+            "of your own as MODULE:FUNCTION, whose code is run."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(OptionSet):
+    """How a command is run."""
+
+    ERROR = RelevanceError
+    HEADING = "Run"
+
+    device: Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(OwnCode, Running):
+    """Options of `evaluate`."""
+
+    HEADING = "Files"
+
+    data: Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL.")]
+    model: Annotated[
+        Any, Kind.TEACHER, Doc("Folder of a teacher or a student, or clip:ARCH for a vision-language model.")
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(OwnCode, Running):
+    """Options of `show_explanations`."""
+
+    HEADING = "Explanations"
+
+    data: Annotated[Any, Kind.LOCATION, Heading("Files"), Doc("Dataset: a folder or a URL.")]
+    models: Annotated[
+        tuple[Any, ...],
+        Kind.TEACHER,
+        Heading("Files"),
+        Doc("Folders of teachers or students. Each is one column of the picture."),
+    ] = ()
+    caches: Annotated[
+        tuple[Any, ...],
+        Kind.LOCATION,
+        Heading("Files"),
+        Doc("Heatmap stores of the split. The first draws of each are one column of the picture."),
+    ] = ()
+    out: Annotated[str | Path, Kind.FOLDER, Heading("Files"), Doc("PNG file to write.")]
+    split: Annotated[
+        str | None,
+        Heading("Samples"),
+        Doc("Split of the samples. Default: the first test split, or train if there is none."),
+    ] = None
+    samples: Annotated[
+        int | Sequence[int],
+        Heading("Samples"),
+        Doc("Number of samples, spread evenly over the split; or their indices, from 0 on."),
+    ] = 8
+    explain: Annotated[
+        str, Doc("Class to explain: true (the true class), predicted (each model's prediction), or a class by name.")
+    ] = TRUE
+    epsilon: Annotated[float, Ge(0), Doc("ε of the models' heatmaps.")] = EPSILON
+    explainer: Annotated[
+        str,
+        Among(EXPLAINERS),
+        Doc("Explainer of the models (docs/engine.md). Heatmaps of a store are shown as stored."),
+    ] = "flex"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(OwnCode, Running):
+    """Options of `compare`, which `write_report` hands on."""
+
+    HEADING = "Comparison"
+
+    reference: Annotated[
+        Any,
+        Kind.TEACHER,
+        Doc(
+            "Model with whose heatmaps the others' are compared. Default: the first teacher with a debiasing front, or "
+            "the first vision-language model."
+        ),
+    ] = None
+    samples: Annotated[int, Ge(1), Le(50), Heading("Samples"), Doc("Samples of each split in the gallery.")] = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(CompareOptions):
+    """Options of `write_report`."""
+
+    HEADING = "Files"
+
+    data: Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL. Default: the dataset of the trainings.")] = (
+        None
+    )
+    out: Annotated[str | Path, Kind.FOLDER, Doc("HTML file to write.")]
