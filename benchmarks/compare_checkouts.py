@@ -92,7 +92,7 @@ def check_imports(python: str, checkout: Path) -> dict[str, str]:
     Raises:
         click.ClickException: A module comes from elsewhere, or cannot be imported.
     """
-    names = {path.relative_to(checkout).parts[0].removesuffix(".py") for path in sources(checkout)}
+    names = {"cli", "trainer", *(path.relative_to(checkout).parts[0].removesuffix(".py") for path in sources(checkout))}
     process = subprocess.run([python, "-c", PROBE], cwd=checkout, env=environment(), capture_output=True, text=True)
     if process.returncode:
         raise click.ClickException(f"{checkout} cannot be imported:\n{process.stderr}")
