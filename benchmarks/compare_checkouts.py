@@ -181,23 +181,25 @@ def compare_files(old: Path, new: Path) -> str | None:
     if old.parent.name == "checkpoints" or contents[0] == contents[1]:
         return None
     if old.suffix == ".pt":
-        difference = first_difference(*(torch.load(path, map_location="cpu", weights_only=True) for path in (old, new)))
+        models = [torch.load(path, map_location="cpu", weights_only=path.name != "model.pt") for path in (old, new)]
+        states = [model.state_dict() if isinstance(model, torch.nn.Module) else model for model in models]
         hashes = " and ".join(hashlib.sha256(content).hexdigest()[:12] for content in contents)
-        return difference or f"the tensors are equal, but the files are not (SHA-256 {hashes})"
+        return first_difference(*states) or f"the tensors are equal, but the files are not (SHA-256 {hashes})"
     if old.suffix == ".yaml":
         return first_difference(*(yaml.safe_load(content.replace(b"/new/", b"/old/")) for content in contents))
     if old.suffix == ".jsonl":
         return first_difference(*([json.loads(line) for line in content.splitlines()] for content in contents))
     if old.name in ("config.json", "result.json") or b'"written_by"' in contents[0]:
         return first_difference(*map(json.loads, contents))
-    return f"its {len(contents[0])} bytes in OLD are not the {len(contents[1])} bytes in NEW"
+    return "its bytes differ" if len(contents[0]) == len(contents[1]) else "its size differs"
 
 
 def compare_results(old: Path, new: Path) -> tuple[int, str | None]:
     """Return the number of files that two results share, and the first difference; None if there is none."""
     files = [{str(path.relative_to(top)) for path in top.rglob("*") if path.is_file()} for top in (old, new)]
     old_names, new_names = ({name for name in names if not name.startswith(UNCOMPARED)} for names in files)
-    both = sorted(old_names & new_names, key=lambda name: (Path(name).suffix != ".pt", name))  # weights tell most
+    telling = ("weights.pt", "heatmaps/")  # before what follows from them: model.pt, commits
+    both = sorted(old_names & new_names, key=lambda name: (not name.startswith(telling), name))
     unequal = (f"{name}: {text}" for name in both if (text := compare_files(old / name, new / name)))
     single = (f"{name} is in {'OLD' if name in old_names else 'NEW'} only" for name in sorted(old_names ^ new_names))
     return len(both), next(chain(unequal, single), None if both else "there are no files")
@@ -285,7 +287,7 @@ def main(old: Path, new: Path, work: Path, python: str, fresh: bool) -> None:
     old, new, work = old.resolve(), new.resolve(), work.resolve()
     versions, _ = check_imports(python, old), check_imports(python, new)
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources(old))).hexdigest()
-    prepare(work, fresh, {"code": code, "versions": versions, "commands": [COMMANDS, ALWAYS]})
+    prepare(work, fresh, {"work": str(work), "code": code, "versions": versions, "commands": [COMMANDS, ALWAYS]})
     differing, began = 0, time.monotonic()
     for check, files, difference in checks(python, (old, new), work):
         differing += difference is not None
