@@ -120,7 +120,7 @@ def start(python: str, checkout: Path, arguments: list[str], out: Path) -> subpr
 def finish(process: subprocess.Popen[bytes], out: Path, expected: int = 0) -> str | None:
     """Wait for a command, and return the last line of its log if its exit code is not the expected one.
 
-    Otherwise the log is renamed to ``OUT.log``, which marks the result as complete.
+    Otherwise rename the log to ``OUT.log``, which marks the result as complete.
     """
     code = process.wait()
     log = out.with_name(f"{out.name}.log.partial")
@@ -173,10 +173,7 @@ def first_difference(old: Any, new: Any, *, name: str = "") -> str | None:
 
 
 def compare_files(old: Path, new: Path) -> str | None:
-    """Return the first difference of two files; None if there is none.
-
-    Records may differ in versions, in times, and in which side's folder a path names.
-    """
+    """Return the first difference of two files, but for versions, times and the folder; None if there is none."""
     contents = old.read_bytes(), new.read_bytes()
     if old.parent.name == "checkpoints" or contents[0] == contents[1]:
         return None
