@@ -1,0 +1,45 @@
+"""What an option is: its name, type, bounds, choices and help, and errors that name it.
+
+Options are frozen dataclasses. A field is the one place for a name, a default and a help text: the command line, config
+files, Python signatures and checks are made from it. No PyTorch, and nothing of the other packages.
+"""
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import Doc
+
+from options.fields import (
+    Among,
+    Heading,
+    Kind,
+    OptionField,
+    OptionSet,
+    Separated,
+    option_fields,
+    takes,
+)
+from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined
+from options.registry import Registry
+
+__all__ = [
+    "Among",
+    "Call",
+    "Doc",
+    "Ge",
+    "Gt",
+    "Heading",
+    "Kind",
+    "Le",
+    "Lt",
+    "Message",
+    "Option",
+    "OptionField",
+    "OptionSet",
+    "Registry",
+    "Separated",
+    "Word",
+    "did_you_mean",
+    "first_line",
+    "joined",
+    "option_fields",
+    "takes",
+]

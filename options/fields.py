@@ -1,0 +1,229 @@
+"""Options as fields of frozen dataclasses: what is written beside a field, and the checks that follow from it.
+
+A field is ``name: Annotated[type, Doc("Help text."), Ge(1), ...] = default``. Not here: how a command line takes it
+(`terminal/options.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import Doc
+
+from options.messages import Message, Option, did_you_mean
+from options.registry import Registry
+
+F = TypeVar("F", bound=Callable[..., Any])
+Bound = Ge | Gt | Le | Lt
+WORDS = {
+    Ge: ("at least", "__ge__"),
+    Gt: ("more than", "__gt__"),
+    Le: ("at most", "__le__"),
+    Lt: ("less than", "__lt__"),
+}
+
+
+class Kind(Enum):
+    """What a value stands for, where its type does not tell."""
+
+    LOCATION = "a folder, or a URL of fsspec"
+    FOLDER = "a folder or file of this machine"
+    PATH = "a file or folder of the user's own"
+    TEACHER = "the folder of a teacher, or the name of a vision-language model"
+    ARCHITECTURE = "the name of a network"
+    SIZE = "a number of bytes"
+    BATCH_SIZE = "a number of samples, or auto"
+
+
+@dataclass(frozen=True)
+class Among:
+    """The value is a name in a registry; for a field that is a tuple, every item is."""
+
+    registry: Registry[Any]
+
+
+@dataclass(frozen=True)
+class Separated:
+    """The values of a tuple are one text on a command line, with this separator."""
+
+    separator: str = ","
+
+
+@dataclass(frozen=True)
+class Heading:
+    """The heading of one field, where that is not its class's ``HEADING``."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """A field of an `OptionSet`, taken apart. ``types`` are the plain types that a value may have."""
+
+    name: str
+    types: tuple[Any, ...]
+    default: Any  # dataclasses.MISSING where a value is required
+    heading: str
+    doc: str = ""
+    bounds: tuple[Bound, ...] = ()
+    choices: tuple[Any, ...] = ()  # of a Literal
+    registry: Registry[Any] | None = None
+    kind: Kind | None = None
+    separator: str | None = None
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def allowed(self) -> tuple[Any, ...]:
+        """The names that a value can be, now; empty where any value of the type will do."""
+        return tuple(self.registry) if self.registry is not None else self.choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptionSet:
+    """Options that belong together: the base of every dataclass of options. It checks its values when it is made.
+
+    ``ERROR`` is the exception for a wrong value. ``HEADING`` is where a command's help puts the fields of a class.
+    """
+
+    ERROR: ClassVar[type[Exception]] = ValueError
+    HEADING: ClassVar[str] = "Options"
+    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of options of which a command takes one
+
+    def __post_init__(self) -> None:
+        for field in option_fields(type(self)):
+            check(field, getattr(self, field.name), self.ERROR)
+
+
+@cache
+def option_fields(options: Any) -> tuple[OptionField, ...]:
+    """The fields of an `OptionSet`: the class's own first, then those of its bases in their order."""
+    hints = get_type_hints(options, include_extras=True)
+    defaults = {field.name: _default(field) for field in dataclasses.fields(options)}
+    fields: dict[str, OptionField] = {}
+    for owner in options.__mro__:
+        for name in vars(owner).get("__annotations__", {}):
+            if name in defaults and name not in fields:
+                heading = vars(owner).get("HEADING", options.HEADING)
+                fields[name] = _option_field(name, hints[name], defaults[name], heading)
+    return tuple(fields.values())
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionField:
+    notes = getattr(hint, "__metadata__", ())
+    plain = get_args(hint)[0] if notes else hint
+    types = get_args(plain) if get_origin(plain) in (Union, UnionType) else (plain,)
+    choices = tuple(choice for one in types if get_origin(one) is Literal for choice in get_args(one))
+    docs = [note.documentation for note in notes if isinstance(note, Doc)]
+    headings = [note.text for note in notes if isinstance(note, Heading)]
+    return OptionField(
+        name=name,
+        types=types,
+        default=default,
+        heading=(headings or [heading])[0],
+        doc=(docs or [""])[0],
+        bounds=tuple(note for note in notes if isinstance(note, Bound)),
+        choices=choices,
+        registry=next((note.registry for note in notes if isinstance(note, Among)), None),
+        kind=next((note for note in notes if isinstance(note, Kind)), None),
+        separator=next((note.separator for note in notes if isinstance(note, Separated)), None),
+    )
+
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check(field: OptionField, value: Any, error: type[Exception]) -> None:
+    """Raise ``error``, with a `Message` that names the option, for a value that the field cannot have."""
+    if value is None and NoneType in field.types:
+        return
+    if not _is_of_type(field, value):
+        names = " or ".join(_type_name(one) for one in field.types)
+        raise error(Message(Option(field.name), f" must be {names}, got {value!r}"))
+    values = value if isinstance(value, tuple | list) else (value,)
+    if field.allowed:
+        for one in values:
+            if one not in field.allowed:
+                allowed = [str(name) for name in field.allowed]
+                remedy = f"choose one of {', '.join(allowed)}.{did_you_mean(str(one), allowed)}"
+                raise error(Message("unknown ", Option(field.name), f" '{one}': {remedy}"))
+    for one in values:
+        _check_bounds(field, one, error)
+
+
+def _check_bounds(field: OptionField, value: Any, error: type[Exception]) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if not all(getattr(float(value), WORDS[type(bound)][1])(_limit(bound)) for bound in field.bounds):
+        limits = " and ".join(f"{WORDS[type(bound)][0]} {_limit(bound):g}" for bound in field.bounds)
+        raise error(Message(Option(field.name), f" must be {limits}, got {value:g}"))
+    if not math.isfinite(value):
+        raise error(Message(Option(field.name), f" must be a finite number, got {value:g}"))
+
+
+def _limit(bound: Bound) -> float:
+    return next(getattr(bound, name) for name in ("ge", "gt", "le", "lt") if hasattr(bound, name))
+
+
+def _is_of_type(field: OptionField, value: Any) -> bool:
+    if field.kind is not None or field.choices:
+        return True  # what it stands for is checked where it is used; a Literal is checked by its choices
+    for one in field.types:
+        origin = get_origin(one) or one
+        if origin is Any or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
+            return True
+        if isinstance(origin, type) and issubclass(origin, tuple) and isinstance(value, list | tuple):
+            return True
+        if isinstance(origin, type) and isinstance(value, origin) and not (isinstance(value, bool) and origin is int):
+            return True
+    return False
+
+
+def _type_name(one: Any) -> str:
+    if get_origin(one) is not None:
+        return str(one).replace("typing.", "")
+    return "None" if one is NoneType else getattr(one, "__name__", str(one))
+
+
+# --- signatures -----------------------------------------------------------------------------------------------------
+
+
+def takes(options: type[OptionSet]) -> Callable[[F], F]:
+    """Give a function that takes ``**options`` the signature, and the list of options, that the dataclass has."""
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        kept = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        others = [field for field in option_fields(options) if field.name not in signature.parameters]
+        keywords = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.required else field.default,
+                annotation=" | ".join(map(_type_name, field.types)),
+            )
+            for field in sorted(others, key=lambda field: not field.required)
+        ]
+        function.__signature__ = signature.replace(parameters=[*kept, *keywords])  # type: ignore[attr-defined]
+        documented = "".join(f"\n    {field.name}: {field.doc}" for field in others)
+        text = textwrap.dedent(" " * 4 + (function.__doc__ or ""))
+        function.__doc__ = f"{text.rstrip()}\n\nKeyword Args:{documented}\n"
+        return function
+
+    return decorate

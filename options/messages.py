@@ -1,0 +1,108 @@
+"""Errors that name options as data, so that a Python user reads Python and a shell user reads flags.
+
+An exception's only argument may be a `Message`. ``str(error)`` spells its options in Python; the command line spells
+them as flags by `Message.spell`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Unset(Enum):
+    """The value of an option of which none is told."""
+
+    UNSET = "UNSET"
+
+
+UNSET = Unset.UNSET
+
+
+class Word(str):
+    """Text that stands for itself in a `Call` or an `Option`, such as the placeholder TEACHER: it gets no quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option by its Python name, alone or with a value: ``lr``, or ``lr=0.1``."""
+
+    name: str
+    value: Any = UNSET
+
+    def __str__(self) -> str:
+        return self.name if self.value is UNSET else f"{self.name}={self.value!r}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of ours, as a remedy: ``cache_explanations(data='DATA.zarr', features=True)``.
+
+    ``command`` is the name of the command that does the same, where it is not the function's with dashes.
+    """
+
+    function: str
+    options: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
+class Message:
+    """The text of an error in pieces: strings, options and calls. Messages and errors within it are taken apart."""
+
+    def __init__(self, *pieces: object):
+        self.pieces: tuple[object, ...] = tuple(_flat(pieces))
+
+    def __str__(self) -> str:
+        return self.spell(str)
+
+    def __repr__(self) -> str:
+        return f"Message{self.pieces!r}"
+
+    def spell(self, spelling: Callable[[Option | Call], str]) -> str:
+        """The text, with options and calls spelled by ``spelling``."""
+        return "".join(spelling(piece) if isinstance(piece, Option | Call) else str(piece) for piece in self.pieces)
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The options that the text names."""
+        return tuple(piece for piece in self.pieces if isinstance(piece, Option))
+
+    def __reduce__(self) -> tuple[type[Message], tuple[object, ...]]:
+        return Message, self.pieces
+
+
+def _flat(pieces: Iterable[object]) -> Iterable[object]:
+    for piece in pieces:
+        if isinstance(piece, BaseException) and len(piece.args) == 1 and isinstance(piece.args[0], Message):
+            piece = piece.args[0]
+        if isinstance(piece, Message):
+            yield from piece.pieces
+        else:
+            yield piece
+
+
+def joined(pieces: Iterable[object], separator: str) -> Message:
+    """The pieces with a separator between them."""
+    with_separators = [part for piece in pieces for part in (separator, piece)]
+    return Message(*with_separators[1:])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of the known words, a space before it; empty where none is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's text; the name of its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
