@@ -117,14 +117,14 @@ def test_the_notebook_says_nothing_of_the_machine_that_it_ran_on():
 
 def test_the_notebooks_prose_says_what_its_outputs_do():
     rows = table(read())
-    assert rows["ERM"][0] > 99  # "next to perfect"
+    assert rows["ERM"][0] > 99  # "nearly 100 %"
     assert rows["ERM"][2] < 10  # "worse than guessing"
     assert min(rows["teacher"]) > 95
     behind = [theirs - ours for theirs, ours in zip(rows["teacher"], rows["student"], strict=True)]
     assert max(behind) < 1  # "less than a point behind its teacher on each test"
     answers = re.findall(r"^(\w+)((?: +[a-z]+){10})$", printed(read()), re.MULTILINE)
     said = {title: words.split() for title, words in answers}
-    assert sum(map(str.__eq__, said["ERM"], CLASS_NAMES)) >= 8  # "nearly every colour is answered with its own digit"
+    assert sum(map(str.__eq__, said["ERM"], CLASS_NAMES)) >= 8  # "for nearly every colour, … the digit of this colour"
     assert set(said["teacher"]) == set(said["student"]) == {"seven"}
 
 
