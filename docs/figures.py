@@ -1,10 +1,10 @@
-"""The figures of how-it-works.md, as SVG files in docs/images. Run by hand, when what they show has changed:
+"""Draw the figures of how-it-works.md and architecture.md as SVG files in docs/images.
 
-python docs/figures.py
+python docs/figures.py                 all figures; trains a small teacher and two students on a part of COLOURED MNIST
+python docs/figures.py architecture    the named figures only; this one needs no training
 
-It trains a small teacher and two students of it on a part of COLOURED MNIST, minutes on a CPU, and draws their real
-maps. The same machine and releases give the same files. The background is white in dark pages too, as maps have it for
-zero.
+Run it by hand after a change to the content of a figure. It takes minutes on a CPU. The same machine and releases give
+the same files. The background is white on dark pages too, because white stands for zero in maps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # what it draws is that of this checkout
+sys.path.insert(0, str(ROOT))  # import the packages of this checkout
 
 from data import make_coloured_mnist, open_dataset  # noqa: E402
 from pipeline import cache_explanations, explain, load_classifier  # noqa: E402
@@ -31,9 +32,9 @@ from trainer import train_student, train_teacher  # noqa: E402
 from trainer.loop.losses import heatmap_loss  # noqa: E402
 from trainer.results.show import common_limit, in_units  # noqa: E402
 
-COLOURS = "RdBu_r"  # as in trainer/results/pictures.py: red speaks for the class, blue against it
+COLOURS = "RdBu_r"  # as in trainer/results/pictures.py: red supports the class, blue contradicts it
 INK, MUTED, BOX, BLUE = "#222222", "#666666", "#f1f3f6", "#2b6cb0"
-LIMIT, STEPS = 12_000, (3, 600)  # images; steps of the student that has hardly begun, and of the other one
+LIMIT, STEPS = 12_000, (3, 600)  # training images; steps of the early and of the late student
 SEVEN, EPSILON, BATCH = 7, 0.1, 128
 LOOK = {
     "svg.fonttype": "path", "svg.hashsalt": "figures", "font.family": "DejaVu Sans", "font.size": 9,
@@ -44,9 +45,10 @@ LOOK = {
 
 @dataclass(frozen=True)
 class Explained:
-    """Images (N, 3, 28, 28) in [0, 1] that no network was trained on, of which the first is drawn, and the networks.
+    """Test images and the networks that explain them; the figures show the first image.
 
-    Students are in training, as the loss sees them: their norms are over the batch.
+    ``images`` is float32 (N, 3, 28, 28) in [0, 1]. Students are in training mode, as in the loss: their norms are over
+    the batch.
     """
 
     images: torch.Tensor
@@ -54,12 +56,13 @@ class Explained:
     students: tuple[torch.nn.Module, ...]
 
     def maps(self, model: torch.nn.Module, target_class: int, epsilon: float) -> torch.Tensor:
-        """(3, 28, 28), of the first image, for one class at one ε."""
+        """Explain the first image for one class and one ε: (3, 28, 28)."""
         classes = torch.full((len(self.images),), target_class)
         return explain(model, self.images, classes, epsilon)[1][0].detach()
 
 
 def trained(work: Path) -> Explained:
+    """Make the dataset, teacher, store and students in a folder, and load them."""
     data, store = work / "data.zarr", work / "store.zarr"
     make_coloured_mnist(data, limit=LIMIT)
     train_teacher(data, work / "teacher", steps=400)
@@ -70,7 +73,7 @@ def trained(work: Path) -> Explained:
 
 
 def opened(work: Path) -> Explained:
-    """What is drawn, of a folder in which all has been trained."""
+    """Load the images and networks of a folder that `trained` has filled."""
     split = open_dataset(work / "data.zarr").split("iid")
     first = int(np.flatnonzero(np.asarray(split.labels[:]) == SEVEN)[0])
     images = torch.from_numpy(np.asarray(split.images[first : first + BATCH])).float() / 255
@@ -79,7 +82,7 @@ def opened(work: Path) -> Explained:
 
 
 def two_stages(seven: Explained) -> Figure:
-    """From biased images to the loss: stage one above, which runs once, and stage two below."""
+    """Draw the way from biased images to the loss: stage one above, stage two below."""
     figure = Figure(figsize=(7.6, 4.1))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, 76), ylim=(-3, 38))
@@ -116,7 +119,7 @@ def two_stages(seven: Explained) -> Figure:
 
 
 def relu(_: Explained) -> Figure:
-    """What a ReLU multiplies relevance by, for some ε, beside the step function of the gradient."""
+    """Draw the factor by which a ReLU multiplies relevance, for some ε, beside the gradient's step function."""
     figure = Figure(figsize=(5.6, 3.0), layout="constrained")
     axis = figure.subplots()
     value = np.linspace(-0.6, 2, 2601)
@@ -138,7 +141,7 @@ def relu(_: Explained) -> Figure:
 
 
 def draws(seven: Explained) -> Figure:
-    """The teacher's maps of one image, for its class and another one, at some ε."""
+    """Draw the teacher's maps of one image, for its class and another class, at some ε."""
     rows, columns = ((SEVEN, "its class: 7"), (2, "another: 2")), (0.01, 0.1, 1.0)
     maps = [[in_units(seven.maps(seven.teacher, row, ε).sum(0).numpy()) for ε in columns] for row, _ in rows]
     limit = common_limit([each for row in maps for each in row])
@@ -157,7 +160,7 @@ def draws(seven: Explained) -> Figure:
 
 
 def pyramid(seven: Explained) -> Figure:
-    """The two maps that the loss compares, over g and at every resolution, for a student early and late."""
+    """Draw the two maps that the loss compares, divided by g, at every resolution, for an early and a late student."""
     teacher = seven.maps(seven.teacher, SEVEN, EPSILON)
     figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     early, late = figure.subfigures(2, 1, hspace=0.06)
@@ -187,7 +190,7 @@ def pyramid(seven: Explained) -> Figure:
 
 
 def picture(axis: Any, x: float, y: float, side: float, content: torch.Tensor, below: str) -> None:
-    """An image (3, h, w) in [0, 1], or a map, in a square about a point of the diagram."""
+    """Draw an image (3, h, w) in [0, 1], or a map, in a square centred on a point of the diagram."""
     h = side / 2
     inset = axis.inset_axes((x - h, y - h, side, side), transform=axis.transData)
     is_map = bool((content < 0).any())
@@ -197,7 +200,7 @@ def picture(axis: Any, x: float, y: float, side: float, content: torch.Tensor, b
 
 
 def block(axis: Any, x: float, y: float, width: float, name: str, below: str) -> None:
-    """A box about a point of the diagram."""
+    """Draw a box centred on a point of the diagram."""
     corner, shape = (x - width / 2, y - 3), "round,pad=0,rounding_size=1"
     axis.add_patch(FancyBboxPatch(corner, width, 6, boxstyle=shape, facecolor=BOX, edgecolor=MUTED))
     axis.text(x, y + 1.1, name, ha="center", va="center", weight="bold", fontsize=10)
@@ -205,12 +208,13 @@ def block(axis: Any, x: float, y: float, width: float, name: str, below: str) ->
 
 
 def arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], color: str = INK) -> None:
+    """Draw a straight arrow between two points of the diagram."""
     look = {"arrowstyle": "-|>", "mutation_scale": 11, "linewidth": 1.3, "color": color, "shrinkA": 0, "shrinkB": 0}
     axis.add_patch(FancyArrowPatch(start, end, **look))
 
 
 def show(axis: Any, content: np.ndarray, limit: float) -> None:
-    """An image (3, h, w) in [0, 1], or a map (h, w) with colours from −``limit`` to ``limit``."""
+    """Draw an image (3, h, w) in [0, 1], or a map (h, w) with colours from −``limit`` to ``limit``."""
     axis.set(xticks=[], yticks=[])
     if content.ndim == 3:
         axis.imshow(content.transpose(1, 2, 0), interpolation="none")
@@ -218,20 +222,100 @@ def show(axis: Any, content: np.ndarray, limit: float) -> None:
         axis.imshow(content, cmap=COLOURS, vmin=-limit, vmax=limit, interpolation="none")
 
 
-FIGURES = {"two-stages": two_stages, "relu": relu, "draws": draws, "pyramid": pyramid}
+PACKAGES = {  # colour of the boxes of a package in `architecture`
+    "data": "#dff0e0", "teacher_cache": "#fdebd0", "pipeline": "#dce9f7", "trainer": "#ece6f5",
+}  # fmt: skip
+COLUMNS, ABOVE, MIDDLE, BELOW = (9.5, 29.5, 49.5, 69.5, 89.5), 54.0, 33.0, 14.0  # centres of boxes in `architecture`
+NETWORK = "networks/\nexplainers.py\nrelevance.py, rules/"
+STAGE_ONE = (  # package, name, files, content that the box passes on
+    ("data", "dataset", "DATA.zarr\ndata/layout.py", "images: uint8\n(N, C, H, W)"),
+    ("pipeline", "shard", "caching/stage_one.py\nbatches.py, draws.py", "images (n, C, H, W);\nD draws: class t, ε"),
+    ("pipeline", "teacher", NETWORK, "maps (n, D, C, H, W)\nfloat32; logits (n, K)"),
+    ("teacher_cache", "codec", "codec.py", "float16, bfloat16 or int8,\ncompressed"),
+    ("teacher_cache", "heatmap store", "CACHE.zarr\nstore.py, layout.py", "one commit record\nfor each shard"),
+)
+STAGE_TWO = (
+    ("trainer", "order, stream", "stream/order.py\nstream/stream.py", "one draw of each sample,\nas stored"),
+    (
+        "trainer",
+        "batch on device",
+        "loop/training.py\nloop/augmentation.py",
+        "images, maps (B, C, H, W)\nfloat32; t, ε (B,)",
+    ),
+    ("pipeline", "student", NETWORK, "its maps for\nthe same t, ε"),
+    ("trainer", "loss", "loop/methods.py\nloop/losses.py", "(B,): one number\nfor each sample"),
+    ("trainer", "optimizer", "loop/optim.py", "new weights"),
+)
+RESULTS = (
+    ("trainer", "report, tables", "results/", "tables, pictures, report.html"),
+    ("trainer", "evaluation", "results/evaluation.py", "accuracy, worst group, gap"),
+    ("trainer", "run folder", "RUN/\nrun_dir.py", "weights, checkpoints,\nmetrics"),
+)
 
 
-def main() -> None:
+def architecture() -> Figure:
+    """Draw the way of one image (stage one) and of one batch (stage two) through the files."""
+    figure = Figure(figsize=(8.6, 5.0))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, 100), ylim=(5.5, 63))
+    axis.set_axis_off()
+    axis.text(1.5, ABOVE + 6, "Stage one: the way of one image through cache-explanations", weight="bold", fontsize=10)
+    axis.text(21.5, MIDDLE + 6, "Stage two: the way of one batch through train-student", weight="bold", fontsize=10)
+    axis.text(41.5, BELOW + 6, "Results", weight="bold", fontsize=10)
+    for row, y, columns in ((STAGE_ONE, ABOVE, COLUMNS), (STAGE_TWO, MIDDLE, COLUMNS), (RESULTS, BELOW, COLUMNS[2:])):
+        for (package, name, files, passed_on), x in zip(row, columns, strict=True):
+            file_box(axis, x, y, package, name, files, passed_on)
+    for left, right in pairwise(COLUMNS):
+        arrow(axis, (left + 8, ABOVE), (right - 8, ABOVE))
+        arrow(axis, (left + 8, MIDDLE), (right - 8, MIDDLE))
+    for left, right in pairwise(COLUMNS[2:]):
+        arrow(axis, (right - 8, BELOW), (left + 8, BELOW))
+    arrow(axis, (3.2, ABOVE - 4), (3.2, MIDDLE + 4))  # images of the dataset
+    axis.plot([96.8, 96.8, 15.8], [ABOVE - 4, 43.2, 43.2], color=INK, linewidth=1.3)  # draws of the store
+    arrow(axis, (15.8, 43.2), (15.8, MIDDLE + 4))
+    arrow(axis, (96.8, MIDDLE - 4), (96.8, BELOW + 4))  # weights and metrics
+    axis.plot([76.5, 76.5, 56.3], [MIDDLE - 4, 24.2, 24.2], color=BLUE, linestyle="--", linewidth=1.3)
+    arrow(axis, (56.3, 24.2), (56.3, MIDDLE - 4), color=BLUE)
+    axis.text(66.4, 23.6, "gradient of the loss", color=BLUE, ha="center", va="top", fontsize=7)
+    legend(axis, 1.5, BELOW + 4)
+    return figure
+
+
+def file_box(axis: Any, x: float, y: float, package: str, name: str, files: str, passed_on: str) -> None:
+    """Draw a box of `architecture`: a name, its files, and below it the content that it passes on."""
+    shape = "round,pad=0,rounding_size=1"
+    axis.add_patch(FancyBboxPatch((x - 8, y - 4), 16, 8, boxstyle=shape, facecolor=PACKAGES[package], edgecolor=MUTED))
+    axis.text(x, y + 2.4, name, ha="center", va="center", weight="bold", fontsize=9)
+    axis.text(x, y - 1.3, files, ha="center", va="center", fontsize=6.4, family="DejaVu Sans Mono")
+    axis.text(x, y - 4.6, passed_on, ha="center", va="top", fontsize=6.8, color=MUTED)
+
+
+def legend(axis: Any, x: float, y: float) -> None:
+    """Draw the colours of the packages, from a point downwards."""
+    for number, (package, color) in enumerate(PACKAGES.items()):
+        top = y - 3 * number
+        axis.add_patch(FancyBboxPatch((x, top - 2), 3, 2, boxstyle="square,pad=0", facecolor=color, edgecolor=MUTED))
+        axis.text(x + 4, top - 1, f"{package}/", va="center", fontsize=7.5, family="DejaVu Sans Mono")
+
+
+FIGURES = {"two-stages": two_stages, "relu": relu, "draws": draws, "pyramid": pyramid}  # of trained networks
+DIAGRAMS = {"architecture": architecture}
+
+
+def main(names: list[str]) -> None:
+    """Draw the named figures, or all of them."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as work:
-        seven = trained(Path(work))
-    for name, draw in FIGURES.items():
+    seven = None
+    for name in names or [*FIGURES, *DIAGRAMS]:
+        if name in FIGURES and seven is None:
+            with tempfile.TemporaryDirectory() as work:
+                seven = trained(Path(work))
         with matplotlib.rc_context(LOOK):
-            figure = draw(seven)
+            figure = DIAGRAMS[name]() if name in DIAGRAMS else FIGURES[name](seven)
             figure.set_facecolor("white")
             out = ROOT / "docs" / "images" / f"{name}.svg"
             figure.savefig(out, metadata={"Date": None}, bbox_inches="tight", pad_inches=0.12)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
