@@ -36,6 +36,7 @@ from pipeline.device import as_input, as_mask, pick_device, place, round_to_tf32
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
 from pipeline.networks.segmenters import Segmenter
+from pipeline.private_torch import ONE_VALUE_PER_CHANNEL_MESSAGE
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
@@ -450,7 +451,7 @@ def _too_few_said(settings: Settings) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
+        if not str(error).startswith(ONE_VALUE_PER_CHANNEL_MESSAGE):
             raise
         raise TrainingError(
             f"a batch norm of this network sees one value alone, with --batch-size {settings.batch_size} in "
