@@ -164,7 +164,7 @@ class Format:
 
 
 def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
-    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
+    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
@@ -225,7 +225,7 @@ def _from_state_dict(content: bytes, network: nn.Module) -> Callable[[Tensor], T
 
 
 def _any_batch() -> Any:
-    return ({0: torch.export.Dim("batch")},)
+    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)  # PyTorch 2.6 refuses a size without an upper bound
 
 
 FORMATS = {
