@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from pipeline.errors import RelevanceError
+from pipeline.private_torch import NODES_THAT_RETURN_THEIR_INPUT, running_checkpoint
 from pipeline.rules import LIKE_THE_SECOND, PassState, RuleSet, StopRelevance, batch_axis_after, tensors
 
-_PASSES_ON = {"_DDPSinkBackward"}  # nodes of PyTorch that return their input
 _ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # checkpointing does, up to 2.13
 
 
@@ -77,7 +77,7 @@ class Tracer(TorchFunctionMode):
         node: Any = tensor.grad_fn
         if node is None or self.state in node.metadata:
             return node is not None
-        if node.name() in _PASSES_ON and (marked := self._marked_parent(node)) is not None:
+        if node.name() in NODES_THAT_RETURN_THEIR_INPUT and (marked := self._marked_parent(node)) is not None:
             node.metadata[self.state] = marked
             return True
         if self.rules.otherwise is None and (hidden := self._hidden_dependency(node)):
@@ -138,21 +138,15 @@ class Tracer(TorchFunctionMode):
         )
 
     def _recompute_with_rules(self) -> None:
-        """Within a checkpointed block (torch.utils.checkpoint, not reentrant), let it be recomputed with the rules.
-
-        The block's frame is a variable of its hook: PyTorch has no public way to get it.
-        """
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        variables = getattr(hooks[0], "__closure__", None) if hooks else None
-        for cell in variables or ():
-            frame = cell.cell_contents
-            if hasattr(frame, "recompute_fn") and not hasattr(frame, "explained"):
-                frame.explained, self.latest = True, (None, None)
-                frame.recompute_fn = partial(self.written_out, frame.recompute_fn)
+        """Have the checkpointed block that is running, if any, recompute its forward pass with the rules in place."""
+        block = running_checkpoint()
+        if block is not None and not hasattr(block, "explained"):
+            block.explained, self.latest = True, (None, None)
+            block.recompute_fn = partial(self.written_out, block.recompute_fn)
 
 
 def _stops_relevance(node: Any) -> bool:
-    return getattr(type(node), "_forward_cls", None) is StopRelevance
+    return node.name() == f"{StopRelevance.__name__}Backward"
 
 
 def _module_on_the_stack() -> str:

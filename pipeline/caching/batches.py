@@ -12,12 +12,11 @@ from typing import Literal, TypeVar
 import torch
 
 from pipeline.errors import RelevanceError
+from pipeline.private_torch import OUT_OF_MEMORY_MESSAGES
 
 T = TypeVar("T")
 BatchSize = int | Literal["auto"]
 DEFAULT_SIZE = 128
-# What PyTorch says, in a plain RuntimeError, where a library beneath it, or the C library, has no more memory.
-OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 
 
 class Batches:
@@ -81,7 +80,7 @@ class Batches:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that a batch was too large for the memory of the device."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OTHER_WORDS)
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in OUT_OF_MEMORY_MESSAGES)
 
 
 def free_memory() -> None:

@@ -37,7 +37,7 @@ FORMATS: Registry[Format] = Registry("format", ModelError)
 
 
 def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
-    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch())
+    program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
@@ -101,7 +101,7 @@ def _from_state_dict(content: bytes, network: nn.Module) -> Callable[[Tensor], T
 
 
 def _any_batch() -> Any:
-    return ({0: torch.export.Dim("batch")},)
+    return ({0: torch.export.Dim("batch", max=2**31 - 1)},)  # PyTorch 2.6 refuses a size without an upper bound
 
 
 FORMATS.enter("torch-export", Format(_to_torch_export, _from_torch_export))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pipeline.private_torch import BatchNormBase
 from pipeline.rules import scale_norm
 
 
@@ -56,7 +57,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
         The copy, and the report.
     """
     model = copy.deepcopy(model)
-    norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, _BATCH_NORMS)}
+    norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, BatchNormBase)}
     if model in norms:
         return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
@@ -75,7 +76,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
 
 def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
     """Return a scale-only norm with the width, γ, momentum, mode, dtype and device of a batch norm."""
-    assert isinstance(norm, _BATCH_NORMS)
+    assert isinstance(norm, BatchNormBase)
     scale = ScaleNorm(norm.num_features, norm.eps, norm.momentum or 0.1).train(norm.training)
     for tensor in (norm.weight, norm.running_var):
         if tensor is not None:
@@ -86,8 +87,16 @@ def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
     return scale
 
 
-_BATCH_NORMS = nn.modules.batchnorm._BatchNorm
-_WITH_BIAS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+_WITH_BIAS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.Bilinear,
+)
 _NOT_HOMOGENEOUS = (
     nn.ReLU6,
     nn.Hardtanh,
@@ -106,7 +115,9 @@ _NOT_HOMOGENEOUS = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
-    nn.modules.instancenorm._InstanceNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
     nn.MultiheadAttention,
 )
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import ScaleNorm
 from pipeline.networks.processes import Processes
+from pipeline.private_torch import BatchNormBase
 from pipeline.rules import joint_batch_norm, scale_norm
 
 
-class SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+class SynchronisedBatchNorm(BatchNormBase):
     """A batch norm for (N, C, ...); in evaluation, and in a single process, the plain one."""
 
     processes: Processes
@@ -75,7 +76,7 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
     Raises:
         ModelError: the class of a norm is unknown, and it may do more than normalise. The model is unchanged then.
     """
-    kinds = (nn.modules.batchnorm._BatchNorm, ScaleNorm)
+    kinds = (BatchNormBase, ScaleNorm)
     norms: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     for name, norm in norms.items():
         if type(norm) not in _SIBLINGS:

@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pipeline.networks.processes import Processes
+from pipeline.private_torch import native_batch_norm, native_batch_norm_backward
 from pipeline.rules.table import PassState, require_constant, rule_for
 from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 
@@ -47,7 +48,7 @@ class BatchNorm:
 
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
         running = (self.running_mean, self.running_var)
-        out, mean, inverse = torch.native_batch_norm(z, gamma, beta, *running, self.training, self.momentum, self.eps)
+        out, mean, inverse = native_batch_norm(z, gamma, beta, *running, self.training, self.momentum, self.eps)
         var = None
         if not self.training:  # the running statistics are buffers that a later step overwrites
             assert self.running_mean is not None
@@ -64,7 +65,7 @@ class BatchNorm:
         if g is not None:
             running = (None, None) if self.training else (mean, var)
             mask = [True, gamma is not None, True]
-            dz, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+            dz, dgamma, dbeta = native_batch_norm_backward(
                 g, z, gamma, *running, mean, inverse, self.training, self.eps, mask
             )
         if dk is None:

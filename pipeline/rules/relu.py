@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.private_torch import threshold_backward
 from pipeline.rules.table import PassState, last_derivative, rule_for
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class _ReLU(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         if ctx.state.epsilon is None or ctx.state.uniform == 0:  # ε = 0 is the step function
-            return None, torch.ops.aten.threshold_backward(g, a, 0), None, None
+            return None, threshold_backward(g, a, 0), None, None
         epsilon = ctx.state.epsilon_like(a, ctx.batch_axis)
         if torch.is_grad_enabled():
             return None, _ReLURelevance.apply(g, a, epsilon), None, None

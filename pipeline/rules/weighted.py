@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.private_torch import (
+    aten_convolution,
+    convolution_backward,
+    current_backward_pass,
+    has_gradient_hooks,
+    is_view,
+    unsafe_view,
+)
 from pipeline.rules.products import shared
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -23,7 +31,6 @@ if TYPE_CHECKING:
     from pipeline.rules.batch_norm import Norm
     from pipeline.tracer import Tracer
 
-aten = torch.ops.aten
 SMALL_MAP = 16  # pairs of an input and an output position
 
 
@@ -45,10 +52,8 @@ class Convolution:
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self._covers(x, weight):
             made = F.linear(_rows(x), _rows(weight), bias)
-            return aten._unsafe_view(
-                made, [*made.shape, 1, 1]
-            )  # not a view for autograd, so it may be changed in place
-        return aten.convolution(*_by_channel(x, x, weight), bias, *self.options)
+            return unsafe_view(made, [*made.shape, 1, 1])  # no view for autograd, so it may be changed in place
+        return aten_convolution(*_by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         stride, padding, dilation = self.options[:3]
@@ -57,12 +62,12 @@ class Convolution:
         if self._plain(x) and x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1:
             return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
         g, x, weight = _by_channel(x, g, x, weight)
-        return aten.convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
+        return convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
 
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         if self._plain(x) and x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP:
             return _weight_grad_by_positions(x, g, weight, *self.options[:3])
-        return aten.convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
+        return convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
 
     def _covers(self, x: Tensor, weight: Tensor) -> bool:
         """Return whether the kernel is as large as the map, so that this is a linear layer."""
@@ -95,7 +100,7 @@ def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, pa
     before = [t - 1 - f for t, f in zip(taps, first, strict=True)]
     after = [c + t - 1 - b - size for c, t, b, size in zip(count, taps, before, g.shape[2:], strict=True)]
     pads = [max(b, a, 0) for b, a in zip(before, after, strict=True)]
-    out = aten.convolution(
+    out = aten_convolution(
         g, by_phase.contiguous(memory_format=torch.channels_last), None, [1, 1], pads, [1, 1], False, [0, 0], 1
     )
     for axis in (0, 1):
@@ -142,8 +147,8 @@ class Linear:
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         made = F.linear(x, weight, bias)
-        # with more than two axes it is a view in some releases, which may not be changed in place after a node of ours
-        return aten._unsafe_view(made, made.shape) if made._is_view() else made
+        # of more than two axes it is a view in some releases, which may not be changed in place behind a node of ours
+        return unsafe_view(made, made.shape) if is_view(made) else made
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return g @ weight
@@ -179,11 +184,11 @@ class Pending:
 
     def add(self, part: Any) -> None:
         self.parts = [*self.take(), part]
-        self.backward_pass = torch._C._current_graph_task_id()
+        self.backward_pass = current_backward_pass()
 
     def take(self) -> list[Any]:
         parts, self.parts = self.parts, []
-        return parts if self.backward_pass == torch._C._current_graph_task_id() else []
+        return parts if self.backward_pass == current_backward_pass() else []
 
 
 def _on_weight(layer: Layer, g: Tensor, weight: Tensor) -> bool:
@@ -354,7 +359,7 @@ def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta
     node, arguments = trace.latest
     if node is None or z.grad_fn is not node:
         return None
-    if z._backward_hooks or z.retains_grad:  # z's gradient is observed or changed
+    if has_gradient_hooks(z) or z.retains_grad:  # somebody looks at z's gradient, or changes it
         return None
     return _Weighted.apply(*arguments, z.detach(), norm, gamma, beta)[0]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline import Classifier, Forward, resize
 from pipeline.device import as_input, as_mask, to_device
+from pipeline.private_torch import ONE_VALUE_PER_CHANNEL_MESSAGE
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
@@ -182,7 +183,7 @@ def _explain_single_values(settings: Settings) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith("Expected more than 1 value per channel"):
+        if not str(error).startswith(ONE_VALUE_PER_CHANNEL_MESSAGE):
             raise
         batch_size, parts = Option("batch_size", settings.batch_size), Option("accumulate", settings.accumulate)
         raise TrainingError(
