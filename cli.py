@@ -17,50 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
+from pipeline import EXPLAINERS
 from terminal import inline_picture
 from terminal.command_line import ARGUMENTS, Choice, Group, options, under
+from terminal.options import RegistryChoice, options_of
 from terminal.spelling import spell, text_of
+from terminal.types import (
+    Architecture,
+    BatchSize,
+    LocalFolder,
+    Location,
+    NamedFolder,
+    Names,
+    TeacherName,
+)
+from trainer.settings import StudentOptions, TeacherOptions
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
 
-class Location(click.ParamType):
-    """A folder, or a URL of fsspec, of which ``pathlib`` would make something else."""
-
-    name = "folder or URL"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not (text := os.fspath(value)):
-            self.fail("it is empty: give a folder, or a URL such as s3://bucket/name", param, ctx)
-        return text
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(incomplete, type="dir")]
-
-
-class LocalFolder(click.Path):
-    """A folder of this machine, for models and trainings."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if "://" in str(value):
-            self.fail(f"'{value}' is a URL: only datasets and stores can be at one, give a local folder", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class TeacherName(LocalFolder):
-    """A folder, or the name of a vision-language model."""
-
-    name = "folder or clip:ARCH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
-
-
 # Headings that several commands have, and options of each.
-FILES, NETWORK, MATCHES = "What it reads and writes", "The network", "What it matches"
-LEARNS, RUN, OUTPUT, OWN_CODE = "How it learns", "How it is run", "What it prints", "Code of your own"
+FILES, TRAINING, RUN, OUTPUT, OWN_CODE = "Files", "Training", "Run", "Output", "Your own code"
 
 DATA = click.option("--data", required=True, type=Location(), help="A dataset in our layout.")
 OUT = click.option(
@@ -90,208 +68,13 @@ OF_CLIP = under(
 )
 
 
-class Bytes(click.ParamType):
-    """A size such as 4GB, 500MiB or 2e9, as a number of bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from dask.utils import parse_bytes
-
-        try:
-            size = int(parse_bytes(value))
-        except (ValueError, OverflowError):
-            self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
-        if size < 0:
-            self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
-        return size
-
-
-class BatchSize(click.ParamType):
-    """A number of samples, at least 1, or auto."""
-
-    name = "integer|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto":
-            return value
-        try:
-            size = int(value)
-        except ValueError:
-            size = 0
-        if size < 1:
-            self.fail(f"'{value}' is no size of a batch: give a number of samples, at least 1, or auto", param, ctx)
-        return size
-
-
-class Option(click.ParamType):
-    """NAME=VALUE, the value a number, true, false or text."""
-
-    name, pairs = "name=value", True
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
-        name, equals, text = value.partition("=")
-        if not name.isidentifier() or not equals:
-            self.fail(f"'{value}' is no NAME=VALUE: give one such as width=64", param, ctx)
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = text
-        return name, found if isinstance(found, bool | int | float | str) else text
-
-
-class Architecture(click.ParamType):
-    """The name of a network, which what builds it looks at."""
-
-    name = "name"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        from pipeline.networks.models import architectures
-
-        return [CompletionItem(name) for name in architectures() if name.startswith(incomplete)]
-
-
-class Names(click.ParamType):
-    """Some names, separated by commas."""
-
-    name, separator = "names", ","
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        return tuple(name.strip() for name in value.split(self.separator) if name.strip())
-
-
-POSITIVE = click.FloatRange(0, min_open=True)
-ARCH = click.option(
-    "--arch", default="small-cnn", type=Architecture(), help="small-cnn, small-resnet, or a torchvision model."
-)
-ITS_FORM = [
-    click.option(
-        "--arch-option",
-        "arch_options",
-        multiple=True,
-        type=Option(),
-        help="Of the architecture, as width=64. Repeatable.",
-    ),
-    click.option("--bias-free/--no-bias-free", default=None, help="No additive term in the network."),
-]
-HOW_IT_LEARNS = under(
-    LEARNS,
-    click.option("--steps", type=click.IntRange(1), help="Length in optimizer steps."),
-    click.option("--epochs", type=POSITIVE, help="Length in passes over the data."),
-    click.option(
-        "--batch-size",
-        default=128,
-        type=click.IntRange(1),
-        help="Samples of a step, over all processes.",
-    ),
-    click.option("--accumulate", default=1, type=click.IntRange(1), help="Parts a batch is shown in."),
-    click.option("--lr", default=4e-3, type=POSITIVE, help="The peak of the learning rate."),
-    click.option(
-        "--optimizer", default="adam", type=Choice(["adam", "adamw", "muon", "sgd"]), help="What takes the steps."
-    ),
-    click.option("--momentum", default=0.9, type=click.FloatRange(0, 1, max_open=True), help="Of sgd."),
-    click.option("--weight-decay", default=0.0, type=click.FloatRange(0), help="Not of biases and norms."),
-    click.option(
-        "--schedule",
-        default="one-cycle",
-        type=Choice(["one-cycle", "cosine", "constant"]),
-        help="How the learning rate goes.",
-    ),
-    click.option("--warmup", type=click.IntRange(0), help="Steps in which the learning rate rises."),
-    click.option(
-        "--ema",
-        type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="Keep the moving average of the weights, of this decay, as 0.999.",
-    ),
-    click.option(
-        "--augment",
-        type=Names(),
-        default=(),
-        help="flip, shift, crop, which move image and heatmap together; background, which repaints it behind masks.",
-    ),
-    click.option(
-        "--precision",
-        default="auto",
-        type=Choice(["auto", "float32", "tf32", "bfloat16", "float64"]),
-        help="auto is tf32 on CUDA, and float32 elsewhere.",
-    ),
-)
-WHILE_IT_RUNS = under(
-    RUN,
-    click.option("--workers", default=2, type=click.IntRange(1), help="Threads that read the data."),
-    click.option(
-        "--memory-budget",
-        type=Bytes(),
-        help="Memory for decoded data, such as 4GB; half of what is free unless given. What fits is read once; "
-        "two windows of samples, 512 MiB as a rule at most, are always held.",
-    ),
-    click.option("--checkpoint-steps", type=click.IntRange(1), help="Write a checkpoint every so many steps."),
-    click.option("--checkpoint-minutes", default=10.0, type=POSITIVE, help="Write one every so many minutes."),
-    click.option("--keep-checkpoints", default=2, type=click.IntRange(1), help="The last ones stay."),
-    click.option(
-        "--log-steps",
-        default=20,
-        type=click.IntRange(1),
-        help="A line in metrics.jsonl every so many steps.",
-    ),
-    click.option("--profile", is_flag=True, help="Write a torch profiler trace of some steps."),
-    click.option(
-        "--cuda-graph/--no-cuda-graph",
-        default=None,
-        help="On CUDA, record a step and replay it, which is faster; unless given, where the network is not your own.",
-    ),
-    click.option(
-        "--snapshots",
-        default=0,
-        type=click.IntRange(0),
-        help="Keep the weights at so many moments of the training, evenly spread.",
-    ),
-)
-CLIP_NORM = click.option("--clip-norm", default=1.0, type=POSITIVE, help="Gradients are scaled down to this norm.")
-VALIDATION_CACHE = click.option(
-    "--validation-cache",
-    type=Location(),
-    help="A store of the validation split, to choose the weights by; without it the last are kept.",
-)
-HOW_IT_MATCHES = under(
-    MATCHES,
-    click.option(
-        "--loss", metavar="METHOD=WEIGHT,…", help="A sum of methods, as in lrp=1,output=0.1, in place of --method."
-    ),
-    click.option(
-        "--map-loss",
-        default="l1",
-        type=Choice(["l1", "cosine", "mse", "huber", "kl"]),
-        help="How heatmaps are compared.",
-    ),
-    click.option("--pyramid/--flat", default=True, help="Compare them at several resolutions, or at one."),
-    click.option(
-        "--mask-target",
-        is_flag=True,
-        help="Take the teacher's maps as 0 outside the dataset's masks, on the background.",
-    ),
-)
-HEAD = click.option(
-    "--head",
-    default="frozen",
-    type=Choice(["frozen", "attention-pool", "free"]),
-    help="The student's last layer: the teacher's, with the attention pooling in front of it (CLIP's ResNets), or its "
-    "own.",
-)
 PROFILES = ["cpu", "gpu", "paper"]
-EXPLAINERS = [
-    *("flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma"),
-    *("input-gradient", "grad-cam", "attention"),
-]
-METHODS = [
-    *("lrp", "complete-lrp", "gradient-x-input", "input-gradient", "grad-cam", "attention"),
-    *("features", "output", "erm", "group-dro", "rrr", "isnet"),
-]
+FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat"}  # spelled otherwise than their Python names
+METAVARS = {
+    "loss": {"metavar": "METHOD=WEIGHT,…"},
+    "student_factory": {"metavar": "MODULE:FUNCTION"},
+    "segmenter": {"metavar": "SPEC"},
+}
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
@@ -498,18 +281,6 @@ def waterbirds(out: str, **options: Any) -> None:
     _echo_sizes(out, make_waterbirds(out, **options))
 
 
-class NamedFolder(click.ParamType):
-    """NAME=DIR."""
-
-    name, pairs = "name=folder", True
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        name, equals, folder = value.partition("=")
-        if not (name and equals and folder):
-            self.fail(f"'{value}' is no NAME=DIR: give one such as ood=images/ood", param, ctx)
-        return name, Path(folder)
-
-
 @make_data.command(
     name="image-folder",
     example="make-data image-folder --train images/train --test ood=images/ood --size 64 --out DATA.zarr",
@@ -562,30 +333,7 @@ def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) 
     heading=DATA_AND_TEACHER,
     example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",
 )
-@options(
-    under(FILES, DATA, OUT),
-    under(
-        "What the network does not see",
-        click.option(
-            "--debias",
-            default="grayscale",
-            type=Choice(["grayscale", "mask", "segmenter", "none"]),
-            help="Hue and brightness, or the background; none is the ERM baseline.",
-        ),
-        SEGMENTER,
-    ),
-    under(NETWORK, ARCH, ITS_FORM),
-    HOW_IT_LEARNS,
-    under(
-        LEARNS,
-        click.option(
-            "--clip-norm", type=POSITIVE, help="Gradients are scaled down to this norm; not at all unless given."
-        ),
-        SEED,
-    ),
-    under(RUN, DEVICE),
-    WHILE_IT_RUNS,
-)
+@options(options_of(TeacherOptions, flags=FLAGS, segmenter=METAVARS["segmenter"]))
 def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Train a teacher behind a debiasing front, with labels, on the train split alone.
 
@@ -640,7 +388,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
         click.option(
             "--explainer",
             default="flex",
-            type=Choice(EXPLAINERS),
+            type=RegistryChoice(EXPLAINERS),
             help="How decisions are explained, see docs/engine.md; students of the store do the same.",
         ),
         click.option(
@@ -777,31 +525,7 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
     heading=STAGE_TWO,
     example="train-student --data DATA.zarr --cache CACHE.zarr --arch resnet18 --out STUDENT",
 )
-@options(
-    under(
-        FILES,
-        DATA,
-        click.option(
-            "--cache", type=Location(), help="A store of the train split. erm, group-dro, rrr and isnet need none."
-        ),
-        VALIDATION_CACHE,
-        OUT,
-    ),
-    under(
-        MATCHES,
-        click.option(
-            "--method",
-            type=Choice(METHODS),
-            help="What the student matches; the maps of the store unless --method or --loss is given.",
-        ),
-    ),
-    HOW_IT_MATCHES,
-    under(NETWORK, ARCH, ITS_FORM, HEAD, FACTORY),
-    HOW_IT_LEARNS,
-    under(LEARNS, CLIP_NORM, SEED),
-    under(RUN, DEVICE),
-    WHILE_IT_RUNS,
-)
+@options(options_of(StudentOptions, flags=FLAGS, loss=METAVARS["loss"], student_factory=METAVARS["student_factory"]))
 def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Stage two: train a student to make its own heatmaps match the stored ones.
 
@@ -830,40 +554,24 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
 )
 @click.argument("sweep", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @options(
-    under(
-        FILES,
-        click.option("--data", type=Location(), help="A dataset in our layout."),
-        click.option("--cache", type=Location(), help="A store of the train split."),
-        VALIDATION_CACHE,
-        click.option("--out", type=LocalFolder(path_type=Path), help="The folder of the students' folders."),
-    ),
-    under(MATCHES, click.option("--method", type=Choice(METHODS), multiple=True, help="Repeatable.")),
-    HOW_IT_MATCHES,
-    under(
-        NETWORK,
-        click.option(
-            "--arch",
-            multiple=True,
-            type=Architecture(),
-            help="small-cnn, small-resnet, or a torchvision model. Repeatable.",
-        ),
-        ITS_FORM,
-        HEAD,
-        FACTORY,
-    ),
-    HOW_IT_LEARNS,
-    under(
-        LEARNS,
-        CLIP_NORM,
-        click.option("--seed", multiple=True, type=click.IntRange(0, 2**63 - 1), help="Repeatable."),
+    options_of(
+        StudentOptions,
+        without=("device",),
+        flags=FLAGS,
+        data={"required": False},
+        out={"required": False, "help": "The folder of the students' folders."},
+        arch={"multiple": True, "default": None},
+        method={"multiple": True},
+        seed={"multiple": True, "default": None, "help": "Random seed. Repeatable."},
+        loss=METAVARS["loss"],
+        student_factory=METAVARS["student_factory"],
     ),
     under(
         RUN,
         click.option(
-            "--devices", type=Names(), help="One student at a time on each, as cuda:0,cuda:1; all GPUs, or the CPU."
+            "--devices", type=Names(), help="Devices, such as cuda:0,cuda:1; by default all GPUs, or the CPU."
         ),
     ),
-    WHILE_IT_RUNS,
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")),
 )
 @click.pass_context
@@ -1008,7 +716,7 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
         click.option(
             "--explainer",
             default="flex",
-            type=Choice(EXPLAINERS),
+            type=RegistryChoice(EXPLAINERS),
             help="How models are explained, see docs/engine.md; stores show what they have.",
         ),
     ),
@@ -1126,7 +834,7 @@ def export_command(model: Path, format: str, out: Path, student_factory: str | N
 )
 @options(
     under(FILES, click.option("--out", default="quickstart", type=LocalFolder(path_type=Path), help="Where to write.")),
-    under(LEARNS, SEED),
+    under(TRAINING, SEED),
 )
 def quickstart_command(out: Path, seed: int) -> None:
     """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from cli import main
 from terminal import command_line
 from trainer import TrainingError
-from trainer.settings import Runtime, Settings, as_given
+from trainer.settings import StudentOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -358,7 +358,7 @@ def test_what_a_run_notes_is_what_its_command_takes(command, dataset, cache, tmp
 
 
 def test_text_that_looks_like_something_else_stays_text():
-    given = as_given({"arch_options": {"a": "true", "b": "x", "c": 3}}, Settings({}, 1), Runtime())
+    given = StudentOptions(data="d", out="o", arch_options={"a": "true", "b": "x", "c": 3}).record()
     assert given["arch_options"] == {"a": '"true"', "b": "x", "c": 3}
 
 

@@ -2,227 +2,241 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data import Dataset, Location, open_dataset
+from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
 from pipeline.networks.heads import HeadSpec
 from pipeline.networks.models import OWN
-from teacher_cache import Cache, CacheError, check_complete, open_cache
+from teacher_cache import Cache, CacheError, open_cache
+from teacher_cache.pairing import check_same_teacher, open_paired
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.groups import groups_of
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
-from trainer.settings import split_options, total_steps
+from trainer.settings import STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
 from trainer.stream.stream import explained_source, labelled_source
 
 
-def train_student(
-    data: Location,
-    cache: Location | None,
-    out: str | Path,
-    *,
-    validation_cache: Location | None = None,
-    method: str | None = None,
-    loss: str | None = None,
-    arch: str = "small-cnn",
-    arch_options: dict[str, Any] | None = None,
-    student_factory: str | None = None,
-    head: str = "frozen",
-    bias_free: bool | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 128,
-    clip_norm: float | None = 1.0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Train a student to match what the teacher's store holds, and save it in ``out``; or continue such a training.
+@takes(StudentOptions)
+def train_student(data: Location, cache: Location | None, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a student to match what the teacher's store holds, and save it in ``out``; or resume such a training.
 
-    The method of Bassi et al., arXiv 2407.09788, unless another one is named or the store has other maps: the loss is
-    on heatmaps alone, and no label and no output is looked at. Each step shows one stored draw of each sample,
-    explained by the student for the same class with the same ε. ``method`` is one of `trainer.loop.methods.METHODS`;
-    ``loss`` a sum of some, as in ``lrp=1,output=0.1``. Those that learn from the dataset alone (``erm``, ``group-dro``,
-    ``rrr``, ``isnet``) need no ``cache`` (None).
+    This is the method of Bassi et al., arXiv 2407.09788, unless another method is named or the store has other maps:
+    the loss compares heatmaps alone, and uses neither labels nor outputs.
+    Each step shows one stored draw of each sample. The student explains the same class with the same ε.
 
-    The network is ``arch`` with ``arch_options``, or what ``student_factory`` (``package.module:function``) returns.
-    Its last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ; ``head="free"``
-    leaves it its own. ``bias_free`` None means: as the teacher. 3,000 steps unless ``steps`` or ``epochs`` is given.
-    With ``validation_cache`` the weights of the lowest loss on the validation split are kept, without it the last
-    ones. ``options`` are fields of `trainer.settings.Settings` and `trainer.settings.Runtime`. Returns the result that
-    it writes.
+    The last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ. ``bias_free`` None
+    means: as the teacher. A training takes 3,000 steps unless ``steps`` or ``epochs`` is given.
 
-    Raises DatasetError, CacheError, ModelError, FileExistsError, RelevanceError, TrainingError, TrainingInterrupted.
+    Args:
+        data: a dataset.
+        cache: the store of its train split; None for methods that need none (erm, group-dro, rrr, isnet).
+        out: the folder of the run.
+
+    Returns:
+        The result, as ``result.json`` has it.
+
+    Raises:
+        DatasetError, CacheError, ModelError, RelevanceError, TrainingError: an input or option is wrong.
+        FileExistsError: ``out`` holds something else than an unfinished run.
+        TrainingInterrupted: SIGTERM or Ctrl-C stopped the training; a checkpoint is there.
     """
-    asked = {**locals(), **options}  # all that it was told, by the names that the command line has for it
+    chosen = StudentOptions(data=data, cache=cache, out=out, **options)
     check_free(Path(out))
     dataset = open_dataset(data)
-    if method is None and loss is None and cache is not None:
-        method = method_of(open_cache(cache).info.explainer.rule)
-    terms = parse_terms(method, loss)
+    student = _plan(chosen, dataset)
     train_split = dataset.split("train")
-    steps = total_steps(len(train_split), batch_size, steps, epochs, default=3000)
-    settings, runtime = split_options(options, loss=terms, steps=steps, batch_size=batch_size, clip_norm=clip_norm)
-    if student_factory is not None and arch != "small-cnn":
-        raise TrainingError(f"give --arch ({arch}) or --student-factory ({student_factory}), not both")
-    if head not in ("frozen", "attention-pool", "free"):
-        raise TrainingError(f"--head is frozen, attention-pool or free, not '{head}'")
-    wanted = needs(terms)
-    if settings.mask_target:
-        if "heatmaps" not in wanted:
-            raise TrainingError(
-                f"--mask-target is of heatmaps, and --method {'+'.join(terms)} matches none: leave it out"
-            )
-        wanted = (*dict.fromkeys((*wanted, "masks")),)
-    _check_masks(dataset, wanted, "--mask-target" if settings.mask_target else f"--method {'+'.join(terms)}", "train")
-    shown = wanted
-    if BACKGROUND in settings.augment:
-        shown = (*dict.fromkeys((*wanted, "masks")),)
-        _check_masks(dataset, shown, f"--augment {BACKGROUND}", "train")
-    groups, of_groups = groups_of(train_split) if "group_weights" in wanted else (None, 0)
-    explained = validation = None
-    if not of_store(terms):
-        for option, given in (("--cache", cache), ("--validation-cache", validation_cache)):
-            if given is not None:
-                raise TrainingError(f"--method {'+'.join(terms)} learns without a store: leave {option} {given} out")
-        train_split.verify()
-    elif cache is None:
-        raise TrainingError(
-            f"--method {'+'.join(terms)} needs --cache: make a store with "
-            f"{_command(dataset, 'train', missing_from(terms, None, ()))}"
-        )
-    else:
-        explained = _open_paired(cache, dataset, "train")
-        _check_holds(explained, dataset, terms)
-        debias = explained.info.teacher.debias
-        if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
-            raise TrainingError(
-                f"--augment {BACKGROUND} needs a teacher that sees none, and this one does (--debias {debias}): "
-                "train one with --debias mask or segmenter, or give --mask-target"
-            )
-        if validation_cache is not None:
-            validation = _open_paired(validation_cache, dataset, "validation")
-            _check_validation(explained, validation)
-            _check_masks(dataset, wanted, "--mask-target", "validation")
-            _check_holds(validation, dataset, terms)
-    info = None if explained is None else explained.info
-    map_shape = None if info is None or "heatmaps" not in wanted else info.map_shape
-    check_augmentations(settings.augment, map_shape, train_split.image_shape, moves(terms))
-
-    layer = {} if explained is None or head == "free" else explained.head
-    if bias_free is None:
-        bias_free = info.teacher.bias_free if info else arch in OWN and student_factory is None
-    decided = {
-        **settings.to_dict(),
-        "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},
-        "validation": validation
-        and {key: validation.info.to_dict()[key] for key in ("explainer", "storage", "dataset")},
-    }
-    config = ModelConfig(
-        kind="student",
-        arch=student_factory or arch,
-        arch_options=arch_options or {},
-        bias_free=bias_free,
-        debias="none",
-        class_names=dataset.class_names,
-        image_shape=train_split.image_shape,
-        dataset={"name": dataset.name, "fingerprint": train_split.fingerprint},
-        training=decided,
-        head=HeadSpec.of(layer, with_pool=head == "attention-pool") if layer else None,
+    info = None if student.explained is None else student.explained.info
+    map_shape = None if info is None or "heatmaps" not in student.needs else info.map_shape
+    check_augmentations(student.settings.augment, map_shape, train_split.image_shape, moves(student.settings.loss))
+    training = Training(
+        out=out,
+        config=_config(chosen, student, dataset),
+        material=_material(chosen, student, dataset),
+        settings=student.settings,
+        runtime=Runtime.of(chosen),
+        record=chosen.record(),
+        purpose=STUDENT,
+        student_factory=chosen.student_factory,
     )
-    paths = {"data": data, "cache": cache, "validation_cache": validation_cache}
-    material = Material(
-        source=labelled_source(train_split, groups)
-        if explained is None
-        else explained_source(train_split, explained, shown),
-        store=info,
-        head=layer,
-        groups=of_groups,
-        validation=None if validation is None else explained_source(dataset.split("validation"), validation, wanted),
-        paths={name: str(path) for name, path in paths.items() if path is not None},
-    )
-    training = Training(out, config, material, settings, runtime, asked, STUDENT, student_factory=student_factory)
     return train(training)
 
 
-def _check_masks(dataset: Dataset, wanted: Collection[str], option: str, split: str) -> None:
-    """Raise TrainingError where masks are wanted of a split that has none."""
-    if "masks" in wanted and dataset.split(split).masks is None:
+@dataclass(frozen=True)
+class _Plan:
+    """What the options mean, checked.
+
+    needs: what the methods need of a batch, by name. shown: that, and what the augmentations need. explained,
+    validation: the stores. groups, group_count: for group-dro, the group of each sample.
+    """
+
+    settings: Settings
+    needs: tuple[str, ...]
+    shown: tuple[str, ...]
+    explained: Cache | None
+    validation: Cache | None
+    groups: np.ndarray | None
+    group_count: int
+
+
+def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
+    method = options.method
+    if method is None and options.loss is None and options.cache is not None:
+        method = method_of(open_cache(options.cache).info.explainer.rule)
+    terms = parse_terms(method, options.loss)
+    train_split = dataset.split("train")
+    settings = Settings.of(options, terms, total_steps(len(train_split), options, STUDENT_STEPS))
+    if options.student_factory is not None and options.arch != "small-cnn":
+        factory, arch = Option("student_factory", options.student_factory), Option("arch", options.arch)
+        raise TrainingError(Message("give ", arch, " or ", factory, ", not both"))
+    needed, reason = needs(terms), _method_option(terms)
+    if settings.mask_target:
+        if "heatmaps" not in needed:
+            raise TrainingError(
+                Message(Option("mask_target", True), " is for heatmaps, and ", reason, " matches none: leave it out")
+            )
+        needed, reason = (*dict.fromkeys((*needed, "masks")),), Option("mask_target", True)
+    _check_masks(dataset, needed, reason, "train")
+    shown = needed
+    if BACKGROUND in settings.augment:
+        shown = (*dict.fromkeys((*needed, "masks")),)
+        _check_masks(dataset, shown, Option("augment", BACKGROUND), "train")
+    groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
+    explained, validation = _open_stores(options, settings, dataset, needed)
+    return _Plan(settings, needed, shown, explained, validation, groups, group_count)
+
+
+def _open_stores(
+    options: StudentOptions, settings: Settings, dataset: Dataset, needed: Collection[str]
+) -> tuple[Cache | None, Cache | None]:
+    """Open the stores of the train and the validation split, where the methods learn from stores."""
+    terms = settings.loss
+    if not of_store(terms):
+        for name, location in (("cache", options.cache), ("validation_cache", options.validation_cache)):
+            if location is not None:
+                raise TrainingError(
+                    Message(_method_option(terms), " learns without a store: leave ", Option(name, location), " out")
+                )
+        dataset.split("train").verify()
+        return None, None
+    if options.cache is None:
+        remedy = _making_a_store(dataset, "train", missing_from(terms, None, ()))
+        raise TrainingError(Message(_method_option(terms), " needs ", Option("cache"), ": make a store with ", remedy))
+    explained = open_paired(options.cache, dataset, "train")
+    _check_holds(explained, dataset, terms)
+    debias = explained.info.teacher.debias
+    if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
         raise TrainingError(
-            f"{option} needs 'masks' in the {split} split of {dataset.path}, which has none: add them to the dataset "
-            "(docs/dataset-layout.md), or leave the option out"
+            Message(
+                Option("augment", BACKGROUND), " needs a teacher that does not see the background, and this one does (",
+                Option("debias", debias), "): train one with ", Option("debias", "mask"), " or segmenter, or give ",
+                Option("mask_target", True),
+            )
+        )  # fmt: skip
+    if options.validation_cache is None:
+        return explained, None
+    validation = open_paired(options.validation_cache, dataset, "validation")
+    check_same_teacher(explained, validation)
+    _check_masks(dataset, needed, Option("mask_target", True), "validation")
+    _check_holds(validation, dataset, terms)
+    return explained, validation
+
+
+def _config(options: StudentOptions, student: _Plan, dataset: Dataset) -> ModelConfig:
+    """Describe the student's network, and what decides its weights."""
+    info = None if student.explained is None else student.explained.info
+    validation = None if student.validation is None else student.validation.info
+    head = _teachers_head(options, student)
+    bias_free = options.bias_free
+    if bias_free is None:
+        bias_free = info.teacher.bias_free if info else options.arch in OWN and options.student_factory is None
+    split = dataset.split("train")
+    training = {
+        **student.settings.to_dict(),
+        "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},
+        "validation": validation and {key: validation.to_dict()[key] for key in ("explainer", "storage", "dataset")},
+    }
+    return ModelConfig(
+        kind="student",
+        arch=options.student_factory or options.arch,
+        arch_options=options.arch_options or {},
+        bias_free=bias_free,
+        debias="none",
+        class_names=dataset.class_names,
+        image_shape=split.image_shape,
+        dataset={"name": dataset.name, "fingerprint": split.fingerprint},
+        training=training,
+        head=HeadSpec.of(head, with_pool=options.head == "attention-pool") if head else None,
+    )
+
+
+def _material(options: StudentOptions, student: _Plan, dataset: Dataset) -> Material:
+    """Join the samples with what the stores hold of them."""
+    split, explained, validation = dataset.split("train"), student.explained, student.validation
+    paths = {"data": options.data, "cache": options.cache, "validation_cache": options.validation_cache}
+    if explained is None:
+        source = labelled_source(split, student.groups)
+    else:
+        source = explained_source(split, explained, student.shown)
+    return Material(
+        source=source,
+        store=None if explained is None else explained.info,
+        head=_teachers_head(options, student),
+        groups=student.group_count,
+        validation=None
+        if validation is None
+        else explained_source(dataset.split("validation"), validation, student.needs),
+        paths={name: str(path) for name, path in paths.items() if path is not None},
+    )
+
+
+def _teachers_head(options: StudentOptions, student: _Plan) -> Mapping[str, np.ndarray]:
+    return {} if student.explained is None or options.head == "free" else student.explained.head
+
+
+def _method_option(terms: Mapping[str, float]) -> Option:
+    return Option("method", Word("+".join(terms)))
+
+
+def _check_masks(dataset: Dataset, needed: Collection[str], reason: Option, split: str) -> None:
+    """Raise TrainingError where masks are needed of a split that has none."""
+    if "masks" in needed and dataset.split(split).masks is None:
+        raise TrainingError(
+            Message(
+                reason,
+                f" needs 'masks' in the {split} split of {dataset.path}, which has none: add them to the dataset "
+                "(docs/dataset-layout.md), or leave the option out",
+            )
         )
 
 
-def _command(dataset: Dataset, split: str, options: str) -> str:
-    """The command that makes a store with these options."""
-    command = f"python cli.py cache-explanations --data {shlex.quote(dataset.path)} --teacher TEACHER --split {split}"
-    return " ".join([command, *options.split(), "--out NEW.zarr"])
+def _making_a_store(dataset: Dataset, split: str, options: dict[str, Any]) -> Call:
+    """Return the call that makes a store with these options."""
+    known = {"data": dataset.path, "teacher": Word("TEACHER"), "split": split}
+    return Call("cache_explanations", {**known, **options, "out": Word("NEW.zarr")})
 
 
-def _check_holds(cache: Cache, dataset: Dataset, terms: dict[str, float]) -> None:
-    """Raise CacheError, with the command that makes another one, unless the store has what the methods need."""
+def _check_holds(cache: Cache, dataset: Dataset, terms: Mapping[str, float]) -> None:
+    """Raise CacheError, with the call that makes another store, unless the store has what the methods need."""
     info = cache.info
     lacking = missing_from(terms, info.explainer.rule, tuple(cache.sample_fields))
     if lacking:
-        wanted = [f"maps of {' or '.join(METHODS[name].explainers)}" for name in terms if METHODS[name].explainers]
-        wanted += ["the teacher's features"] if "features" in needs(terms) else []
+        needed = [f"maps of {' or '.join(METHODS[name].explainers)}" for name in terms if METHODS[name].explainers]
+        needed += ["the teacher's features"] if "features" in needs(terms) else []
         has = f"maps of {info.explainer.rule}" + (" and features" if "features" in cache.sample_fields else "")
         raise CacheError(
-            f"--method {'+'.join(terms)} needs {' and '.join(wanted)}, and the store {cache.path} has {has}: make one "
-            f"with {_command(dataset, info.dataset.split, lacking)}"
-        )
-
-
-def _open_paired(path: Location, dataset: Dataset, split: str) -> Cache:
-    """Open a complete store of one split of this very dataset, or raise CacheError."""
-    cache = open_cache(path)
-    check_paired(cache, dataset, split)
-    check_complete(cache)
-    dataset.split(split).verify()
-    return cache
-
-
-def check_paired(cache: Cache, dataset: Dataset, split: str) -> None:
-    """Raise CacheError unless a store, complete or not, is of one split of this very dataset."""
-    info, path = cache.info.dataset, cache.path
-    if info.split != split:
-        raise CacheError(
-            f"the store {path} explains the split '{info.split}', the {split} split is needed: "
-            f"make one with cache-explanations --split {split}"
-        )
-    expected = dataset.split(split).fingerprint
-    if info.fingerprint != expected:
-        raise CacheError(
-            f"the store {path} was made from another dataset ('{info.name}', fingerprint {info.fingerprint[:12]}) "
-            f"than {dataset.path} ('{dataset.name}', fingerprint {expected[:12]}): use the dataset that it was made "
-            "from, or make a store of this one with cache-explanations"
-        )
-    if cache.info.teacher.class_names != dataset.class_names:
-        raise CacheError(
-            f"the store {path} knows the classes {', '.join(cache.info.teacher.class_names)}, the dataset has "
-            f"{', '.join(dataset.class_names)}: give the dataset the names that it had when the store was made"
-        )
-
-
-def _check_validation(train: Cache, validation: Cache) -> None:
-    """Raise CacheError unless the validation store explains the same teacher in the same way, and is intact."""
-    for field in ("rule", "epsilon_low", "epsilon_high", "class_policy"):
-        asked, given = getattr(train.info.explainer, field), getattr(validation.info.explainer, field)
-        if asked != given:
-            raise CacheError(
-                f"the store {validation.path} was made with explainer.{field} {given!r}, {train.path} with {asked!r}: "
-                "make both with the same options"
+            Message(
+                _method_option(terms),
+                f" needs {' and '.join(needed)}, and the store {cache.path} has {has}: make one with ",
+                _making_a_store(dataset, info.dataset.split, lacking),
             )
-    ours, theirs = train.info.teacher.weights_sha256, validation.info.teacher.weights_sha256
-    if ours != theirs:
-        raise CacheError(
-            f"the store {validation.path} explains another teacher (weights {theirs[:12]}) than {train.path} "
-            f"(weights {ours[:12]}): make both with the same --teacher"
         )
-    for shard in range(validation.info.shards):
-        validation.read_shard(shard)

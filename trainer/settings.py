@@ -1,144 +1,260 @@
-"""What a training is told: what decides its weights, and how it is run. Data only; what they mean is elsewhere."""
+"""The options of a training: what decides its weights, and how it is run. Data only, without PyTorch."""
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+from options import Among, Doc, Ge, Gt, Heading, Kind, Le, Lt, Message, Option, OptionSet, Separated
+from pipeline.networks.debias import DEBIAS
 from trainer.errors import TrainingError
+from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
-from trainer.stream.order import steps_per_epoch
+from trainer.loop.methods import METHODS
+from trainer.loop.optim import OPTIMIZERS, SCHEDULES
 
 MAX_STEPS = 10**9
-PRECISIONS = ("auto", "float32", "tf32", "bfloat16", "float64")
+TEACHER_STEPS, STUDENT_STEPS = 1000, 3000  # where neither steps nor epochs is given
+Precision = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
+PRECISIONS = get_args(Precision)
+Head = Literal["frozen", "attention-pool", "free"]
+Place = Any  # a `data.Location`; its type is not named here, as that would import Zarr
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the weights, besides data, store and network; it is in ``config.json`` under ``training``.
+@dataclass(frozen=True, kw_only=True)
+class Network(OptionSet):
+    """The network that is trained."""
 
-    loss: the weight of each method (`trainer.loop.methods`). batch_size: samples of a step, over all processes.
-    lr (the peak), optimizer, momentum, weight_decay, schedule, warmup (steps), ema (decay): see `trainer.loop.optim`.
-    clip_norm: gradients are scaled down to it, None for not at all. accumulate: parts that a batch is shown in.
-    augment: names of `trainer.loop.augmentation`. map_loss, pyramid: how maps are compared (`trainer.loop.losses`).
-    mask_target: the teacher's map is 0 outside the dataset's mask.
-    precision: float32, tf32 (in the matrix products of CUDA), bfloat16 (layers, while heatmaps and parameters stay in
-    float32), float64 (all, to compare trainings); auto is tf32 on CUDA and float32 elsewhere.
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Network"
+
+    arch: Annotated[str, Kind.ARCHITECTURE, Doc("Architecture: small-cnn, small-resnet, or a torchvision model.")] = (
+        "small-cnn"
+    )
+    arch_options: Annotated[dict[str, Any] | None, Doc("Option of the architecture, such as width=64. Repeatable.")] = (
+        None
+    )
+    bias_free: Annotated[bool | None, Doc("Remove every additive term from the network.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Length(OptionSet):
+    """How long a training takes."""
+
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Training"
+    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = (("steps", "epochs"),)
+
+    steps: Annotated[int | None, Ge(1), Doc("Number of optimizer steps.")] = None
+    epochs: Annotated[float | None, Gt(0), Doc("Number of passes over the data, in place of the steps.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(OptionSet):
+    """How a network learns. See `trainer.loop.optim` for what the names mean."""
+
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Training"
+
+    batch_size: Annotated[int, Ge(1), Doc("Samples per step, over all processes.")] = 128
+    accumulate: Annotated[int, Ge(1), Doc("Number of parts that each batch is processed in, to save memory.")] = 1
+    lr: Annotated[float, Gt(0), Doc("Peak learning rate.")] = 4e-3
+    optimizer: Annotated[str, Among(OPTIMIZERS), Doc("Optimizer.")] = "adam"
+    momentum: Annotated[float, Ge(0), Lt(1), Doc("Momentum of the optimizer sgd.")] = 0.9
+    weight_decay: Annotated[float, Ge(0), Doc("Weight decay. Biases and norms are exempt.")] = 0.0
+    schedule: Annotated[str, Among(SCHEDULES), Doc("Learning-rate schedule.")] = "one-cycle"
+    warmup: Annotated[int | None, Ge(0), Doc("Warm-up steps, in which the learning rate rises.")] = None
+    clip_norm: Annotated[float | None, Gt(0), Doc("Maximum gradient norm. Gradients are not clipped by default.")] = (
+        None
+    )
+    ema: Annotated[
+        float | None, Gt(0), Lt(1), Doc("Decay of an exponential moving average of the weights, such as 0.999.")
+    ] = None
+    augment: Annotated[
+        tuple[str, ...],
+        Among(AUGMENTATIONS),
+        Separated(),
+        Doc(
+            "Augmentations. flip, shift and crop move image and heatmap together; background repaints the background "
+            "behind the masks."
+        ),
+    ] = ()
+    precision: Annotated[Precision, Doc("Floating-point precision. auto is tf32 on CUDA and float32 elsewhere.")] = (
+        "auto"
+    )
+    seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Random seed.")] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(OptionSet):
+    """How a student's heatmaps are compared with the teacher's."""
+
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Loss"
+
+    map_loss: Annotated[str, Among(MAP_LOSSES), Doc("Distance between two heatmaps.")] = "l1"
+    pyramid: Annotated[bool, Doc("Compare heatmaps at several resolutions, or at full resolution only.")] = True
+    mask_target: Annotated[bool, Doc("Set the teacher's heatmaps to 0 on the background, by the dataset's masks.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Comparison, Learning):
+    """What decides the weights, besides data, store and network; ``config.json`` has it under ``training``.
+
+    loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps.
     """
 
     loss: Mapping[str, float]
     steps: int
-    batch_size: int = 128
-    lr: float = 4e-3
-    optimizer: str = "adam"
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    schedule: str = "one-cycle"
-    warmup: int | None = None
-    clip_norm: float | None = None
-    ema: float | None = None
-    accumulate: int = 1
-    augment: tuple[str, ...] = ()
-    map_loss: str = "l1"
-    pyramid: bool = True
-    mask_target: bool = False
-    precision: str = "auto"
-    seed: int = 0
 
-    def __post_init__(self) -> None:
-        for option, value in (("--batch-size", self.batch_size), ("--accumulate", self.accumulate)):
-            if value < 1:
-                raise TrainingError(f"{option} must be at least 1, got {value}")
-        if self.map_loss not in MAP_LOSSES:
-            raise TrainingError(f"unknown --map-loss '{self.map_loss}': choose one of {', '.join(MAP_LOSSES)}")
-        if self.precision not in PRECISIONS:
-            raise TrainingError(f"unknown --precision '{self.precision}': choose one of {', '.join(PRECISIONS)}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise TrainingError(f"--clip-norm must be a positive number, got {self.clip_norm:g}")
+    @classmethod
+    def of(cls, options: OptionSet, loss: Mapping[str, float], steps: int) -> Settings:
+        """Take the settings out of a command's options. ``loss`` and ``steps`` are those that the options mean."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps"}
+        return cls(loss=loss, steps=steps, **{n: getattr(options, n) for n in names if hasattr(options, n)})
 
     def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
         return {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """How a training is run, which decides nothing of its result but rounding.
+@dataclass(frozen=True, kw_only=True)
+class Runtime(OptionSet):
+    """How a training is run. This changes its result by no more than rounding.
 
-    device: auto, cpu, cuda, cuda:N. workers, memory_budget: see `trainer.stream.stream.stream`. checkpoint_steps,
-    checkpoint_minutes: how often there is a checkpoint, None for not by that; the last keep_checkpoints stay.
-    log_steps: every so many steps there is a line in ``metrics.jsonl``. profile: write a trace of some steps.
-    cuda_graph: whether a step is recorded and replayed on CUDA, by one process; None is for networks of our own and of
-    torchvision. snapshots: at so many moments, evenly spread and the last step among them, the weights are kept (the
-    averaged ones, where there is an average).
+    cuda_graph: None means on, unless a network is the user's own code. snapshots: of the averaged weights, where there
+    is an average.
     """
 
-    device: str = "auto"
-    workers: int = 2
-    memory_budget: int | None = None
-    checkpoint_steps: int | None = None
-    checkpoint_minutes: float | None = 10.0
-    keep_checkpoints: int = 2
-    log_steps: int = 20
-    profile: bool = False
-    cuda_graph: bool | None = None
-    snapshots: int = 0
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Run"
 
-    def __post_init__(self) -> None:
-        if self.snapshots < 0:
-            raise TrainingError(f"--snapshots must be at least 0, got {self.snapshots}")
-        for option in ("checkpoint_steps", "checkpoint_minutes", "keep_checkpoints", "log_steps"):
-            value = getattr(self, option)
-            if value is not None and not value > 0:
-                raise TrainingError(f"--{option.replace('_', '-')} must be more than 0, got {value:g}")
+    device: Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+    workers: Annotated[int, Ge(1), Doc("Number of threads that read data.")] = 2
+    memory_budget: Annotated[
+        int | None,
+        Kind.SIZE,
+        Doc(
+            "Memory for decoded data, such as 4GB; half of the free memory by default. Data that fits is read once. "
+            "Two windows of samples, usually at most 512 MiB, are always held."
+        ),
+    ] = None
+    checkpoint_steps: Annotated[int | None, Ge(1), Doc("Steps between two checkpoints.")] = None
+    checkpoint_minutes: Annotated[float | None, Gt(0), Doc("Minutes between two checkpoints.")] = 10.0
+    keep_checkpoints: Annotated[int, Ge(1), Doc("Number of newest checkpoints to keep.")] = 2
+    log_steps: Annotated[int, Ge(1), Doc("Steps between two lines of metrics.jsonl.")] = 20
+    profile: Annotated[bool, Doc("Write a PyTorch profiler trace of the first steps.")] = False
+    cuda_graph: Annotated[
+        bool | None,
+        Doc("Record a step as a CUDA graph and replay it, which is faster. On by default for built-in networks."),
+    ] = None
+    snapshots: Annotated[int, Ge(0), Doc("Number of snapshots of the weights, evenly spread over the training.")] = 0
 
-
-def check_types(options: Mapping[str, Any], *kinds: Any) -> None:
-    """Raise TrainingError for a value that is not of the type that a field or parameter of its name has."""
-    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-    for name, value in options.items():
-        allowed = get_args(hints.get(name)) or (hints.get(name),)
-        plain = tuple(get_origin(each) or each for each in allowed if each is not Any)
-        if not plain or None in plain or get_origin(hints[name]) in (tuple, collections.abc.Mapping, dict):
-            continue
-        plain = (*plain, int) if float in plain else plain
-        if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-            named = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in plain)
-            raise TrainingError(f"--{name.replace('_', '-')} is {value!r}, which is no {named}")
+    @classmethod
+    def of(cls, options: OptionSet) -> Runtime:
+        """Take these options out of a command's."""
+        return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
-def split_options(options: Mapping[str, Any], **settled: Any) -> tuple[Settings, Runtime]:
-    """Options by name, each to where it belongs. Raises TypeError for one that neither has, TrainingError."""
-    check_types({**options, **settled}, Settings, Runtime)
-    of_runtime = {field.name for field in dataclasses.fields(Runtime)}
-    runtime = Runtime(**{name: value for name, value in options.items() if name in of_runtime})
-    return Settings(**{name: value for name, value in options.items() if name not in of_runtime}, **settled), runtime
+@dataclass(frozen=True, kw_only=True)
+class _Trained(OptionSet):
+    """What all trainings share."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the options as plain values for ``config.yaml``, with which the command repeats the training.
+
+        Text in ``arch_options`` that could be read as another type is quoted, as on the command line.
+        """
+        options = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        arch_options: Mapping[str, Any] = options.pop("arch_options") or {}
+        texts = {name: _as_text(value) for name, value in arch_options.items()}
+        return {**options, "arch_options": texts} if texts else options
 
 
-def as_given(given: Mapping[str, Any], settings: Settings, runtime: Runtime) -> dict[str, Any]:
-    """The options of a training as they were given, and the rest as it is taken to be; plain values, for YAML.
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
+    """The options of ``train-teacher``."""
 
-    Text that could be read as something else in ``arch_options`` is in quotes, as on the command line.
-    """
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Files"
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple | list):
-            return [plain(one) for one in value]
-        finite = isinstance(value, bool | int | None) or (isinstance(value, float) and math.isfinite(value))
-        return value if finite else str(value)
+    data: Annotated[Place, Kind.LOCATION, Doc("Dataset.")]
+    out: Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
+    debias: Annotated[
+        str,
+        Among(DEBIAS),
+        Heading("Debiasing"),
+        Doc("Debiasing front, which hides colour and brightness or the background. none gives the ERM baseline."),
+    ] = "grayscale"
+    segmenter: Annotated[
+        str | None,
+        Heading("Debiasing"),
+        Doc(
+            "Segmentation network for the front segmenter: torchvision:NAME, a file (.pt2, .pt), or your own "
+            "MODULE:FUNCTION, whose code is run."
+        ),
+    ] = None
 
-    taken = {**dataclasses.asdict(settings), **dataclasses.asdict(runtime)}
-    for of_students in ("loss", "map_loss", "pyramid", "mask_target"):  # which teachers have no options for
-        del taken[of_students]
-    options = {
-        name: plain(value) for name, value in {**taken, **given}.items() if name not in ("options", "arch_options")
-    }
-    of_arch = {name: _as_text(value) for name, value in (given.get("arch_options") or {}).items()}
-    return {**options, "arch_options": of_arch} if of_arch else options
+
+@dataclass(frozen=True, kw_only=True)
+class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
+    """The options of ``train-student``."""
+
+    ERROR: ClassVar[type[Exception]] = TrainingError
+    HEADING: ClassVar[str] = "Files"
+    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("steps", "epochs"),
+        ("method", "loss"),
+        ("arch", "student_factory"),
+    )
+
+    data: Annotated[Place, Kind.LOCATION, Doc("Dataset.")]
+    cache: Annotated[
+        Place, Kind.LOCATION, Doc("Heatmap store of the train split. erm, group-dro, rrr and isnet need none.")
+    ] = None
+    validation_cache: Annotated[
+        Place,
+        Kind.LOCATION,
+        Doc("Heatmap store of the validation split, by which the best weights are kept; else the last ones are kept."),
+    ] = None
+    out: Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
+    method: Annotated[
+        str | None,
+        Among(METHODS),
+        Heading("Loss"),
+        Doc("Method: what the student matches. By default, the heatmaps of the store."),
+    ] = None
+    loss: Annotated[
+        str | None, Heading("Loss"), Doc("Weighted sum of methods, such as lrp=1,output=0.1, in place of one method.")
+    ] = None
+    head: Annotated[
+        Head,
+        Heading("Network"),
+        Doc(
+            "Last layer of the student: the teacher's, the teacher's with the attention pooling in front of it (CLIP "
+            "ResNets), or its own."
+        ),
+    ] = "frozen"
+    student_factory: Annotated[
+        str | None, Heading("Network"), Doc("Your own network: the result of this function, whose code is run.")
+    ] = None
+    clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return value
+    finite = isinstance(value, bool | int | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if finite else str(value)
 
 
 def _as_text(value: Any) -> Any:
@@ -149,23 +265,30 @@ def _as_text(value: Any) -> Any:
     return json.dumps(value)
 
 
-def total_steps(samples: int, batch_size: int, steps: int | None, epochs: float | None, default: int) -> int:
-    """The number of optimizer steps: ``steps``, or ``epochs`` passes over the samples, or the default.
+def total_steps(samples: int, options: Any, default: int) -> int:
+    """Return the number of optimizer steps that the options ask for.
 
-    Raises TrainingError for both at once, for less than one step, and for a batch size under 1.
+    Args:
+        samples: the number of samples of the training split.
+        options: has ``steps``, ``epochs`` and ``batch_size``, as `TeacherOptions` and `StudentOptions` do.
+        default: the number of steps where the options have neither ``steps`` nor ``epochs``.
+
+    Raises:
+        TrainingError: both are given, or they make less than one step or more than `MAX_STEPS`.
     """
-    if batch_size < 1:
-        raise TrainingError(f"--batch-size must be at least 1, got {batch_size}")
+    from trainer.stream.order import steps_per_epoch
+
+    steps, epochs = options.steps, options.epochs
     if steps is not None and epochs is not None:
-        raise TrainingError(f"give --steps ({steps}) or --epochs ({epochs:g}), not both")
+        raise TrainingError(Message("give ", Option("steps", steps), " or ", Option("epochs", epochs), ", not both"))
     if steps is None and epochs is None:
         return default
     if epochs is not None:
-        steps = math.ceil(min(epochs, 1e12) * steps_per_epoch(samples, batch_size)) if epochs > 0 else 0
-    assert steps is not None
+        steps = math.ceil(min(epochs, 1e12) * steps_per_epoch(samples, options.batch_size))
     if steps > MAX_STEPS:
-        raise TrainingError(f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer --steps or --epochs")
-    if steps < 1:
-        given = f"--steps {steps}" if epochs is None else f"--epochs {epochs:g}"
-        raise TrainingError(f"{given} is less than one step: give at least 1 step, or more than 0 epochs")
-    return steps
+        raise TrainingError(
+            Message(
+                f"{steps:.3g} steps are more than {MAX_STEPS:,}: give fewer ", Option("steps"), " or ", Option("epochs")
+            )
+        )
+    return int(steps)

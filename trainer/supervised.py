@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data import Location, open_dataset
+from data import Location, Split, open_dataset
+from options import Message, Option, takes
 from pipeline import ModelConfig
-from pipeline.networks.debias import DEBIAS
 from pipeline.networks.models import OWN
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
@@ -15,67 +15,80 @@ from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
-from trainer.settings import split_options, total_steps
+from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
 from trainer.stream.stream import labelled_source
 
 
-def train_teacher(
-    data: Location,
-    out: str | Path,
-    *,
-    arch: str = "small-cnn",
-    arch_options: dict[str, Any] | None = None,
-    debias: str = "grayscale",
-    segmenter: str | None = None,
-    bias_free: bool | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 128,
-    **options: Any,
-) -> dict[str, Any]:
-    """Train a classifier with cross-entropy on the train split alone and save it in ``out``; or continue it.
+@takes(TeacherOptions)
+def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Train a classifier with cross-entropy on the train split alone, and save it in ``out``; or resume its training.
 
-    1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
-    (`pipeline.networks.models.OWN`) only. The last weights are kept; no other split is looked at.
-    ``debias="segmenter"`` needs a ``segmenter``, which is what `build_segmenter` takes.
-    ``options`` are fields of `trainer.settings.Settings` and
-    `trainer.settings.Runtime`. Returns the result that it writes.
+    A training takes 1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
+    (`pipeline.networks.models.OWN`) only. The last weights are kept, and no other split is read.
 
-    Raises DatasetError, ModelError, FileExistsError, TrainingError, TrainingInterrupted.
+    Args:
+        data: a dataset.
+        out: the folder of the run.
+
+    Returns:
+        The result, as ``result.json`` has it.
+
+    Raises:
+        DatasetError, ModelError, TrainingError: an input or option is wrong.
+        FileExistsError: ``out`` holds something else than an unfinished run.
+        TrainingInterrupted: SIGTERM or Ctrl-C stopped the training; a checkpoint is there.
     """
-    asked = {**locals(), **options}  # all that it was told, by the names that the command line has for it
+    chosen = TeacherOptions(data=data, out=out, **options)
     check_free(Path(out))
     dataset = open_dataset(data)
     split = dataset.split("train")
-    steps = total_steps(len(split), batch_size, steps, epochs, default=1000)
-    settings, runtime = split_options(options, loss={"erm": 1.0}, steps=steps, batch_size=batch_size)
+    settings = Settings.of(chosen, {"erm": 1.0}, total_steps(len(split), chosen, TEACHER_STEPS))
     check_augmentations(settings.augment, None, split.image_shape, moves(settings.loss))
-    if BACKGROUND in settings.augment and split.masks is None:
-        raise TrainingError(f"--augment {BACKGROUND} needs 'masks' in the train split of {data}, which has none")
-    if debias not in DEBIAS:
-        raise TrainingError(f"unknown --debias '{debias}': choose one of {', '.join(DEBIAS)}")
-    if debias == "mask" and split.masks is None:
-        raise TrainingError(f"--debias mask needs 'masks' in the train split of {data}, which has none")
-    if (debias == "segmenter") != (segmenter is not None):
-        raise TrainingError(
-            "--debias segmenter needs --segmenter: give torchvision:lraspp_mobilenet_v3_large, a file or "
-            "package.module:function"
-            if segmenter is None
-            else f"--segmenter {segmenter} is of --debias segmenter, and this is --debias {debias}: leave one out"
-        )
-    frozen = None if segmenter is None else build_segmenter(segmenter, split.image_shape)
+    _check_front(chosen, split)
+    segmenter = None if chosen.segmenter is None else build_segmenter(chosen.segmenter, split.image_shape)
     split.verify()
     config = ModelConfig(
         kind="teacher",
-        arch=arch,
-        arch_options=arch_options or {},
-        bias_free=arch in OWN if bias_free is None else bias_free,
-        debias=debias,
-        segmenter=segmenter,
+        arch=chosen.arch,
+        arch_options=chosen.arch_options or {},
+        bias_free=chosen.arch in OWN if chosen.bias_free is None else chosen.bias_free,
+        debias=chosen.debias,
+        segmenter=chosen.segmenter,
         class_names=dataset.class_names,
         image_shape=split.image_shape,
         dataset={"name": dataset.name, "fingerprint": split.fingerprint},
         training=settings.to_dict(),
     )
-    material = Material(source=labelled_source(split), paths={"data": str(data)})
-    return train(Training(out, config, material, settings, runtime, asked, TEACHER, segmenter=frozen))
+    training = Training(
+        out=out,
+        config=config,
+        material=Material(source=labelled_source(split), paths={"data": str(data)}),
+        settings=settings,
+        runtime=Runtime.of(chosen),
+        record=chosen.record(),
+        purpose=TEACHER,
+        segmenter=segmenter,
+    )
+    return train(training)
+
+
+def _check_front(options: TeacherOptions, split: Split) -> None:
+    """Raise TrainingError where the front or an augmentation needs masks that are missing, or a segmenter."""
+    needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
+    needing += [Option("debias", "mask")] if options.debias == "mask" else []
+    if needing and split.masks is None:
+        raise TrainingError(Message(needing[0], f" needs 'masks' in the train split of {options.data}, which has none"))
+    if (options.debias == "segmenter") != (options.segmenter is not None):
+        if options.segmenter is None:
+            raise TrainingError(
+                Message(
+                    Option("debias", "segmenter"), " needs ", Option("segmenter"),
+                    ": give torchvision:lraspp_mobilenet_v3_large, a file or package.module:function",
+                )
+            )  # fmt: skip
+        raise TrainingError(
+            Message(
+                Option("segmenter", options.segmenter), " is for ", Option("debias", "segmenter"), ", and this is ",
+                Option("debias", options.debias), ": leave one out",
+            )
+        )  # fmt: skip

@@ -7,17 +7,28 @@ that have a part of it each do exactly what one process with all of it does. PyT
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from options import Lazy, Message, Option, Registry
+from trainer.errors import TrainingError
 
-from pipeline.device import to_device
-from trainer.errors import TrainingError, did_you_mean
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from pipeline import device
+else:
+    np, torch, F = Lazy("numpy"), Lazy("torch"), Lazy("torch.nn.functional")
+    device = Lazy("pipeline.device")
 
 Kind = Literal["image", "map", "mask"]
+Move = Callable[["Tensor", "np.ndarray", Kind], "Tensor"]
+
+# Each takes values (N, C, H, W) of a kind and the samples' uniform numbers, and returns new values of the same shape.
+# They are applied in this order.
+AUGMENTATIONS: Registry[Move] = Registry("augment", TrainingError)
 
 BACKGROUND = "background"  # moves nothing: see `trainer.loop.repainting`
 LARGEST_SHIFT = 1 / 8  # of a side
@@ -39,18 +50,18 @@ def check_augmentations(
     Maps smaller than the image cannot be shifted by its pixels, nor cropped; they can be flipped.
     """
     for name in names:
-        if name not in NAMES:
-            raise TrainingError(
-                f"unknown --augment '{name}': choose from {', '.join(NAMES)}.{did_you_mean(name, NAMES)}"
-            )
+        AUGMENTATIONS.check(name)
         if name not in valid:
             remedy = f"it can have {', '.join(valid)}" if valid else "it can have none"
-            raise TrainingError(f"--augment {name} is not valid for this method: {remedy}")
+            raise TrainingError(Message(Option("augment", name), f" is not valid for this method: {remedy}"))
         if name not in ("flip", BACKGROUND) and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
             (h, w), (height, width) = map_shape[-2:], image_shape[-2:]
             raise TrainingError(
-                f"--augment {name} needs heatmaps of the images' size, {height}×{width}, these are {h}×{w}: "
-                "leave it out, or make a store of full resolution"
+                Message(
+                    Option("augment", name),
+                    f" needs heatmaps of the images' size, {height}×{width}, these are {h}×{w}: leave it out, or make "
+                    "a store of full resolution",
+                )
             )
 
 
@@ -75,14 +86,14 @@ def augment(
 
     Raises TrainingError as `check_augmentations` does, and ValueError for rows that the global batch lacks.
     """
-    check_augmentations(names, None if maps is None else maps.shape, images.shape, NAMES)
+    check_augmentations(names, None if maps is None else maps.shape, images.shape, AUGMENTATIONS)
     uniforms = _uniforms(seed, step, first, len(images), of)
     return _moved(images, names, uniforms, "image"), None if maps is None else _moved(maps, names, uniforms, "map")
 
 
 def augment_masks(masks: Tensor, names: Collection[str], *, seed: int, step: int, first: int, of: int) -> Tensor:
     """Masks (N, 1, H, W) of any type, moved as `augment` moves their images: nearest pixel, no new values but 0."""
-    check_augmentations(names, None, masks.shape, NAMES)
+    check_augmentations(names, None, masks.shape, AUGMENTATIONS)
     return _moved(masks, names, _uniforms(seed, step, first, len(masks), of), "mask")
 
 
@@ -102,25 +113,28 @@ def _moved(values: Tensor, names: Collection[str], uniforms: np.ndarray, kind: K
     return values.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@AUGMENTATIONS.add("flip")
 def _flip(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
     """Left and right exchanged, with probability 0.5. Exact."""
-    flipped = to_device(uniforms[:, _FLIP] < 0.5, values.device)
+    flipped = device.to_device(uniforms[:, _FLIP] < 0.5, values.device)
     return torch.where(flipped.view(-1, 1, 1, 1), values.flip(-1), values)
 
 
+@AUGMENTATIONS.add("shift")
 def _shift(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
     """Moved by whole pixels, each number of them up to 1/8 of a side being as likely; zeros come in. Exact."""
     size = np.array(values.shape[2:])
     most = (size * LARGEST_SHIFT).astype(np.int64)
     by = np.floor(uniforms[:, _SHIFT] * (2 * most + 1)).astype(np.int64) - most  # (N, 2): down, to the right
     rows, columns = (
-        to_device(np.arange(size[axis]) + most[axis] - by[:, axis, None], values.device) for axis in range(2)
+        device.to_device(np.arange(size[axis]) + most[axis] - by[:, axis, None], values.device) for axis in range(2)
     )
     padded = F.pad(values, (int(most[1]),) * 2 + (int(most[0]),) * 2)
     samples = torch.arange(len(values), device=values.device).view(-1, 1, 1)
     return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+@AUGMENTATIONS.add("crop")
 def _crop(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
     """A box anywhere in the image, of 60 to 100 % of its area and its aspect ratio, resized to the image's size.
 
@@ -135,12 +149,12 @@ def _crop(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
         _centres(starts * (1 - sides), sides, size).to(_floating(values.dtype))
         for starts, size in zip((tops, lefts), values.shape[2:], strict=True)
     )
-    ys, xs = to_device(ys, values.device)[:, :, None], to_device(xs, values.device)[:, None, :]
+    ys, xs = device.to_device(ys, values.device)[:, :, None], device.to_device(xs, values.device)[:, None, :]
     grid = torch.stack(torch.broadcast_tensors(xs, ys), dim=-1)  # (N, H, W, 2)
     mode = "nearest" if kind == "mask" else "bilinear"
     resized = F.grid_sample(values.to(grid.dtype), grid, mode, padding_mode="border", align_corners=False)
     if kind == "map":
-        resized = resized * to_device(torch.from_numpy(shares).to(grid.dtype), values.device).view(-1, 1, 1, 1)
+        resized = resized * device.to_device(torch.from_numpy(shares).to(grid.dtype), values.device).view(-1, 1, 1, 1)
     return resized.to(values.dtype)
 
 
@@ -156,10 +170,7 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.float32
 
 
-# Each takes values (N, C, H, W) of a kind and the samples' uniform numbers, and returns new values of the same shape.
-AUGMENTATIONS: dict[str, Callable[[Tensor, np.ndarray, Kind], Tensor]] = {
-    "flip": _flip,
-    "shift": _shift,
-    "crop": _crop,
-}
-NAMES = (*AUGMENTATIONS, BACKGROUND)
+@AUGMENTATIONS.add(BACKGROUND)
+def _background(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
+    """Return the values as they are: another background is painted behind the object's mask, which moves nothing."""
+    return values

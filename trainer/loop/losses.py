@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from options import Lazy, Registry
+from trainer.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+else:
+    torch, F = Lazy("torch"), Lazy("torch.nn.functional")
 
 SMALLEST_SIDE = 8
 KL_FLOOR = 1e-3  # of a map's mean |relevance|: added to each value, so that no logarithm is infinite
 VALUES = (1, 2, 3)  # the dimensions of a sample's map
+
+
+MapLoss = Callable[["Tensor", "Tensor", "Tensor", "Tensor"], "Tensor"]
+# Each takes the maps (N, C, H, W) and the mean |relevance| (N,) of both, and returns (N,).
+MAP_LOSSES: Registry[MapLoss] = Registry("map_loss", TrainingError)
 
 
 def heatmap_loss(
@@ -35,8 +47,7 @@ def heatmap_loss(
 
     Raises ValueError for an unknown ``kind``, and for maps whose shapes do not fit.
     """
-    if kind not in MAP_LOSSES:
-        raise ValueError(f"unknown heatmap loss '{kind}': choose one of {', '.join(MAP_LOSSES)}")
+    MAP_LOSSES.check(kind)
     if resolution > 1:
         student = F.avg_pool2d(student, resolution)
     if student.shape != teacher.shape:
@@ -50,19 +61,12 @@ def heatmap_loss(
         student, teacher = F.avg_pool2d(student, 2), F.avg_pool2d(teacher, 2)
 
 
+@MAP_LOSSES.add("l1")
 def _l1(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return (student - teacher).abs().mean(VALUES) / _geometric_mean(s, t)
 
 
-def _mse(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    return _over(student - teacher, _geometric_mean(s, t)).square().mean(VALUES)
-
-
-def _huber(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    difference = _over(student - teacher, _geometric_mean(s, t))
-    return F.huber_loss(difference, torch.zeros_like(difference), reduction="none").mean(VALUES)
-
-
+@MAP_LOSSES.add("cosine")
 def _cosine(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
     # Any factor does, so the student's has no gradient. Maps of mean 1 have a norm of at least 1, so that only the
     # norm of a map of zeros is clamped: its gradient points to the teacher's map and is no longer than any other's.
@@ -71,20 +75,22 @@ def _cosine(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
     return 1 - (a * b).sum(VALUES) / (norms[0] * norms[1])
 
 
+@MAP_LOSSES.add("mse")
+def _mse(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    return _over(student - teacher, _geometric_mean(s, t)).square().mean(VALUES)
+
+
+@MAP_LOSSES.add("huber")
+def _huber(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    difference = _over(student - teacher, _geometric_mean(s, t))
+    return F.huber_loss(difference, torch.zeros_like(difference), reduction="none").mean(VALUES)
+
+
+@MAP_LOSSES.add("kl")
 def _kl(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
     q, p = (_over(maps.abs(), _not_zero(size)) + KL_FLOOR for maps, size in ((student, s), (teacher, t)))
     q, p = (_over(maps, maps.mean(VALUES)) for maps in (q, p))
     return (p * (p / q).log()).mean(VALUES)  # p and q sum to the number of values, hence the mean
-
-
-# Each takes the maps (N, C, H, W) and the mean |relevance| (N,) of both, and returns (N,).
-MAP_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "l1": _l1,
-    "cosine": _cosine,
-    "mse": _mse,
-    "huber": _huber,
-    "kl": _kl,
-}
 
 
 def _geometric_mean(s: Tensor, t: Tensor) -> Tensor:

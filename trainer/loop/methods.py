@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from pipeline import EXPLAINERS, Forward
-from trainer.errors import TrainingError, did_you_mean
+from options import Lazy, Message, Option, Registry
+from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND
 
-Target = Mapping[str, Tensor]  # of a batch, on the device: what the methods need, by name
-Compare = Callable[[Tensor, Tensor], Tensor]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)
+if TYPE_CHECKING:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from pipeline import Forward
+else:
+    torch, F = Lazy("torch"), Lazy("torch.nn.functional")
+
+Target = Mapping[str, "Tensor"]  # of a batch, on the device: what the methods need, by name
+Compare = Callable[["Tensor", "Tensor"], "Tensor"]  # the student's maps and the teacher's (N, C, h, w) to a loss (N,)
 TEMPERATURE = 3.0
 # of ISNet, as in its authors' code: ε, the decay of global weighted rank pooling, and the sum of |relevance| that is
 # natural to a heatmap, between which and which there is no loss
@@ -45,14 +50,14 @@ class Method:
     moves: tuple[str, ...] = ()
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method", TrainingError)
 
 
 def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Enter the function below as a method."""
 
     def enter(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = Method(name, loss, **declared)
+        METHODS.enter(name, Method(name, loss, **declared))
         return loss
 
     return enter
@@ -108,8 +113,13 @@ def features(forward: Forward, target: Target, compare: Compare) -> Tensor:
     ours, theirs = forward.features, target["features"]
     if ours.shape != theirs.shape:
         raise TrainingError(
-            f"the student has {ours.shape[1]} features, and the store has {theirs.shape[1]} of the teacher's to match "
-            "them with: give --head frozen, which puts a learnt adapter between the two, or another --arch"
+            Message(
+                f"the student has {ours.shape[1]} features, and the store has {theirs.shape[1]} features of the "
+                "teacher: give ",
+                Option("head", "frozen"),
+                ", which puts a learnt adapter between the two, or another ",
+                Option("arch"),
+            )
         )
     return (ours - theirs).square().mean(1)
 
@@ -179,27 +189,36 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
     if method is not None and loss is not None:
         same = ",".join(f"{name}={weight:g}" for name, weight in SUMS.get(method, {method: 1}).items())
         raise TrainingError(
-            f"give --method ({method}) or --loss ({loss}), not both: --method {method} is --loss {same}"
+            Message(
+                "give ",
+                Option("method", method),
+                " or ",
+                Option("loss", loss),
+                ", not both: ",
+                Option("method", method),
+                " is ",
+                Option("loss", same),
+            )
         )
     if loss is None and method in SUMS:
         return dict(SUMS[method])
     terms: dict[str, float] = {}
     for term in (loss if loss is not None else method or "lrp").split(","):
         name, given, weight = (part.strip() for part in term.partition("="))
-        if name not in METHODS:
-            raise TrainingError(
-                f"unknown method '{name}': choose one of {', '.join(METHODS)}.{did_you_mean(name, METHODS)}"
-            )
+        METHODS.check(name)
         try:
             terms[name] = float(weight) if given else 1.0
         except ValueError:
             terms[name] = float("nan")
         if not 0 < terms[name] < float("inf"):
             raise TrainingError(
-                f"--loss {term.strip()}: '{weight}' is no weight; give a positive number, as in lrp=1,output=0.1"
+                Message(
+                    Option("loss", term.strip()),
+                    f": '{weight}' is not a weight. Give a positive number, as in lrp=1,output=0.1.",
+                )
             )
     if loss is not None and len(terms) < len(loss.split(",")):
-        raise TrainingError(f"--loss {loss} has a method twice: give each once")
+        raise TrainingError(Message(Option("loss", loss), " has a method twice: give each once"))
     maps = [name for name in terms if METHODS[name].explainers or METHODS[name].explains]
     if len(maps) > 1:
         raise TrainingError(
@@ -223,19 +242,21 @@ def moves(terms: Mapping[str, float]) -> tuple[str, ...]:
     return (*(move for move in METHODS["erm"].moves if all(move in METHODS[name].moves for name in terms)), BACKGROUND)
 
 
-def missing_from(terms: Mapping[str, float], explainer: str | None, stored: tuple[str, ...]) -> str:
-    """What a store lacks for the methods, as options of cache-explanations; empty where it has all.
+def missing_from(terms: Mapping[str, float], explainer: str | None, stored: tuple[str, ...]) -> dict[str, Any]:
+    """Tell the options of `cache_explanations` for a store that has what this one lacks for the methods.
 
-    ``explainer`` is that of its maps, None where there is no store, and ``stored`` what else it has: teacher_logits,
-    features.
+    Args:
+        terms: the weight of each method.
+        explainer: the explainer of the store's maps; None where there is no store.
+        stored: what else the store has: teacher_logits, features.
+
+    Returns:
+        The options by name; empty where the store lacks nothing.
     """
     for name in terms:
         if (allowed := METHODS[name].explainers) and explainer not in allowed:
-            return f"--explainer {allowed[0]}" + " --features" * ("features" in needs(terms))
+            return {"explainer": allowed[0]} | ({"features": True} if "features" in needs(terms) else {})
     lacking = of_store(terms) - {"heatmaps", *stored}
     if "features" not in lacking:
-        return ""
-    return "--features" if explainer is None else f"--explainer {explainer} --features"
-
-
-assert set(EXPLAINERS) == {name for method in METHODS.values() for name in method.explainers}
+        return {}
+    return ({} if explainer is None else {"explainer": explainer}) | {"features": True}

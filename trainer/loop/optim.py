@@ -8,24 +8,86 @@ rates).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
+from options import Lazy, Message, Option, Registry
 from trainer.errors import TrainingError
-from trainer.loop.muon import Muon
 
-OPTIMIZERS = ("adam", "adamw", "muon", "sgd")
-SCHEDULES = ("one-cycle", "cosine", "constant")
+if TYPE_CHECKING:
+    import torch.optim.lr_scheduler as lr_scheduler
+    import torch.optim.swa_utils as swa_utils
+    from torch import nn, optim
+
+    from trainer.loop import muon
+else:
+    optim, lr_scheduler = Lazy("torch.optim"), Lazy("torch.optim.lr_scheduler")
+    swa_utils, muon = Lazy("torch.optim.swa_utils"), Lazy("trainer.loop.muon")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer is made with. ``fused``: one pass through memory for all that a step does."""
+
+    lr: float
+    momentum: float
+    fused: bool
+
+
+# Each takes groups of parameters, as PyTorch's optimizers do, and a `Step`, and returns the optimizer.
+OPTIMIZERS: Registry[Callable[[list[dict[str, Any]], Step], optim.Optimizer]] = Registry("optimizer", TrainingError)
+
+
+@OPTIMIZERS.add("adam")
+def _adam(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    return optim.Adam(groups, step.lr, weight_decay=0, fused=step.fused)
+
+
+@OPTIMIZERS.add("adamw")
+def _adamw(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    return optim.AdamW(groups, step.lr, weight_decay=0, fused=step.fused)
+
+
+@OPTIMIZERS.add("muon")
+def _muon(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    return muon.Muon(groups, step.lr)
+
+
+@OPTIMIZERS.add("sgd")
+def _sgd(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    return optim.SGD(groups, step.lr, momentum=step.momentum, fused=step.fused)
+
+
+# Each takes an optimizer, the number of steps, the peak learning rate and the steps of the warm-up (or None).
+Schedule = Callable[["optim.Optimizer", int, float, "int | None"], "lr_scheduler.LRScheduler"]
+SCHEDULES: Registry[Schedule] = Registry("schedule", TrainingError)
+
+
+@SCHEDULES.add("one-cycle")
+def _one_cycle(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    cycle_momentum = not isinstance(optimizer, optim.SGD | muon.Muon)
+    if warmup is None:
+        return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=cycle_momentum)
+    rising = max(0.0, warmup - 1e-9)  # a rise of exactly one step is divided by its length less one, which is 0
+    return lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=rising / steps, cycle_momentum=cycle_momentum
+    )
+
+
+@SCHEDULES.add("cosine")
+def _cosine(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: rate("cosine", step, steps, warmup or 0))
+
+
+@SCHEDULES.add("constant")
+def _constant(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: rate("constant", step, steps, warmup or 0))
 
 
 def make_optimizer(
     model: nn.Module, name: str, lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0
-) -> Optimizer:
+) -> optim.Optimizer:
     """One of `OPTIMIZERS` over the parameters that require a gradient.
 
     ``momentum`` is SGD's (with PyTorch's update, not Nesterov's). ``weight_decay`` shrinks tensors of more than one
@@ -34,12 +96,12 @@ def make_optimizer(
 
     Raises TrainingError for an unknown name, ``lr`` not positive, ``momentum`` outside [0, 1), ``weight_decay`` < 0.
     """
-    _check_known("--optimizer", name, OPTIMIZERS)
+    OPTIMIZERS.check(name)
     _check_lr(lr)
     if not 0 <= momentum < 1:
-        raise TrainingError(f"--momentum must be at least 0 and less than 1, got {momentum:g}")
+        raise TrainingError(Message(Option("momentum"), f" must be at least 0 and less than 1, got {momentum:g}"))
     if not 0 <= weight_decay < math.inf:
-        raise TrainingError(f"--weight-decay must be a number of at least 0, got {weight_decay:g}")
+        raise TrainingError(Message(Option("weight_decay"), f" must be a number of at least 0, got {weight_decay:g}"))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if weight_decay:
@@ -47,16 +109,14 @@ def make_optimizer(
         others = [parameter for parameter in parameters if parameter.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others}]
         groups = [group for group in groups if group["params"]]
-    if name == "muon":
-        return Muon(groups, lr)
     # one pass through memory for all that a step does, which on a CPU takes half the time
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    if name == "sgd":
-        return SGD(groups, lr, momentum=momentum, fused=fused)
-    return (AdamW if name == "adamw" else Adam)(groups, lr, weight_decay=0, fused=fused)
+    return OPTIMIZERS[name](groups, Step(lr, momentum, fused))
 
 
-def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, warmup: int | None = None) -> LRScheduler:
+def make_schedule(
+    optimizer: optim.Optimizer, name: str, steps: int, *, lr: float, warmup: int | None = None
+) -> lr_scheduler.LRScheduler:
     """One of `SCHEDULES` of peak ``lr`` over ``steps`` steps; its ``step()`` is called after each of the optimiser's.
 
     ``warmup`` is the number of steps in which the rate rises, the last of them at its peak: by default 0 in ``cosine``,
@@ -68,19 +128,15 @@ def make_schedule(optimizer: Optimizer, name: str, steps: int, *, lr: float, war
     Raises TrainingError for an unknown name, ``lr`` not positive, and ``warmup`` that is negative or not less than
     ``steps``.
     """
-    _check_known("--schedule", name, SCHEDULES)
+    SCHEDULES.check(name)
     _check_lr(lr)
     if warmup is not None and not 0 <= warmup < steps:
         raise TrainingError(
-            f"--warmup must be at least 0 and less than the {steps} steps of the training, got {warmup}"
+            Message(
+                Option("warmup"), f" must be at least 0 and less than the {steps} steps of the training, got {warmup}"
+            )
         )
-    if name != "one-cycle":
-        return LambdaLR(optimizer, lambda step: rate(name, step, steps, warmup or 0))
-    cycle_momentum = not isinstance(optimizer, SGD | Muon)
-    if warmup is None:
-        return OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=cycle_momentum)
-    rising = max(0.0, warmup - 1e-9)  # a rise of exactly one step is divided by its length less one, which is 0
-    return OneCycleLR(optimizer, lr, total_steps=steps, pct_start=rising / steps, cycle_momentum=cycle_momentum)
+    return SCHEDULES[name](optimizer, steps, lr, warmup)
 
 
 def rate(name: str, step: int, steps: int, warmup: int) -> float:
@@ -92,7 +148,7 @@ def rate(name: str, step: int, steps: int, warmup: int) -> float:
     return (1 + math.cos(math.pi * min(1, (step - warmup) / (steps - warmup)))) / 2
 
 
-def make_ema(model: nn.Module, decay: float) -> AveragedModel:
+def make_ema(model: nn.Module, decay: float) -> swa_utils.AveragedModel:
     """The exponential moving average of the model's weights; call ``update_parameters(model)`` after each step.
 
     The first update copies the weights, each later one leaves ``decay`` of the average and takes 1 − ``decay`` of the
@@ -102,8 +158,8 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     Raises TrainingError for a ``decay`` that is not between 0 and 1.
     """
     if not 0 < decay < 1:
-        raise TrainingError(f"--ema must be more than 0 and less than 1, got {decay:g}")
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        raise TrainingError(Message(Option("ema"), f" must be more than 0 and less than 1, got {decay:g}"))
+    return swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(decay))
 
 
 def is_moment(step: int, steps: int, count: int) -> bool:
@@ -113,9 +169,4 @@ def is_moment(step: int, steps: int, count: int) -> bool:
 
 def _check_lr(lr: float) -> None:
     if not 0 < lr < math.inf:
-        raise TrainingError(f"--lr must be a positive number, got {lr:g}")
-
-
-def _check_known(option: str, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        raise TrainingError(f"unknown {option} '{name}': choose one of {', '.join(known)}")
+        raise TrainingError(Message(Option("lr"), f" must be a positive number, got {lr:g}"))

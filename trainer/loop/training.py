@@ -41,7 +41,7 @@ from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedul
 from trainer.loop.step import FLOAT, forward_backward, losses_of, on_device, validate
 from trainer.loop.watch import Watch
 from trainer.run_dir import RunDir
-from trainer.settings import Runtime, Settings, as_given
+from trainer.settings import Runtime, Settings
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
 
@@ -228,8 +228,7 @@ def resume(state: State, cleanup: ExitStack) -> None:
     """Open the folder of the run, and load its newest checkpoint where there is one."""
     training, ranks, checkpoint = state.training, state.ranks, None
     if ranks.main:
-        record = as_given(training.record, training.settings, training.runtime)
-        state.run = cleanup.enter_context(closing(RunDir(training.out, training.config, record)))
+        state.run = cleanup.enter_context(closing(RunDir(training.out, training.config, training.record)))
         checkpoint = _newest_checkpoint(state.run)
     if ranks.ranks > 1:
         checkpoint = ranks.share(checkpoint or state.state_dict())

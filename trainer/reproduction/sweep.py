@@ -5,7 +5,6 @@ Each student is trained in a process of its own, so that a failure stops no othe
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import multiprocessing
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 from data import open_dataset
-from options import Message, Option
+from options import Message, Option, option_fields
+from options.fields import check
 from options.yaml_file import read_yaml
 from teacher_cache import open_cache
 from trainer.distill import train_student
@@ -29,7 +29,7 @@ from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.methods import METHODS, of_store
 from trainer.results.evaluation import evaluate
 from trainer.run_dir import NEW_FOLDER, Run, write_json
-from trainer.settings import Runtime, Settings, check_types
+from trainer.settings import StudentOptions
 
 PLACES = ("data", "cache", "validation_cache")
 OF_SWEEP = {"out", "device"}  # options of the sweep, which no student has
@@ -101,15 +101,21 @@ def _combinations(common: Mapping[str, Any], student: Mapping[str, Any]) -> Iter
         own_name = str(one.pop("name", ""))
         keys = [key for key in one if key in lists or (key in own and not own_name and key not in PLACES)]
         name = "-".join([*([own_name] if own_name else []), *(_label(key, one[key]) for key in keys)])
-        check_types(one, train_student, Settings, Runtime)
+        _check(one)
         if one.get("method") in METHODS and not of_store({one["method"]: 1}):  # it ignores the other students' store
             one |= {"cache": None, "validation_cache": None}
         yield _folder_name(name), one
 
 
+def _check(options: Mapping[str, Any]) -> None:
+    """Raise TrainingError for a value that an option cannot have."""
+    for field in option_fields(StudentOptions):
+        if field.name in options:
+            check(field, options[field.name], TrainingError)
+
+
 def _student_options() -> set[str]:
-    fields = {*Settings.__dataclass_fields__, *Runtime.__dataclass_fields__}
-    return {*inspect.signature(train_student).parameters, *fields} - {"options", *OF_SWEEP}
+    return {field.name for field in option_fields(StudentOptions)} - OF_SWEEP
 
 
 def _label(key: str, value: Any) -> str:

@@ -28,7 +28,7 @@ from pipeline.networks.models import is_factory
 from pipeline.networks.segmenters import TORCHVISION
 from pipeline.networks.teachers import absolute_teacher
 from teacher_cache import Cache, CacheError, open_cache
-from trainer.distill import check_paired
+from teacher_cache.pairing import check_paired
 from trainer.results.options import PREDICTED, TRUE, OwnCode, ShowOptions
 from trainer.results.pictures import Cell, Grid, grid_picture, rows_of
 from trainer.run_dir import NEW_FOLDER

@@ -1,0 +1,115 @@
+"""Options of commands, made from the fields of a dataclass: the name, type, default and help stand there alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import click
+
+from options import Ge, Gt, Kind, Le, Lt, OptionField, OptionSet, Registry, option_fields
+from terminal.command_line import Choice, under
+from terminal.types import Architecture, BatchSize, Bytes, LocalFolder, Location, NameAndValue, Names, TeacherName
+
+
+class RegistryChoice(Choice):
+    """One of the names of a registry, as it is when the command runs."""
+
+    def __init__(self, registry: Registry[Any]):
+        super().__init__(())  # the base class keeps what it is given, which the property below does not
+        self._registry = registry
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The names."""
+        return tuple(self._registry)
+
+    @choices.setter
+    def choices(self, value: object) -> None:
+        """Ignore what the base class sets."""
+
+
+KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
+    Kind.LOCATION: Location,
+    Kind.FOLDER: lambda: LocalFolder(path_type=Path),
+    Kind.PATH: lambda: click.Path(path_type=Path),
+    Kind.TEACHER: TeacherName,
+    Kind.ARCHITECTURE: Architecture,
+    Kind.SIZE: Bytes,
+    Kind.BATCH_SIZE: BatchSize,
+}
+
+
+def options_of(
+    options: type[OptionSet],
+    *,
+    without: tuple[str, ...] = (),
+    flags: Mapping[str, str] | None = None,
+    **attributes: dict[str, Any],
+) -> list[Callable[..., Any]]:
+    """Make the options of a command, under their headings.
+
+    Args:
+        options: the dataclass.
+        without: names of fields that this command does not have.
+        flags: spellings that are not the name with dashes, such as ``{"pyramid": "--pyramid/--flat"}``.
+        attributes: arguments of `click.option` by name of the field, which override those made here.
+
+    Returns:
+        Decorators, for `terminal.command_line.options`.
+    """
+    made = []
+    for field in option_fields(options):
+        if field.name not in without:
+            flag = (flags or {}).get(field.name) or _flag(field)
+            arguments = {"help": field.doc, **_arguments(field), **attributes.get(field.name, {})}
+            made += under(field.heading, click.option(flag, field.name, **arguments))
+    return made
+
+
+def _flag(field: OptionField) -> str:
+    name = field.name.replace("_", "-")
+    return f"--{name}/--no-{name}" if bool in field.types and field.default is not False else f"--{name}"
+
+
+def _arguments(field: OptionField) -> dict[str, Any]:
+    """Return the arguments of `click.option` that follow from a field."""
+    arguments: dict[str, Any] = {"required": True} if field.required else {"default": field.default}
+    if bool in field.types:
+        return arguments | ({"is_flag": True} if field.default is False else {})
+    if any(get_origin(one) is dict for one in field.types):
+        return {"multiple": True, "type": NameAndValue()}
+    return arguments | {"type": _type(field)}
+
+
+def _type(field: OptionField) -> Any:
+    if field.kind is not None:
+        return KINDS[field.kind]()
+    if field.separator is not None:
+        return Names()
+    if field.registry is not None:
+        return RegistryChoice(field.registry)
+    if field.choices:
+        return Choice(field.choices)
+    pair = next(
+        (get_args(one) for one in field.types if get_origin(one) is tuple and Ellipsis not in get_args(one)), ()
+    )
+    if pair:
+        return tuple(_number(one, field) for one in pair)
+    number = next((one for one in (int, float) if one in field.types), None)
+    return str if number is None else _number(number, field)
+
+
+def _number(number: type, field: OptionField) -> click.ParamType:
+    low = next((bound for bound in field.bounds if isinstance(bound, Ge | Gt)), None)
+    high = next((bound for bound in field.bounds if isinstance(bound, Le | Lt)), None)
+    limits: dict[str, Any] = {
+        "min": None if low is None else low.ge if isinstance(low, Ge) else low.gt,
+        "max": None if high is None else high.le if isinstance(high, Le) else high.lt,
+        "min_open": isinstance(low, Gt),
+        "max_open": isinstance(high, Lt),
+    }
+    if number is int:
+        return click.IntRange(**limits) if field.bounds else click.INT
+    return click.FloatRange(**limits) if field.bounds else click.FLOAT

@@ -1,0 +1,130 @@
+"""The types of options that click does not have: what a command line says, as the value that a function takes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+
+class Location(click.ParamType):
+    """A folder, or a URL of fsspec, of which ``pathlib`` would make something else."""
+
+    name = "folder or URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not (text := os.fspath(value)):
+            self.fail("it is empty: give a folder, or a URL such as s3://bucket/name", param, ctx)
+        return text
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class LocalFolder(click.Path):
+    """A folder of this machine, for models and trainings."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(f"'{value}' is a URL: only datasets and stores can be at one, give a local folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class TeacherName(LocalFolder):
+    """A folder, or the name of a vision-language model."""
+
+    name = "folder or clip:ARCH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
+
+
+class Bytes(click.ParamType):
+    """A size such as 4GB, 500MiB or 2e9, as a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from dask.utils import parse_bytes
+
+        try:
+            size = int(parse_bytes(value))
+        except (ValueError, OverflowError):
+            self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
+        if size < 0:
+            self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
+        return size
+
+
+class BatchSize(click.ParamType):
+    """A number of samples, at least 1, or auto."""
+
+    name = "integer|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto":
+            return value
+        try:
+            size = int(value)
+        except ValueError:
+            size = 0
+        if size < 1:
+            self.fail(f"'{value}' is no size of a batch: give a number of samples, at least 1, or auto", param, ctx)
+        return size
+
+
+class NameAndValue(click.ParamType):
+    """NAME=VALUE, the value a number, true, false or text."""
+
+    name, pairs = "name=value", True
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = value.partition("=")
+        if not name.isidentifier() or not equals:
+            self.fail(f"'{value}' is no NAME=VALUE: give one such as width=64", param, ctx)
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = text
+        return name, found if isinstance(found, bool | int | float | str) else text
+
+
+class Architecture(click.ParamType):
+    """The name of a network, which what builds it looks at."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from pipeline.networks.models import architectures
+
+        return [CompletionItem(name) for name in architectures() if name.startswith(incomplete)]
+
+
+class Names(click.ParamType):
+    """Some names, separated by commas."""
+
+    name, separator = "names", ","
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        return tuple(name.strip() for name in value.split(self.separator) if name.strip())
+
+
+class NamedFolder(click.ParamType):
+    """NAME=DIR."""
+
+    name, pairs = "name=folder", True
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
+        name, equals, folder = value.partition("=")
+        if not (name and equals and folder):
+            self.fail(f"'{value}' is no NAME=DIR: give one such as ood=images/ood", param, ctx)
+        return name, Path(folder)
