@@ -20,7 +20,7 @@ import click
 
 from pipeline import EXPLAINERS
 from terminal import inline_picture
-from terminal.command_line import ARGUMENTS, Choice, Group, options, under
+from terminal.command_line import ARGUMENTS, COMMAND, Choice, Group, options, under
 from terminal.options import RegistryChoice, options_of
 from terminal.spelling import spell, text_of
 from terminal.types import (
@@ -122,12 +122,12 @@ class Commands(Group):
             raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
             if isinstance(error, FileExistsError) and error.errno is None:
-                raise click.ClickException(text_of(error)) from None
+                raise click.ClickException(text_of(error, ctx.meta.get(COMMAND))) from None
             where = f"{error.filename}: " if error.filename else ""
             raise click.ClickException(f"{where}{error.strerror or error}") from None
         except Exception as error:
             if isinstance(error, _user_errors()):
-                raise click.ClickException(text_of(error)) from None
+                raise click.ClickException(text_of(error, ctx.meta.get(COMMAND))) from None
             raise
 
 

@@ -177,7 +177,7 @@ def _check_bounds(field: OptionField, value: Any, error: type[Exception]) -> Non
     if not all(getattr(float(value), WORDS[type(bound)][1])(_limit(bound)) for bound in field.bounds):
         limits = " and ".join(f"{WORDS[type(bound)][0]} {_limit(bound):g}" for bound in field.bounds)
         raise error(Message(Option(field.name), f" must be {limits}, got {value:g}"))
-    if not math.isfinite(value):
+    if not math.isfinite(value) and math.inf not in map(_limit, field.bounds):
         raise error(Message(Option(field.name), f" must be a finite number, got {value:g}"))
 
 

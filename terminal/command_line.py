@@ -6,25 +6,21 @@ lines of `format_options`: a library for them would ask for the newest click alo
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from options import did_you_mean
+
 OTHERS = "Other options"
 INDENT = "  "  # of an example
 ARGUMENTS = f"{__name__}.arguments"  # in a context's meta: the command as it was given
+COMMAND = f"{__name__}.command"  # in a context's meta: the command itself
 FILE = f"{__name__}.file"  # in a context's meta: where the values come from that the command line does not give
 # of each pair a command takes one, so that what the command line gives makes void what a file says of the other
 EITHER_OR = (("steps", "epochs"), ("method", "loss"), ("arch", "student_factory"), ("model", "teacher"))
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known words, a space before it; empty where none is near."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=3)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 # --- headings -----------------------------------------------------------------------------------------------
@@ -81,7 +77,7 @@ class Command(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[ARGUMENTS] = list(args)
+        ctx.meta[ARGUMENTS], ctx.meta[COMMAND] = list(args), self
         try:
             rest = super().parse_args(ctx, args)
         except click.BadParameter as error:

@@ -86,7 +86,7 @@ def test_maps_that_do_not_fit_are_refused():
 
 
 def test_an_unknown_loss_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="unknown heatmap loss 'l2': choose one of l1, cosine, mse, huber, kl"):
+    with pytest.raises(ValueError, match="unknown map_loss 'l2': choose one of l1, cosine, mse, huber, kl"):
         heatmap_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 3, 16, 16), kind="l2")
 
 

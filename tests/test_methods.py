@@ -78,20 +78,20 @@ def test_what_is_written_of_a_sum_is_read_as_that_sum(terms):
 @pytest.mark.parametrize(
     ("method", "loss", "words"),
     [
-        ("lrp", "output=1", r"give --method \(lrp\) or --loss \(output=1\), not both: --method lrp is --loss lrp=1"),
+        ("lrp", "output=1", "give method='lrp' or loss='output=1', not both: method='lrp' is loss='lrp=1'"),
         (None, "lrp=1,cam=1", "unknown method 'cam': choose one of .*lrp"),
         ("cam", None, "unknown method 'cam'"),
         (None, "", "unknown method ''"),
         (None, "lrp=1,", "unknown method ''"),
         (None, "lrp=1,output=2,lrp=3", "has a method twice"),
-        (None, "lrp=1,output=0", "--loss output=0: '0' is no weight; give a positive number"),
-        (None, "lrp=-1", "'-1' is no weight"),
-        (None, "lrp=x", "'x' is no weight"),
-        (None, "lrp=", "'' is no weight"),
-        (None, "lrp=nan", "'nan' is no weight"),
-        (None, "lrp=inf", "'inf' is no weight"),
-        (None, "lrp=1=2", "'1=2' is no weight"),
-        ("rrr", "output=1", "--method rrr is --loss erm=1,rrr=0.01"),
+        (None, "lrp=1,output=0", "loss='output=0': '0' is not a weight. Give a positive number"),
+        (None, "lrp=-1", "'-1' is not a weight"),
+        (None, "lrp=x", "'x' is not a weight"),
+        (None, "lrp=", "'' is not a weight"),
+        (None, "lrp=nan", "'nan' is not a weight"),
+        (None, "lrp=inf", "'inf' is not a weight"),
+        (None, "lrp=1=2", "'1=2' is not a weight"),
+        ("rrr", "output=1", "method='rrr' is loss='erm=1,rrr=0.01'"),
         (None, "lrp=1,grad-cam=1", "lrp and grad-cam each explain the student"),
     ],
 )
@@ -104,6 +104,7 @@ def test_every_explainer_has_the_one_method_that_matches_its_maps_as_they_are():
     for explainer in EXPLAINERS:
         of_maps_alone = [name for name in METHODS if METHODS[name].needs == ("heatmaps",)]
         assert [name for name in of_maps_alone if explainer in METHODS[name].explainers] == [method_of(explainer)]
+    assert set(EXPLAINERS) == {name for method in METHODS.values() for name in method.explainers}
 
 
 def test_a_sum_needs_what_any_of_its_methods_needs_and_is_moved_as_all_of_them_can_be():
@@ -121,8 +122,8 @@ def test_a_sum_needs_what_any_of_its_methods_needs_and_is_moved_as_all_of_them_c
 def test_a_store_made_as_is_said_lacks_nothing_and_one_that_has_all_is_not_complained_of(loss, explainer, stored):
     terms = parse_terms(None, loss)
     options = missing_from(terms, explainer, stored)
-    made = (dict(re.findall(r"--(explainer) (\S+)", options))).get("explainer", "flex" if options else explainer)
-    has = STORED if "--features" in options else stored
+    made = options.get("explainer", "flex" if options else explainer)
+    has = STORED if options.get("features") else stored
     maps = [name for name in terms if METHODS[name].explainers]
     complete = all(explainer in METHODS[name].explainers for name in maps) and (
         "features" not in terms or "features" in stored
@@ -132,7 +133,7 @@ def test_a_store_made_as_is_said_lacks_nothing_and_one_that_has_all_is_not_compl
         return
     assert bool(options) == (not complete)
     assert made in EXPLAINERS
-    assert missing_from(terms, made, has) == ""
+    assert missing_from(terms, made, has) == {}
 
 
 # what they are
@@ -369,7 +370,7 @@ def test_what_a_store_lacks_is_said_with_the_command_of_one_from_which_the_stude
 def test_what_a_validation_store_lacks_is_said_with_the_command_of_one_of_that_split(
     dataset, stores, validation_cache, tmp_path
 ):
-    with pytest.raises(CacheError, match=r"--split validation --explainer flex --features --out NEW\.zarr"):
+    with pytest.raises(CacheError, match=r"split='validation', explainer='flex', features=True, out=NEW\.zarr"):
         train_student(dataset, stores["flex"], tmp_path / "s", method="features", validation_cache=validation_cache)
     assert not (tmp_path / "s").exists()
 
@@ -399,7 +400,7 @@ def test_a_masked_target_is_the_teachers_map_on_the_object_alone(masked_dataset,
 
 
 def test_a_target_that_cannot_be_masked_is_refused(dataset, stores, tmp_path):
-    for method, words in (("lrp", "--mask-target needs 'masks' in the train split"), ("output", "matches none")):
+    for method, words in (("lrp", "mask_target=True needs 'masks' in the train split"), ("output", "matches none")):
         with pytest.raises(TrainingError, match=words):
             train_student(dataset, stores["flex"], tmp_path / "s", method=method, mask_target=True)
         assert not (tmp_path / "s").exists()
@@ -438,12 +439,12 @@ def test_another_background_is_shown_to_every_method_and_what_it_matches_stays(m
 def test_another_background_needs_masks_and_a_teacher_that_sees_none(
     dataset, masked_dataset, stores, teacher, tmp_path
 ):
-    with pytest.raises(TrainingError, match="--augment background needs 'masks' in the train split"):
+    with pytest.raises(TrainingError, match="augment='background' needs 'masks' in the train split"):
         train_student(dataset, None, tmp_path / "s", method="erm", augment=("background",))
-    with pytest.raises(TrainingError, match="--augment background needs 'masks' in the train split"):
+    with pytest.raises(TrainingError, match="augment='background' needs 'masks' in the train split"):
         train_teacher(dataset, tmp_path / "s", augment=("background",))
     cache_explanations(masked_dataset, teacher, tmp_path / "c", draws=1)
-    with pytest.raises(TrainingError, match=r"this one does \(--debias grayscale\)"):
+    with pytest.raises(TrainingError, match=r"this one does \(debias='grayscale'\)"):
         train_student(masked_dataset, tmp_path / "c", tmp_path / "s", augment=("background",))
     assert not (tmp_path / "s").exists()
     train_student(
@@ -516,7 +517,7 @@ def test_what_learns_from_the_dataset_alone_needs_no_store_and_refuses_one(
 ):
     for option in ("cache", "validation_cache"):
         paths = {"cache": None, option: stores["flex"]}
-        with pytest.raises(TrainingError, match=f"learns without a store: leave --{option.replace('_', '-')} .* out"):
+        with pytest.raises(TrainingError, match=f"learns without a store: leave {option}=.* out"):
             train_student(masked_dataset, out=tmp_path / "s", method=method, **paths)
     assert not (tmp_path / "s").exists()
     result = invoke("train-student", "--data", masked_dataset, "--out", tmp_path / "s", "--method", method, *LEARN)
@@ -533,7 +534,7 @@ def test_what_learns_from_the_dataset_alone_needs_no_store_and_refuses_one(
 )
 def test_an_augmentation_that_a_method_does_not_allow_is_refused_by_name(dataset, stores, tmp_path, name, move):
     store = stores[METHODS[name].explainers[0] if METHODS[name].explainers else "flex"]
-    with pytest.raises(TrainingError, match=f"--augment {move} is not valid for this method: it can have"):
+    with pytest.raises(TrainingError, match=f"augment='{move}' is not valid for this method: it can have"):
         train_student(dataset, store, tmp_path / "s", method=name, augment=(move,), steps=1)
     assert not (tmp_path / "s").exists()
 
@@ -542,7 +543,7 @@ def test_maps_of_less_resolution_are_flipped_but_neither_shifted_nor_cropped(dat
     cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1, resolution=2)
     for move in ("shift", "crop"):
         with pytest.raises(
-            TrainingError, match=f"--augment {move} needs heatmaps of the images' size, 28×28, these are 14×14"
+            TrainingError, match=f"augment='{move}' needs heatmaps of the images' size, 28×28, these are 14×14"
         ):
             train_student(dataset, tmp_path / "c.zarr", tmp_path / "s", augment=("flip", move), steps=1)
     assert not (tmp_path / "s").exists()
@@ -569,6 +570,6 @@ def test_coarse_maps_of_networks_with_other_last_feature_maps_are_compared(datas
 def test_a_student_without_the_width_of_the_teachers_features_is_told_how_to_match_them(dataset, stores, tmp_path):
     options = {"method": "features", "arch": "resnet18", "steps": 1, "batch_size": 8}
     train_student(dataset, stores["flex"], tmp_path / "adapted", **options)
-    with pytest.raises(TrainingError, match=r"512 .* 1152 .* --head frozen"):
+    with pytest.raises(TrainingError, match=r"512 .* 1152 .* head='frozen'"):
         train_student(dataset, stores["flex"], tmp_path / "s", head="free", **options)
     assert not (tmp_path / "s").exists()

@@ -215,9 +215,9 @@ def test_what_is_no_segmenter_is_refused_with_what_would_be(of_own):
 
 
 def test_segmenter_and_debias_go_together_or_not_at_all(data, of_own):
-    with pytest.raises(TrainingError, match="--debias segmenter needs --segmenter"):
+    with pytest.raises(TrainingError, match="debias='segmenter' needs segmenter"):
         train_teacher(data, "t", debias="segmenter")
-    with pytest.raises(TrainingError, match="is of --debias segmenter, and this is --debias grayscale"):
+    with pytest.raises(TrainingError, match="is for debias='segmenter', and this is debias='grayscale'"):
         train_teacher(data, "t", segmenter="ownseg:bright")
     assert not Path("t").exists()
     train_teacher(data, "t", debias="segmenter", segmenter="ownseg:bright", steps=1, batch_size=32)

@@ -198,12 +198,12 @@ def test_a_finished_student_of_another_store_at_the_same_path_is_not_tabulated(
 
 def test_values_of_other_types_are_refused_by_name():
     for options, words in (
-        ({"steps": "10"}, "--steps is '10', which is no int"),
-        ({"pyramid": "no"}, "--pyramid is 'no', which is no bool"),
-        ({"warmup": 0.5}, "--warmup is 0.5, which is no int"),
-        ({"batch_size": True}, "--batch-size is True, which is no int"),
-        ({"lr": "0.002"}, "--lr is '0.002', which is no float"),
-        ({"bias_free": "false"}, "--bias-free is 'false', which is no bool"),
+        ({"steps": "10"}, "steps must be int or None, got '10'"),
+        ({"pyramid": "no"}, "pyramid must be bool, got 'no'"),
+        ({"warmup": 0.5}, "warmup must be int or None, got 0.5"),
+        ({"batch_size": True}, "batch_size must be int, got True"),
+        ({"lr": "0.002"}, "lr must be float, got '0.002'"),
+        ({"bias_free": "false"}, "bias_free must be bool or None, got 'false'"),
     ):
         with pytest.raises(TrainingError, match=words):
             plan_sweep({"data": "d", **options}, [])

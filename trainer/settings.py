@@ -147,7 +147,7 @@ class Runtime(OptionSet):
         ),
     ] = None
     checkpoint_steps: Annotated[int | None, Ge(1), Doc("Steps between two checkpoints.")] = None
-    checkpoint_minutes: Annotated[float | None, Gt(0), Doc("Minutes between two checkpoints.")] = 10.0
+    checkpoint_minutes: Annotated[float | None, Gt(0), Le(math.inf), Doc("Minutes between two checkpoints.")] = 10.0
     keep_checkpoints: Annotated[int, Ge(1), Doc("Number of newest checkpoints to keep.")] = 2
     log_steps: Annotated[int, Ge(1), Doc("Steps between two lines of metrics.jsonl.")] = 20
     profile: Annotated[bool, Doc("Write a PyTorch profiler trace of the first steps.")] = False

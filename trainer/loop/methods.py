@@ -66,11 +66,11 @@ def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Call
 _LRP = ("flex", "cp-lrp", "epsilon-plus", "gamma")
 
 
-@method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))
-@method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
-@method("input-gradient", needs=("heatmaps",), explainers=("input-gradient",), moves=("flip", "shift"))
-@method("grad-cam", needs=("heatmaps",), explainers=("grad-cam",), moves=("flip",))
 @method("attention", needs=("heatmaps",), explainers=("attention",), moves=("flip",))
+@method("grad-cam", needs=("heatmaps",), explainers=("grad-cam",), moves=("flip",))
+@method("input-gradient", needs=("heatmaps",), explainers=("input-gradient",), moves=("flip", "shift"))
+@method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
+@method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))
 def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
     """The student's own map of the same class with the same ε is the teacher's (Bassi et al., arXiv 2407.09788).
 
