@@ -18,20 +18,26 @@ from typing import Any
 
 import click
 
-from pipeline import EXPLAINERS
+from pipeline.caching.options import CachingOptions
+from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
 from terminal.command_line import ARGUMENTS, COMMAND, Choice, Group, options, under
-from terminal.options import RegistryChoice, options_of
+from terminal.options import options_of
 from terminal.spelling import spell, text_of
 from terminal.types import (
-    Architecture,
-    BatchSize,
     LocalFolder,
     Location,
     NamedFolder,
     Names,
     TeacherName,
 )
+from trainer.reproduction.options import (
+    ColouredMnistTableOptions,
+    FashionTableOptions,
+    QuickstartOptions,
+    ReproduceOptions,
+)
+from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
@@ -57,35 +63,31 @@ SEGMENTER = click.option(
     help="What makes the masks of --debias segmenter: torchvision:NAME, a file (.pt2, .pt) or MODULE:FUNCTION of your "
     "own. Code of your own is run.",
 )
-OF_CLIP = under(
-    "Of a vision-language teacher",
-    click.option("--pretrained", metavar="TAG|FILE", help="Of clip:ARCH: open_clip's weights by tag, or a checkpoint."),
-    click.option("--classes", metavar="'A; B; …'", help="What the dataset's classes are called in prompts."),
-    click.option(
-        "--prompt", multiple=True, metavar="TEMPLATE", help="As 'a photo of a {}'. Repeatable: a class is their mean."
-    ),
-    click.option("--prompts", type=click.Path(path_type=Path), help="A file with a prompt on each line."),
+OF_CLIP = options_of(
+    VisionLanguageOptions,
+    {
+        "pretrained": {"metavar": "TAG|FILE"},
+        "classes": {"metavar": "'A; B; …'"},
+        "prompt": {"metavar": "TEMPLATE", "multiple": True},
+    },
 )
 
 
-PROFILES = ["cpu", "gpu", "paper"]
 FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat"}  # spelled otherwise than their Python names
-METAVARS = {
-    "loss": {"metavar": "METHOD=WEIGHT,…"},
+METAVARS: dict[str, dict[str, Any]] = {
     "student_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
+    "loss": {"metavar": "METHOD=WEIGHT,…"},
 }
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
     """The teacher that was named, None where none was; takes its own options out of the others."""
     from pipeline import parse_teacher
-    from pipeline.networks.teacher_options import VisionLanguageOptions
 
     own = {key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")}
     if name is not None:
-        classes = None if own["classes"] is None else tuple(own["classes"].split(";"))
-        return parse_teacher(name, VisionLanguageOptions(**{**own, "classes": classes}))
+        return parse_teacher(name, VisionLanguageOptions(**own))
     for key, value in own.items():
         if value:
             raise click.UsageError(f"--{key} is of a --teacher clip:ARCH, and none was given.")
@@ -333,7 +335,7 @@ def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) 
     heading=DATA_AND_TEACHER,
     example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",
 )
-@options(options_of(TeacherOptions, flags=FLAGS, segmenter=METAVARS["segmenter"]))
+@options(options_of(TeacherOptions, METAVARS, flags=FLAGS))
 def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Train a teacher behind a debiasing front, with labels, on the train split alone.
 
@@ -368,84 +370,11 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     example="cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr",
 )
 @options(
-    under(
-        FILES,
-        DATA,
-        click.option(
-            "--teacher",
-            required=True,
-            type=TeacherName(),
-            help="A folder of train-teacher, or a vision-language model: "
-            "clip:ARCH, of open_clip by name, a configuration (.json), or a folder with one and weights.",
-        ),
-        click.option("--split", default="train", help="The split to explain."),
-        click.option("--out", required=True, type=Location(), help="The store to write, or to continue writing."),
+    options_of(
+        CachingOptions,
+        {**METAVARS, "draws": {"show_default": "4; 1 for attention"}, "scheduler": {"metavar": "ADDRESS"}},
     ),
     OF_CLIP,
-    under("What the teacher does not see", SEGMENTER),
-    under(
-        "How it explains",
-        click.option(
-            "--explainer",
-            default="flex",
-            type=RegistryChoice(EXPLAINERS),
-            help="How decisions are explained, see docs/engine.md; students of the store do the same.",
-        ),
-        click.option(
-            "--draws",
-            show_default="4, and 1 for attention, whose draws are alike",
-            type=click.IntRange(1, 10_000),
-            help="Heatmaps for each sample.",
-        ),
-        click.option(
-            "--epsilon-range",
-            default=(0.01, 1.0),
-            type=(click.FloatRange(0, min_open=True), click.FloatRange(0, min_open=True)),
-            help="ε is log-uniform between the two.",
-        ),
-        SEED,
-    ),
-    under(
-        "What is stored",
-        click.option(
-            "--precision",
-            default="float16",
-            type=Choice(["float16", "bfloat16", "int8"]),
-            help="How maps are stored; int8 takes less than half of float16 (docs/results/storage.md).",
-        ),
-        click.option(
-            "--codec",
-            default="auto",
-            help="lz4 (fast) or zstd (small), with the shuffle that makes the first maps smallest; or in full, as "
-            "blosc-zstd-9-bitshuffle. auto is lz4, and zstd for int8.",
-        ),
-        click.option(
-            "--resolution",
-            default=1,
-            type=Choice([1, 2, 4]),
-            help="Store maps average-pooled by it; students are compared from there on.",
-        ),
-        click.option("--features", is_flag=True, help="Store the teacher's deep features too, for --method features."),
-    ),
-    under(
-        RUN,
-        DEVICE,
-        click.option(
-            "--batch-size",
-            default=128,
-            type=BatchSize(),
-            help="Images at once; auto is the most, a power of two, that a GPU's memory holds, and 128 on a CPU.",
-        ),
-        click.option(
-            "--share", is_flag=True, help="Divide the shards with other processes that write this store with --share."
-        ),
-        click.option(
-            "--scheduler",
-            metavar="ADDRESS",
-            help="A Dask cluster to run on, such as tcp://10.0.0.1:8786, whose workers see the same paths; else this "
-            "machine.",
-        ),
-    ),
 )
 def cache_explanations_command(teacher: str, **options: Any) -> None:
     """Stage one: run the teacher over a split once and write its heatmaps to a store.
@@ -525,7 +454,7 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
     heading=STAGE_TWO,
     example="train-student --data DATA.zarr --cache CACHE.zarr --arch resnet18 --out STUDENT",
 )
-@options(options_of(StudentOptions, flags=FLAGS, loss=METAVARS["loss"], student_factory=METAVARS["student_factory"]))
+@options(options_of(StudentOptions, METAVARS, flags=FLAGS))
 def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
     """Stage two: train a student to make its own heatmaps match the stored ones.
 
@@ -556,15 +485,16 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
 @options(
     options_of(
         StudentOptions,
+        {
+            **METAVARS,
+            "data": {"required": False},
+            "out": {"required": False, "help": "Output folder, with a folder for each student."},
+            "arch": {"multiple": True, "default": None},
+            "method": {"multiple": True},
+            "seed": {"multiple": True, "default": None, "help": "Random seed. Repeatable."},
+        },
         without=("device",),
         flags=FLAGS,
-        data={"required": False},
-        out={"required": False, "help": "The folder of the students' folders."},
-        arch={"multiple": True, "default": None},
-        method={"multiple": True},
-        seed={"multiple": True, "default": None, "help": "Random seed. Repeatable."},
-        loss=METAVARS["loss"],
-        student_factory=METAVARS["student_factory"],
     ),
     under(
         RUN,
@@ -622,18 +552,12 @@ def train_students_command(
     example="evaluate --data DATA.zarr --model STUDENT",
 )
 @options(
-    under(
-        FILES,
-        DATA,
-        click.option("--model", type=LocalFolder(path_type=Path), help="A teacher's or student's folder."),
-        click.option("--teacher", type=TeacherName(), help="The same, or clip:ARCH, as cache-explanations takes it."),
-    ),
+    options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
+    under(FILES, click.option("--teacher", type=TeacherName(), help="The same as --model.")),
     OF_CLIP,
-    under(OWN_CODE, FACTORY, SEGMENTER),
-    under(RUN, DEVICE),
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
 )
-def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json: bool, **options: Any) -> None:
+def evaluate_command(data: str, model: str | None, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals.
 
     Where there are masks, also how much of the relevance is on the object. A teacher that itself does worse where the
@@ -668,60 +592,45 @@ def evaluate_command(data: str, model: Path | None, teacher: str | None, as_json
     example="show-explanations --data DATA.zarr --model TEACHER --model STUDENT --out HEATMAPS.png",
 )
 @options(
+    options_of(
+        ShowOptions,
+        {
+            "models": {"multiple": True, "help": "Folder of a teacher or a student: one column. Repeatable."},
+            "caches": {
+                "multiple": True,
+                "help": "Heatmap store of the split: one column of first draws. Repeatable.",
+            },
+            "samples": {
+                "default": None,
+                "show_default": "8",
+                "type": click.IntRange(1, 100),
+                "help": "Number of samples, spread evenly over the split.",
+            },
+            "explain": {"metavar": "true|predicted|CLASS"},
+            **METAVARS,
+        },
+        flags={"models": "--model", "caches": "--cache"},
+    ),
+    under(FILES, click.option("--teacher", type=TeacherName(), help="One more model, as the first column.")),
+    OF_CLIP,
     under(
-        FILES,
-        DATA,
+        "Samples",
         click.option(
-            "--model",
-            "models",
+            "--sample",
+            "indices",
             multiple=True,
-            type=LocalFolder(path_type=Path),
-            help="A teacher's or student's folder, a column each. Repeatable.",
+            type=click.IntRange(0),
+            help="Index of a sample, from 0 on. Repeatable.",
         ),
-        click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH."),
-        click.option(
-            "--cache",
-            "caches",
-            multiple=True,
-            type=Location(),
-            help="A store of the split, whose first draws are a column. Repeatable.",
-        ),
-        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The PNG to write."),
+    ),
+    under(
+        OUTPUT,
         click.option(
             "--display/--no-display",
             default=None,
-            help="Show it in the terminal too; unless given, where the terminal can.",
+            help="Show the picture in the terminal too. By default, where the terminal can show pictures.",
         ),
     ),
-    OF_CLIP,
-    under(
-        "Which samples",
-        click.option("--split", help="Whose samples; the first test split unless given, or train where there is none."),
-        click.option(
-            "--samples", show_default="8", type=click.IntRange(1, 100), help="How many, evenly spread over the split."
-        ),
-        click.option(
-            "--sample", "indices", multiple=True, type=click.IntRange(0), help="This one, from 0 on. Repeatable."
-        ),
-    ),
-    under(
-        "How models are explained",
-        click.option(
-            "--explain",
-            default="true",
-            metavar="true|predicted|CLASS",
-            help="The class that models explain: the true one, the one that each says, or one by its name.",
-        ),
-        click.option("--epsilon", default=0.1, type=click.FloatRange(0), help="ε of the models' maps."),
-        click.option(
-            "--explainer",
-            default="flex",
-            type=RegistryChoice(EXPLAINERS),
-            help="How models are explained, see docs/engine.md; stores show what they have.",
-        ),
-    ),
-    under(OWN_CODE, FACTORY, SEGMENTER),
-    under(RUN, DEVICE),
 )
 def show_explanations_command(
     samples: int | None,
@@ -758,25 +667,9 @@ def show_explanations_command(
 )
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
 @options(
-    under(
-        FILES,
-        click.option("--data", type=Location(), help="A dataset; that of the runs unless given."),
-        click.option("--teacher", type=TeacherName(), help="One more, in front: a folder, or clip:ARCH."),
-        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The HTML file to write."),
-    ),
+    options_of(ReportOptions, METAVARS),
+    under(FILES, click.option("--teacher", type=TeacherName(), help="One more model, as the first one.")),
     OF_CLIP,
-    under(
-        "What is compared",
-        click.option(
-            "--reference",
-            type=LocalFolder(path_type=Path),
-            help="Whose heatmaps the others' are compared with; the first teacher with a debiasing front, or of clip:, "
-            "unless given.",
-        ),
-        click.option("--samples", default=6, type=click.IntRange(1, 50), help="Of each split in the gallery."),
-    ),
-    under(OWN_CODE, FACTORY, SEGMENTER),
-    under(RUN, DEVICE),
 )
 @click.pass_context
 def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:
@@ -832,10 +725,7 @@ def export_command(model: Path, format: str, out: Path, student_factory: str | N
     heading=ALL_IN_ONE,
     example="quickstart --out quickstart",
 )
-@options(
-    under(FILES, click.option("--out", default="quickstart", type=LocalFolder(path_type=Path), help="Where to write.")),
-    under(TRAINING, SEED),
-)
+@options(options_of(QuickstartOptions))
 def quickstart_command(out: Path, seed: int) -> None:
     """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""
     import dataclasses
@@ -859,42 +749,10 @@ def reproduce_group() -> None:
     """Make a published table anew, with all that it takes."""
 
 
-REPRODUCED_IN = click.option(
-    "--out",
-    required=True,
-    type=LocalFolder(path_type=Path),
-    help="Where to write: nothing, or an earlier reproduction, which goes on.",
-)
-TABLE = "The table"
-HOW_IT_IS_REPRODUCED = [
-    *under(
-        TABLE,
-        click.option(
-            "--methods", type=Names(), help="Rows of the table, as lrp,output, or all; the usual ones unless given."
-        ),
-        click.option("--seeds", default=3, type=click.IntRange(1), help="Students of each row."),
-        click.option("--arch", type=Architecture(), help="Of teachers and students; the profile's unless given."),
-    ),
-    *under(RUN, DEVICE),
-]
-
-
 @reproduce_group.command(
     name="coloured-mnist", example="reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3"
 )
-@options(
-    under(FILES, REPRODUCED_IN),
-    under(
-        TABLE,
-        click.option(
-            "--profile",
-            default="cpu",
-            type=Choice(PROFILES),
-            help="What is spent: hours on a CPU, a GPU's, or the paper's own setting.",
-        ),
-    ),
-    HOW_IT_IS_REPRODUCED,
-)
+@options(options_of(ColouredMnistTableOptions))
 def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
     """The paper's table on COLOURED MNIST: its data, teacher, stores and the students of every row, tested and drawn.
 
@@ -906,19 +764,7 @@ def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
 
 
 @reproduce_group.command(name="fashion-on-textures", example="reproduce fashion-on-textures --out TABLE --profile gpu")
-@options(
-    under(FILES, FASHION, REPRODUCED_IN),
-    under(
-        TABLE,
-        click.option(
-            "--profile",
-            default="cpu",
-            type=Choice(["cpu", "gpu"]),
-            help="What is spent: 32×32 and hours on a CPU, or 64×64 on a GPU.",
-        ),
-    ),
-    HOW_IT_IS_REPRODUCED,
-)
+@options(under(FILES, FASHION), options_of(FashionTableOptions))
 def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: str, **options: Any) -> None:
     """The same on Fashion-on-Textures, where the background tells the class; with the rivals that use masks.
 
@@ -933,7 +779,7 @@ def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: s
 @reproduce_group.command(
     name="coco-on-places", example="reproduce coco-on-places --coco COCO --places data_256 --out TABLE"
 )
-@options(under(FILES, COCO_AND_PLACES, REPRODUCED_IN), HOW_IT_IS_REPRODUCED)
+@options(under(FILES, COCO_AND_PLACES), options_of(ReproduceOptions))
 def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -> None:
     """The same on COCO-on-Places, from the original files; best on a GPU."""
     from trainer.reproduction import profiles
@@ -945,13 +791,8 @@ def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -
     name="waterbirds", example="reproduce waterbirds --waterbirds FOLDER --masks segmentations --out TABLE"
 )
 @options(
-    under(
-        FILES,
-        BIRDS,
-        click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS),
-        REPRODUCED_IN,
-    ),
-    HOW_IT_IS_REPRODUCED,
+    under(FILES, BIRDS, click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS)),
+    options_of(ReproduceOptions),
 )
 def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) -> None:
     """The same on Waterbirds, from the published folder, with GroupDRO; best on a GPU."""
@@ -960,17 +801,9 @@ def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) 
     _reproduce(profiles.WATERBIRDS, sources={"waterbirds": waterbirds, "masks": masks}, **options)
 
 
-def _reproduce(profile: Any, arch: str | None, out: Path, **options: Any) -> None:
-    import dataclasses
-
+def _reproduce(profile: Any, out: Path, **options: Any) -> None:
     from trainer.reproduction.reproduce import reproduce
 
-    if arch is not None:
-        teacher, student = (
-            {**{name: value for name, value in given.items() if name != "arch_options"}, "arch": arch}
-            for given in (profile.teacher, profile.student)
-        )
-        profile = dataclasses.replace(profile, teacher=teacher, student=student)
     results = reproduce(out, profile, echo=click.echo, **options)
     _echo_table(results, profile.table)
     click.echo(f"results: {out / 'results.jsonl'}, tables and pictures: {out / 'report'}")

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -21,7 +21,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
 from options.messages import Message, Option, did_you_mean
-from options.registry import Registry
 
 F = TypeVar("F", bound=Callable[..., Any])
 Bound = Ge | Gt | Le | Lt
@@ -49,7 +48,7 @@ class Kind(Enum):
 class Among:
     """The value is a name in a registry; for a field that is a tuple, every item is."""
 
-    registry: Registry[Any]
+    registry: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class OptionField:
     doc: str = ""
     bounds: tuple[Bound, ...] = ()
     choices: tuple[Any, ...] = ()  # of a Literal
-    registry: Registry[Any] | None = None
+    registry: Mapping[str, Any] | None = None
     kind: Kind | None = None
     separator: str | None = None
 
@@ -100,7 +99,6 @@ class OptionSet:
 
     ERROR: ClassVar[type[Exception]] = ValueError
     HEADING: ClassVar[str] = "Options"
-    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = ()  # pairs of options of which a command takes one
 
     def __post_init__(self) -> None:
         for field in option_fields(type(self)):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 import click
 
-from options import Ge, Gt, Kind, Le, Lt, OptionField, OptionSet, Registry, option_fields
+from options import Ge, Gt, Kind, Le, Lt, OptionField, OptionSet, option_fields
 from terminal.command_line import Choice, under
 from terminal.types import Architecture, BatchSize, Bytes, LocalFolder, Location, NameAndValue, Names, TeacherName
 
@@ -16,7 +17,7 @@ from terminal.types import Architecture, BatchSize, Bytes, LocalFolder, Location
 class RegistryChoice(Choice):
     """One of the names of a registry, as it is when the command runs."""
 
-    def __init__(self, registry: Registry[Any]):
+    def __init__(self, registry: Mapping[str, Any]):
         super().__init__(())  # the base class keeps what it is given, which the property below does not
         self._registry = registry
 
@@ -43,18 +44,18 @@ KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
 
 def options_of(
     options: type[OptionSet],
+    changes: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     *,
     without: tuple[str, ...] = (),
-    flags: Mapping[str, str] | None = None,
-    **attributes: dict[str, Any],
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Callable[..., Any]]:
     """Make the options of a command, under their headings.
 
     Args:
         options: the dataclass.
+        changes: arguments of `click.option` by name of the field, which override those made here.
         without: names of fields that this command does not have.
         flags: spellings that are not the name with dashes, such as ``{"pyramid": "--pyramid/--flat"}``.
-        attributes: arguments of `click.option` by name of the field, which override those made here.
 
     Returns:
         Decorators, for `terminal.command_line.options`.
@@ -62,8 +63,8 @@ def options_of(
     made = []
     for field in option_fields(options):
         if field.name not in without:
-            flag = (flags or {}).get(field.name) or _flag(field)
-            arguments = {"help": field.doc, **_arguments(field), **attributes.get(field.name, {})}
+            flag = flags.get(field.name) or _flag(field)
+            arguments = {"help": field.doc, **_arguments(field), **changes.get(field.name, {})}
             made += under(field.heading, click.option(flag, field.name, **arguments))
     return made
 
@@ -87,7 +88,7 @@ def _type(field: OptionField) -> Any:
     if field.kind is not None:
         return KINDS[field.kind]()
     if field.separator is not None:
-        return Names()
+        return Names(field.separator)
     if field.registry is not None:
         return RegistryChoice(field.registry)
     if field.choices:

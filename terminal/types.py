@@ -108,9 +108,12 @@ class Architecture(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Some names, separated by commas."""
+    """Some names, with a separator between them."""
 
-    name, separator = "names", ","
+    name = "names"
+
+    def __init__(self, separator: str = ",") -> None:
+        self.separator = separator
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):

@@ -48,7 +48,6 @@ class Length(OptionSet):
 
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Training"
-    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = (("steps", "epochs"),)
 
     steps: Annotated[int | None, Ge(1), Doc("Number of optimizer steps.")] = None
     epochs: Annotated[float | None, Gt(0), Doc("Number of passes over the data, in place of the steps.")] = None
@@ -209,11 +208,6 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
 
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Files"
-    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("steps", "epochs"),
-        ("method", "loss"),
-        ("arch", "student_factory"),
-    )
 
     data: Annotated[Place, Kind.LOCATION, Doc("Dataset.")]
     cache: Annotated[

@@ -25,10 +25,12 @@ from tqdm import tqdm
 
 from data import DatasetError, Split, open_dataset
 from data.storage import Location, absolute
+from options import Message, Option, takes
 from pipeline.batch import explain_batch
-from pipeline.caching.batches import DEFAULT_SIZE, Batches, BatchSize
+from pipeline.caching.batches import Batches, BatchSize
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
+from pipeline.caching.options import DRAWS, CachingOptions
 from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
@@ -95,75 +97,54 @@ class Job:
     device: str
 
 
-def cache_explanations(
-    data: Location,
-    teacher: str | Path | ZeroShot,
-    out: Location,
-    *,
-    split: str = "train",
-    draws: int | None = None,
-    epsilon_range: tuple[float, float] = (0.01, 1.0),
-    explainer: str = "flex",
-    features: bool = False,
-    batch_size: BatchSize = DEFAULT_SIZE,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "float16",
-    codec: str = "auto",
-    resolution: int = 1,
-    share: bool = False,
-    scheduler: str | None = None,
-    segmenter: str | None = None,
-) -> CacheSummary:
-    """Write the teacher's heatmaps of a split to a store, or continue one that was interrupted.
+@takes(CachingOptions)
+def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Location, **options: Any) -> CacheSummary:
+    """Write the teacher's heatmaps of a split to a store, or resume a store that is unfinished.
 
-    Each of the ``draws`` of a sample is a class, an ε and a heatmap; all share one forward pass. None is 4, and 1 for
-    attention, whose maps know neither. ``explainer`` is a name of `pipeline.EXPLAINERS`, which students of the store
-    use too. With ``features`` the teacher's deep features, what enters its last layer, are stored as well. Dask runs
-    one task a shard; a shard is written whole, then committed. The draws depend on the seed and the sample alone, the
-    heatmaps on nothing else but float rounding (bit for bit at equal batch size). ``batch_size`` may be ``auto``: then
-    each process, or worker of a cluster, finds the largest power of two that its memory holds, see `Batches`.
+    Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, and 1
+    for attention, whose maps know neither class nor ε. Dask runs one task for each shard; a shard is written whole,
+    then committed. The draws depend on the seed and the sample alone, the heatmaps on nothing else but float rounding (bit
+    for bit at equal batch size). Memory does not grow with the number of samples.
 
-    Maps are stored with a ``precision`` of `teacher_cache.PRECISIONS`, average-pooled by ``resolution``, and compressed
-    with the ``codec``: a compressor, ``lz4`` or ``zstd``, with the shuffle that makes the first maps smallest,
-    ``auto``, the default compressor of the precision, or all of it, as in ``blosc-zstd-9-bitshuffle``.
+    ``batch_size`` may be ``auto``: each process, or worker of a cluster, then finds the largest power of two that its
+    memory holds, see `Batches`. One process writes a store at a time; with ``share`` several divide the shards, and
+    each returns when the store is complete. The workers of a cluster must find ``data``, ``teacher`` and ``out`` where this
+    process does; each computes one shard at a time, with the threads that its environment allows PyTorch.
 
-    One process writes a store at a time; with ``share`` several divide the shards between them, and each returns when
-    the store is complete.
+    Args:
+        data: a dataset.
+        teacher: the folder of a teacher, or a vision-language teacher.
+        out: the store.
 
-    ``scheduler`` is the address of a Dask cluster whose workers, on their own ``device``, run the tasks; all of them
-    must find ``data``, ``teacher`` and ``out`` where this process does. A worker computes one shard at a time, with
-    the threads that its environment allows PyTorch. Shards that the store has a commit record of are not computed
-    again. Memory does not grow with the number of samples. ``segmenter`` is as in `load_classifier`.
+    Returns:
+        What was computed.
 
-    Raises DatasetError, ModelError, CacheError, FileExistsError, RelevanceError, ClusterError.
+    Raises:
+        DatasetError, ModelError, CacheError, RelevanceError: an input or option is wrong.
+        FileExistsError: ``out`` holds something else.
+        ClusterError: the Dask cluster cannot be used, or was lost.
     """
-    class_policy = "none" if EXPLAINERS.find(explainer).rules is None else CLASS_POLICY
-    if draws is None:
-        draws = 1 if class_policy == "none" else 4
-    _check_options(draws, epsilon_range, batch_size, share, scheduler)
-    if class_policy == "none" and draws > 1:
-        raise RelevanceError(
-            f"--draws {draws} with --explainer {explainer}: its maps know neither class nor ε, so that all draws of a "
-            "sample are alike; leave --draws out, or give 1"
-        )
-    settings = partial(ExplainerInfo, explainer, draws, *epsilon_range, class_policy, seed)
-    with nullcontext() if scheduler is None else connected(scheduler) as client:
+    asked = CachingOptions(data=data, teacher=teacher, out=out, **options)
+    with nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client:
         # the workers' device may be one that this machine does not have
-        planning = device if client is None else "cpu"
-        info, head = _plan(
-            data, teacher, segmenter, out, split, settings, features, (precision, codec, resolution), planning
-        )
+        info, head = _plan(asked, asked.device if client is None else "cpu")
         cache = create_cache(out, info, head)
-        named = str(absolute(segmenter)) if segmenter is not None and segmenter.endswith(FILES) else segmenter
-        job = Job(absolute(data), absolute_teacher(teacher), named, absolute(out), info, batch_size, device)
+        job = Job(
+            data=absolute(data),
+            teacher=absolute_teacher(teacher),
+            segmenter=_absolute_segmenter(asked.segmenter),
+            out=absolute(out),
+            info=info,
+            batch_size=asked.batch_size,
+            device=asked.device,
+        )
         with (
-            claim_writing(cache, share=share) as claims,
-            tqdm(total=info.dataset.samples, unit="image", desc=f"explaining {split}", disable=None) as bar,
+            claim_writing(cache, share=asked.share) as claims,
+            tqdm(total=info.dataset.samples, unit="image", desc=f"explaining {asked.split}", disable=None) as bar,
         ):
             try:
                 if client is None:
-                    computed = _run_here(job, cache, claims, share, bar)
+                    computed = _run_here(job, cache, claims, asked.share, bar)
                 else:
                     missing = _missing(cache, bar)
                     run_on_cluster(client, partial(compute_shard, job), missing, str(job.out), bar.update)
@@ -172,8 +153,12 @@ def cache_explanations(
                 forget(job)
                 if client is not None:
                     on_every_worker(client, forget, job)
-    _check_all_there(out, PAUSES_BEFORE_MISSED if computed and scheduler is not None else (0,))
+    _check_all_there(out, PAUSES_BEFORE_MISSED if computed and asked.scheduler is not None else (0,))
     return CacheSummary(str(out), info.dataset.samples, info.shards, computed)
+
+
+def _absolute_segmenter(segmenter: str | None) -> str | None:
+    return str(absolute(segmenter)) if segmenter is not None and segmenter.endswith(FILES) else segmenter
 
 
 def _run_here(job: Job, cache: Cache, claims: Claims, share: bool, bar: Any) -> int:
@@ -212,85 +197,88 @@ def _missing(cache: Cache, bar: Any) -> list[int]:
     return missing
 
 
-def _check_options(
-    draws: int, epsilon_range: tuple[float, float], batch_size: BatchSize, share: bool, scheduler: str | None
-) -> None:
-    low, high = epsilon_range
+def _explainer_info(options: CachingOptions, map_shape: tuple[int, int, int]) -> ExplainerInfo:
+    """Describe how samples are explained. Raises RelevanceError for draws that would all be alike."""
+    class_policy = "none" if EXPLAINERS[options.explainer].rules is None else CLASS_POLICY
+    draws = options.draws
+    if draws is None:
+        draws = 1 if class_policy == "none" else DRAWS
+    if class_policy == "none" and draws > 1:
+        raise RelevanceError(
+            Message(
+                Option("draws", draws), " with ", Option("explainer", options.explainer), ": its maps know neither "
+                "class nor ε, so that all draws of a sample are alike; leave ", Option("draws"), " out, or give 1",
+            )
+        )  # fmt: skip
+    low, high = options.epsilon_range
     with np.errstate(over="ignore"):
         if not 0 < np.float32(low) <= np.float32(high) < np.inf:
             raise RelevanceError(
-                f"--epsilon-range must be two numbers 0 < LOW <= HIGH in float32, got {low:g} {high:g}"
+                Message(
+                    Option("epsilon_range"), f" must be two numbers 0 < LOW <= HIGH in float32, got {low:g} {high:g}"
+                )
             )
-    if draws < 1:
-        raise RelevanceError(f"--draws must be at least 1, got {draws}")
-    if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
-        raise RelevanceError(f"--batch-size must be at least 1, or auto, got {batch_size}")
-    if share and scheduler is not None:
-        raise RelevanceError("give --share or --scheduler, not both: a cluster divides the shards by itself")
+    return ExplainerInfo(options.explainer, draws, low, high, class_policy, options.seed, map_shape)
 
 
-def _plan(
-    data: Location,
-    teacher: str | Path | ZeroShot,
-    segmenter: str | None,
-    out: Location,
-    split: str,
-    explainer: Callable[..., ExplainerInfo],
-    features: bool,
-    stored: tuple[str, str, int],
-    device: str,
-) -> tuple[CacheInfo, dict[str, np.ndarray]]:
-    """What the store will say of itself, and the teacher's last layer; all inputs are checked, nothing is written.
+def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[str, np.ndarray]]:
+    """Describe the store, and read the teacher's last layer. All inputs are checked, and nothing is written.
 
-    ``explainer`` lacks the maps' shape, ``stored`` is (precision, codec, resolution), as in `cache_explanations`. The
-    first samples are explained now: a network that cannot be is refused, the shape of its maps and the width of its
-    features are seen, and the codec is chosen by them.
+    The first samples are explained now: a network that cannot be explained is refused, the shape of its maps and the
+    width of its features are seen, and the codec is chosen by them.
     """
-    precision, codec, resolution = stored
-    dataset = open_dataset(data)
-    chosen = dataset.split(split)
-    chosen.verify()
-    found = load_teacher(teacher, dataset.class_names, chosen.image_shape, segmenter=segmenter)
-    model, config = found.model, found.config
-    head = head_arrays(model.network, len(config.class_names))
-    torch_device = pick_device(device)
-    place(model, torch_device)
-    shape = chosen.image_shape
-    settings = explainer(map_shape=shape)
-    plan = partial(plan_storage, settings.draws, shape, precision, resolution=resolution)
+    explainer = _explainer_info(options, (0, 0, 0))  # the shape of a map is not known yet
+    dataset = open_dataset(options.data)
+    split = dataset.split(options.split)
+    split.verify()
+    shape, device = split.image_shape, pick_device(device_name)
+    teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
+    head = head_arrays(teacher.model.network, len(teacher.config.class_names))
+    place(teacher.model, device)
+    plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(
-        explainer=settings,
+        explainer=dataclasses.replace(explainer, map_shape=shape),
         teacher=TeacherInfo(
-            arch=config.arch,
-            debias=config.debias,
-            bias_free=config.bias_free,
-            weights_sha256=found.sha256,
-            class_names=config.class_names,
+            arch=teacher.config.arch,
+            debias=teacher.config.debias,
+            bias_free=teacher.config.bias_free,
+            weights_sha256=teacher.sha256,
+            class_names=teacher.config.class_names,
             head_sha256=head_sha256(head),
         ),
-        dataset=DatasetInfo(dataset.name, split, chosen.fingerprint, len(chosen), shape),
-        storage=plan(features=int(features)),
-        written_by=versions() | found.record,
+        dataset=DatasetInfo(dataset.name, options.split, split.fingerprint, len(split), shape),
+        storage=plan(features=int(options.features)),
+        written_by=versions() | teacher.record,
     )
-    images = np.asarray(chosen.images[:LOOKED_AT])
-    masks = None if chosen.masks is None else np.asarray(chosen.masks[:LOOKED_AT])
-    first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), torch_device)
-    maps, width = first.heatmaps, 0 if first.features is None else first.features.shape[1]
-    shown = masks if config.debias == "mask" else None
-    if model.segmenter is not None:
-        shown = model.segmenter(as_input(images, torch_device)).cpu().numpy()
-    seen = images if shown is None else images * (shown != 0)
-    if seen.any() and not maps.any():  # maps of black images are zero, whatever the teacher
-        raise RelevanceError(
-            f"every heatmap of samples 0 to {len(images) - 1} is zero, so there is nothing to learn from: the "
-            "teacher's logits do not depend on the images (train it again, with a smaller --lr), or --epsilon-range is "
-            "far above its activations"
-        )
+    maps, width = _explain_first(teacher.model, split, info, device)
     plan = partial(plan, map_shape=maps.shape[2:], features=width)
     plan()  # refuses a resolution that such maps do not have
-    codec = _choose_codec(codec, out, average_pool(maps, resolution), precision)
-    settings = dataclasses.replace(settings, map_shape=maps.shape[2:])
-    return dataclasses.replace(info, explainer=settings, storage=plan(codec=codec)), head
+    codec = _choose_codec(options.codec, options.out, average_pool(maps, options.resolution), options.precision)
+    explainer = dataclasses.replace(explainer, map_shape=maps.shape[2:])
+    return dataclasses.replace(info, explainer=explainer, storage=plan(codec=codec)), head
+
+
+def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: torch.device) -> tuple[np.ndarray, int]:
+    """Explain the first samples: their maps, float32 (n, D, C, h, w), and the width of the features, 0 without any.
+
+    Raises RelevanceError where every map is zero although the network sees something.
+    """
+    images = np.asarray(split.images[:LOOKED_AT])
+    masks = None if split.masks is None else np.asarray(split.masks[:LOOKED_AT])
+    first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), device)
+    visible = masks if info.teacher.debias == "mask" else None
+    if model.segmenter is not None:
+        visible = model.segmenter(as_input(images, device)).cpu().numpy()
+    seen = images if visible is None else images * (visible != 0)
+    if seen.any() and not first.heatmaps.any():  # maps of black images are zero, whatever the teacher
+        raise RelevanceError(
+            Message(
+                f"every heatmap of samples 0 to {len(images) - 1} is zero, so there is nothing to learn from: the "
+                "teacher's logits do not depend on the images (train it again, with a smaller ", Option("lr"), "), or ",
+                Option("epsilon_range"), " is far above its activations",
+            )
+        )  # fmt: skip
+    return first.heatmaps, 0 if first.features is None else first.features.shape[1]
 
 
 def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:

@@ -16,7 +16,6 @@ class VisionLanguageOptions(OptionSet):
 
     ERROR: ClassVar[type[Exception]] = ModelError
     HEADING: ClassVar[str] = "Vision-language teacher"
-    EXCLUSIVE: ClassVar[tuple[tuple[str, str], ...]] = (("prompt", "prompts"),)
 
     pretrained: Annotated[
         str | None, Doc("Weights of a clip:ARCH teacher: a tag of open_clip's, or a checkpoint file.")
