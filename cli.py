@@ -372,7 +372,12 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
 @options(
     options_of(
         CachingOptions,
-        {**METAVARS, "draws": {"show_default": "4; 1 for attention"}, "scheduler": {"metavar": "ADDRESS"}},
+        {
+            **METAVARS,
+            "resolution": {"type": Choice([1, 2, 4])},
+            "draws": {"show_default": "4; 1 for attention"},
+            "scheduler": {"metavar": "ADDRESS"},
+        },
     ),
     OF_CLIP,
 )

@@ -129,7 +129,7 @@ def test_a_given_size_that_does_not_fit_is_named_and_the_store_can_be_continued(
         assert said == (
             "Error: the memory does not hold a batch of --batch-size 100 (CUDA out of memory. Tried to allocate 20.00 "
             "GiB.): give --batch-size auto, which finds the largest that fits, or a smaller number; the same command "
-            "continues the store"
+            "resumes the store"
         )
     assert run(dataset, teacher, tmp_path / "c.zarr", "auto").endswith("300 samples in 1 shards")
 
@@ -146,7 +146,7 @@ def test_one_sample_that_does_not_fit_is_an_error_with_what_to_do(dataset, teach
 def test_sizes_that_there_are_not_are_refused(dataset, teacher, tmp_path, size):
     said = run(dataset, teacher, tmp_path / "c.zarr", size)
     assert f"'{size}' is no size of a batch: give a number of samples, at least 1, or auto" in said
-    with pytest.raises(RelevanceError, match="--batch-size must be at least 1, or auto, got most"):
+    with pytest.raises(RelevanceError, match="batch_size must be at least 1, or auto, got most"):
         cache_explanations(dataset, teacher, tmp_path / "c.zarr", batch_size="most")  # type: ignore[arg-type]
     assert not (tmp_path / "c.zarr").exists()
 

@@ -374,12 +374,12 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
     ("options", "message"),
     [
         ({"codec": "gzip"}, "no codec is called 'gzip'"),
-        ({"precision": "float64"}, "no precision is called 'float64': choose one of float16, bfloat16, int8"),
+        ({"precision": "float64"}, "unknown precision 'float64': choose one of float16, bfloat16, int8"),
         ({"resolution": 40}, "resolution=40 leaves nothing of maps of 28×28"),
         ({"resolution": 2, "explainer": "grad-cam"}, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),
-        ({"draws": 2, "explainer": "attention"}, "--draws 2 with --explainer attention: its maps know neither class"),
-        ({"draws": 0, "explainer": "attention"}, "--draws must be at least 1, got 0"),
-        ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "--share or --scheduler, not both"),
+        ({"draws": 2, "explainer": "attention"}, "draws=2 with explainer='attention': its maps know neither class"),
+        ({"draws": 0, "explainer": "attention"}, "draws must be at least 1, got 0"),
+        ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "share=True or scheduler, not both"),
     ],
 )
 def test_ways_of_storing_that_there_are_not_are_refused_before_anything_is_written(

@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from options import Message, Option
 from pipeline.errors import RelevanceError
 from pipeline.private_torch import OUT_OF_MEMORY_MESSAGES
 
@@ -66,13 +67,20 @@ class Batches:
             tried = rows.stop - rows.start
             if self.given:
                 raise RelevanceError(
-                    f"the memory does not hold a batch of --batch-size {self.size} ({reason}): give --batch-size auto, "
-                    "which finds the largest that fits, or a smaller number; the same command continues the store"
-                )
+                    Message(
+                        "the memory does not hold a batch of ", Option("batch_size", self.size), f" ({reason}): give ",
+                        Option("batch_size", "auto"),
+                        ", which finds the largest that fits, or a smaller number; the same command resumes the store",
+                    )
+                )  # fmt: skip
             if tried == 1:
                 raise RelevanceError(
-                    f"the memory does not hold a batch of one image, the smallest there is ({reason}): see whether "
-                    "other programs use that memory, choose another --device, or a smaller network"
+                    Message(
+                        f"the memory does not hold a batch of one image, the smallest there is ({reason}): see whether "
+                        "other programs use that memory, choose another ",
+                        Option("device"),
+                        ", or a smaller network",
+                    )
                 )
             self.size = 2 ** ((tried - 1).bit_length() - 1)
         return results

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import dask.config
 from dask.utils import parse_timedelta
 
+from options import Message, Option, first_line
 from pipeline.errors import ClusterError
 
 if TYPE_CHECKING:  # an optional dependency, imported where it is used
@@ -36,18 +37,26 @@ def connected(address: str) -> Iterator[Client]:
         from distributed import Client
     except ImportError:
         raise ClusterError(
-            "running on a cluster needs the package 'distributed': "
-            "pip install 'explanation-distillation[distributed]', or leave --scheduler out"
+            Message(
+                "running on a cluster needs the package 'distributed': "
+                "pip install 'explanation-distillation[distributed]', or leave ",
+                Option("scheduler"),
+                " out",
+            )
         ) from None
     patience = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
     try:
         _greet(address, patience)
         client = Client(address, timeout=patience, set_as_default=False)
     except Exception as error:  # a foreign server makes Dask raise anything, MemoryError included
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise ClusterError(
-            f"no Dask scheduler answers at {address!r} ({reason}): give --scheduler the address that `dask scheduler` "
-            "prints, such as tcp://10.0.0.1:8786, or leave it out to run on this machine alone"
+            Message(
+                f"no Dask scheduler answers at {address!r} ({reason}): give ",
+                Option("scheduler"),
+                " the address that "
+                "`dask scheduler` prints, such as tcp://10.0.0.1:8786, or leave it out to run on this machine alone",
+            )
         ) from None
     # they print tracebacks of what is raised as a ClusterError, and the last one of a Ctrl-C at the wrong moment
     quiet = ("distributed.client", "distributed.batched", "tornado.application")
@@ -141,7 +150,7 @@ def _result(future: Future[int], shard: int, where: str) -> int:
         raise ClusterError(
             f"{error.allowed_failures + 1} workers of {where} died while they computed shard {shard}, the last of them "
             f"{error.last_worker.address}: look in the workers' logs for the reason (often it is memory: a smaller "
-            "--batch-size needs less); the same command continues where it stopped"
+            "batch size needs less); the same command continues where it stopped"
         ) from None
     except (CancelledError, CommClosedError) as error:
         reason = getattr(error, "reason", "") or type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from options import Among, Doc, Ge, Gt, Heading, Kind, Le, Message, Option, OptionSet
 from pipeline.errors import RelevanceError
@@ -64,7 +64,8 @@ class CachingOptions(OptionSet):
         ),
     ] = "auto"
     resolution: Annotated[
-        Literal[1, 2, 4],
+        int,
+        Ge(1),
         Heading("Storage"),
         Doc("Factor by which stored heatmaps are average-pooled. Students are compared from that resolution on."),
     ] = 1

@@ -103,13 +103,13 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
 
     Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, and 1
     for attention, whose maps know neither class nor ε. Dask runs one task for each shard; a shard is written whole,
-    then committed. The draws depend on the seed and the sample alone, the heatmaps on nothing else but float rounding (bit
-    for bit at equal batch size). Memory does not grow with the number of samples.
+    then committed. The draws depend on the seed and the sample alone, the heatmaps on nothing else but float rounding
+    (bit for bit at equal batch size). Memory does not grow with the number of samples.
 
     ``batch_size`` may be ``auto``: each process, or worker of a cluster, then finds the largest power of two that its
     memory holds, see `Batches`. One process writes a store at a time; with ``share`` several divide the shards, and
-    each returns when the store is complete. The workers of a cluster must find ``data``, ``teacher`` and ``out`` where this
-    process does; each computes one shard at a time, with the threads that its environment allows PyTorch.
+    each returns when the store is complete. The workers of a cluster must find ``data``, ``teacher`` and ``out`` where
+    this process does; each computes one shard at a time, with the threads that its environment allows PyTorch.
 
     Args:
         data: a dataset.
@@ -320,9 +320,13 @@ def _check_all_there(out: Location, pauses: Sequence[float]) -> None:
         if not missed:
             return
     raise CacheError(
-        f"every shard was computed and written, but {len(missed)} of them, shard {missed[0]} first, are not in the "
-        f"store {out} as this machine ({platform.node()}) sees it: do the workers see another disk under the same "
-        "path? Give an --out that all machines share; the same command computes what is missing"
+        Message(
+            f"every shard was computed and written, but {len(missed)} of them, shard {missed[0]} first, are not in the "
+            f"store {out} as this machine ({platform.node()}) sees it: do the workers see another disk under the same "
+            "path? Give an ",
+            Option("out"),
+            " that all machines share; the same command computes what is missing",
+        )
     )
 
 

@@ -1,0 +1,187 @@
+"""What options promise: one place for each, from which help, checks and signatures are made, without PyTorch."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+from options import Among, Call, Doc, Ge, Gt, Le, Message, Option, OptionSet, Registry, Word, option_fields, takes
+from pipeline import EXPLAINERS
+from pipeline.caching.options import CachingOptions
+from pipeline.explainers import Explainer, heatmaps
+from pipeline.networks.debias import DEBIAS
+from terminal.spelling import text_of
+from trainer import TrainingError, train_student, train_teacher
+from trainer.loop.augmentation import AUGMENTATIONS
+from trainer.loop.losses import MAP_LOSSES
+from trainer.loop.methods import METHODS, Method
+from trainer.loop.optim import OPTIMIZERS, SCHEDULES
+from trainer.settings import StudentOptions, TeacherOptions
+
+REPOSITORY = Path(__file__).parent.parent
+STUDENT = {"data": "d", "out": "o"}
+
+
+# --- without PyTorch ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["train-student", "--help"],
+        ["cache-explanations", "--help"],
+        ["train-student", "--optimiser", "adam"],
+        ["train-student", "--optimizer", "adan"],
+        ["trian-student"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_wrong_options_answer_without_pytorch(words):
+    code = (
+        "import sys, cli\n"
+        f"try: cli.main({words!r})\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'zarr' not in sys.modules, 'imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+# --- one place for each name ---
+
+
+@pytest.fixture
+def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
+    """Enter a value called ``mine`` in a registry, for one test."""
+    registries: list[Registry[Any]] = []
+
+    def enter(registry: Registry[Any], value: Any) -> None:
+        registry.enter("mine", value)
+        registries.append(registry)
+
+    yield enter
+    for registry in registries:
+        registry.remove("mine")
+
+
+@pytest.mark.parametrize(
+    ("registry", "value", "options", "name", "command"),
+    [
+        (METHODS, Method("mine", lambda *_: None, needs=("labels",)), StudentOptions, "method", "train-student"),
+        (MAP_LOSSES, lambda *_: None, StudentOptions, "map_loss", "train-student"),
+        (AUGMENTATIONS, lambda values, *_: values, StudentOptions, "augment", None),
+        (OPTIMIZERS, lambda *_: None, StudentOptions, "optimizer", "train-student"),
+        (SCHEDULES, lambda *_: None, TeacherOptions, "schedule", "train-teacher"),
+        (DEBIAS, lambda images, _: images, TeacherOptions, "debias", "train-teacher"),
+        (EXPLAINERS, Explainer(heatmaps, "flex"), CachingOptions, "explainer", "cache-explanations"),
+    ],
+    ids=["method", "map_loss", "augment", "optimizer", "schedule", "debias", "explainer"],
+)
+def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
+    entered, registry, value, options, name, command
+):
+    given: dict[str, Any] = {**STUDENT, "teacher": "t"} if options is CachingOptions else dict(STUDENT)
+    wrong = ("minx",) if name == "augment" else "minx"
+    with pytest.raises(options.ERROR) as refused:
+        options(**given, **{name: wrong})
+    assert "mine" not in str(refused.value).partition("choose")[2]
+    entered(registry, value)
+    options(**given, **{name: ("mine",) if name == "augment" else "mine"})
+    with pytest.raises(options.ERROR, match=rf"unknown {name} 'minx': choose one of .*mine.*Did you mean mine"):
+        options(**given, **{name: wrong})
+    if command is not None:
+        page = CliRunner().invoke(main, [command, "--help"]).output
+        assert "|mine" in page
+        typed = [command, f"--{name.replace('_', '-')}", "minx"]
+        assert "Did you mean mine" in CliRunner().invoke(main, typed).output
+
+
+def test_a_deferred_entry_is_made_once_when_it_is_first_used():
+    registry, made = Registry[list[int]]("rule"), []
+    registry.defer("late")(lambda: made.append(1) or made)
+    assert list(registry) == ["late"]
+    assert made == []
+    assert registry["late"] is registry.find("late")
+    assert made == [1]
+
+
+# --- fields ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several(OptionSet):
+    ERROR = TrainingError
+
+    rate: Annotated[float, Gt(0), Le(1), Doc("Rate.")] = 0.5
+    count: Annotated[int | None, Ge(1), Doc("Count.")] = None
+    kind: Annotated[Literal["a", "b"], Doc("Kind.")] = "a"
+    names: Annotated[tuple[str, ...], Among({"x": 1, "y": 2}), Doc("Names.")] = ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0}, "rate must be more than 0 and at most 1, got 0"),
+        ({"rate": float("nan")}, "rate must be more than 0 and at most 1, got nan"),
+        ({"rate": "1"}, "rate must be float, got '1'"),
+        ({"count": True}, "count must be int or None, got True"),
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"kind": "c"}, "unknown kind 'c': choose one of a, b."),
+        ({"names": ["x", "z"]}, "unknown names 'z': choose one of x, y."),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_option_and_what_is_allowed(options, message):
+    with pytest.raises(TrainingError) as refused:
+        Several(**options)
+    assert str(refused.value) == message
+
+
+def test_right_values_are_taken_an_int_for_a_float_among_them():
+    assert Several(rate=1, count=3, kind="b", names=["x"]).rate == 1
+
+
+def test_functions_have_the_signature_and_the_documentation_of_their_options():
+    @takes(Several)
+    def function(kind, **options):
+        """Do something."""
+
+    assert list(inspect.signature(function).parameters) == ["kind", "rate", "count", "names"]
+    assert "rate: Rate." in function.__doc__
+    for train, options in ((train_student, StudentOptions), (train_teacher, TeacherOptions)):
+        parameters = inspect.signature(train).parameters
+        assert set(parameters) == {field.name for field in option_fields(options)}
+        assert parameters["lr"].default == 4e-3
+
+
+def test_every_option_has_a_help_text_that_stands_alone():
+    for options in (StudentOptions, TeacherOptions, CachingOptions):
+        for field in option_fields(options):
+            assert field.doc[0].isupper() or field.doc.startswith(("flip", "auto")), field.name
+            assert field.doc.endswith("."), field.name
+
+
+# --- errors ---
+
+
+def test_a_message_is_spelled_for_python_and_for_a_shell_and_survives_a_process():
+    call = Call("cache_explanations", {"data": "a b", "teacher": Word("TEACHER"), "features": True})
+    error = TrainingError(Message("give ", Option("batch_size", 8), " or ", Option("pyramid", False), ": ", call))
+    for one in (error, pickle.loads(pickle.dumps(error))):
+        assert str(one) == (
+            "give batch_size=8 or pyramid=False: cache_explanations(data='a b', teacher=TEACHER, features=True)"
+        )
+        assert text_of(one, main.commands["train-student"]) == (
+            "give --batch-size 8 or --flat: python cli.py cache-explanations --data 'a b' --teacher TEACHER --features"
+        )
+    assert [option.name for option in error.args[0].options] == ["batch_size", "pyramid"]
