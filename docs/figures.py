@@ -226,7 +226,7 @@ PACKAGES = {  # colour of the boxes of a package in `architecture`
     "data": "#dff0e0", "teacher_cache": "#fdebd0", "pipeline": "#dce9f7", "trainer": "#ece6f5",
 }  # fmt: skip
 COLUMNS, ABOVE, MIDDLE, BELOW = (9.5, 29.5, 49.5, 69.5, 89.5), 54.0, 33.0, 14.0  # centres of boxes in `architecture`
-NETWORK = "networks/\nexplainers.py\nrelevance.py, rules/"
+NETWORK = "networks/\nforward.py\nrelevance.py, rules/"
 STAGE_ONE = (  # package, name, files, content that the box passes on
     ("data", "dataset", "DATA.zarr\ndata/layout.py", "images: uint8\n(N, C, H, W)"),
     ("pipeline", "shard", "caching/stage_one.py\nbatches.py, draws.py", "images (n, C, H, W);\nD draws: class t, ε"),
@@ -239,7 +239,7 @@ STAGE_TWO = (
     (
         "trainer",
         "batch on device",
-        "loop/training.py\nloop/augmentation.py",
+        "loop/step.py\nloop/augmentation.py",
         "images, maps (B, C, H, W)\nfloat32; t, ε (B,)",
     ),
     ("pipeline", "student", NETWORK, "its maps for\nthe same t, ε"),
