@@ -8,17 +8,24 @@ long for COLOURED MNIST, 1.9 times for dense 64×64 maps (docs/results/streaming
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import google_crc32c
-import numpy as np
-from numcodecs import Blosc
+from options import Lazy
+
+if TYPE_CHECKING:
+    import google_crc32c
+    import numcodecs
+    import numpy as np
+    from numcodecs import Blosc
+else:  # the names below are known without them
+    np, numcodecs, google_crc32c = Lazy("numpy"), Lazy("numcodecs"), Lazy("google_crc32c")
 
 PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # precision → its dtype in Zarr
-SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle": Blosc.BITSHUFFLE}
+SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
 LEVELS = {"lz4": 5, "zstd": 3}
 COMPRESSORS = tuple(LEVELS)
 DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast for 16-bit maps, small for 8-bit maps
-MISSING = np.iinfo(np.uint64).max  # marks a chunk in an index that does not exist
+MISSING = 2**64 - 1  # marks a chunk in an index that does not exist
 
 
 class DamageError(ValueError):
@@ -142,7 +149,8 @@ class Compression:
 
     def blosc(self) -> Blosc:
         """Make the codec."""
-        return Blosc(self.compressor, self.level, SHUFFLES[self.shuffle], blocksize=0)
+        shuffle = getattr(numcodecs.Blosc, self.shuffle.upper())
+        return numcodecs.Blosc(self.compressor, self.level, shuffle, blocksize=0)
 
 
 def choose_compression(maps: np.ndarray, precision: str, compressor: str | None = None) -> Compression:

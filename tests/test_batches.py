@@ -136,7 +136,7 @@ def test_a_given_size_that_does_not_fit_is_named_and_the_store_can_be_continued(
 
 def test_one_sample_that_does_not_fit_is_an_error_with_what_to_do(dataset, teacher, tmp_path, monkeypatch):
     memory = Memory(monkeypatch, holds=0)
-    with pytest.raises(RelevanceError, match=r"does not hold a batch of one image.*choose another --device"):
+    with pytest.raises(RelevanceError, match=r"does not hold a batch of one image.*choose another device"):
         cache_explanations(dataset, teacher, tmp_path / "c.zarr", batch_size="auto")
     assert memory.seen == [16, 8, 4, 2, 1]
     assert not (tmp_path / "c.zarr").exists()
