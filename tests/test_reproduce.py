@@ -117,7 +117,8 @@ def test_a_profile_has_options_that_trainings_take(name):
             made = TeacherOptions if stage.kind == "teacher" else StudentOptions
             assert ("steps" in stage.options) != ("epochs" in stage.options)
             made(data="data.zarr", out="out", **stage.options)  # raises for an unknown option or a wrong value
-    assert [name for name in PROFILES if name != "quickstart"] == cli.PROFILES
+    (profile_field,) = (field for field in option_fields(ColouredMnistTableOptions) if field.name == "profile")
+    assert tuple(name for name in PROFILES if name != "quickstart") == profile_field.choices
 
 
 def test_the_options_name_every_profile_and_their_defaults_are_the_functions():
@@ -571,11 +572,12 @@ def test_the_command_prints_the_table_and_where_it_is(tmp_path, monkeypatch, no_
 
 def test_another_architecture_does_without_the_options_of_the_profiles_own(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module, "reproduce", lambda out, profile, **_: asked.append(profile) or [])
+    monkeypatch.setattr(module, "reproduce", lambda out, profile, arch, **_: asked.append((profile, arch)) or [])
     command = ["reproduce", "fashion-on-textures", "--out", str(tmp_path / "r"), "--profile", "gpu"]
     for more in ([], ["--arch", "resnet18"]):
         result = CliRunner().invoke(cli.main, [*command, *more])
         assert result.exit_code == 0, result.output
-    assert asked[0] == profiles.ON_TEXTURES["gpu"]
-    for options in (asked[1].teacher, asked[1].student):
+    assert asked == [(profiles.ON_TEXTURES["gpu"], None), (profiles.ON_TEXTURES["gpu"], "resnet18")]
+    changed = profiles.with_arch(*asked[1])
+    for options in (changed.teacher, changed.student):
         assert (options["arch"], "arch_options" in options) == ("resnet18", False)
