@@ -378,7 +378,7 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
         ({"resolution": 40}, "resolution=40 leaves nothing of maps of 28×28"),
         ({"resolution": 2, "explainer": "grad-cam"}, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),
         ({"draws": 2, "explainer": "attention"}, "draws=2 with explainer='attention': its maps know neither class"),
-        ({"draws": 0, "explainer": "attention"}, "draws must be at least 1, got 0"),
+        ({"draws": 0, "explainer": "attention"}, "draws must be at least 1 and at most 10000, got 0"),
         ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "share=True or scheduler, not both"),
     ],
 )
