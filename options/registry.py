@@ -5,7 +5,7 @@ The names are known without making the values, so that a command's help shows th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Generic, TypeVar
 
 from options.messages import Message, Option, did_you_mean
@@ -13,7 +13,7 @@ from options.messages import Message, Option, did_you_mean
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Registry(MutableMapping[str, T], Generic[T]):
     """Values by name, in the order of their entry.
 
     Args:
@@ -46,11 +46,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
         return enter
 
-    def remove(self, name: str) -> None:
-        """Take an entry out."""
-        del self._entries[name]
-        self._values.pop(name, None)
-
     def find(self, name: str) -> T:
         """Return the entry of a name, or raise an error that lists all names and says which is nearest."""
         self.check(name)
@@ -71,6 +66,13 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._values:
             self._values[name] = self._entries[name]()
         return self._values[name]
+
+    def __setitem__(self, name: str, value: T) -> None:
+        self.enter(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+        self._values.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -72,7 +72,7 @@ def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
 
     yield enter
     for registry in registries:
-        registry.remove("mine")
+        del registry["mine"]
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def test_heads_that_do_not_fit_are_refused_with_the_remedy(store, cache, dataset
         train_student(dataset, store, tmp_path / "b", head="attention-pool", arch="mobilenet_v2")
     with pytest.raises(ModelError, match="ends in a 1×1 convolution"):
         train_student(dataset, store, tmp_path / "c", arch="squeezenet1_1")
-    with pytest.raises(TrainingError, match="frozen, attention-pool or free"):
+    with pytest.raises(TrainingError, match="frozen, attention-pool, free"):
         train_student(dataset, store, tmp_path / "d", head="text")
 
 
