@@ -113,7 +113,9 @@ def _killed(moment: str) -> None:
         _step(ranks, model)
         victim = ranks.rank == 1
         if moment == "forward":
-            with pytest.raises(LostProcess, match=r"^another process of this job ended .*: see the error of that process"):
+            with pytest.raises(
+                LostProcess, match=r"^another process of this job ended .*: see the error of that process"
+            ):
                 die() if victim else _step(ranks, model)
         elif moment == "backward":
             reached = []

@@ -440,7 +440,7 @@ def test_second_order_of_a_transformer_equals_finite_differences_under_every_rul
         return (heatmaps - wanted).square().sum()
 
     some = {n: p for n, p in model.named_parameters() if n.endswith("weight") and p.numel() < 100 and "conv" not in n}
-    oracles.assert_gradients_are_finite_differences(loss, some, moving=some)
+    oracles.assert_gradients_are_finite_differences(loss, some, moving=some, step=1e-5)  # a loss of 79 rounds
 
 
 class Merging(nn.Module):

@@ -54,8 +54,8 @@ def plain(model: Classifier) -> nn.Module:
             f"this model's network cannot be copied: {error_summary(error)}; let copy.deepcopy take it"
         ) from error
     for name, module in list(network.named_modules()):
-        if isinstance(module, AttentionPool):  # a graph is pickled with its code
-            network.set_submodule(name, torch.fx.symbolic_trace(module))
+        if isinstance(module, AttentionPool):  # as a graph of PyTorch's own, which is pickled with its code
+            network.set_submodule(name, _traced(module))
     norms = {norm: _batch_norm_like(norm, rank) for norm, rank in _ranks(network, model.image_shape).items()}
     if network in norms:
         return norms[network]
@@ -63,6 +63,18 @@ def plain(model: Classifier) -> nn.Module:
         if module in norms:
             network.set_submodule(name, norms[module])
     return network
+
+
+def _traced(pool: AttentionPool) -> torch.fx.GraphModule:
+    """Trace an attention pooling, in a form that PyTorch 2.6 can pickle and export to ONNX."""
+    traced = torch.fx.symbolic_trace(pool)
+    for node in traced.graph.nodes:
+        node.type = None  # it cannot pickle an annotation that is text
+    for layer in traced.graph.find_nodes(op="call_module", target="q_proj"):  # nor export a linear layer of a slice
+        with traced.graph.inserting_before(layer):
+            layer.args = (traced.graph.call_method("contiguous", layer.args),)
+    traced.recompile()
+    return traced
 
 
 def save_plain(path: str | Path, model: Classifier) -> None:
