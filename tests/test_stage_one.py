@@ -15,6 +15,7 @@ import pytest
 import torch
 import zarr
 
+import pipeline.forward
 import teacher_cache.layout
 from data import DatasetWriter, make_coloured_mnist, open_dataset
 from pipeline import (
@@ -26,7 +27,6 @@ from pipeline import (
     RelevanceError,
     cache_explanations,
     explain,
-    explainers,
     load_classifier,
 )
 from pipeline.caching import stage_one
@@ -107,7 +107,7 @@ def test_a_store_with_features_equals_one_without_in_all_else(dataset, teacher, 
 def test_features_that_a_teacher_does_not_have_are_refused_before_anything_is_written(
     dataset, teacher, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(explainers, "last_layer", lambda model, classes: None)
+    monkeypatch.setattr(pipeline.forward, "last_layer", lambda model, classes: None)
     with pytest.raises(ModelError, match="no features to match"):
         cache_explanations(dataset, teacher, tmp_path / "c.zarr", features=True)
     assert not (tmp_path / "c.zarr").exists()
@@ -378,7 +378,7 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
         ({"resolution": 40}, "resolution=40 leaves nothing of maps of 28×28"),
         ({"resolution": 2, "explainer": "grad-cam"}, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),
         ({"draws": 2, "explainer": "attention"}, "draws=2 with explainer='attention': its maps know neither class"),
-        ({"draws": 0, "explainer": "attention"}, "draws must be at least 1, got 0"),
+        ({"draws": 0, "explainer": "attention"}, "draws must be at least 1 and at most 10000, got 0"),
         ({"share": True, "scheduler": "tcp://127.0.0.1:1"}, "share=True or scheduler, not both"),
     ],
 )

@@ -178,7 +178,7 @@ def test_renamed_classes_and_a_validation_store_of_other_options_are_refused(dat
     shutil.copytree(dataset, tmp_path / "renamed.zarr")
     root = zarr.open_group(str(tmp_path / "renamed.zarr"), mode="r+")
     root.attrs["class_names"] = [*root.attrs["class_names"], "ten"]
-    with pytest.raises(CacheError, match="knows the classes zero, one"):
+    with pytest.raises(CacheError, match="has the classes zero, one"):
         train_student(tmp_path / "renamed.zarr", cache, tmp_path / "s")
     cache_explanations(dataset, teacher, tmp_path / "v.zarr", split="validation", draws=1, epsilon_range=(1, 2))
     with pytest.raises(CacheError, match=r"made with explainer\.epsilon_low 1"):
