@@ -218,6 +218,13 @@ class Adapter(Storage, WrapperStore[Store]):
     def __str__(self) -> str:
         return str(self._store)
 
+    def with_read_only(self, read_only: bool = False) -> Adapter:
+        """Wrap a read-only copy of the store, or the store itself, as Zarr's wrappers up to 3.1.5 make no such copy."""
+        try:
+            return type(self)(self._store.with_read_only(read_only))
+        except NotImplementedError:
+            return type(self)(self._store)
+
     async def getsize_prefix(self, prefix: str) -> int:
         return await self._store.getsize_prefix(prefix)
 
