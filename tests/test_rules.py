@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import pkgutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +27,22 @@ from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
+import pipeline.rules
 from pipeline import RULE_SETS, RelevanceError, RuleSet, Trace, explain, rule_for, stop_relevance
 from pipeline.rules import RULES
 from pipeline.rules.batch_axis import batch_axis_after
 
+ROOT = Path(__file__).parents[1]
 T: Any = torch.Tensor
+
+
+def test_a_new_process_has_every_rule():
+    for module in pkgutil.iter_modules(pipeline.rules.__path__, "pipeline.rules."):
+        importlib.import_module(module.name)  # those in which rules may be, whether or not the table imports them
+    code = "from pipeline.rules import RULES; print(*sorted({rule.__module__ for rule in RULES.values()}))"
+    line = [sys.executable, "-c", code]
+    modules = subprocess.run(line, check=True, capture_output=True, text=True, cwd=ROOT).stdout.split()
+    assert modules == sorted({rule.__module__ for rule in RULES.values() if rule.__module__.startswith("pipeline.")})
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

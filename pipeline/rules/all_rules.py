@@ -1,6 +1,17 @@
 """The full table: this module imports every module whose rules enter it. Enter rules of your own by its `rule_for`."""
 
-from pipeline.rules import activations, attention, norms, products, relu, weighted
+from pipeline.rules import activations, attention, batch_norm, linear, norms, products, relu, weighted
 from pipeline.rules.table import RULES, rule_for
 
-__all__ = ["RULES", "activations", "attention", "norms", "products", "relu", "rule_for", "weighted"]
+__all__ = [
+    "RULES",
+    "activations",
+    "attention",
+    "batch_norm",
+    "linear",
+    "norms",
+    "products",
+    "relu",
+    "rule_for",
+    "weighted",
+]
