@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 
+from options import option_fields
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
@@ -44,24 +45,13 @@ from trainer.settings import StudentOptions, TeacherOptions
 
 
 # Headings that several commands have, and options of each.
-FILES, TRAINING, RUN, OUTPUT, OWN_CODE = "Files", "Training", "Run", "Output", "Your own code"
+FILES, RUN, OUTPUT, OWN_CODE = "Files", "Run", "Output", "Your own code"
 
-DATA = click.option("--data", required=True, type=Location(), help="A dataset in our layout.")
-OUT = click.option(
-    "--out", required=True, type=LocalFolder(path_type=Path), help="Where to write: nothing, or an unfinished training."
-)
-SEED = click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Of everything that is random.")
-DEVICE = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+SEED = click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Random seed.")
 FACTORY = click.option(
     "--student-factory",
     metavar="MODULE:FUNCTION",
     help="Your own network: what this function of yours returns. Its code is run.",
-)
-SEGMENTER = click.option(
-    "--segmenter",
-    metavar="SPEC",
-    help="What makes the masks of --debias segmenter: torchvision:NAME, a file (.pt2, .pt) or MODULE:FUNCTION of your "
-    "own. Code of your own is run.",
 )
 OF_CLIP = options_of(
     VisionLanguageOptions,
@@ -85,7 +75,7 @@ def _teacher(name: str | None, options: dict[str, Any]) -> Any:
     """The teacher that was named, None where none was; takes its own options out of the others."""
     from pipeline import parse_teacher
 
-    own = {key: options.pop(key) for key in ("pretrained", "classes", "prompts", "prompt")}
+    own = {field.name: options.pop(field.name) for field in option_fields(VisionLanguageOptions)}
     if name is not None:
         return parse_teacher(name, VisionLanguageOptions(**own))
     for key, value in own.items():
@@ -575,7 +565,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         raise click.UsageError("give either --model or --teacher.")
     result = evaluate(data, _teacher(str(teacher or model), options), **options)
     if warning := bias_warning(result):
-        click.echo(warning, err=True)
+        click.echo(warning.spell(spell), err=True)
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import Doc
 
-from options.messages import Message, Option, did_you_mean
+from options.messages import Message, Option, unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 Bound = Ge | Gt | Le | Lt
@@ -162,9 +162,7 @@ def check(field: OptionField, value: Any, error: type[Exception]) -> None:
     if field.allowed:
         for one in values:
             if one not in field.allowed:
-                allowed = [str(name) for name in field.allowed]
-                remedy = f"choose one of {', '.join(allowed)}.{did_you_mean(str(one), allowed)}"
-                raise error(Message("unknown ", Option(field.name), f" '{one}': {remedy}"))
+                raise error(unknown(field.name, one, field.allowed))
     for one in values:
         _check_bounds(field, one, error)
 

@@ -103,6 +103,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
+def unknown(option: str, value: object, known: Iterable[object]) -> Message:
+    """Return the text of the error for a value of an option that is none of the known ones."""
+    names = [str(name) for name in known]
+    return Message(
+        "unknown ", Option(option), f" '{value}': choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
+    )
+
+
 def first_line(error: BaseException | str) -> str:
     """The first line of an error's text; the name of its type where it has no text."""
     lines = str(error).strip().splitlines()

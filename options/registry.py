@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Generic, TypeVar
 
-from options.messages import Message, Option, did_you_mean
+from options.messages import unknown
 
 T = TypeVar("T")
 
@@ -26,15 +26,14 @@ class Registry(MutableMapping[str, T], Generic[T]):
         self._entries: dict[str, Callable[[], T]] = {}
         self._values: dict[str, T] = {}
 
-    def enter(self, name: str, value: T) -> T:
-        """Enter a value, or replace the one of this name."""
-        self._entries[name] = lambda: value
-        self._values[name] = value
-        return value
-
     def add(self, name: str) -> Callable[[T], T]:
         """Enter the function or class below under this name."""
-        return lambda value: self.enter(name, value)
+
+        def enter(value: T) -> T:
+            self[name] = value
+            return value
+
+        return enter
 
     def defer(self, name: str) -> Callable[[Callable[[], T]], Callable[[], T]]:
         """Enter what the function below returns; it is called once, when the entry is first used."""
@@ -54,13 +53,7 @@ class Registry(MutableMapping[str, T], Generic[T]):
     def check(self, name: object) -> None:
         """Raise the registry's error unless there is an entry of this name."""
         if name not in self._entries:
-            raise self._error(
-                Message(
-                    "unknown ",
-                    Option(self.option),
-                    f" '{name}': choose one of {', '.join(self._entries)}.{did_you_mean(str(name), self._entries)}",
-                )
-            )
+            raise self._error(unknown(self.option, name, self._entries))
 
     def __getitem__(self, name: str) -> T:
         if name not in self._values:
@@ -68,7 +61,8 @@ class Registry(MutableMapping[str, T], Generic[T]):
         return self._values[name]
 
     def __setitem__(self, name: str, value: T) -> None:
-        self.enter(name, value)
+        self._entries[name] = lambda: value
+        self._values[name] = value
 
     def __delitem__(self, name: str) -> None:
         del self._entries[name]

@@ -6,6 +6,7 @@ Numbers, true, false and null are those of YAML 1.2: 2e-3 is a number; on, off, 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,14 +26,16 @@ TYPED_VALUES = {
 }
 
 
-def read_yaml(path: str | Path, *, texts: bool = False, error: type[Exception] = ValueError) -> dict[Any, Any]:
+def read_yaml(
+    path: str | Path, *, texts: bool = False, error: Callable[[str], Exception] = ValueError
+) -> dict[Any, Any]:
     """Read a mapping of options from a YAML file.
 
     Args:
         path: the file.
         texts: return every scalar but null as the text that the file has, such as ``"1e-3"`` or ``"true"``, for a
             command line that parses the text by the type of the option.
-        error: the exception to raise.
+        error: makes the exception to raise.
 
     Raises:
         error: the file is not valid YAML, or not a mapping; the text has the path.

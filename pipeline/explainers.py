@@ -62,7 +62,7 @@ def attention(forward: Forward, target_class: Tensor, epsilon: float | Tensor, *
 
 EXPLAINERS: Registry[Explainer] = Registry("explainer", RelevanceError)
 for _rules in RULE_SETS:
-    EXPLAINERS.enter(_rules, Explainer(heatmaps, _rules))
-EXPLAINERS.enter("input-gradient", Explainer(input_gradient, "gradient-x-input"))
-EXPLAINERS.enter("grad-cam", Explainer(grad_cam, "gradient-x-input", coarse=True))
-EXPLAINERS.enter("attention", Explainer(attention, None, coarse=True))
+    EXPLAINERS[_rules] = Explainer(heatmaps, _rules)
+EXPLAINERS["input-gradient"] = Explainer(input_gradient, "gradient-x-input")
+EXPLAINERS["grad-cam"] = Explainer(grad_cam, "gradient-x-input", coarse=True)
+EXPLAINERS["attention"] = Explainer(attention, None, coarse=True)

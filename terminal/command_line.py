@@ -7,12 +7,14 @@ lines of `format_options`: a library for them would ask for the newest click alo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from options import did_you_mean
+from options.yaml_file import read_yaml
 
 OTHERS = "Other options"
 INDENT = "  "  # of an example
@@ -168,7 +170,7 @@ def _read(path: Path, ctx: click.Context) -> dict[str, Any]:
     opposite = {name: param for param in params for name in _names(*param.secondary_opts)}
     values: dict[str, Any] = {}
     unknown: list[str] = []
-    for key, value in _load(path, ctx).items():
+    for key, value in read_yaml(path, texts=True, error=partial(click.UsageError, ctx=ctx)).items():
         (name,) = _names(str(key))
         if name not in known:
             flag = opposite.get(name)
@@ -185,26 +187,6 @@ def _read(path: Path, ctx: click.Context) -> dict[str, Any]:
 
 def _names(*spellings: str | None) -> list[str]:
     return [spelling.lstrip("-").replace("-", "_") for spelling in spellings if spelling]
-
-
-def _load(path: Path, ctx: click.Context) -> Mapping[Any, Any]:
-    """A YAML mapping, every scalar but null being text: what 1e-3, on or 012 mean is the option's to say."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        pass
-
-    Loader.yaml_implicit_resolvers = {
-        first: [one for one in resolvers if one[0].endswith((":null", ":merge"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    try:
-        found = yaml.load(path.read_text(), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        ctx.fail(f"{path} is no YAML: {' '.join(str(error).split())}")
-    if not isinstance(found, dict):
-        ctx.fail(f"{path} must hold options by name, a line each such as 'steps: 1000'.")
-    return found
 
 
 def _as_typed(value: Any, param: click.Parameter, ctx: click.Context) -> Any:

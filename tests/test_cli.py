@@ -11,6 +11,7 @@ import pytest
 import zarr
 from click.testing import CliRunner, Result
 
+import trainer
 from cli import main
 from data import make_coloured_mnist
 from pipeline import EXPLAINERS
@@ -293,3 +294,14 @@ def test_every_command_has_help(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert len(result.output) > 100
+
+
+def test_the_warning_of_a_biased_teacher_speaks_in_flags(monkeypatch):
+    split = {"accuracy": 90.0, "interval": [89.0, 91.0], "samples": 9, "worst_group": None, "on_object": None}
+    splits = {"iid": split, "shift": {**split, "accuracy": 10.0}}
+    result = {"kind": "teacher", "iid": 90.0, "gap": None, "splits": splits}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: result)
+    said = CliRunner().invoke(main, ["evaluate", "--data", "d.zarr", "--model", "teacher"])
+    assert said.exit_code == 0, said.output
+    assert "loses 80.0 points from iid to shift" in said.stderr
+    assert "another --debias or another --prompt" in " ".join(said.stderr.split())

@@ -104,7 +104,18 @@ def test_the_commands_are_listed_as_they_are_used_under_headings():
     )
 
 
-@pytest.mark.parametrize("line", ["--help", "train-student --help", "train-student --config x.yaml --stepz 5"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train-student --help",
+        "cache-explanations --help",
+        "trian-student",
+        "train-student --optimiser adam",
+        "train-student --optimizer adan",
+        "train-student --config x.yaml --stepz 5",
+    ],
+)
 def test_help_and_wrong_options_do_not_wait_for_pytorch(line, tmp_path):
     write(tmp_path / "x.yaml", {"steps": 3})
     code = (
@@ -207,9 +218,9 @@ BAD = {
     "method: gradcam": "Did you mean grad-cam? (in a.yaml)",
     "mask_target: perhaps": "'perhaps' is not a valid boolean",
     "clip_norm: null": "it is null: leave it out for its default, 1.0 (in a.yaml)",
-    "- steps": "a.yaml must hold options by name, a line each such as 'steps: 1000'.",
+    "- steps": "a.yaml must hold options by name, one on each line, such as 'steps: 1000'",
     "": "a.yaml must hold options by name",
-    "a: [": "a.yaml is no YAML: while parsing",
+    "a: [": "a.yaml is not valid YAML: while parsing",
     "config: b.yaml": "does not take: 'config'.",
 }
 

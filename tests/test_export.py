@@ -249,11 +249,11 @@ def test_a_file_that_computes_something_else_is_not_put_in_place(tiny, tmp_path,
         network.head.weight.data[3] *= 1.01
         return honest.encode(network, images)
 
-    request.addfinalizer(lambda: FORMATS.enter("state-dict", honest))
-    FORMATS.enter("state-dict", Format(careless, honest.decode))
+    request.addfinalizer(lambda: FORMATS.update({"state-dict": honest}))
+    FORMATS["state-dict"] = Format(careless, honest.decode)
     with pytest.raises(ModelError, match="computes other logits, which differ by up to"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")
-    FORMATS.enter("state-dict", Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan))
+    FORMATS["state-dict"] = Format(honest.encode, lambda *_: lambda x: x[:, 0, 0, :10] * np.nan)
     with pytest.raises(ModelError, match="differ by up to nan"):
         export_model(tiny, tmp_path / "out.pt", "state-dict")
     assert list(tmp_path.iterdir()) == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,32 +30,6 @@ REPOSITORY = Path(__file__).parent.parent
 STUDENT = {"data": "d", "out": "o"}
 
 
-# --- without PyTorch ---
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--help"],
-        ["train-student", "--help"],
-        ["cache-explanations", "--help"],
-        ["train-student", "--optimiser", "adam"],
-        ["train-student", "--optimizer", "adan"],
-        ["trian-student"],
-    ],
-    ids=" ".join,
-)
-def test_help_and_wrong_options_answer_without_pytorch(words):
-    code = (
-        "import sys, cli\n"
-        f"try: cli.main({words!r})\n"
-        "except SystemExit: pass\n"
-        "assert 'torch' not in sys.modules and 'zarr' not in sys.modules, 'imported'\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stderr
-
-
 # --- one place for each name ---
 
 
@@ -67,7 +39,7 @@ def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
     registries: list[Registry[Any]] = []
 
     def enter(registry: Registry[Any], value: Any) -> None:
-        registry.enter("mine", value)
+        registry["mine"] = value
         registries.append(registry)
 
     yield enter

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 
 import torch
 
-from options import Message, Option
+from options import Message, Option, first_line
 from pipeline.errors import RelevanceError
 from pipeline.private_torch import OUT_OF_MEMORY_MESSAGES
 
@@ -61,7 +61,7 @@ class Batches:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
             # behind the except clause, as the error holds on to the frames of the batch, and these to its graph
             free_memory()
             tried = rows.stop - rows.start

@@ -104,6 +104,6 @@ def _any_batch() -> Any:
     return ({0: torch.export.Dim("batch", max=2**31 - 1)},)  # PyTorch 2.6 refuses a size without an upper bound
 
 
-FORMATS.enter("torch-export", Format(_to_torch_export, _from_torch_export))
-FORMATS.enter("onnx", Format(_to_onnx, _from_onnx))
-FORMATS.enter("state-dict", Format(_to_state_dict, _from_state_dict))
+FORMATS["torch-export"] = Format(_to_torch_export, _from_torch_export)
+FORMATS["onnx"] = Format(_to_onnx, _from_onnx)
+FORMATS["state-dict"] = Format(_to_state_dict, _from_state_dict)

@@ -57,7 +57,7 @@ def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Call
     """Enter the function below as a method."""
 
     def enter(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS.enter(name, Method(name, loss, **declared))
+        METHODS[name] = Method(name, loss, **declared)
         return loss
 
     return enter
