@@ -7,25 +7,31 @@ and optionally ``groups`` and ``masks``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-import zarr.errors
 
+from data.arrays import as_arrays, check_arrays, doubtful_axes
 from data.errors import DatasetError
+from data.metadata import MetadataError, no_group, open_array, read_group
 from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
-from options import Call, Message, Option
+from options import Call, Message, Option, first_line
+
+log = logging.getLogger(__name__)
 
 KIND = "explanation-distillation dataset"
 FORMAT_VERSION = 1
@@ -39,6 +45,10 @@ WRITTEN = re.compile(
 )
 ANOTHER = Message("choose another ", Option("out"))
 REMEDY = Message("build one with ", Call("make_image_folder", command="make-data"))
+
+
+class UnreadableError(DatasetError):
+    """A chunk of a stored array cannot be read. The text has the array and the rows."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +81,18 @@ class Split:
             DatasetError: The split is damaged or was changed.
         """
         arrays = {"images": self.images, "labels": self.labels, "groups": self.groups, "masks": self.masks}
+        where = f"the split '{self.name}' of {self.images.store_path.store} is damaged"
         try:
             content = fingerprint({name: array for name, array in arrays.items() if array is not None})
-        except (ValueError, RuntimeError) as error:  # a chunk that cannot be decoded
-            content = str(error)
+        except UnreadableError as error:
+            raise DatasetError(f"{where}: {error}") from None
         if content != self.fingerprint:
+            missing = [text for array in arrays.values() if array is not None and (text := _missing_chunks(array))]
+            reason = f" ({', '.join(missing)})" if missing else ""
             raise DatasetError(
-                f"the split '{self.name}' of {self.images.store_path.store} is damaged, or was changed after it was "
-                f"made: its content gives {content[:60]}, its fingerprint is {self.fingerprint[:12]}…; build it again, "
-                "or delete the attribute 'fingerprint' if you changed the split on purpose"
+                f"{where}, or was changed after it was made{reason}: its content gives {content[:12]}…, its "
+                f"fingerprint is {self.fingerprint[:12]}…; build it again, or delete the attribute 'fingerprint' if "
+                "you changed the split on purpose"
             )
 
     @property
@@ -119,6 +132,18 @@ class Dataset:
             raise DatasetError(f"the dataset {self.path} has no split '{name}': choose one of {', '.join(self.splits)}")
         return self.splits[name]
 
+    def check_classes(self) -> None:
+        """Check that there is something to learn.
+
+        Raises:
+            DatasetError: The dataset has a single class.
+        """
+        if len(self.class_names) < 2:
+            raise DatasetError(
+                f"the dataset {self.path} has one class, {self.class_names[0]!r}, so there is nothing to tell apart: "
+                "make a dataset with two classes or more"
+            )
+
     @property
     def test_splits(self) -> tuple[Split, ...]:
         """Every split except ``train`` and ``validation``."""
@@ -143,22 +168,23 @@ def open_dataset(location: Location) -> Dataset:
         OSError: The location cannot be read.
     """
     path, store = str(location), open_store(location)
+    raw = store.read(ROOT)
+    if raw is None:
+        raise DatasetError(Message(f"no dataset at {path}: {no_group(store)}; ", REMEDY))
     try:
-        root = zarr.open_group(store, mode="r", zarr_format=3)
-    except (FileNotFoundError, zarr.errors.GroupNotFoundError, NotADirectoryError):
-        raise DatasetError(Message(f"no dataset at {path}: there is no Zarr group; ", REMEDY)) from None
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DatasetError(Message(f"no dataset at {path}: its zarr.json cannot be read ({error}); ", REMEDY)) from None
-    attributes: dict[str, Any] = dict(root.attrs)
+        root = read_group(ROOT, raw)
+    except MetadataError as error:
+        raise DatasetError(Message(f"no dataset at {path}: {error}; ", REMEDY)) from None
+    attributes = root["attributes"]
     _check_attributes(path, attributes)
-    class_names = attributes["class_names"]
+    class_names, group_names = attributes["class_names"], tuple(attributes.get("group_names", []))
     return Dataset(
         path=path,
         name=str(attributes.get("name", Path(path).stem)),
         class_names=tuple(class_names),
         bias_attribute=attributes.get("bias_attribute"),
-        group_names=tuple(attributes.get("group_names", [])),
-        splits=_open_splits(path, root, len(class_names)),
+        group_names=group_names,
+        splits=_open_splits(path, store, root, len(class_names), len(group_names)),
     )
 
 
@@ -182,19 +208,30 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
         raise DatasetError(f"the dataset {path} has no attribute 'class_names', a list of names: add it")
+    _check_distinct(path, class_names)
     group_names = attributes.get("group_names", [])
     if not (isinstance(group_names, list) and all(isinstance(name, str) for name in group_names)):
         raise DatasetError(f"the dataset {path} has group_names {group_names!r}: make it a list of names")
 
 
-def _open_splits(path: str, root: zarr.Group, classes: int) -> dict[str, Split]:
+def _check_distinct(path: str, class_names: Sequence[str]) -> None:
+    if twice := [name for name, count in Counter(class_names).items() if count > 1]:
+        raise DatasetError(f"the dataset {path} has several classes called {twice[0]!r}: give each its own name")
+
+
+def _open_splits(
+    path: str, store: Storage, root: Mapping[str, Any], classes: int, group_names: int
+) -> dict[str, Split]:
     """Open and check every split. The known ones come first."""
-    try:
-        splits = {name: _open_split(path, name, group, classes) for name, group in sorted(root.groups())}
-    except DatasetError:
-        raise
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # Zarr's errors for broken metadata and chunks
-        raise DatasetError(f"the dataset {path} is damaged ({error}): build it again") from error
+    splits = {}
+    for name, documents in _metadata_of_groups(store, root).items():
+        where = f"the split '{name}' of {path}"
+        try:
+            group = read_group(f"{name}/{ROOT}", documents.pop(ROOT))
+            arrays = {key: open_array(store, f"{name}/{key}", raw) for key, raw in documents.items()}
+        except MetadataError as error:
+            raise DatasetError(f"{where} cannot be opened: {error}") from None
+        splits[name] = _open_split(where, name, group["attributes"], arrays, classes, group_names)
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}
@@ -205,38 +242,78 @@ def _open_splits(path: str, root: zarr.Group, classes: int) -> dict[str, Split]:
     return {name: splits[name] for name in names}
 
 
-def _open_split(path: str, name: str, group: zarr.Group, classes: int) -> Split:
-    where = f"the split '{name}' of {path}"
-    arrays = {key: array for key, array in group.arrays() if key in ARRAYS}
+def _metadata_of_groups(store: Storage, root: Mapping[str, Any]) -> dict[str, dict[str, bytes]]:
+    """Read the metadata of every group in the root: its own document under ``zarr.json``, those of arrays by name.
+
+    A store that cannot list its keys, such as a web server, has the names in its consolidated metadata.
+    """
+    consolidated = (root.get("consolidated_metadata") or {}).get("metadata") or {}
+    names = sorted({*store.names(), *(key.split("/")[0] for key in consolidated)} - {ROOT})
+    keys = [(name, key) for name in names for key in (ROOT, *ARRAYS)]
+    documents = store.read_many([f"{name}/{key}" if key == ROOT else f"{name}/{key}/{ROOT}" for name, key in keys])
+    groups: dict[str, dict[str, bytes]] = {}
+    for (name, key), raw in zip(keys, documents, strict=True):
+        if raw is not None and (key == ROOT or name in groups) and not (key == ROOT and _is_array(raw)):
+            groups.setdefault(name, {})[key] = raw
+    return groups
+
+
+def _is_array(raw: bytes) -> bool:
+    with contextlib.suppress(ValueError, AttributeError):
+        return json.loads(raw).get("node_type") == "array"
+    return False
+
+
+def _open_split(
+    where: str, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, Any], classes: int, group_names: int
+) -> Split:
     _check_arrays(where, arrays)
-    labels = arrays["labels"]
-    for piece in _pieces(labels):
-        _check_labels(where, int(piece.min()), int(piece.max()), classes)
-    digest = str(group.attrs.get("fingerprint") or fingerprint(arrays))
+    labels, digest = arrays["labels"], attributes.get("fingerprint")
+    try:
+        _check_labels(where, *_range(labels), classes)
+        if "groups" in arrays and group_names and (problem := _without_name(*_range(arrays["groups"]), group_names)):
+            warn_once(f"{where}: {problem}")
+        digest = str(digest or fingerprint(arrays))
+    except UnreadableError as error:
+        raise DatasetError(f"{where} is damaged: {error}") from None
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), digest)
 
 
 def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
-    """Raise DatasetError unless a split's arrays have the layout's types and fit together."""
-    for required in ("images", "labels"):
-        if required not in arrays:
-            raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
-    images = arrays["images"]
-    if len(images.shape) != 4 or images.dtype != np.uint8 or 0 in images.shape:
-        raise DatasetError(f"{where}: 'images' is {images.dtype} {images.shape}, expected uint8 (N, C, H, W)")
-    samples, _, height, width = images.shape
-    for key in ("labels", "groups"):
-        if key in arrays and (arrays[key].shape != (samples,) or np.dtype(arrays[key].dtype).kind not in "iu"):
-            actual = f"{arrays[key].dtype} {arrays[key].shape}"
-            raise DatasetError(f"{where}: '{key}' is {actual}, expected integers ({samples},)")
-    masks, expected = arrays.get("masks"), (samples, 1, height, width)
-    if masks is not None and (masks.shape != expected or masks.dtype != np.uint8):
-        raise DatasetError(f"{where}: 'masks' is {masks.dtype} {masks.shape}, expected uint8 {expected}")
+    """Raise DatasetError unless a split's arrays fit the layout; warn if the axes may be others."""
+    check_arrays(where, arrays)
+    shape = tuple(arrays["images"].shape)
+    if doubtful_axes(shape):
+        warn_once(
+            f"{where}: 'images' is {shape}, which means {shape[1]} channels and {shape[3]} columns of pixels; if the "
+            "channels are the last axis, write images.transpose(0, 3, 1, 2)"
+        )
+
+
+def _range(ids: Any) -> tuple[int, int]:
+    """Find the lowest and the highest of labels or groups."""
+    ranges = [(int(piece.min()), int(piece.max())) for piece in _pieces(ids)]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
 
 
 def _check_labels(where: str, lowest: int, highest: int, classes: int) -> None:
     if lowest < 0 or highest >= classes:
         raise DatasetError(f"{where}: labels run from {lowest} to {highest}, but there are {classes} class names")
+
+
+def _without_name(lowest: int, highest: int, group_names: int) -> str | None:
+    if lowest < 0 or highest >= group_names:
+        return (
+            f"groups run from {lowest} to {highest}, but there are {group_names} group names: correct the numbers, or "
+            "complete group_names"
+        )
+    return None
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Log a warning, but only once in a process, in which a dataset is opened several times."""
+    log.warning(text)
 
 
 def fingerprint(
@@ -252,7 +329,7 @@ def fingerprint(
         The digest in hexadecimal.
 
     Raises:
-        DatasetError: An array gives other rows than its shape says.
+        DatasetError: An array gives other rows than its shape says, or a chunk cannot be read.
     """
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
@@ -275,10 +352,31 @@ def _pieces(array: Any) -> Iterator[np.ndarray]:
     rows = _power_of_two(array.shape[0], SHARD_BYTES // _row_bytes(array))
     for start in range(0, array.shape[0], rows):
         stop = min(start + rows, array.shape[0])
-        piece = np.ascontiguousarray(array[start:stop], dtype)
+        piece = np.ascontiguousarray(_rows(array, start, stop), dtype)
         if piece.shape != (stop - start, *array.shape[1:]):
             raise DatasetError(f"an array of shape {tuple(array.shape)} gives {piece.shape} for rows {start} to {stop}")
         yield piece
+
+
+def _rows(array: Any, start: int, stop: int) -> Any:
+    """Read rows. Raise UnreadableError if they are those of a Zarr array that cannot be decoded."""
+    try:
+        return array[start:stop]
+    except OSError:
+        raise
+    except Exception as error:  # codecs raise errors of every kind for bytes that they cannot decode
+        if not isinstance(array, zarr.Array):
+            raise
+        raise UnreadableError(
+            f"rows {start} to {stop - 1} of the array '{array.path}' cannot be read ({first_line(error)}); write the "
+            "array again"
+        ) from error
+
+
+def _missing_chunks(array: zarr.Array) -> str | None:
+    """Tell how many chunks of an array are not stored, and are read as its fill value; None if all are."""
+    missing = array.nchunks - array.nchunks_initialized
+    return f"{missing} of {array.nchunks} chunks of '{array.path}' are missing" if missing else None
 
 
 def _chunk_rows(array: Any) -> tuple[int, ...]:
@@ -317,7 +415,7 @@ class DatasetWriter:
         self._store = open_store(location, writable=True)
         self._mark = {"writer": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
         self._finished = False
-        self._labels: dict[str, tuple[int, int]] = {}  # the lowest and the highest label of each split
+        self._ranges: dict[str, dict[str, tuple[int, int]]] = {}  # the lowest and the highest value, by split and array
         self._claim()
         self._root = zarr.open_group(self._store, mode="r+", zarr_format=3)
 
@@ -372,31 +470,48 @@ class DatasetWriter:
             arrays: ``images``, ``labels`` and optionally ``groups`` and ``masks``, with shapes and dtypes as in
                 `Split`. Each is anything with ``shape``, ``dtype`` and slices of rows: a NumPy, Zarr, Dask or h5py
                 array, a ``numpy.memmap``, or an object that makes its rows on demand. It is read once, in order, in
-                pieces of at most 64 MiB.
+                pieces of at most 64 MiB. PyTorch tensors, lists and pandas columns are taken too. Booleans and
+                integers of other dtypes are converted if no value changes, except for boolean images.
 
         Raises:
             DatasetError: The arrays do not fit the layout, the name is taken or not plain, or another process took
-                the location over.
+                the location over. The split is removed, and can be written again.
         """
         if unknown := sorted(set(arrays) - set(ARRAYS)):
             raise DatasetError(f"a split has no array {', '.join(unknown)}: choose from {', '.join(ARRAYS)}")
         if not name or set(name) & set("/\\") or name in (".", "..", ROOT) or name.endswith(PARTIAL):
             raise DatasetError(f"no split of {self.path} can be called {name!r}: give it a plain name, such as 'train'")
-        if name in self._labels:
+        if name in self._ranges:
             raise DatasetError(f"the split '{name}' for {self.path} is written already: give each its own name")
-        _check_arrays(f"the split '{name}' for {self.path}", arrays)
+        where = f"the split '{name}' for {self.path}"
+        arrays = as_arrays(where, arrays)
+        _check_arrays(where, arrays)
         self._check_ours()
         group = self._root.create_group(name)
+        try:
+            self._write(where, name, group, arrays)
+        except BaseException:
+            with contextlib.suppress(Exception):  # a failed clean-up must not hide the first error
+                del self._root[name]
+            raise
+
+    def _write(self, where: str, name: str, group: zarr.Group, arrays: Mapping[str, Any]) -> None:
         targets = {key: _create(group, key, values) for key, values in arrays.items()}
-        ranges: list[tuple[int, int]] = []
+        ranges: dict[str, list[tuple[int, int]]] = {key: [] for key in arrays}
 
         def copy(key: str, start: int, piece: np.ndarray) -> None:
             targets[key][start : start + len(piece)] = piece
-            if key == "labels":
-                ranges.append((int(piece.min()), int(piece.max())))
+            ranges[key].append((int(piece.min()), int(piece.max())))
 
-        group.attrs["fingerprint"] = fingerprint(arrays, copy)
-        self._labels[name] = min(low for low, _ in ranges), max(high for _, high in ranges)
+        try:
+            group.attrs["fingerprint"] = fingerprint(arrays, copy)
+        except DatasetError as error:
+            raise DatasetError(f"{where}: {error}") from None
+        self._ranges[name] = {
+            key: (min(low for low, _ in each), max(high for _, high in each)) for key, each in ranges.items()
+        }
+        if self._ranges[name]["images"][1] == 1:
+            warn_once(f"{where}: 'images' has no value over 1, so it is nearly black; white is 255: images * 255")
 
     def finish(self, **attributes: Any) -> None:
         """Write the attributes. From then on the dataset exists.
@@ -405,10 +520,18 @@ class DatasetWriter:
             attributes: ``class_names``, and optionally ``name``, ``bias_attribute``, ``group_names`` and ``builder``.
 
         Raises:
-            DatasetError: A label has no class name, or another process took the location over.
+            DatasetError: A label has no class name, a group none of the given group names, two classes have one name,
+                or another process took the location over.
         """
-        for name, (lowest, highest) in self._labels.items():
-            _check_labels(f"the split '{name}' for {self.path}", lowest, highest, len(attributes["class_names"]))
+        class_names, group_names = attributes["class_names"], attributes.get("group_names") or ()
+        _check_distinct(self.path, class_names)
+        if len(class_names) == 1:
+            warn_once(f"the dataset {self.path} has one class, so nothing can be learnt from it: add another class")
+        for name, ranges in self._ranges.items():
+            where = f"the split '{name}' for {self.path}"
+            _check_labels(where, *ranges["labels"], len(class_names))
+            if "groups" in ranges and group_names and (problem := _without_name(*ranges["groups"], len(group_names))):
+                raise DatasetError(f"{where}: {problem}")
         self._check_ours()
         self._store.write(ROOT, _root(attributes))
         self._finished = True
