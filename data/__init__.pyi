@@ -4,7 +4,7 @@ from .builders.fashion_on_textures import make_fashion_on_textures
 from .builders.image_folder import make_image_folder
 from .builders.waterbirds import make_waterbirds
 from .errors import DatasetError
-from .layout import Dataset, DatasetWriter, Split, open_dataset
+from .layout import Dataset, DatasetWriter, Split, add_fingerprints, open_dataset
 from .storage import Location
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DatasetWriter",
     "Location",
     "Split",
+    "add_fingerprints",
     "make_coco_on_places",
     "make_coloured_mnist",
     "make_fashion_on_textures",

@@ -27,7 +27,7 @@ import zarr
 
 from data.arrays import as_arrays, check_arrays, doubtful_axes
 from data.errors import DatasetError
-from data.metadata import MetadataError, no_group, open_array, read_group
+from data.metadata import MetadataError, no_group, open_array, read_group, refuse_format_2
 from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
 from options import Call, Message, Option, first_line
 
@@ -229,6 +229,8 @@ def _open_splits(
         try:
             group = read_group(f"{name}/{ROOT}", documents.pop(ROOT))
             arrays = {key: open_array(store, f"{name}/{key}", raw) for key, raw in documents.items()}
+            for key in {"images", "labels"} - set(arrays):
+                refuse_format_2(store, f"{name}/{key}")
         except MetadataError as error:
             raise DatasetError(f"{where} cannot be opened: {error}") from None
         splits[name] = _open_split(where, name, group["attributes"], arrays, classes, group_names)
@@ -268,15 +270,45 @@ def _open_split(
     where: str, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, Any], classes: int, group_names: int
 ) -> Split:
     _check_arrays(where, arrays)
-    labels, digest = arrays["labels"], attributes.get("fingerprint")
+    labels, digest = arrays["labels"], attributes.get("fingerprint") or None
     try:
         _check_labels(where, *_range(labels), classes)
         if "groups" in arrays and group_names and (problem := _without_name(*_range(arrays["groups"]), group_names)):
             warn_once(f"{where}: {problem}")
-        digest = str(digest or fingerprint(arrays))
+        if digest is None:
+            digest = fingerprint(arrays)
+            if missing := _missing_chunks(arrays["images"]):
+                warn_once(f"{where}: {missing}, and are read as {arrays['images'].fill_value}")
     except UnreadableError as error:
         raise DatasetError(f"{where} is damaged: {error}") from None
-    return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), digest)
+    return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(digest))
+
+
+def add_fingerprints(location: Location) -> dict[str, str]:
+    """Give every split of a foreign dataset its fingerprint, so that it is not read whole whenever it is opened.
+
+    A fingerprint that is there is compared with the arrays.
+
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+
+    Returns:
+        The fingerprint of each split by name.
+
+    Raises:
+        DatasetError: There is no dataset, it is damaged, or a fingerprint is that of other arrays.
+        OSError: The location cannot be read or written.
+    """
+    dataset, store = open_dataset(location), open_store(location, writable=True)
+    for name, split in dataset.splits.items():
+        key = f"{name}/{ROOT}"
+        group = read_group(key, store.read(key) or b"")
+        if "fingerprint" in group["attributes"]:
+            split.verify()
+        else:
+            group["attributes"]["fingerprint"] = split.fingerprint
+            store.write(key, json.dumps(group, indent=2).encode())
+    return {name: split.fingerprint for name, split in dataset.splits.items()}
 
 
 def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:

@@ -28,6 +28,12 @@ def no_group(store: Storage) -> str:
     return "there is no Zarr group"
 
 
+def refuse_format_2(store: Storage, path: str) -> None:
+    """Raise MetadataError if there is an array of Zarr format 2 at a path of a store."""
+    if store.read(f"{path}/.zarray") is not None:
+        raise MetadataError(f"{path} is of Zarr format 2, so convert it with `{MIGRATE} {store}/{path}`")
+
+
 def read_group(key: str, raw: bytes) -> dict[str, Any]:
     """Decode and check the metadata of a group.
 

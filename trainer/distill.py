@@ -53,6 +53,7 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     chosen = StudentOptions(data=data, cache=cache, out=out, **options)
     check_free(Path(out))
     dataset = open_dataset(data)
+    dataset.check_classes()
     student = _plan(chosen, dataset)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info

@@ -41,6 +41,7 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     chosen = TeacherOptions(data=data, out=out, **options)
     check_free(Path(out))
     dataset = open_dataset(data)
+    dataset.check_classes()
     split = dataset.split("train")
     settings = Settings.of(chosen, {"erm": 1.0}, total_steps(len(split), chosen, TEACHER_STEPS))
     check_augmentations(settings.augment, None, split.image_shape, moves(settings.loss))

@@ -229,6 +229,7 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     """
     explainer = _explainer_info(options, (0, 0, 0))  # the shape of a map is not known yet
     dataset = open_dataset(options.data)
+    dataset.check_classes()
     split = dataset.split(options.split)
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
