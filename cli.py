@@ -22,7 +22,7 @@ from options import option_fields
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
-from terminal.command_line import ARGUMENTS, COMMAND, Choice, Group, options, under
+from terminal.help import ARGUMENTS, COMMAND, Choice, Group, instead_of, options, under
 from terminal.options import options_of
 from terminal.spelling import spell, text_of
 from terminal.types import (
@@ -548,7 +548,7 @@ def train_students_command(
 )
 @options(
     options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
-    under(FILES, click.option("--teacher", type=TeacherName(), help="The same as --model.")),
+    under(FILES, instead_of("model", click.option("--teacher", type=TeacherName(), help="The same as --model."))),
     OF_CLIP,
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
 )
@@ -610,12 +610,15 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     OF_CLIP,
     under(
         "Samples",
-        click.option(
-            "--sample",
-            "indices",
-            multiple=True,
-            type=click.IntRange(0),
-            help="Index of a sample, from 0 on. Repeatable.",
+        instead_of(
+            "samples",
+            click.option(
+                "--sample",
+                "indices",
+                multiple=True,
+                type=click.IntRange(0),
+                help="Index of a sample, from 0 on. Repeatable.",
+            ),
         ),
     ),
     under(

@@ -10,6 +10,7 @@ from typing_extensions import Doc
 from options.fields import (
     Among,
     Heading,
+    InsteadOf,
     Kind,
     OptionField,
     OptionSet,
@@ -28,6 +29,7 @@ __all__ = [
     "Ge",
     "Gt",
     "Heading",
+    "InsteadOf",
     "Kind",
     "Lazy",
     "Le",

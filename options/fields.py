@@ -59,6 +59,13 @@ class Separated:
 
 
 @dataclass(frozen=True)
+class InsteadOf:
+    """The option is given instead of another one, never together with it: ``InsteadOf("steps")``."""
+
+    other: str
+
+
+@dataclass(frozen=True)
 class Heading:
     """The heading of one field, where that is not its class's ``HEADING``."""
 
@@ -79,6 +86,7 @@ class OptionField:
     registry: Mapping[str, Any] | None = None
     kind: Kind | None = None
     separator: str | None = None
+    instead_of: str | None = None  # the name of another option; a command takes one of the two
 
     @property
     def required(self) -> bool:
@@ -145,6 +153,7 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),
+        instead_of=next((note.other for note in notes if isinstance(note, InsteadOf)), None),
     )
 
 

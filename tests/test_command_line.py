@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem, ShellComplete, get_completion
 from click.testing import CliRunner, Result
 
 from cli import main
-from terminal import command_line
+from options import did_you_mean
 from trainer import TrainingError
 from trainer.settings import StudentOptions
 
@@ -202,6 +202,29 @@ def test_the_command_line_wins_over_the_other_of_two_options_too(tmp_path, typed
     assert (found["arch"], found["student_factory"]) == ("small-cnn", "a:b")
 
 
+MODELS = "--data d --model m --out o.png"
+CACHING = "--data d --teacher t --out o"
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "values", "dropped", "default"),
+    [
+        ("evaluate", "--data d --teacher t", {"model": "m"}, "model", None),
+        ("evaluate", "--data d --model m", {"teacher": "t"}, "teacher", None),
+        ("show-explanations", f"{MODELS} --sample 3", {"samples": 4}, "samples", None),
+        ("show-explanations", f"{MODELS} --samples 4", {"sample": [3]}, "indices", ()),
+        ("cache-explanations", f"{CACHING} --share", {"scheduler": "tcp://a:1"}, "scheduler", None),
+        ("cache-explanations", f"{CACHING} --scheduler tcp://a:1", {"share": True}, "share", False),
+        ("cache-explanations", f"{CACHING} --prompt {{}}", {"prompts": "p.txt"}, "prompts", None),
+        ("cache-explanations", f"{CACHING} --prompts p.txt", {"prompt": ["{}"]}, "prompt", ()),
+        ("train-students", "--epochs 2", {"steps": 5}, "steps", None),
+    ],
+)
+def test_a_typed_option_replaces_the_one_of_a_file_that_excludes_it(tmp_path, command, line, values, dropped, default):
+    file = write(tmp_path / "a.yaml", values)
+    assert parsed(command, *line.split(), "--config", file)[dropped] == default
+
+
 BAD = {
     "stepz: 5": "a.yaml has what train-student does not take: 'stepz'. Did you mean steps",
     "debias: none\nbatch: 5": "'debias'. And 'batch'. Did you mean batch_size",
@@ -275,7 +298,7 @@ def test_a_misspelt_word_is_answered_with_the_nearest(line, tmp_path, monkeypatc
 
 
 def test_far_words_suggest_nothing():
-    assert command_line.did_you_mean("zzz", ["lrp", "output"]) == ""
+    assert did_you_mean("zzz", ["lrp", "output"]) == ""
 
 
 # --- a run's own file ---

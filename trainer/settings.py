@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from options import Among, Doc, Ge, Gt, Heading, Kind, Le, Lt, Message, Option, OptionSet, Separated
+from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
 from pipeline.networks.debias import DEBIAS
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
@@ -50,7 +50,9 @@ class Length(OptionSet):
     HEADING: ClassVar[str] = "Training"
 
     steps: Annotated[int | None, Ge(1), Doc("Number of optimizer steps.")] = None
-    epochs: Annotated[float | None, Gt(0), Doc("Number of passes over the data, in place of the steps.")] = None
+    epochs: Annotated[
+        float | None, InsteadOf("steps"), Gt(0), Doc("Number of passes over the data, in place of the steps.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +228,10 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
         Doc("Method: what the student matches. By default, the heatmaps of the store."),
     ] = None
     loss: Annotated[
-        str | None, Heading("Loss"), Doc("Weighted sum of methods, such as lrp=1,output=0.1, in place of one method.")
+        str | None,
+        Heading("Loss"),
+        InsteadOf("method"),
+        Doc("Weighted sum of methods, such as lrp=1,output=0.1, in place of one method."),
     ] = None
     head: Annotated[
         Head,
@@ -237,7 +242,10 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
         ),
     ] = "frozen"
     student_factory: Annotated[
-        str | None, Heading("Network"), Doc("Your own network: the result of this function, whose code is run.")
+        str | None,
+        Heading("Network"),
+        InsteadOf("arch"),
+        Doc("Your own network: the result of this function, whose code is run."),
     ] = None
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from options import Among, Doc, Ge, Gt, Heading, Kind, Le, Message, Option, OptionSet
+from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Message, Option, OptionSet
 from pipeline.errors import RelevanceError
 from pipeline.explainers import EXPLAINERS
 from teacher_cache.codec import PRECISIONS
@@ -85,6 +85,7 @@ class CachingOptions(OptionSet):
     scheduler: Annotated[
         str | None,
         Heading("Run"),
+        InsteadOf("share"),
         Doc(
             "Address of a Dask cluster to run on, such as tcp://10.0.0.1:8786. Its workers must see the same paths. "
             "Default: this machine."

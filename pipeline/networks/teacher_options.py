@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from options import Doc, Kind, OptionSet, Separated
+from options import Doc, InsteadOf, Kind, OptionSet, Separated
 from pipeline.errors import ModelError
 
 
@@ -29,4 +29,6 @@ class VisionLanguageOptions(OptionSet):
         tuple[str, ...],
         Doc("Prompt with {} in place of the class, such as 'a photo of a {}'. Several prompts are averaged."),
     ] = ()
-    prompts: Annotated[str | Path | None, Doc("Text file with one prompt on each line."), Kind.PATH] = None
+    prompts: Annotated[
+        str | Path | None, Doc("Text file with one prompt on each line."), Kind.PATH, InsteadOf("prompt")
+    ] = None
