@@ -24,7 +24,7 @@ from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
 from terminal.help import ARGUMENTS, COMMAND, Choice, Group, instead_of, options, under
 from terminal.options import options_of
-from terminal.spelling import spell, text_of
+from terminal.spelling import spell, speller, text_of
 from terminal.types import (
     LocalFolder,
     Location,
@@ -535,7 +535,10 @@ def train_students_command(
         if value is None:
             raise click.UsageError(f"Missing option '--{name}', and the sweep has no '{name}' either.")
     planned = plan_sweep(common, students)
-    rows = train_students(Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True))
+    spelling = speller(context.command)
+    rows = train_students(
+        Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True), spell=spelling
+    )
     click.echo(json.dumps(rows) if as_json else sweep_table(rows))
     if any("error" in row for row in rows):
         raise click.exceptions.Exit(1)

@@ -44,12 +44,14 @@ class Option:
 class Call:
     """A call of a function of ours, as a remedy: ``cache_explanations(data='DATA.zarr', features=True)``.
 
-    ``command`` is the name of the command that does the same, where it is not the function's with dashes.
+    ``command`` is the name of the command that does the same, where it is not the function's with dashes; ``switches``
+    are options that this command needs and the function does not have.
     """
 
     function: str
     options: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    switches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.function}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"

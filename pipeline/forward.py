@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.models import last_layer
@@ -132,9 +133,12 @@ class _Seen:
         behind = [sizes for sizes, time in self._learnt.items() if time > when and sizes[2:] not in self._grids]
         if maps is None or any(math.prod(sizes[:-1]) > self._samples for sizes in behind):
             raise ModelError(
-                f"the explainer '{explainer}' needs a network that ends in feature maps (N, C, h, w) with more than "
-                "one position, and this one does not, as transformers do not: choose another --explainer, such as "
-                "flex or input-gradient, or a convolutional network"
+                Message(
+                    f"the explainer '{explainer}' needs a network that ends in feature maps (N, C, h, w) with more "
+                    "than one position, and this one does not, as transformers do not: choose another ",
+                    Option("explainer"),
+                    ", such as flex or input-gradient, or a convolutional network",
+                )
             )
         return maps
 

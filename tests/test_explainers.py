@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.heads import HeadSpec, attach_head
+from terminal.spelling import text_of
 
 COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
 TARGETS = torch.tensor([2, 0, 1])
@@ -266,8 +267,11 @@ def test_the_last_feature_maps_are_those_that_all_is_explained_through(make, sid
     ids=["vit", "tokens first", "linear", "one position"],
 )
 def test_a_network_that_ends_in_no_feature_maps_is_refused_with_what_else_there_is(make, samples, name):
-    with pytest.raises(ModelError, match=f"the explainer '{name}' needs .* choose another --explainer, such as flex"):
+    with pytest.raises(
+        ModelError, match=f"the explainer '{name}' needs .* choose another explainer, such as flex"
+    ) as e:
         Forward(make(), images(samples, 16).float(), name)
+    assert "choose another --explainer, such as flex" in text_of(e.value)
 
 
 def test_swin_of_one_position_at_its_end_is_refused_as_its_other_maps_lie_otherwise():

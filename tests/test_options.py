@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from pipeline import EXPLAINERS
 from pipeline.caching.options import CachingOptions
 from pipeline.explainers import Explainer, heatmaps
 from pipeline.networks.debias import DEBIAS
-from terminal.spelling import text_of
+from terminal.spelling import speller, text_of
 from trainer import TrainingError, train_student, train_teacher
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
@@ -157,3 +159,35 @@ def test_a_message_is_spelled_for_python_and_for_a_shell_and_survives_a_process(
             "give --batch-size 8 or --flat: python cli.py cache-explanations --data 'a b' --teacher TEACHER --features"
         )
     assert [option.name for option in error.args[0].options] == ["batch_size", "pyramid"]
+
+
+def test_what_spells_for_a_shell_survives_a_process():
+    spell = pickle.loads(pickle.dumps(speller(main.commands["train-student"])))
+    spelled = [spell(Option("arch_options")), spell(Option("pyramid", False)), spell(Option("pyramid"))]
+    assert spelled == ["--arch-option", "--flat", "--pyramid"]
+    assert (
+        spell(Call("repair", command="inspect-cache", switches=("repair",))) == "python cli.py inspect-cache --repair"
+    )
+
+
+OTHER_PROGRAMS = {  # flags of git, torchrun and CSS, in whole strings of the code or in parts of it
+    *("--error-unmatch", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"),
+    *("torchrun --nproc-per-node", "var(--model-"),
+}
+SPEAKS_COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z]|cli\.py")
+
+
+@pytest.mark.parametrize("package", ["data", "teacher_cache", "pipeline", "trainer"])
+def test_no_text_of_a_library_has_a_flag_or_a_command_of_ours(package):
+    for file in (REPOSITORY / package).rglob("*.py"):
+        if "builders" in file.parts:
+            continue
+        tree = ast.parse(file.read_text())
+        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docstrings = {id(node.body[0].value) for node in documented if ast.get_docstring(node) is not None}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                text = node.value
+                for other in OTHER_PROGRAMS:
+                    text = text.replace(other, "")
+                assert not SPEAKS_COMMAND_LINE.search(text), f"{file}:{node.lineno}: {node.value}"

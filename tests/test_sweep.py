@@ -155,6 +155,21 @@ def test_one_that_fails_stops_no_other_and_nothing_is_trained_twice(dataset, cac
     assert trained.stat().st_mtime_ns == before
 
 
+def test_why_a_student_failed_is_told_in_flags_to_a_shell_and_in_python_to_python(dataset, cache, tmp_path):
+    line = ["--data", dataset, "--cache", cache, "--out", tmp_path / "a", "--devices", "cpu", "--seed", 0]
+    result = run("train-students", *line, "--steps", 2, "--epochs", 1)
+    assert result.exit_code == 1, result.output
+    flags = "give --steps 2 or --epochs 1.0, not both"
+    assert result.stdout.splitlines()[-1].split(maxsplit=1) == ["seed=0", f"failed: {flags}"]
+    assert (tmp_path / "a" / "seed=0.error").read_text() == flags
+    assert json.loads((tmp_path / "a" / "students.json").read_text()) == [{"name": "seed=0", "error": flags}]
+
+    options = {"data": str(dataset), "cache": str(cache), "steps": 2, "epochs": 1.0}
+    (row,) = sweep.train_students(tmp_path / "b", plan_sweep(options, []), devices=["cpu"])
+    assert row["error"] == "give steps=2 or epochs=1.0, not both"
+    assert (tmp_path / "b" / "student.error").read_text() == row["error"]
+
+
 def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(dataset, cache, tmp_path):
     out = tmp_path / "s"
     command = [

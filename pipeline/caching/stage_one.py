@@ -382,7 +382,7 @@ def _open(job: Job) -> _Opened:
         found = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
-        raise type(error)(f"{error} ({here}; {remedy})") from error
+        raise type(error)(Message(error, f" ({here}; {remedy})")) from error
     if split.fingerprint != job.info.dataset.fingerprint:
         raise DatasetError(
             f"the dataset {job.data}, {here}, is another one: the fingerprint of its split '{split.name}' is "
