@@ -20,6 +20,7 @@ from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer.loop import display
 from trainer.loop.distributed import Ranks
 from trainer.results.evaluation import predict, wilson_interval
 from trainer.run_dir import revision
@@ -336,12 +337,14 @@ def test_the_folder_has_all_that_a_training_was_told_and_what_it_ran_on(dataset,
     assert exported is not None
 
 
-def test_without_tensorboard_a_training_says_once_that_it_writes_no_events(dataset, tmp_path, monkeypatch, caplog):
+def test_without_tensorboard_a_process_says_once_that_it_writes_no_events(dataset, tmp_path, monkeypatch, caplog):
+    display._note_no_tensorboard.cache_clear()
     for name in [name for name in sys.modules if name.startswith(("tensorboard.", "torch.utils.tensorboard"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # any import of it fails
     with caplog.at_level(logging.INFO):
         train_teacher(dataset, tmp_path / "t", steps=3, batch_size=16, log_steps=1)
+        train_teacher(dataset, tmp_path / "second", steps=1, batch_size=16)
     assert caplog.text.count("no TensorBoard events are written, because the package tensorboard is not installed") == 1
     assert not (tmp_path / "t" / "tensorboard").exists()
     assert [line["step"] for line in metrics(tmp_path / "t")] == [1, 2, 3]
