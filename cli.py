@@ -29,7 +29,6 @@ from terminal.types import (
     LocalFolder,
     Location,
     NamedFolder,
-    Names,
     TeacherName,
 )
 from trainer.reproduction.options import (
@@ -37,6 +36,7 @@ from trainer.reproduction.options import (
     FashionTableOptions,
     QuickstartOptions,
     ReproduceOptions,
+    SweepOptions,
 )
 from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
 from trainer.settings import StudentOptions, TeacherOptions
@@ -45,7 +45,7 @@ from trainer.settings import StudentOptions, TeacherOptions
 
 
 # Headings that several commands have, and options of each.
-FILES, RUN, OUTPUT, OWN_CODE = "Files", "Run", "Output", "Your own code"
+FILES, OUTPUT, OWN_CODE = "Files", "Output", "Custom code"
 
 SEED = click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Random seed.")
 FACTORY = click.option(
@@ -483,20 +483,14 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
         {
             **METAVARS,
             "data": {"required": False},
-            "out": {"required": False, "help": "Output folder, with a folder for each student."},
             "arch": {"multiple": True, "default": None},
             "method": {"multiple": True},
             "seed": {"multiple": True, "default": None, "help": "Random seed. Repeatable."},
         },
-        without=("device",),
+        without=("out", "device"),
         flags=FLAGS,
     ),
-    under(
-        RUN,
-        click.option(
-            "--devices", type=Names(), help="Devices, such as cuda:0,cuda:1; by default all GPUs, or the CPU."
-        ),
-    ),
+    options_of(SweepOptions, {"out": {"required": False}}),
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")),
 )
 @click.pass_context

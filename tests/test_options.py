@@ -145,6 +145,17 @@ def test_every_option_has_a_help_text_that_stands_alone():
             assert field.doc.endswith("."), field.name
 
 
+def test_every_help_text_is_written_once():
+    texts: list[str] = []
+    for package in ("options", "pipeline", "trainer"):
+        for file in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Doc":
+                    texts.append(ast.literal_eval(node.args[0]))
+    assert len(texts) > 50
+    assert [text for text in set(texts) if texts.count(text) > 1] == []
+
+
 # --- errors ---
 
 
