@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from options import Doc, Ge, Heading, Kind, OptionSet, Separated
 from options.common import Device, Seed
@@ -34,32 +34,6 @@ class ReproduceOptions(OptionSet):
         Doc("Output folder: new, empty, or an earlier reproduction to resume or extend."),
     ]
     device: Annotated[Device, Heading("Run")] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColouredMnistTableOptions(ReproduceOptions):
-    """Options of the table of COLOURED MNIST."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu", "paper"],
-        Doc(
-            "Size of the networks and length of the trainings. cpu takes hours on a CPU, gpu needs a GPU, paper has "
-            "the paper's settings."
-        ),
-    ] = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FashionTableOptions(ReproduceOptions):
-    """Options of the table of Fashion-on-Textures."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu"],
-        Doc(
-            "Size of the images and length of the trainings. cpu trains on 32×32 pixels for hours on a CPU, gpu trains "
-            "on 64×64 pixels on a GPU."
-        ),
-    ] = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
