@@ -13,6 +13,8 @@ from typing_extensions import Doc
 
 from options.fields import Kind
 
+CUSTOM_CODE = "Custom code"  # heading of the options that run code of the user
+
 DatasetPlace = Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL.")]  # a `data.Location`, without Zarr
 RunFolder = Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
 Device = Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")]

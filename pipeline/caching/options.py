@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Message, Option, OptionSet
-from options.common import DatasetPlace, Device, SavedSegmenter, Seed
+from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed
 from pipeline.errors import RelevanceError
 from pipeline.explainers import EXPLAINERS
 from teacher_cache.codec import PRECISIONS
@@ -32,7 +32,7 @@ class CachingOptions(OptionSet):
     ]
     split: Annotated[str, Doc("Split to explain.")] = "train"
     out: Annotated[Any, Kind.LOCATION, Doc("Heatmap store: new, or an unfinished one to resume.")]
-    segmenter: Annotated[SavedSegmenter, Heading("Custom code")] = None
+    segmenter: Annotated[SavedSegmenter, Heading(CUSTOM_CODE)] = None
     explainer: Annotated[
         str,
         Among(EXPLAINERS),

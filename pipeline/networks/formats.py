@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from options import Among, Doc, Heading, Kind, Lazy, Message, Option, OptionSet, Registry
+from options.common import CUSTOM_CODE, StudentFactory
 from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -124,8 +125,4 @@ class ExportOptions(OptionSet):
         Doc("File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone."),
     ]
     out: Annotated[str | Path, Kind.FOLDER, Doc("File to write.")]
-    student_factory: Annotated[
-        str | None,
-        Heading("Your own code"),
-        Doc("Your own network, if the model is one: a function that returns it. Its code is run."),
-    ] = None
+    student_factory: Annotated[StudentFactory, Heading(CUSTOM_CODE)] = None

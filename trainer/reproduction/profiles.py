@@ -392,7 +392,7 @@ REPRODUCTIONS = {
         ColouredMnistTableOptions,
         "Reproduce the paper's table on COLOURED MNIST.\n\n"
         "The command makes the dataset, the teacher, the stores and the students of every row. It tests each model and "
-        "draws heatmaps. Run the same command again to resume it; give more --methods or --seeds to extend the table.",
+        "draws heatmaps. Run the same command again to resume it; give more methods or seeds to extend the table.",
         "reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3",
     ),
     "fashion-on-textures": Reproduction(
@@ -401,7 +401,7 @@ REPRODUCTIONS = {
         "Reproduce the table on Fashion-on-Textures.\n\n"
         "The background tells the class in training. The dataset's masks hide the background from the teacher. The "
         "table includes rival methods that use masks. "
-        "Run the same command again to resume it; give more --methods or --seeds to extend the table.",
+        "Run the same command again to resume it; give more methods or seeds to extend the table.",
         "reproduce fashion-on-textures --out TABLE --profile gpu",
     ),
     "coco-on-places": Reproduction(

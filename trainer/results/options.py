@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from options import Among, Doc, Ge, Heading, Kind, Le, OptionSet
-from options.common import DatasetPlace, Device, SavedSegmenter, StudentFactory
+from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, StudentFactory
 from pipeline import EXPLAINERS, RelevanceError
 
 EPSILON = 0.1  # ε of a map: the middle of the range from which a store draws by default
@@ -20,7 +20,7 @@ class OwnCode(OptionSet):
     """The user's own code that builds networks. It runs only if these options name it."""
 
     ERROR = RelevanceError
-    HEADING = "Custom code"
+    HEADING = CUSTOM_CODE
 
     student_factory: StudentFactory = None
     segmenter: SavedSegmenter = None
