@@ -82,7 +82,7 @@ def _read(path: Path, ctx: click.Context) -> dict[str, Any]:
         else:
             values[str(param.name)] = _as_typed(value, param, ctx)
     if unknown:
-        ctx.fail(f"{path} has what {ctx.info_name} does not take: {' And '.join(unknown)}")
+        ctx.fail(f"{path} has options that {ctx.info_name} does not take: {' And '.join(unknown)}")
     return {name: value for name, value in values.items() if value is not None}
 
 

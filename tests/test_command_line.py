@@ -238,7 +238,7 @@ def test_a_typed_option_replaces_the_one_of_a_file_that_excludes_it(tmp_path, co
 
 
 BAD = {
-    "stepz: 5": "a.yaml has what train-student does not take: 'stepz'. Did you mean steps",
+    "stepz: 5": "a.yaml has options that train-student does not take: 'stepz'. Did you mean steps",
     "debias: none\nbatch: 5": "'debias'. And 'batch'. Did you mean batch_size",
     "no-bias-free: true": "'no-bias-free'. Write 'bias_free: false'.",
     "flat: true": "'flat'. Write 'pyramid: false'.",

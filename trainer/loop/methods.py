@@ -204,10 +204,10 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
         return dict(SUMS[method])
     terms: dict[str, float] = {}
     for term in (loss if loss is not None else method or "lrp").split(","):
-        name, given, weight = (part.strip() for part in term.partition("="))
+        name, equals, weight = (part.strip() for part in term.partition("="))
         METHODS.check(name)
         try:
-            terms[name] = float(weight) if given else 1.0
+            terms[name] = float(weight) if equals else 1.0
         except ValueError:
             terms[name] = float("nan")
         if not 0 < terms[name] < float("inf"):
