@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import option_fields
+from options import option_fields, overridden
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.formats import ExportOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
@@ -381,9 +381,10 @@ def train_students_command(
     }
     common = read_sweep(sweep) if sweep is not None else {}
     students = common.pop("students", [])
-    common |= typed
+    replaced = overridden(StudentOptions, typed)
+    common = {name: value for name, value in common.items() if name not in replaced} | typed
     if all(isinstance(student, dict) for student in students):  # plan_sweep refuses anything else
-        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in typed} for one in students]
+        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in replaced} for one in students]
     out = common.pop("out", None)
     for name, value in (("data", common.get("data")), ("out", out)):
         if value is None:

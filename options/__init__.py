@@ -16,6 +16,7 @@ from options.fields import (
     OptionSet,
     Separated,
     option_fields,
+    overridden,
     takes,
 )
 from options.lazy import Lazy
@@ -45,5 +46,6 @@ __all__ = [
     "first_line",
     "joined",
     "option_fields",
+    "overridden",
     "takes",
 ]

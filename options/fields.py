@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -117,6 +117,13 @@ class OptionSet:
 def option_fields(options: type[OptionSet]) -> tuple[OptionField, ...]:
     """The fields of an `OptionSet`: the class's own first, then those of its bases in their order."""
     return _option_fields(options)  # type: ignore[arg-type]
+
+
+def overridden(options: type[OptionSet], names: Iterable[str]) -> set[str]:
+    """Return the names of options that these override: themselves, and those that exclude one of them."""
+    pairs = [(field.name, field.instead_of) for field in option_fields(options) if field.instead_of is not None]
+    others = dict([*pairs, *((other, name) for name, other in pairs)])
+    return {*names, *(others[name] for name in names if name in others)}
 
 
 @cache

@@ -116,6 +116,18 @@ def test_numbers_of_a_file_are_those_of_the_command_line(tmp_path):
     assert found == {"batch_size": 5, "lr": 0.002, "ema": 0.9, "students": [{"lr": 100.0, "name": "1e-3 of it"}]}
 
 
+def test_a_typed_option_replaces_the_one_of_a_sweep_that_excludes_it(tmp_path, monkeypatch):
+    planned = {}
+    monkeypatch.setattr(sweep, "train_students", lambda out, students, **options: planned.update(students) or [])
+    students = [{"name": "a", "steps": 5, "arch": "resnet18"}, {"name": "b", "epochs": 2}]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"data": "d", "method": "output", "students": students}))
+    line = ["--json", "--out", tmp_path / "s", "--epochs", 1, "--loss", "lrp=1", "--student-factory", "a:b"]
+    result = run("train-students", tmp_path / "sweep.yaml", *line)
+    assert result.exit_code == 0, result.output
+    same = {"data": "d", "epochs": 1.0, "loss": "lrp=1", "student_factory": "a:b"}
+    assert planned == {"a": same, "b": same}
+
+
 # what is trained
 
 QUICK = ["--steps", 2, "--batch-size", 16]
