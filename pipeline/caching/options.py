@@ -44,7 +44,7 @@ class CachingOptions(OptionSet):
         Ge(1),
         Le(10_000),
         Heading("Explanations"),
-        Doc("Number of heatmaps per sample, each with its own class and ε."),
+        Doc("Number of heatmaps per sample, each for one class and one ε."),
     ] = None
     epsilon_range: Annotated[
         tuple[float, float], Gt(0), Heading("Explanations"), Doc("Range from which ε is drawn log-uniformly.")
