@@ -105,16 +105,16 @@ def test_maps_and_their_parameter_gradients_are_those_of_plain_double_backward(n
         model = Pooled().double()
         before, after = nn.Sequential(model.body, nn.ReLU()), nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), model.head)
     x = images()
-    found = Forward(model, x, name).maps(TARGETS, 0.3, create_graph=True)
+    actual = Forward(model, x, name).maps(TARGETS, 0.3, create_graph=True)
     expected = slow_map(name, before, after, x)
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    weight, parameters = torch.randn(found.shape, dtype=torch.float64), dict(model.named_parameters())
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    weight, parameters = torch.randn(actual.shape, dtype=torch.float64), dict(model.named_parameters())
     gradients = [
         torch.autograd.grad(
             (maps * weight).sum() + maps.square().sum(), list(parameters.values()), materialize_grads=True
         )
-        for maps in (found, expected)
+        for maps in (actual, expected)
     ]
     for parameter, mine, theirs in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, msg=lambda text, of=parameter: f"{of}: {text}")
@@ -443,15 +443,15 @@ def test_resized_maps_are_means_along_sides_that_shrink_and_bilinear_along_those
 
 def lines(values: Tensor, size: int) -> list[Tensor]:
     """One axis, the first, in ``size`` positions."""
-    have, found = len(values), []
+    have, resized = len(values), []
     for position in range(size):
         if size <= have:
-            found.append(values[position * have // size : -(-(position + 1) * have // size)].mean(0))
+            resized.append(values[position * have // size : -(-(position + 1) * have // size)].mean(0))
         else:
             at = min(max((position + 0.5) * have / size - 0.5, 0), have - 1)
             below = int(at)
-            found.append(values[below] * (1 - at + below) + values[min(below + 1, have - 1)] * (at - below))
-    return found
+            resized.append(values[below] * (1 - at + below) + values[min(below + 1, have - 1)] * (at - below))
+    return resized
 
 
 def test_resizing_is_differentiable_and_leaves_what_fits():

@@ -67,15 +67,15 @@ def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
 def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
     entered, registry, value, options, name, command
 ):
-    given: dict[str, Any] = {**STUDENT, "teacher": "t"} if options is CachingOptions else dict(STUDENT)
+    required: dict[str, Any] = {**STUDENT, "teacher": "t"} if options is CachingOptions else dict(STUDENT)
     wrong = ("minx",) if name == "augment" else "minx"
     with pytest.raises(options.ERROR) as refused:
-        options(**given, **{name: wrong})
+        options(**required, **{name: wrong})
     assert "mine" not in str(refused.value).partition("choose")[2]
     entered(registry, value)
-    options(**given, **{name: ("mine",) if name == "augment" else "mine"})
+    options(**required, **{name: ("mine",) if name == "augment" else "mine"})
     with pytest.raises(options.ERROR, match=rf"unknown {name} 'minx': choose one of .*mine.*Did you mean mine"):
-        options(**given, **{name: wrong})
+        options(**required, **{name: wrong})
     if command is not None:
         page = CliRunner().invoke(main, [command, "--help"]).output
         assert "|mine" in page
@@ -99,12 +99,12 @@ def test_a_dataset_that_is_entered_at_run_time_is_a_command_of_make_data(entered
 
 
 def test_a_deferred_entry_is_made_once_when_it_is_first_used():
-    registry, made = Registry[list[int]]("rule"), []
-    registry.defer("late")(lambda: made.append(1) or made)
+    registry, calls = Registry[list[int]]("rule"), []
+    registry.defer("late")(lambda: calls.append(1) or calls)
     assert list(registry) == ["late"]
-    assert made == []
+    assert calls == []
     assert registry["late"] is registry.find("late")
-    assert made == [1]
+    assert calls == [1]
 
 
 # --- fields ---

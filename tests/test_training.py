@@ -99,8 +99,8 @@ def test_a_convolution_at_the_end_gives_its_values_to_a_linear_layer_and_takes_t
     assert all(np.array_equal(weights(tmp_path / "linear")[f"network.head.1.{key}"], head[key]) for key in head)
 
     train_student(dataset, cache, tmp_path / "conv", arch="squeezenet1_1", steps=2, batch_size=8)
-    found = weights(tmp_path / "conv")["network.classifier.1.1.weight"]
-    assert np.array_equal(found.flatten(1), open_cache(cache).head["weight"])
+    weight = weights(tmp_path / "conv")["network.classifier.1.1.weight"]
+    assert np.array_equal(weight.flatten(1), open_cache(cache).head["weight"])
 
 
 def test_a_student_starts_away_from_its_teacher_even_with_the_same_seed(dataset, cache, tmp_path):
@@ -131,8 +131,10 @@ def test_the_validation_loss_is_the_mean_over_the_validation_split(dataset, cach
     store = open_cache(validation_cache)
     source = explained_source(open_dataset(dataset).split("validation"), store)
     settings = Settings(loss={"lrp": 1.0}, steps=1, batch_size=33)
-    found = trainer.loop.training.validate(student, source, store.info, settings, torch.device("cpu"), Ranks())
-    assert abs(found - result["validation_loss"]) < 1e-4
+    validation_loss = trainer.loop.training.validate(
+        student, source, store.info, settings, torch.device("cpu"), Ranks()
+    )
+    assert abs(validation_loss - result["validation_loss"]) < 1e-4
 
 
 def test_the_same_seed_gives_the_same_weights(dataset, cache, tmp_path):
@@ -358,8 +360,8 @@ def test_tensorboard_shows_the_numbers_of_the_metrics(dataset, cache, tmp_path):
     lines = metrics(tmp_path / "s")
     assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
     for name in events.Tags()["scalars"]:
-        shown = {event.step: event.value for event in events.Scalars(name)}
-        assert shown == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
 
 
 def test_a_profile_is_a_trace_with_events(dataset, tmp_path):
