@@ -18,6 +18,11 @@ HELP = {  # command → names that its help lists
     "cache-explanations": ("gamma-half", "absolute-gradient"),
     "make-data": ("patched-mnist",),
 }
+TABLES = {  # page → names that its tables list
+    "training.md": ("logits", "charbonnier", "nadam", "linear", "absolute-gradient"),
+    "engine.md": ("gamma-half", "absolute-gradient"),
+    "backgrounds.md": ("green",),
+}
 USES = """
 import torch
 from data import make_patched_mnist, open_dataset
@@ -56,7 +61,7 @@ def apply(diff: str, folder: Path) -> None:
 def changed(tmp_path_factory) -> Path:
     """A copy of the code with every diff applied."""
     folder = tmp_path_factory.mktemp("changed")
-    for package in PACKAGES:
+    for package in (*PACKAGES, "docs"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "cli.py", folder)
     for diff in re.findall(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL):
@@ -75,6 +80,13 @@ def test_what_the_diffs_enter_is_in_the_help(changed, command):
     page = run(changed, "cli.py", command, "--help")
     for name in HELP[command]:
         assert name in page
+
+
+def test_what_the_diffs_enter_is_in_the_tables_of_the_docs(changed):
+    run(changed, "docs/tables.py")
+    for page, names in TABLES.items():
+        for name in names:
+            assert f"| `{name}` |" in (changed / "docs" / page).read_text()
 
 
 def test_what_the_diffs_enter_works(changed):
