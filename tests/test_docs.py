@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
+import click
 import pytest
 from click.testing import CliRunner
 from conftest import save_clip
@@ -23,6 +24,7 @@ from trainer.loop.methods import METHODS, Method
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OF_OTHER_PROGRAMS = {"--logdir", "--nproc-per-node"}  # tensorboard, torchrun
 LINKED_PAGES = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 ANCHOR_LEVELS = 4  # as myst_heading_anchors in docs/conf.py
 PACKAGES = ("data", "options", "pipeline", "teacher_cache", "terminal", "trainer")
@@ -75,14 +77,14 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, fashion):
 # --- links ---
 
 
-def text_of(page: Path) -> str:
+def prose(page: Path) -> str:
     """A page without its code."""
     return re.sub(r"^ *(```+).*?^ *\1 *$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as the code host and MyST make them."""
-    headings = re.findall(rf"^#{{1,{ANCHOR_LEVELS}}} +(.+?)[ #]*$", text_of(page), re.MULTILINE)
+    headings = re.findall(rf"^#{{1,{ANCHOR_LEVELS}}} +(.+?)[ #]*$", prose(page), re.MULTILINE)
     titles = [re.sub(r"!?\[([^]]*)]\([^)]*\)", r"\1", heading) for heading in headings]
     slugs, before = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], Counter()
     for number, slug in enumerate(slugs):
@@ -93,7 +95,7 @@ def anchors(page: Path) -> set[str]:
 
 def dead_links(page: Path) -> list[str]:
     """The relative links of a page that lead to no file, or to no heading of a page."""
-    text = re.sub(r"(`+).+?\1", "", text_of(page))
+    text = re.sub(r"(`+).+?\1", "", prose(page))
     links = re.findall(r"]\(\s*<?([^)>\s]*)", text) + re.findall(r"^\[[^]]+]: +<?([^>\s]+)", text, re.MULTILINE)
     links += re.findall(r"<(?:a|img)\b[^>]*?(?:href|src)=[\"']([^\"']*)", text)
     dead = []
@@ -126,6 +128,32 @@ def test_dead_links_and_anchors_are_seen_in_every_form(tmp_path):
     assert dead_links(page) == dead
     page.write_text('![picture](no.png) <img src="no.svg"> <a href="#no">x</a>\n\n[name]: no.md\n')
     assert sorted(dead_links(page)) == ["#no", "no.md", "no.png", "no.svg"]
+
+
+# --- names ---
+
+
+def flags(command: click.Command) -> set[str]:
+    """The options of a command and of its sub-commands."""
+    own = {
+        flag for param in command.get_params(click.Context(command)) for flag in (*param.opts, *param.secondary_opts)
+    }
+    return own.union(*(flags(one) for one in getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_option_that_a_page_names_exists(page):
+    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
+    known = flags(main) | OF_OTHER_PROGRAMS | set(re.findall(r"(?<=\")--[a-z-]+", benchmarks))
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.sub(r"<!--.*?-->", "", page.read_text()))) <= known
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_program_file_that_a_page_names_exists(page):
+    own = set(re.findall(r"^# (\w+\.py)$", page.read_text(), re.MULTILINE))  # files that the page shows
+    names = {file.name for file in ROOT.rglob("*.py")} | own
+    for path in re.findall(r"`([\w/]+\.py)`", prose(page)):
+        assert (ROOT / path).exists() if "/" in path else path in names, path
 
 
 # --- tables ---
