@@ -19,6 +19,7 @@ from typing import Any
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))  # import the packages of this checkout
 
+from data.builders.registry import BUILDERS, Builder, all_builders  # noqa: E402
 from options import Registry, option_fields  # noqa: E402
 from pipeline.caching.options import CachingOptions  # noqa: E402
 from pipeline.explainers import EXPLAINERS, Explainer  # noqa: E402
@@ -45,6 +46,8 @@ class Table:
         columns: the header of each column after the first one, and the function that makes a cell of it from a name and
             an entry.
         omitted: names that have no row here.
+        names: the header of the first column; the option of the registry if empty.
+        by_name: sort the rows by name; otherwise they have the order of the registry.
     """
 
     page: str
@@ -52,18 +55,26 @@ class Table:
     registry: Registry[Any]
     columns: tuple[tuple[str, Callable[[str, Any], str]], ...]
     omitted: Collection[str] = ()
+    names: str = ""
+    by_name: bool = False
 
 
 def summary(function: Any) -> str:
-    """Return the first sentence of a docstring as Markdown, without its full stop and the word "Return".
+    """Return the first sentence of a docstring, see `first_sentence`."""
+    return first_sentence(inspect.getdoc(function) or "")
+
+
+def first_sentence(documentation: str) -> str:
+    """Return the first sentence of a text as Markdown, without its full stop and the words "Return" and "Build".
 
     Raises:
-        ValueError: there is no docstring.
+        ValueError: there is no text.
     """
-    text = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+    text = " ".join(documentation.partition("\n\n")[0].split())
     if not text:
         raise ValueError("it has no docstring, whose first sentence the docs show: write one")
-    sentence = re.split(r"(?<!al)\.\s+(?=[A-Z`])", text, maxsplit=1)[0].removesuffix(".").removeprefix("Return ")
+    sentence = re.split(r"(?<!al)\.\s+(?=[A-Z`])", text, maxsplit=1)[0].removesuffix(".")
+    sentence = re.sub("^(Return|Build) ", "", sentence)
     return (sentence[0].upper() + sentence[1:]).replace("``", "`").replace("|", r"\|")
 
 
@@ -97,10 +108,22 @@ def _shape(name: str, explainer: Explainer) -> str:
     return "(N, 1, h, w)" if explainer.coarse else "as the images"
 
 
+def _images(name: str, builder: Builder) -> str:
+    title, _, body = builder.help.partition("\n\n")
+    return f"{first_sentence(title)}. {first_sentence(body)}" if body else first_sentence(title)
+
+
+def _required(name: str, builder: Builder) -> str:
+    return code(
+        [f"--{field.name}" for field in option_fields(builder.options) if field.required and field.name != "out"]
+    )
+
+
 def _entry(name: str, entry: Any) -> str:
     return summary(entry)
 
 
+all_builders()  # enters them
 TABLES = (
     Table(
         "training.md", "methods", METHODS,
@@ -115,13 +138,23 @@ TABLES = (
     Table("training.md", "augmentations", AUGMENTATIONS, (("effect on an image and its heatmap", _entry),)),
     Table("training.md", "optimizers", OPTIMIZERS, (("optimizer", _entry),)),
     Table("training.md", "schedules", SCHEDULES, (("learning rate", _entry),)),
-    Table("engine.md", "rule sets", RULE_SETS, (("rules", lambda name, _: summary(RULE_SETS.maker(name))),)),
+    Table(
+        "engine.md", "rule sets", RULE_SETS,
+        (("rules", lambda name, _: summary(RULE_SETS.maker(name))),),
+        names="name",
+    ),
     Table(
         "engine.md", "explainers", EXPLAINERS,
         (("maps", lambda name, explainer: summary(explainer.read)), ("shape", _shape)),
         omitted=RULE_SETS,
     ),
     Table("backgrounds.md", "debiasing fronts", DEBIAS, (("what the teacher's network sees", _entry),)),
+    Table(
+        "overview.md", "datasets", BUILDERS,
+        (("dataset", _images), ("required options", _required)),
+        names="`make-data`",
+        by_name=True,  # each module enters its own when it is imported
+    ),
     Table("students.md", "formats", FORMATS, (("content of the file", lambda name, form: summary(form.encode)),)),
 )  # fmt: skip
 
@@ -133,16 +166,16 @@ def render(table: Table) -> str:
         ValueError: an entry has no docstring.
     """
     default = _default(table.registry)
-    rows = [["name" if table.registry is RULE_SETS else f"`--{table.registry.option.replace('_', '-')}`"]]
+    rows = [[table.names or f"`--{table.registry.option.replace('_', '-')}`"]]
     rows[0] += [header for header, _ in table.columns]
     rows.append(["---"] * len(rows[0]))
-    for name, entry in table.registry.items():
-        if name not in table.omitted:
-            shown = f"`{name}`" + (" (default)" if name == default else "")
-            try:
-                rows.append([shown, *(cell(name, entry) for _, cell in table.columns)])
-            except ValueError as error:
-                raise ValueError(f"{table.registry.option} '{name}': {error}") from None
+    listed = [name for name in table.registry if name not in table.omitted]
+    for name in sorted(listed) if table.by_name else listed:
+        try:
+            cells = [cell(name, table.registry[name]) for _, cell in table.columns]
+        except ValueError as error:
+            raise ValueError(f"{table.registry.option} '{name}': {error}") from None
+        rows.append([f"`{name}`" + (" (default)" if name == default else ""), *cells])
     return "".join(re.sub(r"  (?=\|)", " ", f"| {' | '.join(row)} |\n") for row in rows)
 
 

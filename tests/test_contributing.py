@@ -22,6 +22,7 @@ TABLES = {  # page → names that its tables list
     "training.md": ("logits", "charbonnier", "nadam", "linear", "absolute-gradient"),
     "engine.md": ("gamma-half", "absolute-gradient"),
     "backgrounds.md": ("green",),
+    "overview.md": ("patched-mnist",),
 }
 USES = """
 import torch

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from conftest import save_clip
 
 from cli import main
+from data.builders.registry import BUILDERS, Builder, BuilderOptions
 from options import Registry
 from pipeline.explainers import EXPLAINERS, Explainer
 from pipeline.networks.formats import FORMATS, Format
@@ -187,6 +188,8 @@ def enter(registry: Registry, function) -> None:
         registry["mine"] = Method("mine", function, needs=("labels",))
     elif registry is EXPLAINERS:
         registry["mine"] = Explainer(function, "flex")
+    elif registry is BUILDERS:
+        registry["mine"] = Builder(function, BuilderOptions, function.__doc__, "make-data mine --out DATA.zarr")
     elif registry is FORMATS:
         registry["mine"] = Format(function, function)
     else:
