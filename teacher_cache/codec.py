@@ -98,7 +98,8 @@ def _from_int8(stored: np.ndarray) -> np.ndarray:
 
 def _from_int8_tensor(stored: Tensor) -> Tensor:
     steps = stored.float()
-    return steps * steps.abs() / 127**2  # rounded once; `_from_int8` rounds twice, so the last bits may differ
+    # It rounds once, `_from_int8` twice. Both stay, because weights of students and maps that were read depend on the bits.
+    return steps * steps.abs() / 127**2
 
 
 PRECISIONS["float16"] = Precision(
