@@ -98,7 +98,7 @@ def _from_int8(stored: np.ndarray) -> np.ndarray:
 
 def _from_int8_tensor(stored: Tensor) -> Tensor:
     steps = stored.float()
-    # It rounds once, `_from_int8` twice. Both stay, because weights of students and maps that were read depend on the bits.
+    # It rounds once, `_from_int8` twice. Both stay, because earlier students and reports depend on the bits.
     return steps * steps.abs() / 127**2
 
 

@@ -21,7 +21,8 @@ HELP = {  # command → names that its help lists
 USES = """
 import torch
 import zarr
-from data import make_patched_mnist, open_dataset
+from data import open_dataset
+from data.builders.patched_mnist import make_patched_mnist
 from pipeline import cache_explanations, explain
 from teacher_cache import open_cache
 from trainer import train_student, train_teacher
