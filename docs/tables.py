@@ -26,6 +26,7 @@ from pipeline.explainers import EXPLAINERS, Explainer  # noqa: E402
 from pipeline.networks.debias import DEBIAS  # noqa: E402
 from pipeline.networks.formats import FORMATS  # noqa: E402
 from pipeline.rules import RULE_SETS  # noqa: E402
+from teacher_cache.codec import COMPRESSORS, PRECISIONS  # noqa: E402
 from trainer.loop.augmentation import AUGMENTATIONS  # noqa: E402
 from trainer.loop.losses import MAP_LOSSES  # noqa: E402
 from trainer.loop.methods import METHODS, SUMS, Method, of_store  # noqa: E402
@@ -147,6 +148,21 @@ TABLES = (
         "engine.md", "explainers", EXPLAINERS,
         (("maps", lambda name, explainer: summary(explainer.read)), ("shape", _shape)),
         omitted=RULE_SETS,
+    ),
+    Table(
+        "cache-layout.md", "precisions", PRECISIONS,
+        (
+            ("stored", lambda name, precision: summary(precision.quantise)),
+            ("dtype in Zarr", lambda name, precision: precision.dtype),
+            ("`--codec auto` is", lambda name, precision: f"`{precision.compressor}`"),
+        ),
+    ),
+    Table(
+        "cache-layout.md", "compressors", COMPRESSORS,
+        (
+            ("level", lambda name, compressor: str(compressor.level)),
+            ("use", lambda name, compressor: compressor.note),
+        ),
     ),
     Table("backgrounds.md", "debiasing fronts", DEBIAS, (("what the teacher's network sees", _entry),)),
     Table(

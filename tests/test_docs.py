@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -21,6 +22,7 @@ from options import Registry
 from pipeline.explainers import EXPLAINERS, Explainer
 from pipeline.networks.formats import FORMATS, Format
 from pipeline.rules import RULE_SETS
+from teacher_cache import COMPRESSORS, PRECISIONS, Compressor
 from trainer.loop.methods import METHODS, Method
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +192,10 @@ def enter(registry: Registry, function) -> None:
         registry["mine"] = Explainer(function, "flex")
     elif registry is BUILDERS:
         registry["mine"] = Builder(function, BuilderOptions, function.__doc__, "make-data mine --out DATA.zarr")
+    elif registry is PRECISIONS:
+        registry["mine"] = replace(PRECISIONS["int8"], quantise=function)
+    elif registry is COMPRESSORS:
+        registry["mine"] = Compressor(5, "a thing of the test")
     elif registry is FORMATS:
         registry["mine"] = Format(function, function)
     else:
@@ -204,7 +210,7 @@ def test_what_is_entered_at_run_time_is_in_the_table_of_its_kind(table, request)
     enter(table.registry, documented)
     before, comment, after = tables.updated(text, table.page).partition(f"<!-- table: {table.name} -->")
     assert comment
-    assert re.search(r"\| `mine` \| A thing of the test \|", after.partition(tables.END)[0])
+    assert re.search(r"\| `mine` \|.* [Aa] thing of the test \|", after.partition(tables.END)[0])
     assert "`mine`" not in before
 
 
