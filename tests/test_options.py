@@ -22,6 +22,7 @@ from pipeline import EXPLAINERS
 from pipeline.caching.options import CachingOptions
 from pipeline.explainers import Explainer, heatmaps
 from pipeline.networks.debias import DEBIAS
+from teacher_cache import COMPRESSORS, PRECISIONS, Compressor
 from terminal.spelling import speller, text_of
 from trainer import TrainingError, train_student, train_teacher
 from trainer.loop.augmentation import AUGMENTATIONS
@@ -61,8 +62,10 @@ def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
         (SCHEDULES, lambda *_: None, TeacherOptions, "schedule", "train-teacher"),
         (DEBIAS, lambda images, _: images, TeacherOptions, "debias", "train-teacher"),
         (EXPLAINERS, Explainer(heatmaps, "flex"), CachingOptions, "explainer", "cache-explanations"),
+        (PRECISIONS, PRECISIONS["int8"], CachingOptions, "precision", "cache-explanations"),
+        (COMPRESSORS, Compressor(level=1, note="mine"), CachingOptions, "codec", None),
     ],
-    ids=["method", "map_loss", "augment", "optimizer", "schedule", "debias", "explainer"],
+    ids=["method", "map_loss", "augment", "optimizer", "schedule", "debias", "explainer", "precision", "codec"],
 )
 def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
     entered, registry, value, options, name, command
@@ -81,6 +84,19 @@ def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
         assert "|mine" in page
         typed = [command, f"--{name.replace('_', '-')}", "minx"]
         assert "Did you mean mine" in CliRunner().invoke(main, typed).output
+
+
+def test_a_codec_is_in_the_help_and_in_the_shells_error_for_a_wrong_one(entered):
+    page = " ".join(CliRunner().invoke(main, ["cache-explanations", "--help"]).output.split())
+    assert all(f"{name} ({compressor.note})" in page for name, compressor in COMPRESSORS.items())
+    assert all(f"{precision.compressor} for {name}" in page for name, precision in PRECISIONS.items())
+    entered(COMPRESSORS, Compressor(level=1, note="mine"))
+    typed = ["cache-explanations", "--data", "d", "--teacher", "t", "--out", "o", "--codec"]
+    for wrong, near in (("minx", "mine"), ("blosc-mine-1-shufle", "blosc-mine-1-shuffle")):
+        output = CliRunner().invoke(main, [*typed, wrong]).output
+        assert f"unknown --codec '{wrong}': choose one of auto, lz4, zstd, mine, or blosc-COMPRESSOR" in output
+        assert re.search(rf"Did you mean .*\b{near}\b", output)
+    assert CachingOptions(**STUDENT, teacher="t", codec="blosc-mine-9-shuffle").codec == "blosc-mine-9-shuffle"
 
 
 def test_a_dataset_that_is_entered_at_run_time_is_a_command_of_make_data(entered, tmp_path):

@@ -9,8 +9,11 @@ from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Message, O
 from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed
 from pipeline.errors import RelevanceError
 from pipeline.explainers import EXPLAINERS
-from teacher_cache.codec import PRECISIONS
+from teacher_cache.codec import COMPRESSORS, PRECISIONS, Compression, unknown_codec
+from teacher_cache.errors import CacheError
 
+_COMPRESSORS = ", ".join(f"{name} ({compressor.note})" for name, compressor in COMPRESSORS.items())
+_AUTO = ", ".join(f"{precision.compressor} for {name}" for name, precision in PRECISIONS.items())
 DRAWS = 4  # of each sample, where the explainer knows classes and ε
 
 
@@ -63,8 +66,8 @@ class CachingOptions(OptionSet):
         str,
         Heading("Storage"),
         Doc(
-            "Compressor: lz4 (fast), zstd (small), or a full codec such as blosc-zstd-9-bitshuffle. lz4 and zstd take "
-            "the shuffle that makes the first heatmaps smallest. auto means zstd for int8 and lz4 otherwise."
+            f"Compressor: {_COMPRESSORS}, or a full codec such as blosc-zstd-9-bitshuffle. A compressor alone takes the "
+            f"shuffle that makes the first heatmaps smallest. auto means {_AUTO}."
         ),
     ] = "auto"
     resolution: Annotated[
@@ -103,6 +106,11 @@ class CachingOptions(OptionSet):
         super().__post_init__()
         if self.batch_size != "auto" and (isinstance(self.batch_size, str) or self.batch_size < 1):
             raise RelevanceError(Message(Option("batch_size"), f" must be at least 1, or auto, got {self.batch_size}"))
+        if self.codec not in (names := ("auto", *COMPRESSORS)):
+            try:
+                Compression.parse(self.codec)
+            except CacheError:
+                raise RelevanceError(unknown_codec(self.codec, names)) from None
         if self.share and self.scheduler is not None:
             raise RelevanceError(
                 Message(

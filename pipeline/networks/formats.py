@@ -39,6 +39,7 @@ FORMATS: Registry[Format] = Registry("format", ModelError)
 
 
 def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
+    """Return a program for ``torch.export.load(FILE).module()(images)``."""
     program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -50,6 +51,7 @@ def _from_torch_export(content: bytes, network: nn.Module) -> Callable[[Tensor],
 
 
 def _to_onnx(network: nn.Module, images: Tensor) -> bytes:
+    """Return a graph for any ONNX runtime, with the input ``images`` and the output ``logits``."""
     _require_onnx()
     program = torch.onnx.export(
         network,
@@ -88,6 +90,7 @@ def _require_onnx() -> None:
 
 
 def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
+    """Return a state dict for ``network.load_state_dict(torch.load(FILE))``, in a network with the same layers."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     return buffer.getvalue()
