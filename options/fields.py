@@ -47,9 +47,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Among:
-    """The value is a name in a registry; for a field that is a tuple, every item is."""
+    """The value is a name in a registry; for a field that is a tuple, every item is.
+
+    ``or_else`` says which other texts are taken too; the class of the field checks them.
+    """
 
     registry: Mapping[str, Any]
+    or_else: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class OptionField:
     bounds: tuple[Bound, ...] = ()
     choices: tuple[Any, ...] = ()  # of a Literal
     registry: Mapping[str, Any] | None = None
+    or_else: tuple[str, ...] = ()  # of an `Among`
     kind: Kind | None = None
     separator: str | None = None
 
@@ -88,6 +93,8 @@ class OptionField:
     @property
     def allowed(self) -> tuple[Any, ...]:
         """The names that a value can be, now; empty where any value of the type will do."""
+        if self.or_else:
+            return ()
         return tuple(self.registry) if self.registry is not None else self.choices
 
 
@@ -143,6 +150,7 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         doc=(docs or [""])[0],
         bounds=tuple(note for note in notes if isinstance(note, Bound)),
         choices=choices,
+        or_else=next((note.or_else for note in notes if isinstance(note, Among)), ()),
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),

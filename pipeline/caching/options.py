@@ -60,6 +60,7 @@ class CachingOptions(OptionSet):
     ] = "float16"
     codec: Annotated[
         str,
+        Among(COMPRESSORS, or_else=("auto", "blosc-COMPRESSOR-LEVEL-SHUFFLE")),
         Heading("Storage"),
         Doc(
             f"Compressor: {_COMPRESSORS}, with the shuffle that makes the first heatmaps smallest; or a full codec "
