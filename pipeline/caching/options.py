@@ -64,6 +64,7 @@ class CachingOptions(OptionSet):
     ] = "float16"
     codec: Annotated[
         str,
+        Among(COMPRESSORS, or_else=("auto", "blosc-COMPRESSOR-LEVEL-SHUFFLE")),
         Heading("Storage"),
         Doc(
             f"Compressor: {_COMPRESSORS}, or a full codec such as blosc-zstd-9-bitshuffle. A compressor alone takes the "
