@@ -69,9 +69,8 @@ T: Any = torch.Tensor
     # copies and types
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
     T.cpu, T.cuda, T.requires_grad_,
-    # the largest of a window, of an axis or of two takes all
-    torch.amax, T.amax, torch.amin, T.amin, torch.max, T.max, torch.min, T.min, torch.maximum, T.maximum,
-    torch.minimum, T.minimum,
+    # the largest of a window or of an axis takes all
+    torch.amax, T.amax, torch.amin, T.amin,
     torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
@@ -121,6 +120,12 @@ def assignment(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) 
     func(input, index, value)
     trace.mark(input, axis, outer=True)
 
+
+# functions that select values by indices, such as those of the largest
+SELECTIONS: set[Any] = {
+    torch.gather, T.gather, torch.index_select, T.index_select, torch.take_along_dim, T.take_along_dim,
+    T.__getitem__, T.__setitem__, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d,
+}  # fmt: skip
 
 # functions that use the values of the first argument, and the shape or type of the second
 LIKE_THE_SECOND: set[Any] = {T.view_as, T.reshape_as, T.expand_as, T.type_as, T.to}
