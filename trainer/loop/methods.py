@@ -108,8 +108,8 @@ def _completed(maps: Tensor, logits: Tensor, pooled: int = 1) -> Tensor:
     small = (size <= tiny**0.5).view(-1, 1, 1, 1)
     spread = maps.abs() * (missing / torch.where(small[:, 0, 0, 0], 1, size)).view(-1, 1, 1, 1)
     with torch.no_grad():
-        factor = torch.where(size > 0, missing / size.clamp_min(tiny), 0).view(-1, 1, 1, 1)
-        constant = maps.abs() * factor
+        factor = missing / size.clamp_min(tiny)
+        constant = maps.abs() * torch.where(factor.isfinite(), factor, 0).view(-1, 1, 1, 1)
     return maps + torch.where(small, constant, spread)
 
 
