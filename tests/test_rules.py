@@ -765,6 +765,21 @@ def _einsum(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
     return torch.einsum, (f"{' '.join(letters)} -> {result}", x), {}
 
 
+def _ellipsis(x: Tensor, a: int, b: int) -> tuple[Any, ...]:
+    last = torch.eye(x.shape[-1])
+    forms: list[tuple[Any, ...]] = [
+        ("...i, ij -> ...j", x, last),
+        ("i..., i -> i...", x, torch.ones(len(x))),
+        ("... -> ...", x),
+        ("...i -> i...", x),
+        ("...i, ...i", x, torch.ones(x.shape[-1])),
+        ("...z, zy", x, last),
+        ("...ba", x) if x.dim() > 1 else ("...a", x),
+        ("ab, ...b -> ...a", last, x),
+    ]
+    return forms[(a + 3 * b) % len(forms)]
+
+
 STEPS: dict[str, Callable[[Tensor, int, int], tuple[Any, tuple[Any, ...], dict]]] = {
     "merge": _merge,
     "split": _split_axis,
@@ -798,6 +813,17 @@ STEPS: dict[str, Callable[[Tensor, int, int], tuple[Any, tuple[Any, ...], dict]]
     "matmul from the left": lambda x, a, b: (torch.matmul, (torch.eye(x.shape[-2 if x.dim() > 1 else -1]), x), {}),
     "linear": lambda x, a, b: (F.linear, (x, torch.eye(x.shape[-1])), {}),
     "flatten all": lambda x, a, b: (torch.reshape, (x, (-1,)), {}),
+    "largest two": lambda x, a, b: (torch.topk, (x, min(2, x.shape[a % x.dim()]), a % x.dim()), {}),
+    "sort": lambda x, a, b: (T.sort, (x,), {"dim": a % x.dim() - x.dim()}),
+    "sort the first axis": lambda x, a, b: (torch.msort, (x,), {}),
+    "median": lambda x, a, b: (T.median, (x, a % x.dim()), {"keepdim": b % 2 == 0}),
+    "second": lambda x, a, b: (torch.kthvalue, (x, 1, a % x.dim(), b % 2 == 0), {}),
+    "sum of those before": lambda x, a, b: (torch.cumsum, (x, a % x.dim()), {}),
+    "differences": lambda x, a, b: (T.diff, (x, 1, a % x.dim()), {}),
+    "upside down": lambda x, a, b: (torch.flipud, (x,), {}),
+    "tensordot": lambda x, a, b: (torch.tensordot, (x, torch.eye(x.shape[a % x.dim()]), ([a % x.dim()], [b % 2])), {}),
+    "tensordot of last": lambda x, a, b: (torch.tensordot, (torch.arange(2.0 * len(x)).view(2, -1), x), {"dims": 1}),
+    "einsum with an ellipsis": lambda x, a, b: (torch.einsum, _ellipsis(x, a, b), {}),
     "first axes": lambda x, a, b: (T.view, (x.contiguous(), -1, x.shape[-1]), {}),
 }
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.rules.elementwise import elementwise
 from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -25,7 +26,9 @@ ACTIVATIONS: set[Any] = {
     torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip, T.clip_,
     torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_,
     torch.clamp_max, torch.clamp_max_, T.clamp_max, T.clamp_max_,
-    F.prelu, torch.prelu, T.prelu,
+    F.prelu, torch.prelu, T.prelu, F.threshold, F.threshold_, torch.threshold, torch.threshold_,
+    F.hardshrink, torch.hardshrink, T.hardshrink, F.softshrink, F.tanhshrink, F.softsign,
+    torch.abs, T.abs, T.__abs__, torch.abs_, T.abs_, torch.absolute, T.absolute, T.absolute_,
 }  # fmt: skip
 
 
@@ -83,6 +86,25 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
     return input.copy_(output) if inplace else output
+
+
+@rule_for(F.rrelu, torch.rrelu, torch.rrelu_)
+def rrelu(
+    trace: Tracer,
+    func: Any,
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Apply the rule of a leaky ReLU; in training, with the slopes that this pass draws."""
+    x = input.clone() if inplace or func is torch.rrelu_ else input
+    slope = torch.empty_like(x, requires_grad=False).uniform_(lower, upper) if training else (lower + upper) / 2
+    rule = trace.rules.rule(elementwise)
+    assert rule is not None
+    output = rule(trace, elementwise, x, torch.where(x >= 0, x, x * slope), trace.batch_axis(input))
+    return output if x is input else input.copy_(output)
 
 
 def hardsigmoid_by_gradient(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ image i // r: the windows of an image, or its heads, may be folded into the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
@@ -110,6 +110,11 @@ def _convolution(call: _Call) -> int | None:
 def _kept_but_last(call: _Call) -> int | None:
     """Follow a linear layer."""
     return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
+
+
+def _bilinear(call: _Call) -> int | None:
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    return axis if axis is not None and axis < call.input.dim() - 1 else None
 
 
 def _reshape(call: _Call) -> int | None:
@@ -280,16 +285,60 @@ def _einsum(call: _Call) -> int | None:
     """Follow the letter of the batch axis in the equation."""
     equation = call.args[0].replace(" ", "")
     operands = call.args[1] if isinstance(call.args[1], tuple | list) else call.args[1:]
-    if "." in equation or "->" not in equation:
-        return None
-    terms, result = equation.split("->")
-    letters = set()
-    for term, operand in zip(terms.split(","), operands, strict=True):
+    inputs, arrow, result = equation.partition("->")
+    terms = [_spelled_out(term, operand.dim()) for term, operand in zip(inputs.split(","), operands, strict=True)]
+    if arrow:
+        result = _spelled_out(result, call.output.dim())
+    else:  # the axes of the ellipsis, then the letters that occur once
+        letters = "".join(terms)
+        dots = sorted({letter for letter in letters if not letter.isalpha()})
+        result = "".join(dots + sorted(letter for letter in set(letters) - set(dots) if letters.count(letter) == 1))
+    names = set()
+    for term, operand in zip(terms, operands, strict=True):
         if id(operand) in call.axes:
             letter = term[call.axes[id(operand)]]  # type: ignore[index]
-            letters.add(letter if term.count(letter) == 1 else "")
-    letter = letters.pop()
-    return result.index(letter) if letter and not letters else None
+            names.add(letter if term.count(letter) == 1 else "")
+    letter = names.pop()
+    return result.index(letter) if letter and not names else None
+
+
+def _spelled_out(term: str, dims: int) -> str:
+    """Replace the ellipsis of a term by one sign for each of its axes, which are aligned at their right ends."""
+    if "..." not in term:
+        return term
+    count = dims - len(term) + 3
+    return term.replace("...", "".join(chr(ord("9") - i) for i in reversed(range(count))))
+
+
+def _tensordot(call: _Call) -> int | None:
+    """Follow the axes that are not summed: those of the first tensor, then those of the second."""
+    left, right, dims = call.input, call.get(1, "other", "b"), call.get(2, "dims")
+    if len(call.carrying) != 1:
+        return None
+    if isinstance(dims, int | None):
+        count = 2 if dims is None else dims
+        summed = [list(range(left.dim() - count, left.dim())), list(range(count))]
+    else:
+        summed = [[int(d) for d in (part if isinstance(part, Sequence) else part.tolist())] for part in dims]
+    kept = [
+        [axis for axis in range(tensor.dim()) if axis not in {dim % tensor.dim() for dim in dims}]
+        for tensor, dims in zip((left, right), summed, strict=True)
+    ]
+    if call.carrying[0] is left:
+        return kept[0].index(call.axes[id(left)])  # type: ignore[arg-type]
+    return len(kept[0]) + kept[1].index(call.axes[id(right)])  # type: ignore[arg-type]
+
+
+def _along(position: int, default: int = -1) -> Callable[[_Call], int | None]:
+    """Follow an operation along one axis, which may vanish, and which must not be the batch axis."""
+
+    def follow(call: _Call) -> int | None:
+        dim = call.dim(position, default)
+        if dim == call.axis or len(call.carrying) != 1:
+            return None
+        return call.axis if call.output.dim() == call.input.dim() else call.axis - (dim < call.axis)
+
+    return follow
 
 
 _FOLLOW: dict[Any, Callable[[_Call], int | None]] = {}
@@ -306,7 +355,7 @@ _enter(
     torch.multiply, T.multiply, torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide,
     T.__truediv__, T.__itruediv__, torch.where, T.where, torch.masked_fill, T.masked_fill, torch.addcmul, T.addcmul,
     torch.maximum, T.maximum, torch.minimum, T.minimum, T.expand, T.expand_as, torch.broadcast_to, T.broadcast_to,
-    torch.clamp, T.clamp, torch.clip, T.clip,
+    torch.fmax, T.fmax, torch.fmin, T.fmin, torch.lerp, T.lerp, torch.clamp, T.clamp, torch.clip, T.clip,
 )  # fmt: skip
 _enter(
     _rows,
@@ -316,11 +365,12 @@ _enter(
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.adaptive_max_pool1d_with_indices,
     F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices, F.interpolate, F.batch_norm,
     F.group_norm, torch.group_norm, F.instance_norm, F.local_response_norm, F.pixel_shuffle, F.pixel_unshuffle,
-    torch.channel_shuffle, F.unfold, F.fold,
+    torch.channel_shuffle, F.unfold, F.fold, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.grid_sample,
 )  # fmt: skip
 _enter(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
 _enter(_convolution, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 _enter(_kept_but_last, F.linear)
+_enter(_bilinear, F.bilinear)
 _enter(
     _reshape,
     torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as, T.reshape_as,
@@ -329,10 +379,11 @@ _enter(
 _enter(_permute, torch.permute, T.permute)
 _enter(_transpose, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes)
 _enter(_reverse, torch.t, T.t, T.T.__get__)
-_enter(_matrix_transpose, T.mT.__get__)
+_enter(_matrix_transpose, T.mT.__get__, torch.adjoint, T.adjoint)
 _enter(_movedim, torch.movedim, T.movedim, torch.moveaxis, T.moveaxis)
 _enter(_reduce(1), torch.sum, T.sum, torch.mean, T.mean, torch.amax, T.amax, torch.amin, T.amin, torch.max, T.max)
-_enter(_reduce(1), torch.min, T.min, torch.var, T.var, torch.std, T.std)
+_enter(_reduce(1), torch.min, T.min, torch.var, T.var, torch.std, T.std, torch.var_mean, torch.std_mean)
+_enter(_reduce(1), torch.nansum, T.nansum, torch.nanmean, T.nanmean)
 _enter(_reduce(2), torch.norm, T.norm, torch.linalg.vector_norm)
 _enter(_drop, torch.select, T.select, torch.unbind, T.unbind)
 _enter(_other_axis(1), torch.narrow, T.narrow, torch.index_select, T.index_select, torch.gather, T.gather, T.unfold)
@@ -350,4 +401,13 @@ _enter(_matmul, torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm,
 _enter(_reversed_matmul, T.__rmatmul__)
 _enter(_sum_with_product, torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
 _enter(_einsum, torch.einsum)
+_enter(_tensordot, torch.tensordot)
+_enter(_along(2), torch.topk, T.topk, torch.kthvalue, T.kthvalue)
+_enter(_other_axis(2), torch.take_along_dim, T.take_along_dim)
+_enter(_along(1), torch.sort, T.sort, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode)
+_enter(_along(1), torch.cumsum, T.cumsum, torch.cummax, T.cummax, torch.cummin, T.cummin)
+_enter(_along(2), torch.diff, T.diff)
+_enter(_along(9, 0), torch.msort, T.msort, torch.flipud, T.flipud)
+_enter(_along(9, 1), torch.fliplr, T.fliplr)
 _enter(lambda call: None, T.rot90, torch.rot90, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)
+_enter(lambda call: None, torch.take, T.take, torch.inner, T.inner, torch.outer, T.outer, torch.kron, T.kron, torch.ger)

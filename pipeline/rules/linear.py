@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from pipeline.rules.table import PassState, rule_for
+from pipeline.rules.table import PassState, require_constant, rule_for
 
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
@@ -53,8 +53,15 @@ T: Any = torch.Tensor
     # averages over windows, and interpolation
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
     F.adaptive_avg_pool3d, F.interpolate,
+    # other linear maps
+    torch.cumsum, T.cumsum, torch.diff, T.diff, torch.nan_to_num, T.nan_to_num, torch.positive, T.positive, T.__pos__,
+    torch.trace, T.trace, torch.nansum, T.nansum, torch.nanmean, T.nanmean,
     # moving values
     torch.stack, F.pad, T.masked_fill, torch.masked_fill, T.masked_fill_,
+    torch.column_stack, torch.row_stack, torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.diag, T.diag,
+    torch.diagonal, T.diagonal, torch.diag_embed, T.diag_embed, torch.fliplr, T.fliplr, torch.flipud, T.flipud,
+    torch.hsplit, T.hsplit, torch.vsplit, T.vsplit, torch.dsplit, T.dsplit, torch.adjoint, T.adjoint,
+    torch.take_along_dim, T.take_along_dim, torch.take, T.take, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d,
     torch.where, T.where, torch.tril, T.tril, torch.triu, T.triu, torch.hstack, torch.vstack, torch.dstack,
     torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as,
     torch.ravel, T.ravel, T.reshape_as,
@@ -70,17 +77,34 @@ T: Any = torch.Tensor
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
     T.cpu, T.cuda, T.requires_grad_,
     # the largest of a window or of an axis takes all
-    torch.amax, T.amax, torch.amin, T.amin,
+    torch.amax, T.amax, torch.amin, T.amin, torch.aminmax, T.aminmax, torch.topk, T.topk, torch.sort, T.sort, torch.msort,
+    T.msort, torch.kthvalue, T.kthvalue, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode,
+    torch.cummax, T.cummax, torch.cummin, T.cummin,
     torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
     F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     # dropout is a fixed mask within one pass
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.feature_dropout,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.dropout_, torch.feature_dropout,
+    torch.feature_dropout_, F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_,
+    torch.feature_alpha_dropout, torch.feature_alpha_dropout_,
 )  # fmt: skip
 def gradient(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Pass relevance through linear maps, and to the winner of a max-pooling, as the gradient passes."""
     return func(*args, **kwargs)
+
+
+@rule_for(torch.lerp, T.lerp)
+def interpolation(trace: Tracer, func: Any, input: Tensor, end: Tensor, weight: Any) -> Tensor:
+    require_constant(trace, func, weight)
+    return func(input, end, weight)
+
+
+@rule_for(F.grid_sample)
+def grid_sample(trace: Tracer, func: Any, input: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Pass the gradient, as the sampling is linear in the input; a grid that depends on the image has no rule."""
+    require_constant(trace, func, grid)
+    return func(input, grid, *args, **kwargs)
 
 
 class _Concatenate(Function):
