@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,9 +21,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pipeline.errors import RelevanceError
 from pipeline.private_torch import NODES_THAT_RETURN_THEIR_INPUT, base_of, is_view, running_checkpoint
 from pipeline.rules import LIKE_THE_SECOND, PassState, RuleSet, StopRelevance, batch_axis_after, stop_relevance, tensors
+from pipeline.rules.joined import EXTREMES, JOINS, Joined, joined_after, rule_of_extremes
 from pipeline.rules.steps import (
-    ELEMENTWISE,
     EXTREMES_OF_TWO,
+    FOLLOWED,
     MOVES,
     SHAPES,
     SUMS,
@@ -115,6 +117,8 @@ class Tracer(TorchFunctionMode):
             steps = [tensor for tensor in constants if self.constants[tensor].kind != "smooth"]
             if steps:
                 rule = rule_with_steps(self, func, rule, carrying, steps)
+            elif func in EXTREMES and len(carrying) == 1:
+                rule = rule_of_extremes(self, func, rule, carrying[0], args, kwargs)
             elif len(carrying) > 1 and (func in SUMS or func in EXTREMES_OF_TWO):
                 rule = rule_of_relatives(self, func, rule, args, kwargs, carrying)
         return self._call(rule, func, args, kwargs, carrying, constants, inputs)
@@ -188,6 +192,11 @@ class Tracer(TorchFunctionMode):
         mark, itself = self._mark_of(tensor), Origin(ref(tensor), unchanged)
         return {**dict.fromkeys(self.names(tensor), itself), **(mark.value.origins if mark is not None else {})}
 
+    def joined(self, carrying: Tensor) -> Joined | None:
+        """Return where constants are among the values of a tensor that carries relevance."""
+        mark = self._mark_of(carrying)
+        return None if mark is None else mark.value.joined
+
     def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool, value: Value | None = None) -> None:
         """Record that relevance reaches a tensor, unless a rule stops it there or has recorded it already."""
         node: Any = tensor.grad_fn
@@ -222,12 +231,23 @@ class Tracer(TorchFunctionMode):
 
     def _values(self, func: Any, args: Any, kwargs: Any, sources: list[Tensor]) -> Callable[[Tensor, int], Value]:
         """Return a function that tells what is known of an output of a call, whose arguments it may have changed."""
-        if self.rules.otherwise is not None or not (func in ELEMENTWISE or func in MOVES):
+        if self.rules.otherwise is not None or func not in FOLLOWED:
             return lambda output, position: Value()
+        carrying = [tensor for tensor in sources if tensor not in self.constants]
+        if func in JOINS:
+            return lambda output, position: Value(joined=joined_after(func, args, kwargs, carrying, output))
         origins = {id(tensor): self.origins(tensor) for tensor in sources}
-        carries = len(sources) == 1 and sources[0] not in self.constants
-        names = self.names(sources[0]) if carries else ()
-        return lambda output, position: value_after(func, args, kwargs, origins, names, output, position)
+        names = self.names(carrying[0]) if len(sources) == len(carrying) == 1 else ()
+        constants = {self.joined(tensor) for tensor in carrying}
+        joined = constants.pop() if len(constants) == 1 else None
+
+        def value(output: Tensor, position: int) -> Value:
+            known = value_after(func, args, kwargs, origins, names, output, position)
+            if joined is None:
+                return known
+            return replace(known, joined=Joined(padded=joined.padded) if func in MOVES else joined)
+
+        return value
 
     def _follow_constants(self, func: Any, args: Any, kwargs: Any, sources: list[Tensor], output: Any) -> None:
         """Record the outputs that depend on the image, although they carry no relevance."""

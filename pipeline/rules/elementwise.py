@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pipeline.private_torch import is_view
 from pipeline.rules.node import node, stabilised_quotient
 from pipeline.rules.table import rule_for
 
@@ -54,7 +55,9 @@ def elementwise_identity(
         epsilon = state.epsilon_like(x, batch_axis) if stabiliser else x.new_zeros(())
         return g * stabilised_quotient(value.to(x.dtype), x, epsilon)
 
-    return node(state, lambda x, value: value, relevance, base, value)
+    # the node keeps both, and the model may change in place its own output, and the base of a view
+    base = base.clone() if is_view(base) else base
+    return node(state, lambda x, value: value.clone(), relevance, base, value)
 
 
 def elementwise_passes(trace: Tracer, func: Any, base: Tensor, value: Tensor, batch_axis: int | None) -> Tensor:

@@ -45,7 +45,23 @@ def stop(trace: Tracer, func: Any, x: Tensor) -> Tensor:
 T: Any = torch.Tensor
 
 
+# the largest of an axis
+LARGEST: set[Any] = {
+    torch.amax, T.amax, torch.amin, T.amin, torch.aminmax, T.aminmax, torch.topk, T.topk, torch.sort, T.sort, torch.msort,
+    T.msort, torch.kthvalue, T.kthvalue, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode,
+    torch.cummax, T.cummax, torch.cummin, T.cummin,
+}  # fmt: skip
+# the largest of a window
+WINDOWS: set[Any] = {
+    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
+}  # fmt: skip
+
+
 @rule_for(
+    *LARGEST, *WINDOWS,
     # sums and differences: each term keeps its share; a constant term keeps its own, like a bias
     torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__,
     torch.sub, T.sub, T.sub_, T.__sub__, T.__rsub__, T.__isub__, torch.subtract, T.subtract, torch.rsub,
@@ -76,14 +92,6 @@ T: Any = torch.Tensor
     # copies and types
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
     T.cpu, T.cuda, T.requires_grad_,
-    # the largest of a window or of an axis takes all
-    torch.amax, T.amax, torch.amin, T.amin, torch.aminmax, T.aminmax, torch.topk, T.topk, torch.sort, T.sort, torch.msort,
-    T.msort, torch.kthvalue, T.kthvalue, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode,
-    torch.cummax, T.cummax, torch.cummin, T.cummin,
-    torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
-    F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
-    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
-    F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
     # dropout is a fixed mask within one pass
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.dropout_, torch.feature_dropout,
     torch.feature_dropout_, F.alpha_dropout, F.feature_alpha_dropout, torch.alpha_dropout, torch.alpha_dropout_,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.rules.activations import ACTIVATIONS
 from pipeline.rules.elementwise import EXTREMES_OF_TWO, elementwise
+from pipeline.rules.joined import JOINS, Joined
 from pipeline.rules.linear import SELECTIONS
 from pipeline.rules.relu import RELU
 from pipeline.rules.table import Rule, rule_for, tensors
@@ -41,10 +42,12 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of the values of a tensor: their ``names``, and the ``origins`` of which they are functions."""
+    """What is known of the values of a tensor: their ``names``, the ``origins`` of which they are functions, and where
+    constants are among them."""
 
     names: tuple[Name, ...] = ()
     origins: Mapping[Name, Origin] = field(default_factory=dict)
+    joined: Joined | None = None
 
 
 class Constant(NamedTuple):
@@ -83,11 +86,14 @@ ELEMENTWISE |= functions(
     *("clone", "contiguous", "detach", "to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int"),
     *("long", "byte", "cpu", "cuda", "requires_grad_", "dropout"),
 )
+_RESHAPES = functions(
+    *("flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "ravel", "squeeze", "unsqueeze"),
+)
 MOVES = functions(
-    *("flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "ravel", "permute", "transpose", "swapaxes"),
-    *("t", "movedim", "moveaxis", "squeeze", "unsqueeze", "chunk", "split", "unbind", "select", "narrow", "flip"),
+    *("permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "chunk", "split", "unbind", "select", "narrow", "flip"),
     *("roll", "rot90", "expand", "expand_as", "broadcast_to", "repeat", "tile"),
-) | {T.__getitem__, T.T.__get__, T.mT.__get__}
+) | {*_RESHAPES, T.__getitem__, T.T.__get__, T.mT.__get__}
+FOLLOWED = {*ELEMENTWISE, *MOVES, *JOINS, T.__setitem__}  # those of whose outputs a `Value` tells something
 _RANKING = functions(
     *("argmax", "argmin", "argsort", "topk", "sort", "max", "min", "median", "nanmedian", "kthvalue", "mode"),
     *("cummax", "cummin", "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
@@ -132,20 +138,44 @@ def value_after(
         output: the output.
         position: its position among the outputs.
     """
-    if func in ELEMENTWISE and func not in MOVES:
+    fills = func is T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
+    if fills or (func in ELEMENTWISE and func not in MOVES):
         sources = {id(tensor): tensor for tensor in tensors([args, kwargs]) if id(tensor) in origins}
         if any(tensor.shape != output.shape for tensor in sources.values()):
             return Value()
         first, *others = (origins[key] for key in sources)
         common = [name for name in first if all(name in other for other in others)][:MOST_ORIGINS]
         return Value(origins={n: Origin(first[n].tensor, _composed(func, args, kwargs, origins, n)) for n in common})
-    if func in MOVES and len(origins) == 1 and (how := _how(args[1:], kwargs)) is not None:
-        ((only, its_origins),) = origins.items()
-        if args and id(args[0]) == only:
-            moved = {(func, n, how, position): o for n, o in its_origins.items()}
-            same = tuple((func, n, how, position) for n in names)
-            return Value(same, {n: Origin(None, o.curve) for n, o in moved.items() if n not in same})
+    if func in MOVES and len(origins) == 1 and args and id(args[0]) in origins:
+        moved = _moved(func, args, kwargs, output, position)
+        if moved is not None:
+            same = tuple(map(moved, names))
+            its_origins = {moved(name): Origin(None, origin.curve) for name, origin in origins[id(args[0])].items()}
+            return Value(same, {name: origin for name, origin in its_origins.items() if name not in same})
     return Value()
+
+
+class _Reshaped(NamedTuple):
+    """The name of values in another shape, and in the same order."""
+
+    name: Name
+    was: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _moved(func: Any, args: Any, kwargs: Any, output: Tensor, position: int) -> Callable[[Name], Name] | None:
+    """Return the function from the name of an input to that of an output; None if the arguments cannot be named."""
+    shape, was = tuple(output.shape), tuple(args[0].shape)
+    if func in _RESHAPES and output.numel() == args[0].numel():
+
+        def reshaped(name: Name) -> Name:
+            if not isinstance(name, _Reshaped):
+                return name if shape == was else _Reshaped(name, was, shape)
+            return name.name if shape == name.was else _Reshaped(name.name, name.was, shape)
+
+        return reshaped
+    how = _how(args[1:], kwargs)
+    return None if how is None else lambda name: (func, name, how, position)
 
 
 def _how(args: Any, kwargs: Any) -> str | None:
