@@ -23,11 +23,10 @@ from pipeline.private_torch import NODES_THAT_RETURN_THEIR_INPUT, base_of, is_vi
 from pipeline.rules import LIKE_THE_SECOND, PassState, RuleSet, StopRelevance, batch_axis_after, stop_relevance, tensors
 from pipeline.rules.joined import EXTREMES, JOINS, Joined, joined_after, rule_of_extremes
 from pipeline.rules.steps import (
-    EXTREMES_OF_TWO,
     FOLLOWED,
     MOVES,
+    OF_RELATIVES,
     SHAPES,
-    SUMS,
     Constant,
     Name,
     Origin,
@@ -119,7 +118,7 @@ class Tracer(TorchFunctionMode):
                 rule = rule_with_steps(self, func, rule, carrying, steps)
             elif func in EXTREMES and len(carrying) == 1:
                 rule = rule_of_extremes(self, func, rule, carrying[0], args, kwargs)
-            elif len(carrying) > 1 and (func in SUMS or func in EXTREMES_OF_TWO):
+            elif len(carrying) > 1 and func in OF_RELATIVES:
                 rule = rule_of_relatives(self, func, rule, args, kwargs, carrying)
         return self._call(rule, func, args, kwargs, carrying, constants, inputs)
 
@@ -197,6 +196,11 @@ class Tracer(TorchFunctionMode):
         mark = self._mark_of(carrying)
         return None if mark is None else mark.value.joined
 
+    def is_bounded(self, carrying: Tensor) -> bool:
+        """Return whether a ReLU, or another bound, has made a tensor that carries relevance."""
+        mark = self._mark_of(carrying)
+        return mark is not None and mark.value.bounded
+
     def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool, value: Value | None = None) -> None:
         """Record that relevance reaches a tensor, unless a rule stops it there or has recorded it already."""
         node: Any = tensor.grad_fn
@@ -261,7 +265,9 @@ class Tracer(TorchFunctionMode):
         carrying = [tensor for tensor in sources if tensor not in self.constants]
         values = self._values(func, args, kwargs, sources)
         for position, tensor in enumerate(changed):
-            kind = kind_after(func, [*(constant.kind for constant in known), *(["smooth"] if carrying else [])], tensor)
+            is_step = tensor in self.constants and self.constants[tensor].kind == "step"
+            kinds = [*(constant.kind for constant in known), *(["smooth"] if carrying else [])]
+            kind = "step" if is_step else kind_after(func, kinds, tensor)
             if kind is not None:
                 its_sources = (*carrying, *(source for constant in known for source in constant.sources))
                 self.constants[tensor] = Constant(kind, values(tensor, position), its_sources[:4])

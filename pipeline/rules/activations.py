@@ -32,13 +32,29 @@ ACTIVATIONS: set[Any] = {
 }  # fmt: skip
 
 
+BOUNDS: set[Any] = {
+    F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip,
+    T.clip_, torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_, torch.clamp_max, torch.clamp_max_,
+    T.clamp_max, T.clamp_max_,
+}  # fmt: skip
+
+
 @rule_for(*ACTIVATIONS)
 def activation(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Pass g · f(x) / (x + ε·sign(x)): x gets all relevance of f(x) (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
 
-    On a ReLU this is LRP-Flex. If f(0) is not 0, as for a sigmoid, ε bounds the share of a small x.
+    On a ReLU this is LRP-Flex. If f(0) is not 0, as for a sigmoid, ε bounds the share of a small x. A bound of what is
+    bounded already, as in ``F.relu(x).clamp(max=6)``, makes one activation of both, which has ε once.
     """
-    return identity_rule(trace, func, input, args, kwargs, stabiliser=True)
+    continues = func in BOUNDS and trace.is_bounded(input) and _keeps_zero(func, args, kwargs)
+    return identity_rule(trace, func, input, args, kwargs, stabiliser=not continues)
+
+
+def _keeps_zero(func: Any, args: Any, kwargs: Any) -> bool:
+    bounds = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if any(bound.numel() != 1 or bound.is_cuda for bound in bounds):
+        return False
+    return not func(torch.zeros(1), *args, **kwargs).item()
 
 
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.rules.activations import ACTIVATIONS
+from pipeline.rules.activations import ACTIVATIONS, BOUNDS
 from pipeline.rules.elementwise import EXTREMES_OF_TWO, elementwise
 from pipeline.rules.joined import JOINS, Joined
 from pipeline.rules.linear import SELECTIONS
@@ -42,12 +42,13 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of the values of a tensor: their ``names``, the ``origins`` of which they are functions, and where
-    constants are among them."""
+    """What is known of the values of a tensor: their ``names``, the ``origins`` of which they are functions, where
+    constants are among them, and whether a ReLU or another bound has made them."""
 
     names: tuple[Name, ...] = ()
     origins: Mapping[Name, Origin] = field(default_factory=dict)
     joined: Joined | None = None
+    bounded: bool = False
 
 
 class Constant(NamedTuple):
@@ -74,8 +75,10 @@ _OPERATORS += ("rdiv", "pow", "rpow", "neg", "pos", "abs", "invert", "and", "or"
 _OPERATORS += ("iand", "ior", "ixor", "gt", "ge", "lt", "le", "eq", "ne", "floordiv", "rfloordiv", "mod")
 SUMS = functions("add", "sub", "subtract", "rsub")
 SUMS |= {T.__add__, T.__radd__, T.__iadd__, T.__sub__, T.__rsub__, T.__isub__}
+QUOTIENTS = functions("div", "divide", "true_divide") | {T.__truediv__}
 _STEPS = functions("sign", "sgn", "heaviside", "floor", "round", "ceil", "trunc", "fix", "floor_divide", "signbit")
 _STEPS |= {T.__floordiv__, T.__rfloordiv__}
+OF_RELATIVES = {*SUMS, *QUOTIENTS, *EXTREMES_OF_TWO}  # see `rule_of_relatives`
 ELEMENTWISE = {elementwise, *ACTIVATIONS, *RELU, *SUMS, *EXTREMES_OF_TWO, *_STEPS, T.data.__get__}
 ELEMENTWISE |= {getattr(T, f"__{name}__") for name in _OPERATORS if hasattr(T, f"__{name}__")}
 ELEMENTWISE |= functions(
@@ -110,7 +113,9 @@ SHAPES = functions("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_
 def step(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Return a constant, which only an operation on the same activation may use, see `rule_with_steps`."""
     plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-    return func(*plain, **{n: v.detach() if isinstance(v, Tensor) else v for n, v in kwargs.items()})
+    output = func(*plain, **{n: v.detach() if isinstance(v, Tensor) else v for n, v in kwargs.items()})
+    trace.constants[output] = Constant("step", Value(), ())  # the tracer adds the rest
+    return output
 
 
 def kind_after(func: Any, kinds: Iterable[str], output: Tensor) -> str | None:
@@ -145,7 +150,8 @@ def value_after(
             return Value()
         first, *others = (origins[key] for key in sources)
         common = [name for name in first if all(name in other for other in others)][:MOST_ORIGINS]
-        return Value(origins={n: Origin(first[n].tensor, _composed(func, args, kwargs, origins, n)) for n in common})
+        its_origins = {n: Origin(first[n].tensor, _composed(func, args, kwargs, origins, n)) for n in common}
+        return Value(origins=its_origins, bounded=func in BOUNDS or func in RELU)
     if func in MOVES and len(origins) == 1 and args and id(args[0]) in origins:
         moved = _moved(func, args, kwargs, output, position)
         if moved is not None:
@@ -229,12 +235,15 @@ def unchanged(probe: Tensor) -> Tensor:
 
 
 def _shape_of(curve: Curve, device: torch.device) -> str:
-    """Tell whether a function is "linear", a multiple of a ReLU of ± its argument ("one-sided"), or "other"."""
+    """Tell whether a function is "linear", a multiple of a ReLU of ± its argument ("one-sided"), the same for all
+    numbers of a sign ("step"), or "other"."""
     try:
         with torch.no_grad():
             above, twice, below, twice_below = curve(torch.tensor([1.0, 2.0, -1.0, -2.0], device=device)).tolist()
     except (_NotUniformError, RuntimeError, TypeError, ValueError):
         return "other"
+    if (twice, twice_below) == (above, below):
+        return "step"
     if (twice, twice_below) != (2 * above, 2 * below):
         return "other"
     return "linear" if above == -below else "one-sided" if (above == 0) != (below == 0) else "other"
@@ -268,7 +277,7 @@ def rule_with_steps(trace: Tracer, func: Any, rule: Rule, carrying: list[Tensor]
     if func in SELECTIONS and all(constant.kind == "selection" for constant in constants):
         return rule
     candidates = [*(source for constant in constants for source in constant.sources), *carrying]
-    refusal = trace.unknown(func, "with a step function of another activation", REMEDY)
+    refusal = trace.unknown(func, "with a step function of the image, such as a mask or an index", REMEDY)
     if func in ELEMENTWISE:
         base = common_base(trace, [*carrying, *steps], candidates)
         if base is None:
@@ -281,7 +290,7 @@ def rule_with_steps(trace: Tracer, func: Any, rule: Rule, carrying: list[Tensor]
 
 
 def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: Any, carrying: list[Tensor]) -> Rule:
-    """Return the rule for a sum or the larger of two tensors, which may be functions of one activation.
+    """Return the rule for a sum, a quotient or the larger of two tensors, which may be functions of one activation.
 
     Raises:
         RelevanceError: the output is a ReLU of an activation that is no longer there.
@@ -292,7 +301,9 @@ def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: A
     if name is None:
         return rule
     shape = _shape_of(_composed(func, args, kwargs, origins, name), carrying[0].device)
-    if shape == "linear" or (shape == "other" and func in SUMS):
+    if shape == "step":  # such as z / |z|
+        return step
+    if shape == "linear" or func in QUOTIENTS or (shape == "other" and func in SUMS):
         return rule
     tensor = first[name].tensor
     base = None if tensor is None else tensor()
