@@ -191,6 +191,10 @@ class Tracer(TorchFunctionMode):
         mark, itself = self._mark_of(tensor), Origin(ref(tensor), unchanged)
         return {**dict.fromkeys(self.names(tensor), itself), **(mark.value.origins if mark is not None else {})}
 
+    def kind(self, tensor: Any) -> str | None:
+        """Return the kind of a tensor that depends on the image and carries no relevance, see `Constant`."""
+        return self.constants[tensor].kind if isinstance(tensor, Tensor) and tensor in self.constants else None
+
     def joined(self, carrying: Tensor) -> Joined | None:
         """Return where constants are among the values of a tensor that carries relevance."""
         mark = self._mark_of(carrying)

@@ -82,6 +82,20 @@ class _Call:
         return (default if value is None else value) % self.input.dim()  # type: ignore[operator]
 
 
+def axis_of_the_written(samples: int, input: Tensor, index: Any, value: Tensor, batch_axis: int | None) -> int | None:
+    """Return the batch axis of a tensor into which a value with a batch axis was written at an index; None if it is
+    unknown."""
+    if batch_axis is None:
+        return None
+    plain = input.detach()
+    part, axes = plain[index], []
+    for axis in range(input.dim()):
+        within = batch_axis_after({id(plain): axis}, samples, T.__getitem__, (plain, index), {}, part)
+        if within is not None and within - part.dim() == batch_axis - value.dim():
+            axes.append(axis)
+    return _agreed(axes)
+
+
 def _agreed(values: list[int]) -> int | None:
     return values[0] if values and len(set(values)) == 1 else None
 
@@ -110,6 +124,12 @@ def _convolution(call: _Call) -> int | None:
 def _kept_but_last(call: _Call) -> int | None:
     """Follow a linear layer."""
     return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
+
+
+def _diagonal(call: _Call) -> int | None:
+    pair = [call.get(2 + i, f"dim{1 + i}") for i in (0, 1)]
+    dims = [(i if dim is None else dim) % call.input.dim() for i, dim in enumerate(pair)]
+    return None if call.axis in dims else call.axis - sum(dim < call.axis for dim in dims)
 
 
 def _bilinear(call: _Call) -> int | None:
@@ -365,7 +385,8 @@ _enter(
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.adaptive_max_pool1d_with_indices,
     F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices, F.interpolate, F.batch_norm,
     F.group_norm, torch.group_norm, F.instance_norm, F.local_response_norm, F.pixel_shuffle, F.pixel_unshuffle,
-    torch.channel_shuffle, F.unfold, F.fold, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.grid_sample,
+    torch.channel_shuffle, F.unfold, F.fold, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.grid_sample, F.lp_pool1d,
+    F.lp_pool2d, F.lp_pool3d,
 )  # fmt: skip
 _enter(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
 _enter(_convolution, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -390,7 +411,8 @@ _enter(_other_axis(1), torch.narrow, T.narrow, torch.index_select, T.index_selec
 _enter(_other_axis(2, 0), torch.chunk, T.chunk, torch.split, T.split, torch.tensor_split, T.tensor_split)
 _enter(_other_axis(1, -1), F.glu)
 _enter(_other_axes(1), torch.flip, T.flip)
-_enter(_other_axes(2), torch.roll, T.roll)
+_enter(_other_axes(2), torch.roll, T.roll, torch.rot90, T.rot90)
+_enter(_diagonal, torch.diagonal, T.diagonal)
 _enter(_getitem, T.__getitem__)
 _enter(_cat, torch.cat, torch.concat, torch.concatenate)
 _enter(_stack, torch.stack)
@@ -409,5 +431,5 @@ _enter(_along(1), torch.cumsum, T.cumsum, torch.cummax, T.cummax, torch.cummin, 
 _enter(_along(2), torch.diff, T.diff)
 _enter(_along(9, 0), torch.msort, T.msort, torch.flipud, T.flipud)
 _enter(_along(9, 1), torch.fliplr, T.fliplr)
-_enter(lambda call: None, T.rot90, torch.rot90, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)
+_enter(lambda call: None, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)
 _enter(lambda call: None, torch.take, T.take, torch.inner, T.inner, torch.outer, T.outer, torch.kron, T.kron, torch.ger)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from pipeline.rules.batch_axis import axis_of_the_written
 from pipeline.rules.table import PassState, require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -149,6 +150,12 @@ def concatenation(trace: Tracer, func: Any, tensors: Any, dim: int = 0, axis: in
 def assignment(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) -> None:
     """Replace some values of a tensor; the others keep their relevance."""
     axis = trace.batch_axis(input) if trace.carries(input) else None
+    if isinstance(value, Tensor) and trace.carries(value):
+        written = axis_of_the_written(trace.samples, input, index, value, trace.batch_axis(value))
+        if not trace.carries(input):
+            axis = written
+        elif written is not None and written != axis:
+            axis = None
     func(input, index, value)
     trace.mark(input, axis, outer=True)
 

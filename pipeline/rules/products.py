@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.rules.linear import StopRelevance
-from pipeline.rules.node import share
+from pipeline.rules.node import node, share, stabilised_quotient
 from pipeline.rules.table import require_constant, rule_for, tensors
 
 if TYPE_CHECKING:
@@ -105,11 +105,18 @@ def _stopped(trace: Tracer, value: Any) -> Any:
 def power(trace: Tracer, func: Any, input: Any, exponent: Any) -> Tensor:
     """Pass the fraction 1/p of the gradient p x^p / x, which conserves relevance (Euler's theorem on homogeneous
     functions). For p = 2 that is the uniform rule on x · x. Negative powers are denominators, see `quotient`."""
+    if isinstance(exponent, Tensor) and isinstance(input, Tensor) and not trace.carries(exponent):
+        return node(trace.state, func, _power_by_a_weight, input, exponent)
     if not isinstance(exponent, int | float) or exponent == 0:
         raise trace.unknown(func, f"with the exponent {exponent if isinstance(exponent, int | float) else 'a tensor'}")
     if exponent < 0:
         return StopRelevance.apply(trace.state, func(input, exponent))
     return func(share(trace.state, input, 1 / exponent), exponent)
+
+
+def _power_by_a_weight(g: Tensor, x: Tensor, exponent: Tensor) -> Tensor:
+    """Pass g · x^p / x for a learnt exponent, and nothing if it is negative."""
+    return torch.where(exponent > 0, g * stabilised_quotient(x**exponent, x, x.new_zeros(())), 0).to(x.dtype)
 
 
 @rule_for(torch.square, T.square, torch.var, T.var)
@@ -131,7 +138,7 @@ def with_mean(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any
     return spread, func(input, *args, **kwargs)[1]
 
 
-@rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std)
+@rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std, F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)
 def of_degree_one(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Pass the gradient, which conserves the relevance of a positively homogeneous function, see `power`."""
     return func(*args, **kwargs)
