@@ -126,6 +126,9 @@ SPELLINGS: dict[str, Activation] = {
     "sign, summed": lambda z: (z + z * z.sign()) / 2,
     "sign of the ReLU": lambda z: z * torch.sign(F.relu(z)),
     "heaviside": lambda z: z * torch.heaviside(z, z.new_zeros(())),
+    "ceiling": lambda z: z * torch.ceil(z).clamp(0, 1),
+    "rounded sigmoid": lambda z: z * torch.sigmoid(z).round(),
+    "sign of a quotient": lambda z: z * (z / z.abs() + 1) / 2,
     "assigned": in_place(assigned),
     "assigned in halves": in_place(assigned_halves),
     "collected": collected,
@@ -195,3 +198,269 @@ def test_every_spelling_of_a_relu_has_the_map_of_f_relu_under_every_rule_set(nam
         pytest.skip("PyTorch has no derivative of it")
     found, expected = (map_and_gradients(a, 0, 0.1, rules) for a in (SPELLINGS[name], F.relu))
     torch.testing.assert_close(found, expected)
+
+
+# --- relatives of a ReLU ---
+
+RELATIVES: dict[str, tuple[Activation, Activation]] = {
+    "ReLU6 of bounds": (lambda z: z.clamp(min=0).clamp(max=0.5), lambda z: F.hardtanh(z, 0.0, 0.5)),
+    "ReLU6 of a ReLU": (lambda z: torch.clamp_max(F.relu(z), 0.5), lambda z: z.clamp(0, 0.5)),
+    "ReLU6 of extremes": (
+        lambda z: torch.min(torch.max(z, torch.tensor(0.0)), torch.tensor(0.5)),
+        lambda z: F.hardtanh(z, 0.0, 0.5),
+    ),
+    "a bound of a tensor": (lambda z: torch.maximum(z, z.new_full((), -0.2)), lambda z: z.clamp(min=-0.2)),
+    "leaky ReLU by maximum": (lambda z: torch.maximum(z, 0.1 * z), lambda z: F.leaky_relu(z, 0.1)),
+    "leaky ReLU by where": (lambda z: torch.where(z > 0, z, 0.1 * z), lambda z: F.leaky_relu(z, 0.1)),
+    "leaky ReLU by a mask": (lambda z: z * (0.1 + 0.9 * (z > 0)), lambda z: F.leaky_relu(z, 0.1)),
+    "leaky ReLU by assignment": (in_place(lambda z: leak(z)), lambda z: F.leaky_relu(z, 0.1)),
+    "leaky ReLU of two": (lambda z: F.relu(z) - 0.1 * F.relu(-z), lambda z: F.leaky_relu(z, 0.1)),
+    "rrelu in evaluation": (lambda z: F.rrelu(z, 0.1, 0.3), lambda z: F.leaky_relu(z, 0.2)),
+    "rrelu of one slope": (lambda z: F.rrelu(z, 0.2, 0.2, training=True), lambda z: F.leaky_relu(z, 0.2)),
+    "rrelu in place": (in_place(lambda z: F.rrelu(z, 0.1, 0.3, inplace=True)), lambda z: F.leaky_relu(z, 0.2)),
+    "absolute value by sign": (lambda z: z * z.sign(), torch.abs),
+    "absolute value by maximum": (lambda z: torch.maximum(z, -z), torch.abs),
+    "absolute value by where": (lambda z: torch.where(z < 0, -z, z), torch.abs),
+    "negative part": (lambda z: torch.minimum(z, z.new_zeros(())), lambda z: -F.relu(-z)),
+    "negative part of a difference": (lambda z: z - F.relu(z), lambda z: -F.relu(-z)),
+    "hardshrink": (lambda z: z * (z.abs() > 0.3), lambda z: F.hardshrink(z, 0.3)),
+    "softshrink": (lambda z: torch.where(z.abs() > 0.1, z - 0.1 * z.sign(), 0.0), lambda z: F.softshrink(z, 0.1)),
+    "threshold": (lambda z: torch.where(z > 0.1, z, -0.2), lambda z: F.threshold(z, 0.1, -0.2)),
+    "softsign": (lambda z: torch.where(z > 0, F.softsign(z), F.softsign(z)), F.softsign),
+    "alpha dropout in evaluation": (lambda z: F.relu(F.alpha_dropout(z, 0.5, False)), F.relu),
+    "feature alpha dropout in evaluation": (lambda z: F.relu(F.feature_alpha_dropout(z, 0.5)), F.relu),
+}
+
+
+def leak(z: Tensor) -> None:
+    z[z < 0] *= 0.1
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_same_activation_has_the_same_map_and_second_order_in_other_words(name):
+    epsilon = torch.tensor([0.05, 0.5, 0.1], dtype=torch.float64)
+    found, expected = (map_and_gradients(activation, 3, epsilon) for activation in RELATIVES[name])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_prelu_by_where_has_the_gradient_of_a_prelu_at_its_slope():
+    gradients = []
+    for activation in (lambda z, w: torch.where(z >= 0, z, w * z), lambda z, w: F.prelu(z, w.flatten())):
+        slope = torch.full((1, 1, 1), 0.3, dtype=torch.float64, requires_grad=True)
+        model = Net(lambda z, activation=activation, slope=slope: activation(z, slope))
+        images = torch.randn(2, 2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        maps = explain(model, images, torch.tensor([0, 2]), torch.tensor([0.1, 0.4]).double(), create_graph=True)[1]
+        gradients.append((maps.detach(), *torch.autograd.grad(maps.square().sum(), [slope, model.conv1.weight])))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_residual_connection_around_a_relu_is_a_sum_of_both():
+    pairs = [(lambda z: z + F.relu(z), lambda z: z + torch.where(z > 0, z, 0.0))]
+    pairs += [(lambda z: 2 * z - F.relu(z), lambda z: 2 * z - torch.maximum(z, torch.zeros(())))]
+    for plain, other in pairs:
+        torch.testing.assert_close(map_and_gradients(plain, 0, 0.1), map_and_gradients(other, 0, 0.1))
+
+
+# --- refused by name ---
+
+
+REFUSED: dict[str, tuple[Activation, str]] = {
+    "mask of another activation": (lambda z: z * (z.roll(1, 1) > 0), r"Tensor\.mul with a step function of the image"),
+    "mask of a mean": (lambda z: z * (z > z.mean()), r"Tensor\.mul with a step function"),
+    "gate of a mean": (lambda z: torch.where(z.mean(1, keepdim=True) > 0, z, 0.0), r"torch\.where with a step"),
+    "fill by another": (lambda z: z.masked_fill(z.flip(1) < 0, 0), r"masked_fill with a step"),
+    "selection by a mask": (lambda z: z.flatten(1)[:, (z > 0).flatten(1).any(0)].mean(1).expand(4, 4, -1).mT, r"getitem"),
+    "indices of a mask": (lambda z: z * 0 + z[(z > 0).nonzero(as_tuple=True)].mean(), r"getitem__ with a step"),
+    "gather by a mask": (lambda z: torch.stack([0 * z, z], 1).gather(1, (z > 0).long()[:, None])[:, 0], r"gather with"),
+    "one of two": (lambda z: z * F.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1), r"Tensor\.mul with a step"),
+    "einsum with a mask": (lambda z: torch.einsum("nchw,nchw->nchw", z, (z > 0).to(z)), r"einsum with a step function"),
+    "step of another, added": (lambda z: z + (z.mean(1, keepdim=True) > 0), r"Tensor\.add with a step function"),
+    "codes of a book": (lambda z: z + (torch.eye(6)[z.argmax(1)].movedim(-1, 1) - z).detach(), r"sub with a step"),
+    "rounding before a layer": (lambda z: z + F.conv2d(z.round(), torch.ones(6, 6, 1, 1).to(z)), r"with a step function"),
+    "whole part": (lambda z: z * torch.frac(z), r"no relevance rule for torch\.frac"),
+    "masked scatter": (lambda z: z.masked_scatter(z < 0, torch.zeros_like(z)), r"masked_scatter"),
+    "index_put": (lambda z: z.index_put(((z < 0).nonzero(as_tuple=True)), torch.zeros((), dtype=z.dtype)), r"index_put"),
+    "copysign": (lambda z: (z + torch.copysign(z, torch.ones(()))) / 2, r"no relevance rule for torch\.copysign"),
+    "hypot": (lambda z: (z + torch.hypot(z, 0 * z)) / 2, r"no relevance rule for torch\.hypot"),
+    "topk with zeros": (
+        lambda z: torch.stack([z, 0 * z.detach()], -1).topk(1, -1).values[..., 0],
+        r"topk over constants and activations",
+    ),
+    "max_pool with zeros": (
+        lambda z: F.max_pool1d(torch.stack([z, torch.zeros_like(z)], -1).flatten(0, 3)[:, None], 2)[:, 0].view(z.shape),
+        r"max_pool1d over constants and activations",
+    ),
+    "custom function": (lambda z: OwnReLU.apply(z), "which hides from the tracer"),
+}
+
+
+class OwnReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (ctx.saved_tensors[0] > 0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_step_function_that_no_rule_takes_is_refused_by_name_with_the_remedy(name):
+    activation, text = REFUSED[name]
+    model = Net(activation)
+    model.activation = lambda z: activation(z) if z.shape[1] == 6 else F.relu(z)
+    with pytest.raises(RelevanceError, match=text) as error:
+        explain(model, torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1]), 0.1)
+    assert "F.relu" in str(error.value) or "rule_for" in str(error.value) or "torch.maximum" in str(error.value)
+
+
+def test_logits_of_signs_alone_are_refused_as_step_functions():
+    model = Net(torch.sign)
+    with pytest.raises(RelevanceError, match="through step functions alone"):
+        explain(model, torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1]), 0.1)
+
+
+def test_a_step_function_is_a_constant_where_relevance_is_stopped():
+    images, targets = torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1])
+
+    def gated(mask_of: Callable[[Tensor], Tensor]) -> nn.Module:
+        model = Net(lambda z: F.relu(z) * stop_relevance(mask_of(z)) if z.shape[1] == 6 else F.relu(z))
+        return model
+
+    model = gated(lambda z: z.mean((2, 3), keepdim=True) > 0)
+    with torch.no_grad():
+        mask = model.conv1(images).mean((2, 3), keepdim=True) > 0
+    expected = explain(gated(lambda z: mask), images, targets, 0.1)[1]
+    assert torch.equal(explain(model, images, targets, 0.1)[1], expected)
+
+
+def test_masks_that_do_not_depend_on_the_image_are_constants_as_ever():
+    images, targets = torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1])
+    mask = torch.rand(6, 6) > 0.5
+
+    def masked(z: Tensor) -> Tensor:
+        rows = torch.arange(z.shape[2], device=z.device)
+        z = torch.where((rows > 2)[:, None] & mask[: z.shape[2], : z.shape[3]], z, z.new_zeros(()))
+        noise = torch.zeros_like(z).uniform_(0.5, 1) > 0.1  # a dropout in which all stays
+        return F.relu(z.masked_fill(rows == 0, 0.0)) * noise * (torch.ones_like(z) > 0) * (z.new_ones(1) >= 1)
+
+    def multiplied(z: Tensor) -> Tensor:
+        rows = torch.arange(z.shape[2])
+        kept = ((rows > 2)[:, None] & mask[: z.shape[2], : z.shape[3]]).to(z)
+        return F.relu(z * kept * (rows != 0))
+
+    found, expected = (explain(Net(a), images, targets, 0.1)[1] for a in (masked, multiplied))
+    torch.testing.assert_close(found, expected)
+
+
+# --- views ---
+
+IN_PLACE: dict[str, tuple[Callable[[Tensor], Any], Activation]] = {
+    "times": (lambda z: z[:, :2].mul_(2), lambda z: torch.cat([2 * z[:, :2], z[:, 2:]], 1)),
+    "augmented": (lambda z: double(z), lambda z: torch.cat([2 * z[:, :2], z[:, 2:]], 1)),
+    "added": (lambda z: z[:, 1].add_(z[:, 0]), lambda z: torch.cat([z[:, :1], z[:, :1] + z[:, 1:2], z[:, 2:]], 1)),
+    "relu_": (lambda z: z[:, :2].relu_(), lambda z: torch.cat([F.relu(z[:, :2]), z[:, 2:]], 1)),
+    "F.relu": (lambda z: F.relu(z[:, 1:], inplace=True), lambda z: torch.cat([z[:, :1], F.relu(z[:, 1:])], 1)),
+    "relu_ of a view of a view": (
+        lambda z: z.flatten(1)[:, :10].relu_(),
+        lambda z: torch.cat([F.relu(z.flatten(1)[:, :10]), z.flatten(1)[:, 10:]], 1).view(z.shape),
+    ),
+    "silu": (lambda z: F.silu(z.transpose(0, 1)[0], inplace=True), lambda z: torch.cat([F.silu(z[:, :1]), z[:, 1:]], 1)),
+    "gate": (
+        lambda z: z[:, 2:].mul_(torch.sigmoid(z[:, :2].mean(1, keepdim=True))),
+        lambda z: torch.cat([z[:, :2], z[:, 2:] * torch.sigmoid(z[:, :2].mean(1, keepdim=True))], 1),
+    ),
+    "mask": (lambda z: z[:, 2:].mul_(z[:, 2:] > 0), lambda z: torch.cat([z[:, :2], F.relu(z[:, 2:])], 1)),
+    "masked_fill_": (
+        lambda z: z[:, 2:].masked_fill_(z[:, 2:] < 0, 0),
+        lambda z: torch.cat([z[:, :2], F.relu(z[:, 2:])], 1),
+    ),
+    "assigned to a view": (
+        lambda z: z[:, 2:].__setitem__((slice(None), 0), F.relu(z[:, 0])),
+        lambda z: torch.cat([z[:, :2], F.relu(z[:, :1]), z[:, 3:]], 1),
+    ),
+}
+
+
+def double(z: Tensor) -> None:
+    z[:, :2] *= 2
+
+
+@pytest.mark.parametrize("rules", ["flex", "gamma"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_operation_in_place_on_a_view_is_seen_by_its_base_and_by_other_views(name, rules):
+    change, written_out = IN_PLACE[name]
+
+    def changed(z: Tensor) -> Tensor:
+        z = z * 1
+        other = z[:, 1:3].transpose(2, 3)  # made before, and used behind
+        change(z)
+        return F.relu(torch.cat([z, other.transpose(2, 3)], 1)[:, : z.shape[1]] + z[:, :1] * 0.5)
+
+    def expected(z: Tensor) -> Tensor:
+        z = written_out(z)
+        return F.relu(torch.cat([z, z[:, 1:3]], 1)[:, : z.shape[1]] + z[:, :1] * 0.5)
+
+    epsilon = torch.tensor([0.05, 0.5, 0.1], dtype=torch.float64)
+    found, wanted = (map_and_gradients(activation, 1, epsilon, rules) for activation in (changed, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["relu_", "gate", "mask", "silu"])
+def test_second_order_of_an_operation_in_place_on_a_view_equals_finite_differences(name):
+    torch.manual_seed(0)
+    model = Net(in_place(IN_PLACE[name][0]), seed=4)
+    images, targets = torch.randn(2, 2, 4, 4).double(), torch.tensor([0, 2])
+    epsilon = torch.tensor([0.1, 0.5], dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return explain(model, images, targets, epsilon, create_graph=True)[1].square().sum()
+
+    weights = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    oracles.assert_gradients_are_finite_differences(loss, dict(model.named_parameters()), moving=weights)
+
+
+def test_what_is_written_into_slices_of_a_canvas_keeps_the_batch():
+    def shifted(z: Tensor) -> Tensor:
+        canvas = torch.zeros(z.shape, dtype=z.dtype)
+        canvas[:, ::2, :, 1:] = z[:, ::2, :, :-1]
+        canvas[:, 1::2, 1:] = z[:, 1::2, :-1]
+        return F.relu(canvas)
+
+    def padded(z: Tensor) -> Tensor:
+        parts = F.pad(z, (1, 0))[..., :-1], F.pad(z, (0, 0, 1, 0))[:, :, :-1]
+        even = (torch.arange(z.shape[1]) % 2 == 0)[:, None, None]
+        return F.relu(torch.where(even, *parts))
+
+    epsilon = torch.tensor([0.05, 0.5, 0.1], dtype=torch.float64)
+    found, wanted = (map_and_gradients(activation, 1, epsilon) for activation in (shifted, padded))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_no_constant_that_a_pass_followed_stays_in_memory():
+    import gc
+    import weakref
+
+    seen = []
+
+    def masked(z: Tensor) -> Tensor:
+        mask = z > 0
+        seen.extend([weakref.ref(mask), weakref.ref(z)])
+        return (z + z.abs()) / 2 + z * mask
+
+    model, images = Net(masked), torch.randn(3, 2, 6, 6).double()
+    gc.collect()
+    gc.disable()
+    try:
+        logits, maps = explain(model, images, torch.tensor([0, 1, 2]), 0.1, create_graph=True)
+        maps.sum().backward()
+        seen += [weakref.ref(logits), weakref.ref(maps)]
+        del logits, maps
+        assert [ref() for ref in seen] == [None] * len(seen)
+    finally:
+        gc.enable()
+
+
+def test_rule_sets_know_elementwise_functions():
+    assert all(rules.rule(torch.maximum) is not None for rules in RULE_SETS.values())

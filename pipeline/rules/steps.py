@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.errors import RelevanceError
 from pipeline.rules.activations import ACTIVATIONS, BOUNDS
 from pipeline.rules.elementwise import EXTREMES_OF_TWO, elementwise
 from pipeline.rules.joined import JOINS, Joined
@@ -109,7 +111,7 @@ SHAPES = functions("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_
 }
 
 
-@rule_for(*functions("sign", "sgn", "heaviside"))
+@rule_for(*functions("sign", "sgn", "heaviside", "floor", "round", "ceil", "trunc", "fix"))
 def step(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Return a constant, which only an operation on the same activation may use, see `rule_with_steps`."""
     plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
@@ -277,15 +279,17 @@ def rule_with_steps(trace: Tracer, func: Any, rule: Rule, carrying: list[Tensor]
     if func in SELECTIONS and all(constant.kind == "selection" for constant in constants):
         return rule
     candidates = [*(source for constant in constants for source in constant.sources), *carrying]
-    refusal = trace.unknown(func, "with a step function of the image, such as a mask or an index", REMEDY)
+    refs = [origin.tensor for tensor in carrying for origin in trace.origins(tensor).values()]
+    candidates += [tensor for ref in refs if ref is not None and (tensor := ref()) is not None]
+    refusal = partial(trace.unknown, func, "with a step function of the image, such as a mask or an index", REMEDY)
     if func in ELEMENTWISE:
         base = common_base(trace, [*carrying, *steps], candidates)
         if base is None:
-            raise refusal
+            raise refusal()
         return _by_the_identity_rule(base)
     base = common_base(trace, steps, candidates)
     if base is None or func not in (T.__getitem__, T.__setitem__):
-        raise refusal
+        raise refusal()
     return _masked_selection(base, refusal) if func is T.__getitem__ else _masked_assignment(base, refusal)
 
 
@@ -334,13 +338,14 @@ def _identity(trace: Tracer, base: Tensor, value: Tensor, axis: int | None) -> T
     return rule(trace, elementwise, base, value, axis)
 
 
-def _masked_selection(base: Tensor, refusal: Exception) -> Rule:
+def _masked_selection(base: Tensor, refusal: Callable[[], RelevanceError]) -> Rule:
     """Return the rule of ``z[z > 0]``: the selection of what the identity rule passes."""
 
     def rule(trace: Tracer, func: Any, input: Tensor, index: Any) -> Tensor:
         if common_base(trace, [input], [base]) is None:
-            raise refusal
-        output = func(_identity(trace, base, input, trace.batch_axis(base)), index)
+            raise refusal()
+        # ``z[z < 0] *= 0.1`` writes back into the input
+        output = func(_identity(trace, base.clone(), input.clone(), trace.batch_axis(base)), index)
         origins = {("masked", name): Origin(None, unchanged) for name in trace.names(base)}
         trace.mark(output, None, outer=trace.outer_gradient_wanted(input), value=Value(origins=origins))
         return output
@@ -348,19 +353,19 @@ def _masked_selection(base: Tensor, refusal: Exception) -> Rule:
     return rule
 
 
-def _masked_assignment(base: Tensor, refusal: Exception) -> Rule:
+def _masked_assignment(base: Tensor, refusal: Callable[[], RelevanceError]) -> Rule:
     """Return the rule of ``z[z < 0] = 0``, in which the other values pass relevance by the identity rule."""
 
     def rule(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) -> None:
         if isinstance(value, Tensor) and trace.carries(value):
             if not any(("masked", name) in trace.origins(value) for name in trace.names(base)):
-                raise refusal
+                raise refusal()
         if not trace.carries(input):
             func(input, index, value)
             trace.mark(input, trace.batch_axis(base) if input.shape == base.shape else None, outer=True)
             return
         if common_base(trace, [input], [base]) is None:
-            raise refusal
+            raise refusal()
         axis = trace.batch_axis(input)
         output = _identity(trace, base.clone(), input.clone(), trace.batch_axis(base)).clone()
         func(output, index, value)
