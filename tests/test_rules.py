@@ -753,7 +753,7 @@ def _rotate(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
 
 def _index(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
     items: list[Any] = [slice(None)] * (a % x.dim())
-    choices = [0, slice(0, 1), slice(None), None, Ellipsis, torch.tensor([0, 0]), slice(None, None, 2), -1, None]
+    choices = [0, slice(0, 1), slice(None), None, Ellipsis, torch.tensor([0, 0]), slice(None, None, 2), -1, [0, 0]]
     items = [Ellipsis, choices[b + 4]] if a % 2 and b else [*items, choices[b + 4]]
     return T.__getitem__, (x, tuple(items) if b % 2 or len(items) > 1 else items[0]), {}
 
@@ -875,6 +875,12 @@ def test_attention_of_queries_and_keys_that_are_weights_is_explained():
         (T.__getitem__, lambda x: (x, (slice(None), np.int64(0)))),
         (T.__getitem__, lambda x: (x, (Ellipsis, slice(0, 2)))),
         (T.__getitem__, lambda x: (x, (slice(None), torch.tensor([0, 1]), slice(1, None)))),
+        (T.__getitem__, lambda x: (x, (slice(None), [1, 0]))),
+        (T.__getitem__, lambda x: (x, (slice(None), slice(None), [2, 0, 1]))),
+        (torch.rot90, lambda x: (x, 1, [2, 3])),
+        (torch.diagonal, lambda x: (x, 0, 1, 2)),
+        (F.bilinear, lambda x: (x, x, torch.rand(2, 4, 4))),
+        (torch.take_along_dim, lambda x: (x, torch.zeros(5, 2, 3, 1).long(), 3)),
         (T.reshape, lambda x: (x, -1, 2, 6)),
         (T.flatten, lambda x: (x, 0, 1)),
         (T.permute, lambda x: (x, 2, 0, 1, 3)),

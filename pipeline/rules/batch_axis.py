@@ -216,8 +216,14 @@ def _other_axes(position: int) -> Callable[[_Call], int | None]:
 _INDEX = (Integral, slice, type(None), type(Ellipsis), Tensor)
 
 
+def _as_tensor(item: Any) -> Any:
+    """Return a list of numbers, in a tuple of indices, as the tensor that it stands for."""
+    numbers = isinstance(item, list) and item and all(type(value) is int for value in item)
+    return torch.tensor(item) if numbers else item
+
+
 def _getitem(call: _Call) -> int | None:
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    index = tuple(map(_as_tensor, call.args[1])) if isinstance(call.args[1], tuple) else (call.args[1],)
     if any(isinstance(item, bool) or not isinstance(item, _INDEX) for item in index):
         return None  # a mask, or a sequence, which indexes like a tensor
     advanced = [item for item in index if isinstance(item, Tensor)]
