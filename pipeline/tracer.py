@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from pipeline.errors import RelevanceError
 from pipeline.private_torch import NODES_THAT_RETURN_THEIR_INPUT, base_of, is_view, running_checkpoint
@@ -59,8 +59,10 @@ class Mark(NamedTuple):
 class Tracer(TorchFunctionMode):
     """Replaces every torch function whose input depends on the image by its rule.
 
-    The metadata of the autograd nodes that rules make hold a `Mark`, by the state of the pass. A tensor that depends on the image through another node (a custom autograd function,
-    scripted code) escapes the tracer and is refused. The tracer holds no tensor of the graph after the pass.
+    The metadata of the autograd nodes that rules make hold a `Mark`, by the state of the pass. A tensor that depends on
+    the image through another node (a custom autograd function, scripted code) escapes the tracer and is refused. What
+    depends on the image and carries no relevance, such as a comparison, is followed too, see `rules/steps.py`. The
+    tracer holds no tensor of the graph after the pass.
 
     Args:
         rules: the rules.
@@ -72,7 +74,7 @@ class Tracer(TorchFunctionMode):
         self.rules, self.samples = rules, samples
         self.state = PassState()
         self.constants: Any = WeakTensorKeyDictionary()  # to a `Constant`: tensors that depend on the image otherwise
-        self._marks_of_views: Any = WeakTensorKeyDictionary()
+        self._axes_of_views: dict[int, tuple[Any, int | None]] = {}  # by the id, with a weak reference
         self._depth = 0
         self.latest: tuple[Any, Any] = (None, None)  # the last convolution or linear layer, for a norm that follows it
 
@@ -86,7 +88,7 @@ class Tracer(TorchFunctionMode):
         self._depth -= 1
         if not self._depth:
             self.constants.clear()
-            self._marks_of_views.clear()
+            self._axes_of_views.clear()
         super().__exit__(*error)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # otherwise a compiled model includes the choice of rules
@@ -118,8 +120,8 @@ class Tracer(TorchFunctionMode):
                 rule = rule_with_steps(self, func, rule, carrying, steps)
             elif func in EXTREMES and len(carrying) == 1:
                 rule = rule_of_extremes(self, func, rule, carrying[0], args, kwargs)
-            elif len(carrying) > 1 and func in OF_RELATIVES:
-                rule = rule_of_relatives(self, func, rule, args, kwargs, carrying)
+            elif len(carrying) + len(constants) > 1 and func in OF_RELATIVES:
+                rule = rule_of_relatives(self, func, rule, args, kwargs, [*carrying, *constants])
         return self._call(rule, func, args, kwargs, carrying, constants, inputs)
 
     def _call(
@@ -139,14 +141,15 @@ class Tracer(TorchFunctionMode):
         values = self._values(func, args, kwargs, [*carrying, *constants])
         bases = [(view, base, view._version, self._mark_of(base)) for view, base in self._bases(carrying)]
         output = rule(self, func, *args, **kwargs)
-        for position, tensor in enumerate(tensors(output)):
+        outputs = tensors(output)
+        for position, tensor in enumerate(outputs):
             axis = batch_axis_after(axes, self.samples, func, args, kwargs, tensor)
             self.mark(tensor, axis, outer, values(tensor, position))
         for view, base, version, mark in bases:
-            if view._version != version and mark is not None and base.grad_fn is not None:
-                base.grad_fn.metadata.setdefault(self.state, Mark(mark.batch_axis, True, Value()))
+            if view._version != version and mark is not None:
+                self.mark(base, mark.batch_axis, outer=True)
         if func is not stop_relevance:
-            self._follow_constants(func, args, kwargs, [*carrying, *constants], output)
+            self._follow_constants(func, args, kwargs, [*carrying, *constants], outputs)
         return output
 
     def carries(self, tensor: Tensor) -> bool:
@@ -186,10 +189,10 @@ class Tracer(TorchFunctionMode):
 
     def origins(self, tensor: Tensor) -> Mapping[Name, Origin]:
         """Return the tensors of which a tensor is an elementwise function, by name; itself first, if it carries."""
-        if tensor in self.constants:
-            return self.constants[tensor].value.origins
-        mark, itself = self._mark_of(tensor), Origin(ref(tensor), unchanged)
-        return {**dict.fromkeys(self.names(tensor), itself), **(mark.value.origins if mark is not None else {})}
+        mark = self._mark_of(tensor)
+        if mark is None:
+            return self.constants[tensor].value.origins if tensor in self.constants else {}
+        return {**dict.fromkeys(self.names(tensor), Origin(TensorWeakRef(tensor), unchanged)), **mark.value.origins}
 
     def kind(self, tensor: Any) -> str | None:
         """Return the kind of a tensor that depends on the image and carries no relevance, see `Constant`."""
@@ -211,8 +214,8 @@ class Tracer(TorchFunctionMode):
         if node is not None and not _stops_relevance(node):
             mark = node.metadata.setdefault(self.state, Mark(batch_axis, outer, value or Value()))
             if is_view(tensor):
-                self._marks_of_views[tensor] = mark
-            if tensor in self.constants:  # an operation in place has written what carries into it
+                self._axes_of_views[id(tensor)] = (ref(tensor), mark.batch_axis)
+            if self.constants and tensor in self.constants:  # an operation in place has written what carries into it
                 del self.constants[tensor]
 
     def written_out(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -225,13 +228,12 @@ class Tracer(TorchFunctionMode):
         return None if node is None else node.metadata.get(self.state)
 
     def _mark_of_remade_view(self, tensor: Tensor) -> Mark | None:
-        """Return the mark of a view that got another node, as its base was changed in place by operations with rules."""
-        base = base_of(tensor)
-        if base is None or tensor not in self._marks_of_views or self._mark_of(base) is None:
+        """Return the mark of a view that got another node when operations with rules changed its base in place."""
+        base, (view, axis) = base_of(tensor), self._axes_of_views.get(id(tensor), (None, None))
+        if base is None or view is None or view() is not tensor or self._mark_of(base) is None:
             return None
         node: Any = tensor.grad_fn
-        mark = self._marks_of_views[tensor]
-        return Mark(mark.batch_axis, True, Value()) if node.next_functions[0][0] is base.grad_fn else None
+        return Mark(axis, True, Value()) if node.next_functions[0][0] is base.grad_fn else None
 
     def _bases(self, carrying: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return the views among tensors, each with its base."""
@@ -241,7 +243,7 @@ class Tracer(TorchFunctionMode):
         """Return a function that tells what is known of an output of a call, whose arguments it may have changed."""
         if self.rules.otherwise is not None or func not in FOLLOWED:
             return lambda output, position: Value()
-        carrying = [tensor for tensor in sources if tensor not in self.constants]
+        carrying = [tensor for tensor in sources if self._mark_of(tensor) is not None]
         if func in JOINS:
             return lambda output, position: Value(joined=joined_after(func, args, kwargs, carrying, output))
         origins = {id(tensor): self.origins(tensor) for tensor in sources}

@@ -93,7 +93,7 @@ SPELLINGS: dict[str, Activation] = {
     "difference of clamp": lambda z: z - z.clamp(max=0),
     "where": lambda z: torch.where(z > 0, z, 0.0),
     "where of zeros": lambda z: torch.where(z >= 0, z, torch.zeros_like(z)),
-    "where below": lambda z: torch.where(0 > z, 0 * z, z),
+    "where below": lambda z: torch.where(z < 0, 0 * z, z),
     "where as a method": lambda z: z.where(z > 0, 0.0),
     "masked fill": lambda z: z.masked_fill(z < 0, 0),
     "masked fill of not": lambda z: z.masked_fill(~(z > 0), 0.0),
@@ -129,12 +129,15 @@ SPELLINGS: dict[str, Activation] = {
     "ceiling": lambda z: z * torch.ceil(z).clamp(0, 1),
     "rounded sigmoid": lambda z: z * torch.sigmoid(z).round(),
     "sign of a quotient": lambda z: z * (z / z.abs() + 1) / 2,
+    "straight through": lambda z: z + (F.relu(z) - z).detach(),
     "assigned": in_place(assigned),
     "assigned in halves": in_place(assigned_halves),
     "collected": collected,
     "amax": lambda z: torch.stack([z, torch.zeros_like(z)]).amax(0),
     "max of a stack": lambda z: torch.stack([torch.zeros_like(z), z], -1).max(-1).values,
-    "max of a concatenation": lambda z: torch.cat([z[:, :, None], z.new_zeros(*z.shape[:2], 1, *z.shape[2:])], 2).amax(2),
+    "max of a concatenation": lambda z: torch.cat([z[:, :, None], z.new_zeros(*z.shape[:2], 1, *z.shape[2:])], 2).amax(
+        2
+    ),
     "amin": lambda z: -torch.stack([-z, torch.zeros_like(z)], 1).amin(1),
     "relu_": in_place(lambda z: z.relu_()),
     "relu_ of a view": in_place(lambda z: z.view(len(z), -1).relu_()),
@@ -182,7 +185,9 @@ def map_and_gradients(
 )
 def test_any_spelling_of_a_relu_has_the_map_and_the_second_order_of_f_relu(name, seed, epsilon):
     values = torch.tensor(epsilon, dtype=torch.float64)
-    torch.testing.assert_close(map_and_gradients(SPELLINGS[name], seed, values), map_and_gradients(F.relu, seed, values))
+    torch.testing.assert_close(
+        map_and_gradients(SPELLINGS[name], seed, values), map_and_gradients(F.relu, seed, values)
+    )
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -269,17 +274,26 @@ REFUSED: dict[str, tuple[Activation, str]] = {
     "mask of a mean": (lambda z: z * (z > z.mean()), r"Tensor\.mul with a step function"),
     "gate of a mean": (lambda z: torch.where(z.mean(1, keepdim=True) > 0, z, 0.0), r"torch\.where with a step"),
     "fill by another": (lambda z: z.masked_fill(z.flip(1) < 0, 0), r"masked_fill with a step"),
-    "selection by a mask": (lambda z: z.flatten(1)[:, (z > 0).flatten(1).any(0)].mean(1).expand(4, 4, -1).mT, r"getitem"),
+    "selection by a mask": (
+        lambda z: z.flatten(1)[:, (z > 0).flatten(1).any(0)].mean(1).expand(4, 4, -1).mT,
+        r"getitem",
+    ),
     "indices of a mask": (lambda z: z * 0 + z[(z > 0).nonzero(as_tuple=True)].mean(), r"getitem__ with a step"),
     "gather by a mask": (lambda z: torch.stack([0 * z, z], 1).gather(1, (z > 0).long()[:, None])[:, 0], r"gather with"),
     "one of two": (lambda z: z * F.one_hot(z.argmax(1), z.shape[1]).movedim(-1, 1), r"Tensor\.mul with a step"),
     "einsum with a mask": (lambda z: torch.einsum("nchw,nchw->nchw", z, (z > 0).to(z)), r"einsum with a step function"),
     "step of another, added": (lambda z: z + (z.mean(1, keepdim=True) > 0), r"Tensor\.add with a step function"),
     "codes of a book": (lambda z: z + (torch.eye(6)[z.argmax(1)].movedim(-1, 1) - z).detach(), r"sub with a step"),
-    "rounding before a layer": (lambda z: z + F.conv2d(z.round(), torch.ones(6, 6, 1, 1).to(z)), r"with a step function"),
+    "rounding before a layer": (
+        lambda z: z + F.conv2d(z.round(), torch.ones(6, 6, 1, 1).to(z)),
+        r"with a step function",
+    ),
     "whole part": (lambda z: z * torch.frac(z), r"no relevance rule for torch\.frac"),
     "masked scatter": (lambda z: z.masked_scatter(z < 0, torch.zeros_like(z)), r"masked_scatter"),
-    "index_put": (lambda z: z.index_put(((z < 0).nonzero(as_tuple=True)), torch.zeros((), dtype=z.dtype)), r"index_put"),
+    "index_put": (
+        lambda z: z.index_put(((z < 0).nonzero(as_tuple=True)), torch.zeros((), dtype=z.dtype)),
+        r"index_put",
+    ),
     "copysign": (lambda z: (z + torch.copysign(z, torch.ones(()))) / 2, r"no relevance rule for torch\.copysign"),
     "hypot": (lambda z: (z + torch.hypot(z, 0 * z)) / 2, r"no relevance rule for torch\.hypot"),
     "topk with zeros": (
@@ -325,8 +339,7 @@ def test_a_step_function_is_a_constant_where_relevance_is_stopped():
     images, targets = torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1])
 
     def gated(mask_of: Callable[[Tensor], Tensor]) -> nn.Module:
-        model = Net(lambda z: F.relu(z) * stop_relevance(mask_of(z)) if z.shape[1] == 6 else F.relu(z))
-        return model
+        return Net(lambda z: F.relu(z) * stop_relevance(mask_of(z)) if z.shape[1] == 6 else F.relu(z))
 
     model = gated(lambda z: z.mean((2, 3), keepdim=True) > 0)
     with torch.no_grad():
@@ -366,7 +379,10 @@ IN_PLACE: dict[str, tuple[Callable[[Tensor], Any], Activation]] = {
         lambda z: z.flatten(1)[:, :10].relu_(),
         lambda z: torch.cat([F.relu(z.flatten(1)[:, :10]), z.flatten(1)[:, 10:]], 1).view(z.shape),
     ),
-    "silu": (lambda z: F.silu(z.transpose(0, 1)[0], inplace=True), lambda z: torch.cat([F.silu(z[:, :1]), z[:, 1:]], 1)),
+    "silu": (
+        lambda z: F.silu(z.transpose(0, 1)[0], inplace=True),
+        lambda z: torch.cat([F.silu(z[:, :1]), z[:, 1:]], 1),
+    ),
     "gate": (
         lambda z: z[:, 2:].mul_(torch.sigmoid(z[:, :2].mean(1, keepdim=True))),
         lambda z: torch.cat([z[:, :2], z[:, 2:] * torch.sigmoid(z[:, :2].mean(1, keepdim=True))], 1),

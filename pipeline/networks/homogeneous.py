@@ -50,9 +50,10 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     """Copy a ReLU network into its positively homogeneous form.
 
     Convolutions and linear layers lose their bias, and batch norms become `ScaleNorm` with the same γ. Other modules
-    stay as they are; a linear layer whose bias PyTorch's attention and transformer modules read has a bias of zeros
-    that is no parameter and not saved. The report lists those that break homogeneity or have parameters of their own. It cannot list an
-    activation that a ``forward`` calls as a function; `homogeneity_error` measures that.
+    stay as they are. PyTorch's attention and transformer modules read the biases of their linear layers: those biases
+    become zeros that are no parameters and not saved. The report lists the modules that break homogeneity or have
+    parameters of their own. It cannot list an activation that a ``forward`` calls as a function; `homogeneity_error`
+    measures that.
 
     Returns:
         The copy, and the report.

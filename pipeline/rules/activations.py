@@ -26,7 +26,7 @@ ACTIVATIONS: set[Any] = {
     torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip, T.clip_,
     torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_,
     torch.clamp_max, torch.clamp_max_, T.clamp_max, T.clamp_max_,
-    F.prelu, torch.prelu, T.prelu, F.threshold, F.threshold_, torch.threshold, torch.threshold_,
+    F.prelu, torch.prelu, T.prelu, F.threshold, torch.threshold, torch.threshold_,
     F.hardshrink, torch.hardshrink, T.hardshrink, F.softshrink, F.tanhshrink, F.softsign,
     torch.abs, T.abs, T.__abs__, torch.abs_, T.abs_, torch.absolute, T.absolute, T.absolute_,
 }  # fmt: skip

@@ -55,7 +55,8 @@ def joined_after(func: Any, args: Any, kwargs: Any, carrying: Iterable[Tensor], 
         return Joined()
     dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
     dim %= output.dim()
-    positions, start = [], 0
+    positions: list[int] = []
+    start = 0
     for part in parts:
         size = 1 if func is torch.stack else 0 if part.shape == (0,) else part.shape[dim]
         if id(part) not in known:
@@ -100,7 +101,9 @@ def _with_the_constants(positions: tuple[int, ...], dim: int) -> Rule:
     def rule(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         others = [i for i in range(input.shape[dim]) if i not in set(positions)]
         indices = [torch.tensor(part, device=input.device) for part in (others, positions)]
-        largest = trace.written_out(func, trace.written_out(torch.index_select, input, dim, indices[0]), *args, **kwargs)
+        largest = trace.written_out(
+            func, trace.written_out(torch.index_select, input, dim, indices[0]), *args, **kwargs
+        )
         constant = func(input.detach().index_select(dim, indices[1]), *args, **kwargs)
         combine = torch.maximum if func in _LARGEST else torch.minimum
         if isinstance(largest, Tensor):

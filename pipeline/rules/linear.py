@@ -48,9 +48,9 @@ T: Any = torch.Tensor
 
 # the largest of an axis
 LARGEST: set[Any] = {
-    torch.amax, T.amax, torch.amin, T.amin, torch.aminmax, T.aminmax, torch.topk, T.topk, torch.sort, T.sort, torch.msort,
-    T.msort, torch.kthvalue, T.kthvalue, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode,
-    torch.cummax, T.cummax, torch.cummin, T.cummin,
+    torch.amax, T.amax, torch.amin, T.amin, torch.aminmax, T.aminmax, torch.topk, T.topk, torch.sort, T.sort,
+    torch.msort, T.msort, torch.kthvalue, T.kthvalue, torch.median, T.median, torch.nanmedian, T.nanmedian,
+    torch.mode, T.mode, torch.cummax, T.cummax, torch.cummin, T.cummin,
 }  # fmt: skip
 # the largest of a window
 WINDOWS: set[Any] = {

@@ -138,7 +138,17 @@ def with_mean(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any
     return spread, func(input, *args, **kwargs)[1]
 
 
-@rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std, F.lp_pool1d, F.lp_pool2d, F.lp_pool3d)
+@rule_for(
+    torch.norm,
+    T.norm,
+    torch.linalg.vector_norm,
+    torch.linalg.norm,
+    torch.std,
+    T.std,
+    F.lp_pool1d,
+    F.lp_pool2d,
+    F.lp_pool3d,
+)
 def of_degree_one(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Pass the gradient, which conserves the relevance of a positively homogeneous function, see `power`."""
     return func(*args, **kwargs)

@@ -20,12 +20,12 @@ from pipeline.errors import RelevanceError
 from pipeline.rules.activations import ACTIVATIONS, BOUNDS
 from pipeline.rules.elementwise import EXTREMES_OF_TWO, elementwise
 from pipeline.rules.joined import JOINS, Joined
-from pipeline.rules.linear import SELECTIONS
+from pipeline.rules.linear import LIKE_THE_SECOND, SELECTIONS
 from pipeline.rules.relu import RELU
 from pipeline.rules.table import Rule, rule_for, tensors
 
 if TYPE_CHECKING:
-    from weakref import ref
+    from torch.utils.weak import TensorWeakRef
 
     from pipeline.tracer import Tracer
 
@@ -38,7 +38,7 @@ MOST_ORIGINS = 8
 class Origin(NamedTuple):
     """A tensor of which another is an elementwise function, and that function."""
 
-    tensor: ref[Tensor] | None
+    tensor: TensorWeakRef | None
     curve: Curve
 
 
@@ -65,53 +65,51 @@ class Constant(NamedTuple):
     sources: tuple[Tensor, ...]
 
 
-def functions(*names: str) -> set[Any]:
-    """Return the torch functions, the methods and the in-place methods of these names."""
-    places = [(place, name) for name in names for place in (torch, T, F)]
-    places += [(T, f"{name}_") for name in names] + [(torch, f"{name}_") for name in names]
+def functions(names: str) -> set[Any]:
+    """Return the torch functions, the methods and the in-place methods of names that spaces separate."""
+    places = [(place, name) for name in names.split() for place in (torch, T, F)]
+    places += [(place, f"{name}_") for name in names.split() for place in (torch, T)]
     return {getattr(place, name) for place, name in places if hasattr(place, name)}
 
 
-_OPERATORS = ("add", "radd", "iadd", "sub", "rsub", "isub", "mul", "rmul", "imul", "truediv", "rtruediv", "itruediv")
-_OPERATORS += ("rdiv", "pow", "rpow", "neg", "pos", "abs", "invert", "and", "or", "xor", "rand", "ror", "rxor")
-_OPERATORS += ("iand", "ior", "ixor", "gt", "ge", "lt", "le", "eq", "ne", "floordiv", "rfloordiv", "mod")
-SUMS = functions("add", "sub", "subtract", "rsub")
-SUMS |= {T.__add__, T.__radd__, T.__iadd__, T.__sub__, T.__rsub__, T.__isub__}
-QUOTIENTS = functions("div", "divide", "true_divide") | {T.__truediv__}
-_STEPS = functions("sign", "sgn", "heaviside", "floor", "round", "ceil", "trunc", "fix", "floor_divide", "signbit")
-_STEPS |= {T.__floordiv__, T.__rfloordiv__}
+def _operators(names: str) -> set[Any]:
+    return {getattr(T, f"__{name}__") for name in names.split() if hasattr(T, f"__{name}__")}
+
+
+SUMS = functions("add sub subtract rsub") | _operators("add radd iadd sub rsub isub")
+QUOTIENTS = functions("div divide true_divide") | _operators("truediv")
 OF_RELATIVES = {*SUMS, *QUOTIENTS, *EXTREMES_OF_TWO}  # see `rule_of_relatives`
-ELEMENTWISE = {elementwise, *ACTIVATIONS, *RELU, *SUMS, *EXTREMES_OF_TWO, *_STEPS, T.data.__get__}
-ELEMENTWISE |= {getattr(T, f"__{name}__") for name in _OPERATORS if hasattr(T, f"__{name}__")}
+_STEPS = functions("sign sgn heaviside floor round ceil trunc fix floor_divide") | _operators("floordiv rfloordiv")
+ELEMENTWISE = {elementwise, *ACTIVATIONS, *RELU, *SUMS, *QUOTIENTS, *EXTREMES_OF_TWO, *_STEPS, T.data.__get__}
 ELEMENTWISE |= functions(
-    *("mul", "multiply", "div", "divide", "true_divide", "pow", "square", "sqrt", "neg", "negative", "positive"),
-    *("where", "masked_fill", "addcmul", "addcdiv", "nan_to_num", "reciprocal", "rsqrt"),
-    *("gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal", "isclose"),
-    *("logical_and", "logical_or", "logical_not", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_not"),
-    *("clone", "contiguous", "detach", "to", "type", "type_as", "float", "double", "half", "bfloat16", "bool", "int"),
-    *("long", "byte", "cpu", "cuda", "requires_grad_", "dropout"),
+    "mul multiply pow square sqrt neg negative positive reciprocal rsqrt addcmul where masked_fill nan_to_num dropout "
+    "gt ge lt le eq ne greater greater_equal less less_equal not_equal isclose signbit "
+    "logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not "
+    "clone contiguous detach to type type_as float double half bfloat16 bool int long byte cpu cuda requires_grad_"
 )
-_RESHAPES = functions(
-    *("flatten", "unflatten", "reshape", "view", "view_as", "reshape_as", "ravel", "squeeze", "unsqueeze"),
+ELEMENTWISE |= _operators(
+    "mul rmul imul itruediv rtruediv rdiv pow rpow neg pos abs invert and or xor rand ror rxor iand ior ixor "
+    "gt ge lt le eq ne mod"
 )
-MOVES = functions(
-    *("permute", "transpose", "swapaxes", "t", "movedim", "moveaxis", "chunk", "split", "unbind", "select", "narrow", "flip"),
-    *("roll", "rot90", "expand", "expand_as", "broadcast_to", "repeat", "tile"),
-) | {*_RESHAPES, T.__getitem__, T.T.__get__, T.mT.__get__}
+_SAME_VALUES = {*LIKE_THE_SECOND, *functions("clone contiguous detach cpu cuda"), T.data.__get__}
+_RESHAPES = functions("flatten unflatten reshape view view_as reshape_as ravel squeeze unsqueeze")
+MOVES = {*_RESHAPES, T.__getitem__, T.T.__get__, T.mT.__get__} | functions(
+    "permute transpose swapaxes t movedim moveaxis chunk split unbind select narrow flip roll rot90 expand expand_as "
+    "broadcast_to repeat tile"
+)
 FOLLOWED = {*ELEMENTWISE, *MOVES, *JOINS, T.__setitem__}  # those of whose outputs a `Value` tells something
 _RANKING = functions(
-    *("argmax", "argmin", "argsort", "topk", "sort", "max", "min", "median", "nanmedian", "kthvalue", "mode"),
-    *("cummax", "cummin", "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices"),
-    *("adaptive_max_pool1d_with_indices", "adaptive_max_pool2d_with_indices", "adaptive_max_pool3d_with_indices"),
+    "argmax argmin argsort topk sort max min median nanmedian kthvalue mode cummax cummin "
+    "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d_with_indices "
+    "adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices"
 )
-_GUARDS = functions("isnan", "isinf", "isfinite", "isposinf", "isneginf")  # they tell of no value that a map has
+_GUARDS = functions("isnan isinf isfinite isposinf isneginf")  # they tell of no value that a map has
 # they use the shape and the type of their argument alone
-SHAPES = functions("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "result_type") | {
-    getattr(torch, f"{name}_like") for name in ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
-}
+SHAPES = functions("new_empty new_zeros new_ones new_full new_empty_strided empty_like zeros_like ones_like full_like")
+SHAPES |= functions("rand_like randn_like randint_like")
 
 
-@rule_for(*functions("sign", "sgn", "heaviside", "floor", "round", "ceil", "trunc", "fix"))
+@rule_for(*(func for func in functions("sign sgn heaviside floor round ceil trunc fix") if func.__name__[-1] != "_"))
 def step(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Return a constant, which only an operation on the same activation may use, see `rule_with_steps`."""
     plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
@@ -200,12 +198,18 @@ class _NotUniformError(Exception):
     """The values of a constant differ between positions, so that no curve holds for all."""
 
 
+class _NotKnownError(Exception):
+    """A CUDA graph is being recorded, so that constants on the GPU have no values yet."""
+
+
 def _not_uniform(probe: Tensor) -> Tensor:
     raise _NotUniformError
 
 
 def _composed(func: Any, args: Any, kwargs: Any, origins: Mapping[int, Mapping[Name, Origin]], name: Name) -> Curve:
     """Return the output of ``func`` as a function of one origin; the closure holds no tensor that depends on it."""
+    if func in _SAME_VALUES:
+        return origins[id(args[0])][name].curve
 
     def template(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -220,6 +224,9 @@ def _composed(func: Any, args: Any, kwargs: Any, origins: Mapping[int, Mapping[N
         if callable(value) and not isinstance(value, Tensor):
             return value(probe)
         if isinstance(value, Tensor):
+            if value.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise _NotKnownError
+            value = value.cpu()
             if not value.numel() or bool((value != value.flatten()[0]).any()):
                 raise _NotUniformError
             return value.flatten()[0]
@@ -236,12 +243,12 @@ def unchanged(probe: Tensor) -> Tensor:
     return probe.clone()
 
 
-def _shape_of(curve: Curve, device: torch.device) -> str:
+def _shape_of(curve: Curve) -> str:
     """Tell whether a function is "linear", a multiple of a ReLU of ± its argument ("one-sided"), the same for all
     numbers of a sign ("step"), or "other"."""
     try:
         with torch.no_grad():
-            above, twice, below, twice_below = curve(torch.tensor([1.0, 2.0, -1.0, -2.0], device=device)).tolist()
+            above, twice, below, twice_below = curve(torch.tensor([1.0, 2.0, -1.0, -2.0])).tolist()
     except (_NotUniformError, RuntimeError, TypeError, ValueError):
         return "other"
     if (twice, twice_below) == (above, below):
@@ -293,25 +300,31 @@ def rule_with_steps(trace: Tracer, func: Any, rule: Rule, carrying: list[Tensor]
     return _masked_selection(base, refusal) if func is T.__getitem__ else _masked_assignment(base, refusal)
 
 
-def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: Any, carrying: list[Tensor]) -> Rule:
+def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: Any, sources: list[Tensor]) -> Rule:
     """Return the rule for a sum, a quotient or the larger of two tensors, which may be functions of one activation.
+
+    ``sources`` are those that depend on the image.
 
     Raises:
         RelevanceError: the output is a ReLU of an activation that is no longer there.
     """
-    origins = {id(tensor): trace.origins(tensor) for tensor in carrying}
+    origins = {id(tensor): trace.origins(tensor) for tensor in sources}
     first, *others = origins.values()
     name = next((name for name in first if all(name in other for other in others)), None)
     if name is None:
         return rule
-    shape = _shape_of(_composed(func, args, kwargs, origins, name), carrying[0].device)
-    if shape == "step":  # such as z / |z|
+    try:
+        shape = _shape_of(_composed(func, args, kwargs, origins, name))
+    except _NotKnownError:
+        raise trace.unknown(func, "of an activation and its own function in a recorded step", REMEDY) from None
+    if shape == "step" and func in QUOTIENTS:  # such as z / |z|
         return step
     if shape == "linear" or func in QUOTIENTS or (shape == "other" and func in SUMS):
         return rule
     tensor = first[name].tensor
     base = None if tensor is None else tensor()
-    base = common_base(trace, carrying, carrying if base is None else [base, *carrying])
+    carrying = [tensor for tensor in sources if trace.carries(tensor)]
+    base = common_base(trace, sources, carrying if base is None else [base, *carrying])
     if base is None:
         raise trace.unknown(func, "that makes a ReLU of an activation which is no longer there", REMEDY)
     return _by_the_identity_rule(base)
@@ -346,7 +359,7 @@ def _masked_selection(base: Tensor, refusal: Callable[[], RelevanceError]) -> Ru
             raise refusal()
         # ``z[z < 0] *= 0.1`` writes back into the input
         output = func(_identity(trace, base.clone(), input.clone(), trace.batch_axis(base)), index)
-        origins = {("masked", name): Origin(None, unchanged) for name in trace.names(base)}
+        origins: dict[Name, Origin] = {("masked", name): Origin(None, unchanged) for name in trace.names(base)}
         trace.mark(output, None, outer=trace.outer_gradient_wanted(input), value=Value(origins=origins))
         return output
 
@@ -357,9 +370,9 @@ def _masked_assignment(base: Tensor, refusal: Callable[[], RelevanceError]) -> R
     """Return the rule of ``z[z < 0] = 0``, in which the other values pass relevance by the identity rule."""
 
     def rule(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) -> None:
-        if isinstance(value, Tensor) and trace.carries(value):
-            if not any(("masked", name) in trace.origins(value) for name in trace.names(base)):
-                raise refusal()
+        carries = isinstance(value, Tensor) and trace.carries(value)
+        if carries and not any(("masked", name) in trace.origins(value) for name in trace.names(base)):
+            raise refusal()
         if not trace.carries(input):
             func(input, index, value)
             trace.mark(input, trace.batch_axis(base) if input.shape == base.shape else None, outer=True)
