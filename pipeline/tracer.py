@@ -115,6 +115,8 @@ class Tracer(TorchFunctionMode):
             return output  # a shape, a comparison, a detached copy: no relevance passes
         self._recompute_with_rules()
         if self.rules.otherwise is None:
+            if kwargs.get("out") is not None:
+                raise self.unknown(func, "that writes into an argument 'out'")
             steps = [tensor for tensor in constants if self.constants[tensor].kind != "smooth"]
             if steps:
                 rule = rule_with_steps(self, func, rule, carrying, steps)

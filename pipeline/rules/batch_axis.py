@@ -392,7 +392,8 @@ _enter(
     F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices, F.interpolate, F.batch_norm,
     F.group_norm, torch.group_norm, F.instance_norm, F.local_response_norm, F.pixel_shuffle, F.pixel_unshuffle,
     torch.channel_shuffle, F.unfold, F.fold, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.grid_sample, F.lp_pool1d,
-    F.lp_pool2d, F.lp_pool3d,
+    F.lp_pool2d, F.lp_pool3d, F.fractional_max_pool2d, F.fractional_max_pool3d, torch.native_channel_shuffle,
+    F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices,
 )  # fmt: skip
 _enter(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
 _enter(_convolution, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)

@@ -58,6 +58,8 @@ WINDOWS: set[Any] = {
     F.max_pool1d_with_indices, F.max_pool2d_with_indices, F.max_pool3d_with_indices,
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
     F.adaptive_max_pool1d_with_indices, F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices,
+    F.fractional_max_pool2d, F.fractional_max_pool3d,
+    F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices,
 }  # fmt: skip
 
 
@@ -89,7 +91,7 @@ WINDOWS: set[Any] = {
     torch.chunk, T.chunk, torch.split, T.split, torch.unbind, T.unbind, T.__getitem__, torch.select, T.select,
     torch.tensor_split, T.tensor_split, torch.index_select, T.index_select, torch.gather, T.gather,
     torch.narrow, T.narrow, torch.flip, T.flip, torch.roll, T.roll, torch.rot90, T.rot90,
-    F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle, F.unfold, F.fold, T.unfold,
+    F.pixel_shuffle, F.pixel_unshuffle, torch.channel_shuffle, torch.native_channel_shuffle, F.unfold, F.fold, T.unfold,
     # copies and types
     T.contiguous, torch.clone, T.clone, T.to, T.type, T.float, T.double, T.half, T.bfloat16, T.type_as,
     T.cpu, T.cuda, T.requires_grad_,

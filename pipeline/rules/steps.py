@@ -106,7 +106,7 @@ _RANKING = functions(
 _GUARDS = functions("isnan isinf isfinite isposinf isneginf")  # they tell of no value that a map has
 # they use the shape and the type of their argument alone
 SHAPES = functions("new_empty new_zeros new_ones new_full new_empty_strided empty_like zeros_like ones_like full_like")
-SHAPES |= functions("rand_like randn_like randint_like")
+SHAPES |= functions("new_tensor rand_like randn_like randint_like")
 
 
 @rule_for(*(func for func in functions("sign sgn heaviside floor round ceil trunc fix") if func.__name__[-1] != "_"))
