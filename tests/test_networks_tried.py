@@ -176,7 +176,11 @@ EXPLAINED: dict[str, Callable[[], nn.Module]] = {
     "AlphaDropout": lambda: nn.Sequential(nn.SELU(), nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)),
     "RReLU": nn.RReLU,
     "fixed grid": lambda: Block(
-        lambda s, x: F.grid_sample(x, F.affine_grid(x.new_tensor([[[0.9, 0.1, 0], [0, 1, 0]]] * len(x)), list(x.shape)))
+        lambda s, x: F.grid_sample(
+            x,
+            F.affine_grid(x.new_tensor([[[0.9, 0.1, 0], [0, 1, 0]]] * len(x)), list(x.shape), align_corners=False),
+            align_corners=False,
+        )
     ),
     "ReLU of a double": lambda: Block(lambda s, x: F.relu(x.double()).float()),
 }
@@ -232,7 +236,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "masked_fill with a step function of the image",
     ),
     "spatial transformer": (
-        lambda: Block(lambda s, x: F.grid_sample(x, s.grid(x).movedim(1, -1)), grid=conv(C, 2)),
+        lambda: Block(lambda s, x: F.grid_sample(x, s.grid(x).movedim(1, -1), align_corners=False), grid=conv(C, 2)),
         "grid_sample with weights that depend on the image",
     ),
     "GELU by erf": (lambda: Block(lambda s, x: x * 0.5 * (1 + torch.erf(x / 2**0.5))), "torch.erf"),
@@ -288,7 +292,7 @@ def test_at_epsilon_zero_blocks_that_are_piecewise_linear_have_the_map_of_gradie
 @pytest.mark.parametrize("name", REFUSED)
 def test_blocks_without_a_right_map_are_refused_by_name(name):
     build, text = REFUSED[name]
-    with pytest.raises(RelevanceError, match="no relevance rule for .*the heatmap would be wrong") as error:
+    with pytest.raises(RelevanceError, match=r"no relevance rule for .*the heatmap would be wrong") as error:
         explain(Net(build), torch.randn(3, 3, 8, 8), torch.tensor([0, 3, 1]), 0.1)
     assert text in str(error.value)
 
