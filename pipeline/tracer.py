@@ -36,24 +36,27 @@ from pipeline.rules.steps import (
     rule_with_steps,
     unchanged,
     value_after,
+    writes,
 )
 
 _REMEDY = (
     "Use an architecture made of convolutions, linear layers, attention, activations, norms, pooling, sums and "
     "products, or enter a rule of your own with pipeline.rule_for"
 )
+_SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # checkpointing does, up to 2.13
 
 
 class Mark(NamedTuple):
     """What the metadata of an autograd node say of its output, which carries relevance.
 
-    ``outer``: whether it depends on parameters, or on images that require a gradient.
+    ``outer``: whether it depends on parameters, or on images that require a gradient. ``values``: what is known of each
+    output, by its number.
     """
 
     batch_axis: int | None
     outer: bool
-    value: Value
+    values: dict[int, Value]
 
 
 class Tracer(TorchFunctionMode):
@@ -100,6 +103,8 @@ class Tracer(TorchFunctionMode):
         used = inputs[:1] if func in LIKE_THE_SECOND else inputs
         carrying = [tensor for tensor in used if self.carries(tensor)]
         constants = [tensor for tensor in used if tensor in self.constants] if self.constants else []
+        if carrying or constants:
+            self._check_hidden_writing(func, args, carrying)
         if not carrying:
             output = func(*args, **kwargs)
             if constants and func is stop_relevance:
@@ -125,6 +130,22 @@ class Tracer(TorchFunctionMode):
             elif len(carrying) + len(constants) > 1 and func in OF_RELATIVES:
                 rule = rule_of_relatives(self, func, rule, args, kwargs, [*carrying, *constants])
         return self._call(rule, func, args, kwargs, carrying, constants, inputs)
+
+    def _check_hidden_writing(self, func: Any, args: Any, carrying: list[Tensor]) -> None:
+        """Check that no activation is changed in place behind autograd, which then knows nothing of the change.
+
+        Raises:
+            RelevanceError: it is.
+        """
+        if self.rules.otherwise is not None or not (func == _SETS_DATA or writes(func)):
+            return
+        hidden = func == _SETS_DATA or not torch.is_grad_enabled()
+        if hidden and carrying and carrying[0] is args[0]:
+            raise self.unknown(func, "that changes an activation where autograd does not see it")
+        if isinstance(args[0], Tensor) and args[0] in self.constants:
+            memory = args[0].untyped_storage().data_ptr()
+            if any(source.untyped_storage().data_ptr() == memory for source in self.constants[args[0]].sources):
+                raise self.unknown(func, "that changes an activation through its detached values")
 
     def _call(
         self,
@@ -186,15 +207,14 @@ class Tracer(TorchFunctionMode):
 
     def names(self, carrying: Tensor) -> tuple[Name, ...]:
         """Return the names of the values of a tensor that carries relevance."""
-        mark = self._mark_of(carrying)
-        return ((carrying.grad_fn, carrying.output_nr), *(() if mark is None else mark.value.names))
+        return ((carrying.grad_fn, carrying.output_nr), *self._value_of(carrying).names)
 
     def origins(self, tensor: Tensor) -> Mapping[Name, Origin]:
         """Return the tensors of which a tensor is an elementwise function, by name; itself first, if it carries."""
-        mark = self._mark_of(tensor)
-        if mark is None:
+        if self._mark_of(tensor) is None:
             return self.constants[tensor].value.origins if tensor in self.constants else {}
-        return {**dict.fromkeys(self.names(tensor), Origin(TensorWeakRef(tensor), unchanged)), **mark.value.origins}
+        itself = Origin(TensorWeakRef(tensor), unchanged)
+        return {**dict.fromkeys(self.names(tensor), itself), **self._value_of(tensor).origins}
 
     def kind(self, tensor: Any) -> str | None:
         """Return the kind of a tensor that depends on the image and carries no relevance, see `Constant`."""
@@ -202,19 +222,18 @@ class Tracer(TorchFunctionMode):
 
     def joined(self, carrying: Tensor) -> Joined | None:
         """Return where constants are among the values of a tensor that carries relevance."""
-        mark = self._mark_of(carrying)
-        return None if mark is None else mark.value.joined
+        return self._value_of(carrying).joined
 
     def is_bounded(self, carrying: Tensor) -> bool:
         """Return whether a ReLU, or another bound, has made a tensor that carries relevance."""
-        mark = self._mark_of(carrying)
-        return mark is not None and mark.value.bounded
+        return self._value_of(carrying).bounded
 
     def mark(self, tensor: Tensor, batch_axis: int | None, outer: bool, value: Value | None = None) -> None:
         """Record that relevance reaches a tensor, unless a rule stops it there or has recorded it already."""
         node: Any = tensor.grad_fn
         if node is not None and not _stops_relevance(node):
-            mark = node.metadata.setdefault(self.state, Mark(batch_axis, outer, value or Value()))
+            mark = node.metadata.setdefault(self.state, Mark(batch_axis, outer, {}))
+            mark.values.setdefault(tensor.output_nr, value or Value())
             if is_view(tensor):
                 self._axes_of_views[id(tensor)] = (ref(tensor), mark.batch_axis)
             if self.constants and tensor in self.constants:  # an operation in place has written what carries into it
@@ -229,13 +248,17 @@ class Tracer(TorchFunctionMode):
         node: Any = tensor.grad_fn
         return None if node is None else node.metadata.get(self.state)
 
+    def _value_of(self, carrying: Tensor) -> Value:
+        mark = self._mark_of(carrying)
+        return Value() if mark is None else mark.values.get(carrying.output_nr, Value())
+
     def _mark_of_remade_view(self, tensor: Tensor) -> Mark | None:
         """Return the mark of a view that got another node when operations with rules changed its base in place."""
         base, (view, axis) = base_of(tensor), self._axes_of_views.get(id(tensor), (None, None))
         if base is None or view is None or view() is not tensor or self._mark_of(base) is None:
             return None
         node: Any = tensor.grad_fn
-        return Mark(axis, True, Value()) if node.next_functions[0][0] is base.grad_fn else None
+        return Mark(axis, True, {}) if node.next_functions[0][0] is base.grad_fn else None
 
     def _bases(self, carrying: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Return the views among tensors, each with its base."""

@@ -114,6 +114,14 @@ SPELLINGS: dict[str, Activation] = {
     "mask written": written_mask,
     "mask of views": through_views,
     "mask of halves": halves,
+    "halves of a mask": lambda z: torch.cat(
+        [a * b for a, b in zip(z.split(2, 1), (z > 0).split(2, 1), strict=True)], 1
+    ),
+    "channels of a mask": lambda z: torch.stack(
+        [a * b for a, b in zip(z.unbind(1), (z > 0).unbind(1), strict=True)], 1
+    ),
+    "expanded mask": lambda z: z * (z > 0).expand_as(z),
+    "halfway to the absolute value": lambda z: torch.lerp(z, z.abs(), 0.5),
     "mask of a clone": lambda z: z * (z.clone() > 0),
     "threshold": lambda z: F.threshold(z, 0.0, 0.0),
     "threshold in place": in_place(lambda z: F.threshold(z, 0, 0, inplace=True)),
@@ -322,6 +330,39 @@ class OwnReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return g * (ctx.saved_tensors[0] > 0)
+
+
+def hidden(change: Callable[[Tensor], Any]) -> Activation:
+    def activation(z: Tensor) -> Tensor:
+        z = z * 1
+        with torch.no_grad():
+            change(z)
+        return z
+
+    return activation
+
+
+def with_data(z: Tensor) -> None:
+    z.data = F.relu(z.data)
+
+
+REFUSED |= {
+    "clamp_ without gradients": (
+        hidden(lambda z: z.clamp_(min=0)),
+        r"clamp_ that changes an activation where autograd",
+    ),
+    "relu_ of detached values": (
+        in_place(lambda z: z.detach().relu_()),
+        r"relu_ that changes an activation through its",
+    ),
+    "assignment to data": (in_place(lambda z: z.data.__setitem__(z < 0, 0)), r"setitem__ that changes an activation"),
+    "other data": (in_place(with_data), r"that changes an activation where autograd does not see it"),
+    "sign_": (in_place(lambda z: z.sign_()), r"no relevance rule for torch\.Tensor\.sign_"),
+    "mask of the other half": (
+        lambda z: torch.cat([z.chunk(2, 1)[1] * (z > 0).chunk(2, 1)[0], F.relu(z[:, :3])], 1),
+        r"Tensor\.mul with a step function",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

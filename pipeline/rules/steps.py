@@ -76,7 +76,7 @@ def _operators(names: str) -> set[Any]:
     return {getattr(T, f"__{name}__") for name in names.split() if hasattr(T, f"__{name}__")}
 
 
-SUMS = functions("add sub subtract rsub") | _operators("add radd iadd sub rsub isub")
+SUMS = functions("add sub subtract rsub lerp") | _operators("add radd iadd sub rsub isub")
 QUOTIENTS = functions("div divide true_divide") | _operators("truediv")
 OF_RELATIVES = {*SUMS, *QUOTIENTS, *EXTREMES_OF_TWO}  # see `rule_of_relatives`
 _STEPS = functions("sign sgn heaviside floor round ceil trunc fix floor_divide") | _operators("floordiv rfloordiv")
@@ -91,11 +91,17 @@ ELEMENTWISE |= _operators(
     "mul rmul imul itruediv rtruediv rdiv pow rpow neg pos abs invert and or xor rand ror rxor iand ior ixor "
     "gt ge lt le eq ne mod"
 )
+_ASSIGNMENTS = _operators("iadd isub imul itruediv idiv ipow iand ior ixor ifloordiv imod") | {T.__setitem__}
+_OF_OTHER_THINGS = {
+    getattr(T, f"{name}_") for name in ("requires_grad", "detach", "share_memory", "squeeze", "unsqueeze")
+}
+_OF_OTHER_THINGS |= {T.t_, T.transpose_}
 _SAME_VALUES = {*LIKE_THE_SECOND, *functions("clone contiguous detach cpu cuda"), T.data.__get__}
-_RESHAPES = functions("flatten unflatten reshape view view_as reshape_as ravel squeeze unsqueeze")
+_RESHAPES = functions(
+    "flatten unflatten reshape view view_as reshape_as ravel squeeze unsqueeze expand expand_as broadcast_to"
+)
 MOVES = {*_RESHAPES, T.__getitem__, T.T.__get__, T.mT.__get__} | functions(
-    "permute transpose swapaxes t movedim moveaxis chunk split unbind select narrow flip roll rot90 expand expand_as "
-    "broadcast_to repeat tile"
+    "permute transpose swapaxes t movedim moveaxis chunk split unbind select narrow flip roll rot90 repeat tile"
 )
 FOLLOWED = {*ELEMENTWISE, *MOVES, *JOINS, T.__setitem__}  # those of whose outputs a `Value` tells something
 _RANKING = functions(
@@ -330,17 +336,20 @@ def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: A
     return _by_the_identity_rule(base)
 
 
+def writes(func: Any) -> bool:
+    """Return whether a function changes the values of its first argument in place."""
+    name = func.__name__
+    return (name[-1] == "_" and name[-2:] != "__" and func not in _OF_OTHER_THINGS) or func in _ASSIGNMENTS
+
+
 def _by_the_identity_rule(base: Tensor) -> Rule:
     """Return the rule that gives all relevance of the output to ``base``, of which it is an elementwise function."""
 
     def rule(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
         axis, first = trace.batch_axis(base), args[0]
-        writes = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        writes = writes or func in (T.__iadd__, T.__isub__, T.__imul__, T.__itruediv__)
-        if writes:
-            args = (first.clone(), *args[1:])
-        output = _identity(trace, base.clone() if writes else base, func(*args, **kwargs), axis)
-        return first.copy_(output) if writes else output
+        if not writes(func):
+            return _identity(trace, base, func(*args, **kwargs), axis)
+        return first.copy_(_identity(trace, base.clone(), func(first.clone(), *args[1:], **kwargs), axis))
 
     return rule
 
