@@ -146,6 +146,7 @@ SPELLINGS: dict[str, Activation] = {
         2
     ),
     "amin": lambda z: -torch.stack([-z, torch.zeros_like(z)], 1).amin(1),
+    "amax of more": lambda z: torch.stack([z, torch.zeros_like(z), 0.5 * z], -1).amax(-1),
     "relu_": in_place(lambda z: z.relu_()),
     "relu_ of a view": in_place(lambda z: z.view(len(z), -1).relu_()),
     "module in place on a slice": in_place(part_by_module),

@@ -100,11 +100,9 @@ def _reduced(func: Any, input: Tensor, args: Any, kwargs: Any) -> list[int]:
 def _with_the_constants(positions: tuple[int, ...], dim: int) -> Rule:
     def rule(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
         others = [i for i in range(input.shape[dim]) if i not in set(positions)]
-        indices = [torch.tensor(part, device=input.device) for part in (others, positions)]
-        largest = trace.written_out(
-            func, trace.written_out(torch.index_select, input, dim, indices[0]), *args, **kwargs
-        )
-        constant = func(input.detach().index_select(dim, indices[1]), *args, **kwargs)
+        part = trace.written_out(torch.index_select, input, dim, _indices(others, input.device))
+        largest = trace.written_out(func, part, *args, **kwargs)
+        constant = func(input.detach().index_select(dim, _indices(positions, input.device)), *args, **kwargs)
         combine = torch.maximum if func in _LARGEST else torch.minimum
         if isinstance(largest, Tensor):
             return trace.written_out(combine, largest, constant)
@@ -112,3 +110,14 @@ def _with_the_constants(positions: tuple[int, ...], dim: int) -> Rule:
         return type(largest)((values, func(input.detach(), *args, **kwargs)[1]))
 
     return rule
+
+
+def _indices(positions: Iterable[int], device: torch.device) -> Tensor:
+    """Return the positions, made on the device, as a recorded step on CUDA takes no values from the CPU."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1])
+    return torch.cat([torch.arange(start, end, device=device) for start, end in runs])

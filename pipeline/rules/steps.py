@@ -221,7 +221,8 @@ def _composed(func: Any, args: Any, kwargs: Any, origins: Mapping[int, Mapping[N
         if isinstance(value, Tensor):
             if id(value) in origins:
                 return origins[id(value)][name].curve
-            return _not_uniform if value.requires_grad else value.detach()
+            is_kept_by_autograd = func not in SUMS or value.numel() == 1
+            return value.detach() if is_kept_by_autograd and not value.requires_grad else _not_uniform
         return type(value)(map(template, value)) if type(value) in (tuple, list) else value
 
     prepared, named = template(tuple(args)), {key: template(value) for key, value in kwargs.items()}
@@ -338,7 +339,7 @@ def rule_of_relatives(trace: Tracer, func: Any, rule: Rule, args: Any, kwargs: A
 
 def writes(func: Any) -> bool:
     """Return whether a function changes the values of its first argument in place."""
-    name = func.__name__
+    name = getattr(func, "__name__", "unknown")
     return (name[-1] == "_" and name[-2:] != "__" and func not in _OF_OTHER_THINGS) or func in _ASSIGNMENTS
 
 
