@@ -484,6 +484,34 @@ def test_second_order_of_an_operation_in_place_on_a_view_equals_finite_differenc
     oracles.assert_gradients_are_finite_differences(loss, dict(model.named_parameters()), moving=weights)
 
 
+WRITTEN: dict[str, Activation] = {
+    "index_copy": lambda z: torch.zeros_like(z).index_copy(1, torch.arange(z.shape[1]), z),
+    "index_add": lambda z: torch.index_add(torch.zeros_like(z), 1, torch.arange(z.shape[1]), z),
+    "index_add_": lambda z: torch.zeros_like(z).index_add_(1, torch.arange(z.shape[1]), z),
+    "scatter": lambda z: torch.zeros_like(z).scatter(1, indices(z), z),
+    "scatter_": lambda z: torch.zeros_like(z).scatter_(1, indices(z), z),
+    "scatter_add": lambda z: (0.5 * z).scatter_add(1, indices(z), 0.5 * z),
+    "index_fill": lambda z: F.pad(z, (1, 0)).index_fill(3, torch.tensor([0]), 0.0)[..., 1:],
+    "sorted back": lambda z: sorted_back(z),
+}
+
+
+def indices(z: Tensor) -> Tensor:
+    return torch.arange(z.shape[1]).view(1, -1, 1, 1).expand_as(z)
+
+
+def sorted_back(z: Tensor) -> Tensor:
+    values, order = z.sort(1)
+    return torch.zeros_like(z).scatter(1, order, values)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_at_indices_keeps_its_relevance_and_the_batch(name):
+    epsilon = torch.tensor([0.05, 0.5, 0.1], dtype=torch.float64)
+    found = map_and_gradients(lambda z: F.relu(WRITTEN[name](z)), 0, epsilon)
+    torch.testing.assert_close(found, map_and_gradients(F.relu, 0, epsilon))
+
+
 def test_what_is_written_into_slices_of_a_canvas_keeps_the_batch():
     def shifted(z: Tensor) -> Tensor:
         canvas = torch.zeros(z.shape, dtype=z.dtype)
@@ -523,3 +551,25 @@ def test_no_constant_that_a_pass_followed_stays_in_memory():
         assert [ref() for ref in seen] == [None] * len(seen)
     finally:
         gc.enable()
+
+
+def test_statistics_of_activations_may_be_kept_in_buffers():
+    mean = torch.zeros(6, dtype=torch.float64)
+
+    def centred(z: Tensor) -> Tensor:
+        if z.shape[1] != 6:
+            return F.relu(z)
+        with torch.no_grad():
+            mean.mul_(0.9).add_(z.detach().mean((0, 2, 3)), alpha=0.1)
+            mean.clamp_(-1, 1)
+        z.detach().requires_grad_()
+        return F.relu(z - mean.view(1, -1, 1, 1))
+
+    images, targets = torch.randn(3, 2, 6, 6).double(), torch.tensor([0, 2, 1])
+    found = explain(Net(centred), images, targets, 0.1)[1]
+    kept = mean.clone()
+    expected = explain(
+        Net(lambda z: F.relu(z - kept.view(1, -1, 1, 1)) if z.shape[1] == 6 else F.relu(z)), images, targets, 0.1
+    )[1]
+    assert kept.any()
+    torch.testing.assert_close(found, expected)

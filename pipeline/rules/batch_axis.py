@@ -126,6 +126,12 @@ def _kept_but_last(call: _Call) -> int | None:
     return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
 
 
+def _scatter(call: _Call) -> int | None:
+    """Follow the writing at indices of one axis into a tensor of the same number of axes."""
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    return None if axis == call.dim(1) or any(t.dim() != call.output.dim() for t in call.carrying) else axis
+
+
 def _diagonal(call: _Call) -> int | None:
     pair = [call.get(2 + i, f"dim{1 + i}") for i in (0, 1)]
     dims = [(i if dim is None else dim) % call.input.dim() for i, dim in enumerate(pair)]
@@ -419,6 +425,12 @@ _enter(_other_axis(2, 0), torch.chunk, T.chunk, torch.split, T.split, torch.tens
 _enter(_other_axis(1, -1), F.glu)
 _enter(_other_axes(1), torch.flip, T.flip)
 _enter(_other_axes(2), torch.roll, T.roll, torch.rot90, T.rot90)
+_enter(
+    _scatter,
+    torch.scatter, T.scatter, T.scatter_, torch.scatter_add, T.scatter_add, T.scatter_add_,
+    torch.index_add, T.index_add, T.index_add_, torch.index_copy, T.index_copy, T.index_copy_,
+    torch.index_fill, T.index_fill, T.index_fill_,
+)  # fmt: skip
 _enter(_diagonal, torch.diagonal, T.diagonal)
 _enter(_getitem, T.__getitem__)
 _enter(_cat, torch.cat, torch.concat, torch.concatenate)

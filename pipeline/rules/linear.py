@@ -105,6 +105,21 @@ def gradient(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+SCATTERS: set[Any] = {
+    torch.scatter, T.scatter, T.scatter_, torch.scatter_add, T.scatter_add, T.scatter_add_,
+    torch.index_add, T.index_add, T.index_add_, torch.index_copy, T.index_copy, T.index_copy_,
+    torch.index_fill, T.index_fill, T.index_fill_,
+}  # fmt: skip
+
+
+@rule_for(*SCATTERS)
+def scatter(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Pass the gradient: values are written or added at indices."""
+    if "reduce" in kwargs:
+        raise trace.unknown(func, f"with reduce='{kwargs['reduce']}'")
+    return func(input, *args, **kwargs)
+
+
 @rule_for(torch.lerp, T.lerp)
 def interpolation(trace: Tracer, func: Any, input: Tensor, end: Tensor, weight: Any) -> Tensor:
     require_constant(trace, func, weight)
@@ -165,7 +180,7 @@ def assignment(trace: Tracer, func: Any, input: Tensor, index: Any, value: Any) 
 # functions that select values by indices, such as those of the largest
 SELECTIONS: set[Any] = {
     torch.gather, T.gather, torch.index_select, T.index_select, torch.take_along_dim, T.take_along_dim,
-    T.__getitem__, T.__setitem__, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d,
+    *SCATTERS, T.__getitem__, T.__setitem__, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d,
 }  # fmt: skip
 
 # functions that use the values of the first argument, and the shape or type of the second
