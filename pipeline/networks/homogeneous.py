@@ -50,8 +50,10 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     """Copy a ReLU network into its positively homogeneous form.
 
     Convolutions and linear layers lose their bias, and batch norms become `ScaleNorm` with the same γ. Other modules
-    stay as they are. The report lists those that break homogeneity or have parameters of their own. It cannot list an
-    activation that a ``forward`` calls as a function; `homogeneity_error` measures that.
+    stay as they are. PyTorch's attention and transformer modules read the biases of their linear layers: those biases
+    become zeros that are no parameters and not saved. The report lists the modules that break homogeneity or have
+    parameters of their own. It cannot list an activation that a ``forward`` calls as a function; `homogeneity_error`
+    measures that.
 
     Returns:
         The copy, and the report.
@@ -61,17 +63,30 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     if model in norms:
         return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
+    read = {layer for module in model.modules() for layer in _layers_whose_bias_is_read(module)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in norms:
             model.set_submodule(name, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
-            if module.bias is not None:
+            if isinstance(module.bias, nn.Parameter):
+                zeros = torch.zeros_like(module.bias, requires_grad=False)
                 module.register_parameter("bias", None)
+                if module in read:
+                    del module.bias
+                    module.register_buffer("bias", zeros, persistent=False)
                 changed.append(f"{name}: bias removed from {type(module).__name__}")
         elif isinstance(module, _NOT_HOMOGENEOUS) or list(module.parameters(recurse=False)):
             could_not.append(f"{name} ({type(module).__name__})")
     return model, BiasFreeReport(tuple(changed), tuple(could_not))
+
+
+def _layers_whose_bias_is_read(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a module whose fast path of evaluation reads their bias, and fails if it is None (pytorch
+    issues 116385 and 143293)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [module.out_proj]
+    return [module.linear1, module.linear2] if isinstance(module, nn.TransformerEncoderLayer) else []
 
 
 def _scale_norm_like(norm: nn.Module) -> ScaleNorm:

@@ -146,9 +146,10 @@ def build_network(
         try:
             if free_of_biases:
                 network, report = bias_free(network)
-            with torch.no_grad():
-                logits = network.eval()(torch.rand(2, *image_shape))
+            logits = _logits_of_two(network, image_shape)
         except Exception as error:
+            if free_of_biases and _works_with_biases(arch, num_classes, image_shape, options or {}):
+                raise _not_bias_free(name, error) from error
             raise _not_taken(name, arch, image_shape, error) from error
     returned = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
     if returned != (2, num_classes):
@@ -394,6 +395,28 @@ def _unexpected_keyword(error: Exception) -> str | None:
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _logits_of_two(network: nn.Module, image_shape: ImageShape) -> Any:
+    return network.eval()(torch.rand(2, *image_shape))
+
+
+def _works_with_biases(arch: str, num_classes: int, image_shape: ImageShape, options: Options) -> bool:
+    try:
+        _logits_of_two(_build(arch, num_classes, image_shape, options)[0], image_shape)
+    except Exception:  # the error of the bias-free form tells as much
+        return False
+    return True
+
+
+def _not_bias_free(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        Message(
+            f"{name} does not run in its bias-free form: {_summary_with_line(error)}. With its biases it runs: give ",
+            Option("bias_free", False),
+        )
+    )
 
 
 def _not_taken(name: str, arch: str, image_shape: ImageShape, error: Exception) -> ModelError:

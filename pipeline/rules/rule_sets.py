@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import torch.nn.functional as F
 
     from pipeline import rules
-    from pipeline.rules import activations, attention, batch_norm, gamma, linear, weighted
+    from pipeline.rules import activations, attention, batch_norm, elementwise, gamma, linear, relu, weighted
     from pipeline.rules.table import Rule
 else:
     torch, F = Lazy("torch"), Lazy("torch.nn.functional")
     rules = Lazy("pipeline.rules")
     activations, attention = Lazy("pipeline.rules.activations"), Lazy("pipeline.rules.attention")
     batch_norm, gamma = Lazy("pipeline.rules.batch_norm"), Lazy("pipeline.rules.gamma")
+    elementwise, relu = Lazy("pipeline.rules.elementwise"), Lazy("pipeline.rules.relu")
     linear, weighted = Lazy("pipeline.rules.linear"), Lazy("pipeline.rules.weighted")
 
 
@@ -128,13 +129,13 @@ def _transposed() -> tuple[Any, ...]:
 
 def _layers(convolutions: Rule) -> Mapping[Callable[..., Any], Rule]:
     """Return a rule for convolutions with the ε rule for linear layers; these hold the stabilisers."""
-    relu = (F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch.Tensor.relu_)
     return _with(
         {
             **dict.fromkeys(_convolutions() + _transposed(), convolutions),
             F.linear: gamma.layer_rule(gamma.epsilon),
             **dict.fromkeys((F.batch_norm, batch_norm.joint_batch_norm), gamma.merged_batch_norm),
-            **dict.fromkeys(relu, linear.gradient),
+            **dict.fromkeys(relu.RELU, linear.gradient),
             **dict.fromkeys(activations.ACTIVATIONS, activations.activation_passes),
+            elementwise.elementwise: elementwise.elementwise_passes,
         }
     )

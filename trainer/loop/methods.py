@@ -100,10 +100,19 @@ def complete_explanation(forward: Forward, target: Target, compare: Compare) -> 
 
 
 def _completed(maps: Tensor, logits: Tensor, pooled: int = 1) -> Tensor:
-    """Maps (N, C, h, w) whose sum, times ``pooled``, is the logit (N,), but for maps of zeros."""
+    """Maps (N, C, h, w) whose sum, times ``pooled``, is the logit (N,), but for maps of zeros.
+
+    What completes a map that is almost 0 has no gradient, as its slope, logit / size², overflows.
+    """
     missing = logits - pooled * maps.sum((1, 2, 3))
     size = pooled * maps.abs().sum((1, 2, 3))
-    return maps + maps.abs() * (missing / size.clamp_min(torch.finfo(maps.dtype).tiny)).view(-1, 1, 1, 1)
+    tiny = torch.finfo(maps.dtype).tiny
+    small = (size <= tiny**0.5).view(-1, 1, 1, 1)
+    spread = maps.abs() * (missing / torch.where(small[:, 0, 0, 0], 1, size)).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        factor = missing / size.clamp_min(tiny)
+        constant = maps.abs() * torch.where(factor.isfinite(), factor, 0).view(-1, 1, 1, 1)
+    return maps + torch.where(small, constant, spread)
 
 
 @method("features", needs=("features",))
