@@ -146,7 +146,11 @@ def versions() -> dict[str, str]:
 
 
 def build_classifier(
-    config: ModelConfig, student_factory: str | None = None, segmenter: Segmenter | None = None
+    config: ModelConfig,
+    student_factory: str | None = None,
+    segmenter: Segmenter | None = None,
+    *,
+    to_train: bool = True,
 ) -> Classifier:
     """Build the classifier that a configuration describes, with random weights.
 
@@ -154,6 +158,7 @@ def build_classifier(
         config: the configuration.
         student_factory: as in `load_classifier`.
         segmenter: the segmenter that the configuration names, already built.
+        to_train: the classifier is to be trained, so check that it can be.
 
     Raises:
         ModelError: see `build_network` and `attach_head`.
@@ -165,10 +170,16 @@ def build_classifier(
         free_of_biases=config.bias_free,
         options=config.arch_options,
         factory=student_factory,
+        to_train=to_train,
     )
     if config.head is not None:
         attach_head(
-            network, config.head, len(config.class_names), config.image_shape, adapter_bias=not config.bias_free
+            network,
+            config.head,
+            len(config.class_names),
+            config.image_shape,
+            adapter_bias=not config.bias_free,
+            to_train=to_train,
         )
     return Classifier(network, config.debias, report, config.image_shape, segmenter)
 
@@ -235,7 +246,7 @@ def load_classifier(
     remedy = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
     try:
         built = None if segmenter_spec is None else build_segmenter(segmenter_spec, config.image_shape, weights=False)
-        model = build_classifier(config, student_factory, built)
+        model = build_classifier(config, student_factory, built, to_train=False)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")

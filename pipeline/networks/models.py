@@ -24,9 +24,11 @@ from torchvision.models.resnet import BasicBlock
 from options import Message, Option, did_you_mean, first_line
 from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
+from pipeline.networks.trials import kind_of, remedy_for, trial_images, undisturbed
 
 ImageShape = tuple[int, int, int]
 Options = Mapping[str, int | float | bool | str]
+TRIED = (2, 128)  # images in training mode: more where a network does not take a few
 
 
 def architectures() -> list[str]:
@@ -118,8 +120,9 @@ def build_network(
     free_of_biases: bool,
     options: Options | None = None,
     factory: str | None = None,
+    to_train: bool = True,
 ) -> tuple[nn.Module, BiasFreeReport]:
-    """Build a randomly initialised network, and try it once on two random images.
+    """Build a randomly initialised network, and try it once on random images in each mode.
 
     Args:
         arch: one of `architectures`, or ``package.module:function``, a function of the user's own. The function is
@@ -131,6 +134,7 @@ def build_network(
         options: options of the builder: ``width`` and ``depth`` of our own networks, or keywords of torchvision's.
         factory: the name of the user's function once more. A function is imported only if both names are equal, so
             that a file alone cannot run code.
+        to_train: the network is to be trained, so try it in training mode too.
 
     Returns:
         The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
@@ -150,13 +154,37 @@ def build_network(
                 logits = network.eval()(torch.rand(2, *image_shape))
         except Exception as error:
             raise _not_taken(name, arch, image_shape, error) from error
-    returned = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-    if returned != (2, num_classes):
-        raise ModelError(
-            f"the network of {name} returns {returned} for 2 images and {num_classes} classes: "
-            f"it must return logits of shape {(2, num_classes)}"
-        )
+        _check_output(name, logits, 2, num_classes)
+        if to_train:
+            _try_training(name, network, num_classes, image_shape)
     return network.train(), report
+
+
+def _check_output(name: str, output: object, images: int, num_classes: int, mode: str = "") -> None:
+    """Raise ModelError where an output is no tensor of logits (images, num_classes)."""
+    if not isinstance(output, torch.Tensor) or output.shape != (images, num_classes):
+        raise ModelError(
+            f"the network of {name} returns {kind_of(output)} for {images} images and {num_classes} classes{mode}: "
+            f"it must return logits of shape {(images, num_classes)}{remedy_for(output, num_classes)}"
+        )
+
+
+def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: ImageShape) -> None:
+    """Try a network in training mode, and leave it as it was; raise ModelError where it fails or returns no logits."""
+    failure: Exception | None = None
+    for samples in TRIED:
+        try:
+            with undisturbed(network), torch.no_grad():
+                output = network.train()(trial_images(samples, image_shape))
+        except Exception as error:
+            failure = failure or error
+        else:
+            return _check_output(name, output, samples, num_classes, " in training mode, unlike in evaluation mode")
+    assert failure is not None
+    raise ModelError(
+        f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
+        f"{_summary_with_line(failure)}"
+    ) from failure
 
 
 def is_factory(arch: str) -> bool:
@@ -246,7 +274,10 @@ def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Option
             ) from error
         raise _not_taken(name, arch, image_shape, error) from error
     if not isinstance(network, nn.Module):
-        raise ModelError(f"{name}{with_options} returned {type(network).__name__}: it must return an nn.Module")
+        returned, remedy = type(network).__name__, "it must return an nn.Module"
+        if isinstance(network, type) and issubclass(network, nn.Module):
+            returned, remedy = f"the class {network.__name__}", f"it must call it, {network.__name__}(num_classes)"
+        raise ModelError(f"{name}{with_options} returned {returned}: {remedy}")
     return network, name + with_options
 
 
