@@ -28,6 +28,7 @@ from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.models import ImageShape, build_network, check_factory
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
+from pipeline.networks.weight_files import load_weights
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
@@ -252,9 +253,9 @@ def load_classifier(
             Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")
         ) from error
     try:
-        model.load_state_dict(torch.load(directory / WEIGHTS_FILE, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many types for a file that is cut or foreign
-        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {remedy}") from error
+        load_weights(model, directory / WEIGHTS_FILE)
+    except ModelError as error:
+        raise ModelError(f"the weights in {directory} do not load ({error}); {remedy}") from error
     return model.eval(), config
 
 

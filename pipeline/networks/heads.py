@@ -225,8 +225,8 @@ def attach_head(
         ) from error
     if besides is not None:
         raise _head_error(
-            f"this student's last layer '{name}' does not make its logits alone ({besides}), so that the teacher's layer "
-            f"in its place would not decide them: return the output of '{name}', or let the student keep its own"
+            f"this student's last layer '{name}' does not make its logits alone ({besides}), so that the teacher's "
+            f"layer in its place would not decide them: return the output of '{name}', or let the student keep its own"
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from pipeline.private_torch import BatchNormBase
 from pipeline.rules import scale_norm
@@ -51,27 +52,54 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
 
     Convolutions and linear layers lose their bias, and batch norms become `ScaleNorm` with the same γ. Other modules
     stay as they are. The report lists those that break homogeneity or have parameters of their own. It cannot list an
-    activation that a ``forward`` calls as a function; `homogeneity_error` measures that.
+    activation that a ``forward`` calls as a function; `homogeneity_error` measures that. Parametrised weights
+    (`weight_norm`, `spectral_norm`, pruning) are weights, and parametrised biases go with their parameters.
 
     Returns:
         The copy, and the report.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, BatchNormBase)}
     if model in norms:
         return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
+    of_weights = _parametrizations(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in norms:
             model.set_submodule(name, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
             if module.bias is not None:
-                module.register_parameter("bias", None)
+                _remove_bias(module)
                 changed.append(f"{name}: bias removed from {type(module).__name__}")
+        elif module in of_weights:
+            continue
         elif isinstance(module, _NOT_HOMOGENEOUS) or list(module.parameters(recurse=False)):
             could_not.append(f"{name} ({type(module).__name__})")
     return model, BiasFreeReport(tuple(changed), tuple(could_not))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy a network, also one whose weights a hook computes from others (older weight norms, pruning)."""
+    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
+
+
+def _parametrizations(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that compute the weights of layers without an additive term of their own."""
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, _WITH_BIAS) and parametrize.is_parametrized(layer)
+    ]
+    return {part for layer in layers for part in layer.get_submodule("parametrizations").modules()}
+
+
+def _remove_bias(layer: nn.Module) -> None:
+    """Remove the bias of a layer, whether it is a parameter or computed from others."""
+    if parametrize.is_parametrized(layer, "bias"):
+        parametrize.remove_parametrizations(layer, "bias")
+    elif "bias_orig" in layer._parameters:
+        prune.remove(layer, "bias")
+    layer.register_parameter("bias", None)
 
 
 def _scale_norm_like(norm: nn.Module) -> ScaleNorm:

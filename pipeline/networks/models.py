@@ -21,10 +21,11 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from options import Message, Option, did_you_mean, first_line
+from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
 from pipeline.networks.trials import kind_of, remedy_for, trial_images, undisturbed
+from pipeline.networks.weight_files import plain_reason
 
 ImageShape = tuple[int, int, int]
 Options = Mapping[str, int | float | bool | str]
@@ -149,11 +150,13 @@ def build_network(
         network, name = _build(arch, num_classes, image_shape, options or {})
         try:
             if free_of_biases:
+                if any(nn.parameter.is_lazy(buffer) for buffer in network.buffers()):  # which cannot be copied
+                    network.eval()(trial_images(2, image_shape))
                 network, report = bias_free(network)
             with torch.no_grad():
                 logits = network.eval()(torch.rand(2, *image_shape))
         except Exception as error:
-            raise _not_taken(name, arch, image_shape, error) from error
+            raise _not_taken(name, arch, image_shape, error, network) from error
         _check_output(name, logits, 2, num_classes)
         if to_train:
             _try_training(name, network, num_classes, image_shape)
@@ -183,7 +186,7 @@ def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: 
     assert failure is not None
     raise ModelError(
         f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
-        f"{_summary_with_line(failure)}"
+        f"{_summary_with_line(failure)}; let its forward work in both modes"
     ) from failure
 
 
@@ -235,9 +238,8 @@ def call_function(name: str, option: str, what: str) -> Any:
 
 
 def error_summary(error: BaseException) -> str:
-    """Return the type of an error and the first line of its text, cut to 300 characters."""
-    name, reason = type(error).__name__, first_line(error)[:300]
-    return name if reason == name else f"{name}: {reason}"
+    """Return the type of an error and the first line of its text, cut to 300 characters; see `plain_reason`."""
+    return plain_reason(error)
 
 
 def last_layer(network: nn.Module, num_classes: int) -> str | None:
@@ -267,6 +269,10 @@ def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Option
     except Exception as error:
         if (option := _unexpected_keyword(error)) in options:
             raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
+        if is_factory(arch) and option == "num_classes":
+            raise ModelError(
+                f"{name} must take num_classes={num_classes}, with which it is called: {_summary_with_line(error)}"
+            ) from error
         if is_factory(arch) or options:
             raise ModelError(
                 f"{name}{with_options} cannot be built for {num_classes} classes and images of shape {image_shape}: "
@@ -427,12 +433,18 @@ def _unexpected_keyword(error: Exception) -> str | None:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _not_taken(name: str, arch: str, image_shape: ImageShape, error: Exception) -> ModelError:
-    remedy = (
-        "it must take float32 images (N, C, H, W) in [0, 1]"
-        if is_factory(arch)
-        else "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
-    )
+def _not_taken(
+    name: str, arch: str, image_shape: ImageShape, error: Exception, network: nn.Module | None = None
+) -> ModelError:
+    remedy = "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
+    if is_factory(arch):
+        remedy = "it must take float32 images (N, C, H, W) in [0, 1]"
+    for key, parameter in [] if network is None else network.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            remedy = f"return it in float32 on the CPU, where it is converted and moved later: '{key}' is {kind} on "
+            remedy += str(parameter.device)
+            break
     return ModelError(
         f"{name} does not take images of shape {image_shape} (channels, height, width): {_summary_with_line(error)}; "
         f"{remedy}"

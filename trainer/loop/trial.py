@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OURS = (ModelError, RelevanceError, TrainingError, CacheError)  # errors that say what to do
-LOOKED_AT = 4  # samples in evaluation mode
 
 
 def try_out(
@@ -35,7 +34,7 @@ def try_out(
     autocast: Callable[[], AbstractContextManager[Any]],
     batch_samples: int,
 ) -> None:
-    """Pass a few samples through the network in evaluation mode, and a step's samples forth and back in training mode.
+    """Pass one sample through the network in evaluation mode, and a step's samples forth and back in training mode.
 
     The network, its gradients and the random states are the same afterwards, and the network is in training mode.
 
@@ -57,18 +56,18 @@ def try_out(
         )
     block = read_block(material.source, 0, 0)
     rows = torch.arange(batch_samples) % len(block["images"])  # the first block may be smaller than a batch
-    few, batch = (
+    one, batch = (
         on_device({name: values[of] for name, values in block.items()}, material.store, settings, device)
-        for of in (rows[:LOOKED_AT], rows)
+        for of in (rows[:1], rows)
     )
     with undisturbed(model):
         try:
             with torch.no_grad():
-                logits = forward_of(model.eval(), few, material.store, settings).logits
+                logits = forward_of(model.eval(), one, material.store, settings).logits
         except OURS:
             raise
         except Exception as error:
-            raise _failure(training, "evaluation", len(few["images"]), error) from error
+            raise _failure(training, "evaluation", 1, error) from error
         try:
             forward_backward(model.train(), material.store, settings, autocast, batch)
         except OURS:
@@ -76,6 +75,11 @@ def try_out(
         except Exception as error:
             raise _failure(training, "training", batch_samples, error) from error
     model.train()
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            f"the network of {training.config.arch} returns logits that are not finite before it has learnt anything: "
+            "check its initialisation and its forward"
+        )
     if _are_probabilities(logits):
         log.warning(
             f"{training.out}: the network of {training.config.arch} returns probabilities and not logits, so that its "
@@ -88,7 +92,7 @@ def _failure(training: Training, mode: str, samples: int, error: Exception) -> M
     of_batches = (", or choose another ", batch_size, " or ", accumulate) if mode == "training" else ()
     return ModelError(
         Message(
-            f"the network of {training.config.arch} fails in {mode} mode with {samples} images, "
+            f"the network of {training.config.arch} fails in {mode} mode with {samples} image{'s' * (samples > 1)}, "
             f"{error_summary(error)}: let its forward work in both modes",
             *of_batches,
         )

@@ -121,7 +121,7 @@ class Watch:
         samples = [str(sample) for part in parts for sample in part]
         if self._ranks.main:
             log.warning(
-                f"step {step.number}: the student's heatmaps of {len(samples)} samples are zero (sample "
+                f"step {step.number}: the student's heatmaps of {len(samples)} samples are zero (among them "
                 f"{', '.join(samples[:NAMED])}), so that their losses are very large and say nothing: this is harmless "
                 "for a few samples, such as black images"
             )
