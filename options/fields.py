@@ -42,6 +42,7 @@ class Kind(Enum):
     ARCHITECTURE = "the name of a network"
     SIZE = "a number of bytes"
     BATCH_SIZE = "a number of samples, or auto"
+    NAMED_FOLDERS = "folders by name"
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,26 @@ class Group(click.Group):
         _write_example(formatter, self.example)
 
 
+class LazyGroup(Group):
+    """A group whose commands are made when one of them is needed, because making them imports more than click.
+
+    ``make`` returns the commands by name. It is called each time, so that it can return new ones.
+    """
+
+    def __init__(self, *args: Any, make: Callable[[], dict[str, click.Command]], **settings: Any):
+        self._make = make
+        super().__init__(*args, **settings)
+
+    @property
+    def commands(self) -> dict[str, click.Command]:  # type: ignore[override]
+        """The commands by name."""
+        return self._make()
+
+    @commands.setter
+    def commands(self, value: object) -> None:
+        """Ignore what the base class sets."""
+
+
 def _write_sections(formatter: click.HelpFormatter, sections: Mapping[str, list[tuple[str, str]]]) -> None:
     for heading, lines in sections.items():
         with formatter.section(heading):

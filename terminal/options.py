@@ -11,7 +11,17 @@ import click
 
 from options import Ge, Gt, Kind, Le, Lt, OptionField, OptionSet, option_fields
 from terminal.command_line import Choice, under
-from terminal.types import Architecture, BatchSize, Bytes, LocalFolder, Location, NameAndValue, Names, TeacherName
+from terminal.types import (
+    Architecture,
+    BatchSize,
+    Bytes,
+    LocalFolder,
+    Location,
+    NameAndValue,
+    NamedFolder,
+    Names,
+    TeacherName,
+)
 
 
 class RegistryChoice(Choice):
@@ -79,9 +89,19 @@ def _arguments(field: OptionField) -> dict[str, Any]:
     arguments: dict[str, Any] = {"required": True} if field.required else {"default": field.default}
     if bool in field.types:
         return arguments | ({"is_flag": True} if field.default is False else {})
-    if any(get_origin(one) is dict for one in field.types):
-        return {"multiple": True, "type": NameAndValue()}
+    if any(get_origin(one) in (dict, Mapping) for one in field.types):
+        if field.kind is Kind.NAMED_FOLDERS:
+            return {"multiple": True, "type": NamedFolder(), "callback": _folders_by_name}
+        return {"multiple": True, "type": NameAndValue(), "callback": lambda ctx, param, pairs: dict(pairs)}
     return arguments | {"type": _type(field)}
+
+
+def _folders_by_name(ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Return the folders by name, or refuse a name that is given twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise click.BadParameter(f"{twice[0]} is given twice: give each folder its own name", ctx, param)
+    return dict(pairs)
 
 
 def _type(field: OptionField) -> Any:

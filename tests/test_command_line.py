@@ -129,6 +129,18 @@ def test_help_and_wrong_options_do_not_wait_for_pytorch(line, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("line", ["make-data --help", "make-data image-folder --sizee 3", "reproduce --help"])
+def test_the_commands_of_a_group_are_made_without_pytorch(line):
+    code = (
+        "import sys; from cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "assert 'data.builders.image_folder' in sys.modules or 'trainer.reproduction.profiles' in sys.modules\n"
+        "assert not {'torch', 'zarr', 'dask'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 # --- a file of options ---
 
 STUDENT = ("train-student", "--data", "d", "--out", "o")
@@ -154,10 +166,10 @@ def test_lists_are_repeated_options_and_mappings_are_pairs(tmp_path):
     found = parsed(*STUDENT, "--config", file)
     assert dict(found["arch_options"]) == {"width": 64, "norm": "batch"}
     assert (list(found["augment"]), found["pyramid"]) == (["flip", "shift"], False)
-    assert parsed(*STUDENT, "--config", file, "--arch-option", "width=8")["arch_options"] == (("width", 8),)
+    assert parsed(*STUDENT, "--config", file, "--arch-option", "width=8")["arch_options"] == {"width": 8}
     file = write(tmp_path / "b.yaml", {"arch-option": ["width=64"], "augment": "flip,crop"})
     found = parsed(*STUDENT, "--config", file)
-    assert (found["arch_options"], list(found["augment"])) == ((("width", 64),), ["flip", "crop"])
+    assert (found["arch_options"], list(found["augment"])) == ({"width": 64}, ["flip", "crop"])
     file = write(tmp_path / "c.yaml", {"seed": [1, 2], "arch": "small-cnn", "devices": ["cpu", "cuda:0"]})
     found = parsed("train-students", "--config", file)
     assert (found["seed"], found["arch"], list(found["devices"])) == ((1, 2), ("small-cnn",), ["cpu", "cuda:0"])
@@ -168,7 +180,7 @@ def test_lists_are_repeated_options_and_mappings_are_pairs(tmp_path):
     found = parsed("cache-explanations", "--out", "o", "--config", file)
     assert (found["epsilon_range"], found["resolution"]) == ((0.1, 1.0), 2)
     file = write(tmp_path / "e.yaml", {"test": {"ood": "a", "shift": "b"}, "train": "t", "size": 8, "out": "o"})
-    assert parsed("make-data", "image-folder", "--config", file)["tests"] == (("ood", Path("a")), ("shift", Path("b")))
+    assert parsed("make-data", "image-folder", "--config", file)["tests"] == {"ood": Path("a"), "shift": Path("b")}
 
 
 def test_a_file_gives_an_argument_too(tmp_path):

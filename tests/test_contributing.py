@@ -20,7 +20,8 @@ HELP = {  # command → names that its help lists
 }
 USES = """
 import torch
-from data import make_patched_mnist, open_dataset
+from data import open_dataset
+from data.builders.patched_mnist import make_patched_mnist
 from pipeline import cache_explanations, explain
 from trainer import train_student, train_teacher
 

@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
+from data.builders.coloured_mnist import ColouredMnistOptions
+from data.builders.registry import BUILDERS, Builder
 from options import Among, Call, Doc, Ge, Gt, Le, Message, Option, OptionSet, Registry, Word, option_fields, takes
 from pipeline import EXPLAINERS
 from pipeline.caching.options import CachingOptions
@@ -77,6 +79,21 @@ def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
         assert "|mine" in page
         typed = [command, f"--{name.replace('_', '-')}", "minx"]
         assert "Did you mean mine" in CliRunner().invoke(main, typed).output
+
+
+def test_a_dataset_that_is_entered_at_run_time_is_a_command_of_make_data(entered, tmp_path):
+    def make(out, seed, limit):
+        return {"train": seed + limit}
+
+    def output(*words: str) -> str:
+        return CliRunner().invoke(main, ["make-data", *words]).output
+
+    assert "No such command 'mine'" in output("mine")
+    entered(BUILDERS, Builder(make, ColouredMnistOptions, "Build my own dataset.\n\nIt is mine.", "make-data mine"))
+    assert "Build my own dataset." in output("--help")
+    assert "--seed" in output("mine", "--help")
+    assert "Did you mean mine?" in output("minx")
+    assert output("mine", "--out", "d", "--seed", "3", "--limit", "4") == "d: train 7\n"
 
 
 def test_a_deferred_entry_is_made_once_when_it_is_first_used():

@@ -1,4 +1,4 @@
-"""Pictures that are made when they are read: a dataset of files is written without ever being in memory."""
+"""Arrays whose rows are made when they are read, so that a dataset of files is written without being in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPAQUE = 255
 
 @dataclass(frozen=True)
 class Rows:
-    """A uint8 array for `DatasetWriter` whose rows ``row(i)`` makes, on the threads of ``pool``."""
+    """A uint8 array for `DatasetWriter`. ``row(i)`` makes row i, in a thread of ``pool``."""
 
     shape: tuple[int, ...]
     pool: ThreadPoolExecutor
@@ -25,20 +25,28 @@ class Rows:
     dtype = np.dtype(np.uint8)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        made = self.pool.map(self.row, range(*rows.indices(self.shape[0])))
-        return np.stack(list(made))
+        return np.stack(list(self.pool.map(self.row, range(*rows.indices(self.shape[0])))))
 
 
 def open_squeezed(path: Path, size: int, remedy: str) -> np.ndarray:
-    """An image file in colour, squeezed to size × size with antialiasing: uint8 (3, size, size).
+    """Read an image file in colour, squeezed with antialiasing.
 
-    Raises DatasetError, with the remedy, for a file that is missing or cannot be read.
+    Args:
+        path: the file.
+        size: height and width in pixels.
+        remedy: what the user can do about a bad file, for the error.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        DatasetError: The file is missing or cannot be read.
     """
     return np.asarray(_open(path, size, "RGB", remedy)).transpose(2, 0, 1)
 
 
 def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
-    """A mask file, squeezed alike: uint8 (1, size, size), 255 where the object, brighter than half, covers all."""
+    """Read a mask file, squeezed like an image: uint8 (1, size, size), 255 on pixels that the object fully covers."""
     grey = np.asarray(_open(path, None, "L", remedy))
     covered = Image.fromarray(np.where(grey > 127, np.uint8(OPAQUE), np.uint8(0)))
     opacity = np.asarray(covered.resize((size, size), Image.Resampling.BILINEAR))
@@ -48,8 +56,8 @@ def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
 def _open(path: Path, size: int | None, mode: str, remedy: str) -> Image.Image:
     try:
         with Image.open(path) as image:
-            found = image.convert(mode)
-            return found if size is None else found.resize((size, size), Image.Resampling.BILINEAR)
+            picture = image.convert(mode)
+            return picture if size is None else picture.resize((size, size), Image.Resampling.BILINEAR)
     except FileNotFoundError:
         raise DatasetError(f"there is no {path}: {remedy}") from None
     except (OSError, ValueError, SyntaxError) as error:  # Pillow raises the last for a broken PNG

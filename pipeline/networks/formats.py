@@ -7,9 +7,10 @@ import importlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from options import Lazy, Message, Option, Registry
+from options import Among, Doc, Heading, Kind, Lazy, Message, Option, OptionSet, Registry
 from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -107,3 +108,24 @@ def _any_batch() -> Any:
 FORMATS["torch-export"] = Format(_to_torch_export, _from_torch_export)
 FORMATS["onnx"] = Format(_to_onnx, _from_onnx)
 FORMATS["state-dict"] = Format(_to_state_dict, _from_state_dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(OptionSet):
+    """The options of ``export``."""
+
+    ERROR: ClassVar[type[Exception]] = ModelError
+    HEADING: ClassVar[str] = "Files"
+
+    model: Annotated[str | Path, Kind.FOLDER, Doc("Folder of a student or teacher.")]
+    format: Annotated[
+        str,
+        Among(FORMATS),
+        Doc("File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone."),
+    ]
+    out: Annotated[str | Path, Kind.FOLDER, Doc("File to write.")]
+    student_factory: Annotated[
+        str | None,
+        Heading("Your own code"),
+        Doc("Your own network, if the model is one: a function that returns it. Its code is run."),
+    ] = None

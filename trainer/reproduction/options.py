@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from options import Doc, Ge, Heading, Kind, Le, OptionSet, Separated
 from trainer.errors import TrainingError
@@ -33,26 +33,6 @@ class ReproduceOptions(OptionSet):
         Doc("Output folder: new, empty, or an earlier reproduction to resume or extend."),
     ]
     device: Annotated[str, Heading("Run"), Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColouredMnistTableOptions(ReproduceOptions):
-    """Options of the table of COLOURED MNIST."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu", "paper"],
-        Doc("Size of the networks and length of the trainings: hours on a CPU, for a GPU, or as in the paper."),
-    ] = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FashionTableOptions(ReproduceOptions):
-    """Options of the table of Fashion-on-Textures."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu"],
-        Doc("Size of the images and length of the trainings: 32×32 and hours on a CPU, or 64×64 on a GPU."),
-    ] = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
