@@ -136,6 +136,9 @@ class Runtime(OptionSet):
     HEADING: ClassVar[str] = "Run"
 
     device: Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+    threads: Annotated[int | None, Ge(1), Doc("Number of CPU threads of PyTorch, which by default chooses itself.")] = (
+        None
+    )
     workers: Annotated[int, Ge(1), Doc("Number of threads that read data.")] = 2
     memory_budget: Annotated[
         int | None,

@@ -73,6 +73,9 @@ class CachingOptions(OptionSet):
         bool, Heading("Storage"), Doc("Store the teacher's deep features too, for the method features.")
     ] = False
     device: Annotated[str, Heading("Run"), Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+    threads: Annotated[
+        int | None, Ge(1), Heading("Run"), Doc("Number of CPU threads of PyTorch, which by default chooses itself.")
+    ] = None
     batch_size: Annotated[
         Any,
         Kind.BATCH_SIZE,
@@ -100,5 +103,12 @@ class CachingOptions(OptionSet):
                 Message(
                     "give ", Option("share", True), " or ", Option("scheduler"),
                     ", not both: a cluster divides the shards by itself",
+                )
+            )  # fmt: skip
+        if self.threads is not None and self.scheduler is not None:
+            raise RelevanceError(
+                Message(
+                    "give ", Option("threads", self.threads), " or ", Option("scheduler"),
+                    ", not both: start the workers of the cluster with OMP_NUM_THREADS",
                 )
             )  # fmt: skip

@@ -39,6 +39,7 @@ from pipeline.networks.heads import head_arrays
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
+from pipeline.threads import cpu_threads
 from teacher_cache import (
     COMPRESSORS,
     LEVELS,
@@ -125,7 +126,10 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         ClusterError: the Dask cluster cannot be used, or was lost.
     """
     asked = CachingOptions(data=data, teacher=teacher, out=out, **options)
-    with nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client:
+    with (
+        nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client,
+        nullcontext() if client is not None else cpu_threads(asked.threads, pick_device(asked.device)),
+    ):
         # the workers' device may be one that this machine does not have
         info, head = _plan(asked, asked.device if client is None else "cpu")
         cache = create_cache(out, info, head)

@@ -29,6 +29,7 @@ from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
 from pipeline.networks.segmenters import Segmenter
+from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.clock import Clock, Timed
@@ -195,6 +196,7 @@ def prepare(training: Training, cleanup: ExitStack) -> State:
     ranks, device_name = cleanup.enter_context(connect(training.runtime.device))
     cleanup.enter_context(_explain_lost_processes(training.out))
     device = pick_device(device_name)
+    cleanup.enter_context(cpu_threads(training.runtime.threads, device))
     batch_samples = _share_batch(training, ranks)
     autocast, precision = choose_precision(settings.precision, device)
     seed_torch(settings.seed, training.purpose)
