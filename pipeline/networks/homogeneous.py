@@ -70,8 +70,8 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
             if module.bias is not None:
-                _remove_bias(module)
                 changed.append(f"{name}: bias removed from {type(module).__name__}")
+                _remove_bias(module)
         elif module in of_weights:
             continue
         elif isinstance(module, _NOT_HOMOGENEOUS) or list(module.parameters(recurse=False)):
