@@ -204,6 +204,8 @@ def read_config(directory: Path) -> ModelConfig:
         ModelError: the folder has no ``config.json`` of a classifier.
     """
     hint = "give the output folder of a teacher's or a student's training"
+    if directory.is_file() and (directory.parent / CONFIG_FILE).exists():
+        raise ModelError(f"no model at {directory}: it is a file; give its folder, {directory.parent}")
     try:
         values = json.loads((directory / CONFIG_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):

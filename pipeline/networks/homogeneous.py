@@ -96,6 +96,8 @@ def _parametrizations(model: nn.Module) -> set[nn.Module]:
 def _remove_bias(layer: nn.Module) -> None:
     """Remove the bias of a layer, whether it is a parameter or computed from others."""
     if parametrize.is_parametrized(layer, "bias"):
+        shared = type(layer)  # with the layer that this one is a copy of, which keeps its bias
+        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         parametrize.remove_parametrizations(layer, "bias")
     elif "bias_orig" in layer._parameters:
         prune.remove(layer, "bias")

@@ -316,7 +316,8 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
 def _import(name: str, option: str, what: str) -> Callable[..., Any]:
     """Import the function ``package.module:function``; ``option`` and ``what`` are as in `call_function`."""
     module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name.isidentifier():
+    is_path = module_name.endswith(".py") or "/" in module_name or module_name.startswith(".")
+    if not module_name or not function_name.isidentifier() or is_path:
         raise _not_a_function(option, name)
     importlib.invalidate_caches()  # the file may be younger than our last look into its folder
     try:
@@ -333,6 +334,8 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
             f"the {what} '{name}' does not exist: {module_name} has no function '{function_name}'."
             f"{did_you_mean(function_name, functions) or ' Give the name of one that it has.'}"
         )
+    if isinstance(function, nn.Module):
+        raise ModelError(f"the {what} '{name}' is a network and no function: give a function that builds a new one")
     try:
         inspect.signature(function)
     except (ValueError, TypeError) as error:
@@ -341,7 +344,10 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
 
 
 def _not_a_function(option: str, name: str) -> ModelError:
-    return ModelError(Message(Option(option), f" must be package.module:function, got '{name}'"))
+    path, colon, function = name.removesuffix("()").rpartition(":" if ":" in name else ".")
+    module = path.removesuffix(".py").replace("\\", "/").removeprefix("./").strip("/").replace("/", ".")
+    near = f". Did you mean {module}:{function}?" if module and function.isidentifier() and colon else ""
+    return ModelError(Message(Option(option), f" must be package.module:function, got '{name}'{near}"))
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def _explain_single_values(settings: Settings) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith(ONE_VALUE_PER_CHANNEL_MESSAGE):
+        if not str(error).lower().startswith(ONE_VALUE_PER_CHANNEL_MESSAGE.lower()):
             raise
         batch_size, parts = Option("batch_size", settings.batch_size), Option("accumulate", settings.accumulate)
         raise TrainingError(
