@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import trainer.loop.training
 from pipeline import ModelError, build_network
 from pipeline.networks.classifier import build_classifier, load_classifier
-from pipeline.networks.heads import HeadSpec, attach_head
+from pipeline.networks.heads import HeadSpec, attach_head, decisive_head
 from pipeline.networks.trials import undisturbed
 from trainer import TrainingError, train_student
 from trainer.loop.interruption import TrainingInterrupted
@@ -95,6 +95,13 @@ def test_a_student_whose_logits_are_those_of_the_layer_takes_the_head(ending, fe
     network = Ending(FINE[ending])
     attach_head(network, HeadSpec(features, True), CLASSES, SHAPE, adapter_bias=True)
     assert network.training
+
+
+@pytest.mark.parametrize(("ending", "decides"), [("the layer", True), ("a softmax", False)])
+def test_the_last_layer_of_a_teacher_is_kept_for_students_only_if_it_makes_the_logits(ending, decides, caplog):
+    network = Ending({**FINE, "a softmax": ENDINGS["a softmax"][0]}[ending])
+    assert bool(decisive_head(network, CLASSES, SHAPE)) == decides
+    assert ("a softmax follows it), so that a copy of it" in caplog.text) != decides
 
 
 class Counting(nn.Module):

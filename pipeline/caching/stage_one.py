@@ -35,7 +35,7 @@ from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import Classifier, versions
-from pipeline.networks.heads import head_arrays
+from pipeline.networks.heads import decisive_head, head_arrays
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
@@ -237,7 +237,8 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
     teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
-    head = head_arrays(teacher.model.network, len(teacher.config.class_names))
+    head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=shape)
+    head = head_of(teacher.model.network, len(teacher.config.class_names))
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(

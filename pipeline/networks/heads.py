@@ -5,6 +5,7 @@ Not here: the layers in front of it (`models.py`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.models import ImageShape, error_summary, last_layer, outputs_of_last_layer
 from pipeline.networks.trials import else_in_logits
+
+log = logging.getLogger(__name__)
 
 POOL = "pool."  # prefix of the names of an attention pooling's arrays
 POOL_HEADS = POOL + "heads"
@@ -147,6 +150,19 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
             arrays |= {POOL + key: value for key, value in module.state_dict().items()}
             arrays[POOL_HEADS] = torch.tensor([getattr(module, "num_heads", getattr(module, "heads", 1))])
     return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}
+
+
+def decisive_head(network: nn.Module, classes: int, image_shape: ImageShape) -> dict[str, np.ndarray]:
+    """Return `head_arrays` of a teacher on the CPU; nothing, with a log line, where it does not make the logits alone."""
+    head, name = head_arrays(network, classes), last_layer(network, classes)
+    besides = None if name is None else else_in_logits(network, name, classes, image_shape)
+    if besides is None:
+        return head
+    log.warning(
+        f"the teacher's last layer '{name}' does not make its logits alone ({besides}), so that a copy of it would not "
+        "decide a student's: the store has none, and students learn a last layer of their own"
+    )
+    return {}
 
 
 def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
