@@ -153,7 +153,7 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
 
 
 def decisive_head(network: nn.Module, classes: int, image_shape: ImageShape) -> dict[str, np.ndarray]:
-    """Return `head_arrays` of a teacher on the CPU; nothing, with a log line, where it does not make the logits alone."""
+    """Return `head_arrays` of a teacher on the CPU; nothing, with a log line, if it does not make the logits alone."""
     head, name = head_arrays(network, classes), last_layer(network, classes)
     besides = None if name is None else else_in_logits(network, name, classes, image_shape)
     if besides is None:
