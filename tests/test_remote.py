@@ -442,4 +442,4 @@ class TestWhatIsWrong:
         for command in (["train-teacher", "--data", url, "--out", url], ["evaluate", "--data", url, "--model", url]):
             result = run(*command)
             assert result.exit_code == 2
-            assert "only datasets and stores can be at one, give a local folder" in " ".join(result.output.split())
+            assert "Only datasets and stores can have a URL: give a local folder" in " ".join(result.output.split())

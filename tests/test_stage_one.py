@@ -373,7 +373,12 @@ def test_maps_are_stored_as_asked_and_a_continued_store_keeps_its_codec(dataset,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"codec": "gzip"}, "no codec is called 'gzip'"),
+        (
+            {"codec": "gzip"},
+            "unknown codec 'gzip': choose one of auto, lz4, zstd, or blosc-COMPRESSOR-LEVEL-SHUFFLE with",
+        ),
+        ({"codec": "zsdt"}, r"Did you mean zstd\?$"),
+        ({"codec": "blosc-lz4-5-shufle"}, r"Did you mean .*\bblosc-lz4-5-shuffle\b"),
         ({"precision": "float64"}, "unknown precision 'float64': choose one of float16, bfloat16, int8"),
         ({"resolution": 40}, "resolution=40 leaves nothing of maps of 28×28"),
         ({"resolution": 2, "explainer": "grad-cam"}, "resolution=2 leaves a single number of maps of 3×3: choose 1$"),

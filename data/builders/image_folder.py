@@ -22,10 +22,10 @@ from tqdm import tqdm
 import data
 from data.builders.folders import Sample, find_classes, find_samples, read_groups, with_group, with_mask
 from data.builders.pictures import UnreadableError, middle_square, read_image, read_mask
-from data.builders.registry import HOW, BuilderOptions, Seeded, builder
+from data.builders.registry import HOW, BuilderOptions, ImageSize, Seeded, builder
 from data.builders.rows import OPAQUE, Rows
 from data.errors import DatasetError
-from options import Doc, Ge, Gt, Heading, Kind, Lt, Message, Option
+from options import Doc, Gt, Heading, Kind, Lt, Message, Option
 
 if TYPE_CHECKING:
     from data.storage import Location
@@ -52,7 +52,7 @@ class ImageFolderOptions(BuilderOptions, Seeded):
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
     ] = 0.1
     bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
-    size: Annotated[int, Ge(1), Heading(HOW), Doc("Height and width of the images, in pixels.")]
+    size: Annotated[ImageSize, Heading(HOW)]
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
         False
     )
