@@ -47,9 +47,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Among:
-    """The value is a name in a registry. If the field is a tuple, every item is such a name."""
+    """The value is a name in a registry. If the field is a tuple, every item is such a name.
+
+    ``or_else`` lists other texts that the value may be. The class of the field checks them.
+    """
 
     registry: Mapping[str, Any]
+    or_else: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class OptionField:
     bounds: tuple[Bound, ...] = ()
     choices: tuple[Any, ...] = ()  # of a Literal
     registry: Mapping[str, Any] | None = None
+    or_else: tuple[str, ...] = ()  # of an `Among`
     kind: Kind | None = None
     separator: str | None = None
     instead_of: str | None = None  # the name of another option; a command takes one of the two
@@ -96,6 +101,8 @@ class OptionField:
     @property
     def allowed(self) -> tuple[Any, ...]:
         """The names that a value can have at this moment; empty if any value of the type is allowed."""
+        if self.or_else:
+            return ()
         return tuple(self.registry) if self.registry is not None else self.choices
 
 
@@ -158,6 +165,7 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         doc=(docs or [""])[0],
         bounds=tuple(note for note in notes if isinstance(note, Bound)),
         choices=choices,
+        or_else=next((note.or_else for note in notes if isinstance(note, Among)), ()),
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),

@@ -41,6 +41,18 @@ class RegistryChoice(Choice):
         """Ignore the value that the base class sets."""
 
 
+class RegistryText(click.ParamType):
+    """Take any text. The help lists the names of a registry and ``others``; the options check the value."""
+
+    name = "text"
+
+    def __init__(self, registry: Mapping[str, Any], others: tuple[str, ...]):
+        self._registry, self._others = registry, others
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join((*self._registry, *self._others))}]"
+
+
 KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
     Kind.LOCATION: Location,
     Kind.FOLDER: lambda: LocalFolder(path_type=Path),
@@ -113,7 +125,7 @@ def _type(field: OptionField) -> Any:
     if field.separator is not None:
         return Names(field.separator)
     if field.registry is not None:
-        return RegistryChoice(field.registry)
+        return RegistryText(field.registry, field.or_else) if field.or_else else RegistryChoice(field.registry)
     if field.choices:
         return Choice(field.choices)
     pair = next(

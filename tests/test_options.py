@@ -91,6 +91,8 @@ def test_a_codec_is_in_the_help_and_in_the_shells_error_for_a_wrong_one(entered)
     assert all(f"{name} ({compressor.note})" in page for name, compressor in COMPRESSORS.items())
     assert all(f"{precision.compressor} for {name}" in page for name, precision in PRECISIONS.items())
     entered(COMPRESSORS, Compressor(level=1, note="mine"))
+    page = CliRunner().invoke(main, ["cache-explanations", "--help"]).output
+    assert "--codec [lz4|zstd|mine|auto|blosc-COMPRESSOR-LEVEL-SHUFFLE]" in page
     typed = ["cache-explanations", "--data", "d", "--teacher", "t", "--out", "o", "--codec"]
     for wrong, near in (("minx", "mine"), ("blosc-mine-1-shufle", "blosc-mine-1-shuffle")):
         output = CliRunner().invoke(main, [*typed, wrong]).output

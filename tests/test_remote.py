@@ -228,7 +228,7 @@ def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url,
     with pytest.raises(CacheError, match="incomplete: 2 of 4"):
         check_complete(reader)
     assert (result := run(*command, "--out", cache)).exit_code == 0, result.output
-    assert "found there" in result.output
+    assert "from an earlier run" in result.output
     assert contents(cache) == contents(local / "cache.zarr")
 
 

@@ -64,10 +64,11 @@ class CachingOptions(OptionSet):
     ] = "float16"
     codec: Annotated[
         str,
+        Among(COMPRESSORS, or_else=("auto", "blosc-COMPRESSOR-LEVEL-SHUFFLE")),
         Heading("Storage"),
         Doc(
-            f"Compressor: {_COMPRESSORS}, or a full codec such as blosc-zstd-9-bitshuffle. A compressor alone takes the "
-            f"shuffle that makes the first heatmaps smallest. auto means {_AUTO}."
+            f"Compressor: {_COMPRESSORS}, or a full codec such as blosc-zstd-9-bitshuffle. A compressor alone takes "
+            f"the shuffle that makes the first heatmaps smallest. auto means {_AUTO}."
         ),
     ] = "auto"
     resolution: Annotated[
