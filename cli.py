@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import option_fields, overridden
+from options import Message, option_fields, overridden
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.formats import ExportOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
@@ -81,7 +81,10 @@ class _ToStandardError(logging.Handler):
     """Print log messages to standard error, whatever it is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        context = click.get_current_context(silent=True)
+        command = None if context is None else context.meta.get(COMMAND)
+        text = record.msg.spell(speller(command)) if isinstance(record.msg, Message) else self.format(record)
+        click.echo(text, err=True)
 
 
 class Commands(Group):
@@ -138,7 +141,7 @@ def main() -> None:
 
     A teacher that cannot see the bias explains its decisions once. Students learn from its heatmaps alone.
     """
-    for package in ("data", "trainer"):  # no others, because libraries log with tracebacks
+    for package in ("data", "pipeline", "trainer"):  # no others, because libraries log with tracebacks
         logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
         if not logger.handlers:

@@ -19,6 +19,7 @@ from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.models import last_layer
+from pipeline.networks.trials import kind_of
 from pipeline.relevance import Trace
 
 
@@ -49,6 +50,10 @@ class Forward:
                 self.logits = self.trace.logits
         if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(images):
+            raise ModelError(
+                f"the network returns {kind_of(self.logits)} for {len(images)} images: return logits (N, K)"
+            )
         classes = self.logits.shape[1]
         name, last = last_layer(model, classes), seen.entering.get(classes)
         runs = name is not None and last is not None and model.get_submodule(name) is last[0]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from pipeline import (
     ModelError,
@@ -234,3 +236,56 @@ def test_a_network_that_its_bias_free_form_breaks_is_told_to_keep_its_biases(mon
     name = f"{module.__name__}:build"
     with pytest.raises(ModelError, match=r"does not run in its bias-free form: .*'abs'.*give bias_free=False"):
         build_network(name, 4, (3, 2, 2), free_of_biases=True, factory=name)
+
+
+class Scaled(nn.Module):
+    """A parametrization with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((1,), 2.0))
+
+    def forward(self, values):
+        return self.factor * values
+
+
+def scaled(layer: nn.Module, name: str) -> nn.Module:
+    parametrize.register_parametrization(layer, name, Scaled())
+    return layer
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    for name in ("weight", "bias"):
+        prune.l1_unstructured(layer, name, 0.5)
+    return layer
+
+
+PARAMETRISED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "the older weight norm": weight_norm,
+    "the older spectral norm": spectral_norm,
+    "pruning": pruned,
+    "a weight of the user's own": lambda layer: scaled(layer, "weight"),
+    "a bias of the user's own": lambda layer: scaled(layer, "bias"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", PARAMETRISED)
+def test_parametrised_weights_are_no_biases_and_maps_account_for_the_whole_logit(kind):
+    torch.manual_seed(0)
+    layer = PARAMETRISED[kind](nn.Conv2d(3, 8, 3))
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(800, 4))
+    network, report = bias_free(model)
+    assert report.could_not == ()
+    assert report.changed == (
+        f"0: bias removed from {type(layer).__name__}",
+        "3: bias removed from Linear",
+    )
+    assert not any("bias" in name for name, _ in network.named_parameters())
+    assert model[0].bias is not None
+    classes = torch.tensor([0, 1])
+    logits, maps = explain(network.double().eval(), torch.rand(2, 3, 12, 12).double(), classes, 0.0)
+    torch.testing.assert_close(maps.sum((1, 2, 3)), logits[range(2), classes])

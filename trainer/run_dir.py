@@ -54,6 +54,11 @@ class Run:
         return (self.path / RESULT_FILE).exists()
 
     @property
+    def begun(self) -> bool:
+        """Whether the training has a checkpoint, which may be damaged."""
+        return any((self.path / CHECKPOINTS).glob("step-*.pt"))
+
+    @property
     def config(self) -> ModelConfig:
         """The configuration of the model. Raises ModelError where the folder has none that can be read."""
         return read_config(self.path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
-from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory
+from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, Threads
 from pipeline.networks.debias import DEBIAS
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
@@ -141,6 +141,7 @@ class Runtime(OptionSet):
     HEADING: ClassVar[str] = "Run"
 
     device: Device = "auto"
+    threads: Threads = None
     workers: Annotated[int, Ge(1), Doc("Number of threads that read data.")] = 2
     memory_budget: Annotated[
         int | None,

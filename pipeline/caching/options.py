@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Message, Option, OptionSet
-from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed
+from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed, Threads
 from pipeline.errors import RelevanceError
 from pipeline.explainers import EXPLAINERS
 from teacher_cache.codec import COMPRESSORS, PRECISIONS, Compression, unknown_codec
@@ -84,6 +84,7 @@ class CachingOptions(OptionSet):
         bool, Heading("Storage"), Doc("Store the teacher's deep features too, for the method features.")
     ] = False
     device: Annotated[Device, Heading("Run")] = "auto"
+    threads: Annotated[Threads, Heading("Run")] = None
     batch_size: Annotated[
         Any,
         Kind.BATCH_SIZE,
@@ -117,5 +118,12 @@ class CachingOptions(OptionSet):
                 Message(
                     "give ", Option("share", True), " or ", Option("scheduler"),
                     ", not both: a cluster divides the shards by itself",
+                )
+            )  # fmt: skip
+        if self.threads is not None and self.scheduler is not None:
+            raise RelevanceError(
+                Message(
+                    "give ", Option("threads", self.threads), " or ", Option("scheduler"),
+                    ", not both: start the workers of the cluster with OMP_NUM_THREADS",
                 )
             )  # fmt: skip

@@ -35,10 +35,11 @@ from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import Classifier, versions
-from pipeline.networks.heads import head_arrays
+from pipeline.networks.heads import decisive_head, head_arrays
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
+from pipeline.threads import cpu_threads
 from teacher_cache import (
     COMPRESSORS,
     Cache,
@@ -124,7 +125,10 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         ClusterError: the Dask cluster cannot be used, or was lost.
     """
     asked = CachingOptions(data=data, teacher=teacher, out=out, **options)
-    with nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client:
+    with (
+        nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client,
+        nullcontext() if client is not None else cpu_threads(asked.threads, pick_device(asked.device)),
+    ):
         # the workers' device may be one that this machine does not have
         info, head = _plan(asked, asked.device if client is None else "cpu")
         cache = create_cache(out, info, head)
@@ -232,7 +236,8 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
     teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
-    head = head_arrays(teacher.model.network, len(teacher.config.class_names))
+    head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=shape)
+    head = head_of(teacher.model.network, len(teacher.config.class_names))
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(

@@ -5,7 +5,6 @@ Not here: the formats (`formats.py`), and the files of our own models (`classifi
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from pipeline.errors import ModelError
 from pipeline.networks.classifier import Classifier, load_classifier, write_whole
 from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
-from pipeline.networks.homogeneous import ScaleNorm
+from pipeline.networks.homogeneous import ScaleNorm, copy_of
 from pipeline.networks.models import ImageShape, error_summary
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
@@ -49,7 +48,7 @@ def plain(model: Classifier) -> nn.Module:
             )
         )
     try:
-        network = copy.deepcopy(model.network).eval()
+        network = copy_of(model.network).eval()
     except Exception as error:
         raise ModelError(
             f"this model's network cannot be copied: {error_summary(error)}; let copy.deepcopy take it"

@@ -13,9 +13,10 @@ import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from options import Message, Option, takes
-from pipeline import Classifier, RelevanceError, ZeroShot, load_classifier, load_teacher
+from pipeline import Classifier, ModelError, RelevanceError, ZeroShot, load_classifier, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
+from pipeline.networks.weight_files import load_weights
 from trainer.results.options import EPSILON, EvaluateOptions
 from trainer.run_dir import Run
 
@@ -154,7 +155,10 @@ def evaluate_snapshots(
     torch_device = pick_device(device)
     place(classifier, torch_device)
     for step, path in Run(Path(model)).snapshots.items():
-        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            load_weights(classifier, path)
+        except ModelError as error:
+            raise ModelError(f"the snapshot {path} does not load ({error}); train the model again") from error
         point: dict[str, float] = {"step": step}
         for split in dataset.test_splits:
             every = max(1, len(split) // images)
