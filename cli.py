@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import option_fields
+from options import option_fields, overridden
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.formats import ExportOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
-from terminal.command_line import ARGUMENTS, COMMAND, Choice, Command, Group, LazyGroup, options, under
+from terminal.help import ARGUMENTS, COMMAND, Choice, Command, Group, LazyGroup, instead_of, options, under
 from terminal.options import options_of
-from terminal.spelling import spell, text_of
-from terminal.types import LocalFolder, Location, Names, TeacherName
-from trainer.reproduction.options import QuickstartOptions
+from terminal.spelling import spell, speller, text_of
+from terminal.types import LocalFolder, Location, TeacherName
+from trainer.reproduction.options import QuickstartOptions, SweepOptions
 from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
-FILES, RUN, OUTPUT = "Files", "Run", "Output"  # headings of options
+FILES, OUTPUT = "Files", "Output"  # headings of options
 DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explanations", "Stage two: students"
 RESULTS, EVERYTHING = "Results", "Whole experiments"
 
@@ -346,18 +346,14 @@ def train_student_command(**options: Any) -> None:
         {
             **METAVARS,
             "data": {"required": False},
-            "out": {"required": False, "help": "Output folder, with a folder for each student."},
             "arch": {"multiple": True, "default": None},
             "method": {"multiple": True},
             "seed": {"multiple": True, "default": None, "help": "Random seed. Repeatable."},
         },
-        without=("device",),
+        without=("out", "device"),
         flags=FLAGS,
     ),
-    under(
-        RUN,
-        click.option("--devices", type=Names(), help="Devices, such as cuda:0,cuda:1. Default: all GPUs, or the CPU."),
-    ),
+    options_of(SweepOptions, {"out": {"required": False}}),
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")),
 )
 @click.pass_context
@@ -385,15 +381,19 @@ def train_students_command(
     }
     common = read_sweep(sweep) if sweep is not None else {}
     students = common.pop("students", [])
-    common |= typed
+    replaced = overridden(StudentOptions, typed)
+    common = {name: value for name, value in common.items() if name not in replaced} | typed
     if all(isinstance(student, dict) for student in students):  # plan_sweep refuses anything else
-        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in typed} for one in students]
+        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in replaced} for one in students]
     out = common.pop("out", None)
     for name, value in (("data", common.get("data")), ("out", out)):
         if value is None:
             raise click.UsageError(f"Missing option '--{name}', and the sweep has no '{name}' either.")
     planned = plan_sweep(common, students)
-    rows = train_students(Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True))
+    spelling = speller(context.command)
+    rows = train_students(
+        Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True), spell=spelling
+    )
     click.echo(json.dumps(rows) if as_json else sweep_table(rows))
     if any("error" in row for row in rows):
         raise click.exceptions.Exit(1)
@@ -408,8 +408,13 @@ def train_students_command(
     options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
     under(
         FILES,
-        click.option(
-            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, instead of --model."
+        instead_of(
+            "model",
+            click.option(
+                "--teacher",
+                type=TeacherName(),
+                help="Teacher, or a vision-language model clip:ARCH, instead of --model.",
+            ),
         ),
     ),
     OF_CLIP,
@@ -479,12 +484,15 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     OF_CLIP,
     under(
         "Samples",
-        click.option(
-            "--sample",
-            "indices",
-            multiple=True,
-            type=click.IntRange(0),
-            help="Index of a sample, starting at 0. Repeatable.",
+        instead_of(
+            "samples",
+            click.option(
+                "--sample",
+                "indices",
+                multiple=True,
+                type=click.IntRange(0),
+                help="Index of a sample, starting at 0. Repeatable.",
+            ),
         ),
     ),
     under(

@@ -118,7 +118,7 @@ BAD = {
     "make-data coloured-mnist --out new --limit 0": (2, "--limit"),
     # what the stream takes
     f"{STUDENT} --memory-budget lots": (2, "'lots' is no size in bytes: give one such as 4GB"),
-    f"{STUDENT} --memory-budget -1GB": (2, "'-1GB' is less than nothing"),
+    f"{STUDENT} --memory-budget -1GB": (2, "'-1GB' is negative: give a size such as 4GB"),
     f"{TRAIN} --workers 0": (2, "--workers"),
     # how it learns, and what it matches
     f"{STUDENT} --steps 5 --warmup 5": (

@@ -129,8 +129,8 @@ class RunDir:
         if differing or not recorded.exists():
             write_json(recorded, config.to_dict())
         if differing or not file.exists():
-            command = f"python cli.py train-{config.kind} --config {file} --out ANOTHER"
-            text = f"# To repeat this training: {command}\n{yaml.safe_dump(dict(options), sort_keys=False)}"
+            remedy = f"give this file to the command train-{config.kind} as its config, and another folder as out"
+            text = f"# To repeat this training, {remedy}.\n{yaml.safe_dump(dict(options), sort_keys=False)}"
             self._folder.write(OPTIONS_FILE, text.encode())
 
     def close(self) -> None:

@@ -129,15 +129,246 @@ def make_image_folder(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
         bar = stack.enter_context(tqdm(total=2 * len(samples), unit="image", desc="decoding", disable=None))
         scratch = Scratch(Path(folder), len(samples), chosen.shape)
-        decoded = dict(zip(samples, decode_all(samples, scratch, chosen.fit, bar.update), strict=True))
-        splits = _pictures(splits, decoded, bad, echo)
-        splits = _without_bad(splits, bad, chosen.skip_bad, echo)
+        decoded = decode_all(samples, scratch, chosen.fit, bar.update)
+        learned = {sample.path: one for sample, one in zip(samples, decoded, strict=True)}
+        splits = _only_images(splits, learned, echo)
+        splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
-        used = {sample: one for sample, one in decoded.items() if any(sample.path == s.path for s in ())} or decoded
-        _tell_pictures(splits, used, chosen, echo)
-        _tell_twins(splits, decoded, echo)
+        used = [(name, sample, learned[sample.path]) for name, part in splits.items() for sample in part]
+        _tell_images(used, chosen, echo)
+        _tell_masks(used, echo)
+        _tell_copies(used, echo)
         if chosen.validation is None:
             splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
-        _write(chosen, splits, names, scratch, {sample: row for row, sample in enumerate(samples)}, bar)
+        _write(chosen, splits, names, scratch, {sample.path: row for row, sample in enumerate(samples)}, bar)
     return {name: len(part) for name, part in splits.items()}
+
+
+# --- which images can be used -----------------------------------------------------------------------------------------
+
+
+def _paired(splits: Splits, chosen: ImageFolderOptions, bad: dict[Path, str], echo: Echo) -> Splits:
+    """Add masks and groups; note in ``bad`` which images lack them, if others of their split have them."""
+    if chosen.groups is not None:
+        groups = read_groups(Path(chosen.groups))
+        splits = {name: with_groups(part, name, groups, bad) for name, part in splits.items()}
+        names = {f"{name}/{sample.name}" for name, part in splits.items() for sample in part}
+        if unused := len(groups.keys() - names):
+            echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
+        _tell_without(splits, "group", echo)
+        if not any(sample.group for part in splits.values() for sample in part):
+            raise DatasetError(f"{chosen.groups} names no image here: its paths must be SPLIT/CLASS/FILE, such as train/cat/1.jpg")
+    if chosen.masks is not None:
+        splits = {name: with_masks(part, name, Path(chosen.masks), bad) for name, part in splits.items()}
+        _tell_without(splits, "mask", echo)
+        if not any(sample.mask for sample in splits["train"]):
+            raise DatasetError(
+                Message(
+                    Option("masks", str(chosen.masks)), " has no mask of a training image: one of ",
+                    str(splits["train"][0].path), f" would be {Path('train', splits['train'][0].name).with_suffix('.png')} below it",
+                )
+            )  # fmt: skip
+    return splits
+
+
+def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
+    for name, part in splits.items():
+        if not any(getattr(sample, attribute) for sample in part):
+            echo(f"{name}: no image has a {attribute}, so this split has no {attribute}s")
+
+
+def _only_images(splits: Splits, learned: Mapping[Path, Decoded], echo: Echo) -> Splits:
+    """Leave out files that are not images, and tell how many, by suffix."""
+    for name, part in splits.items():
+        suffixes = Counter(s.path.suffix.lower() or "without suffix" for s in part if not learned[s.path].picture)
+        if suffixes:
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+            echo(f"{name}: {suffixes.total()} files are not images that can be decoded here, and are left out: {listed}")
+    images = {name: [sample for sample in part if learned[sample.path].picture] for name, part in splits.items()}
+    for name, part in images.items():
+        if not part:
+            raise DatasetError(f"{splits[name][0].path.parent.parent} has no images in folders by class")
+    return images
+
+
+def _without_bad(
+    splits: Splits, learned: Mapping[Path, Decoded], unpaired: Mapping[Path, str], skip: bool, echo: Echo
+) -> Splits:
+    """Leave out bad images, or raise DatasetError with a list of them."""
+    bad = {
+        sample.path: problem
+        for part in splits.values()
+        for sample in part
+        if (problem := unpaired.get(sample.path) or learned[sample.path].problem)
+    }
+    if bad and not skip:
+        lines = [f"{path}: {problem}" for path, problem in list(bad.items())[:LISTED]]
+        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+        first = f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, "
+        rest = "\n".join([" leaves them out:", *lines, *more])
+        raise DatasetError(Message(first, Option("skip_bad", True), rest))
+    usable = {name: [sample for sample in part if sample.path not in bad] for name, part in splits.items()}
+    for name, part in splits.items():
+        if left_out := len(part) - len(usable[name]):
+            echo(f"{name}: {left_out} of {len(part)} images left out")
+    return usable
+
+
+def _with_learnt_classes(
+    splits: Splits, classes: Sequence[str], folders: Mapping[str, Path], skip: bool, echo: Echo
+) -> tuple[Splits, list[str]]:
+    """Return the images of the classes that have a training image, and the names of these classes."""
+    training = Counter(sample.label for sample in splits["train"])
+    if empty := [name for number, name in enumerate(classes) if not training[number]]:
+        if not skip:
+            raise DatasetError(
+                Message(
+                    f"the class '{empty[0]}' in {folders['train']} has no image: add images or delete its folder; ",
+                    Option("skip_bad", True), " leaves the class out",
+                )
+            )  # fmt: skip
+        echo(f"classes without a training image, left out: {', '.join(empty)}")
+    kept = [number for number in range(len(classes)) if training[number]]
+    if len(kept) < 2:
+        raise DatasetError(f"{folders['train']} has images of {len(kept)} class: at least two are needed")
+    renumbered = {number: place for place, number in enumerate(kept)}
+    usable = {
+        name: [replace(sample, label=renumbered[sample.label]) for sample in part if sample.label in renumbered]
+        for name, part in splits.items()
+    }
+    for name, part in usable.items():
+        if not part:
+            raise DatasetError(f"{folders[name]} has no image left that can be used")
+    return usable, [classes[number] for number in kept]
+
+
+def _split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
+    """Move a share of each class of the training images to validation; at least one image, if the class has two."""
+    rng = np.random.default_rng(seed)
+    chosen: set[int] = set()
+    labels = np.array([sample.label for sample in splits["train"]])
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        number = min(max(1, round(share * len(rows))), len(rows) - 1)
+        chosen |= {int(row) for row in rng.permutation(rows)[:number]}
+    parts: Splits = {"train": [], "validation": []}
+    for row, sample in enumerate(splits["train"]):
+        parts["validation" if row in chosen else "train"].append(sample)
+    tests = {name: part for name, part in splits.items() if name != "train"}
+    return {name: part for name, part in {**parts, **tests}.items() if part}
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+Used = list[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
+
+
+def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
+    cut = [learned.cut for _, _, learned in used if learned.cut > 0.005]
+    if cut and chosen.fit == "crop":
+        height, width = chosen.shape
+        echo(
+            f"{len(cut)} of {len(used)} images do not have the aspect ratio {width}:{height}. Cropping to the middle cuts "
+            f"{100 * sum(cut) / len(cut):.0f} % of their pixels away; the fit pad or stretch keeps them"
+        )
+    if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
+        echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
+    if dark := [sample.path for _, sample, learned in used if learned.dark]:
+        echo(
+            f"{len(dark)} images use less than a sixteenth of their 16 bits, {dark[0]} first, and become nearly black: "
+            "scale their values to 0 … 65535 if they should not"
+        )
+
+
+def _tell_masks(used: Used, echo: Echo) -> None:
+    """Tell how masks were read, how much of them is object, and which of them have no object, or no background."""
+    masks = [(sample.mask, learned) for _, sample, learned in used if learned.object is not None]
+    if not masks:
+        return
+    rules = Counter(learned.read_by for _, learned in masks)
+    share = float(np.mean([learned.object for _, learned in masks]))
+    by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
+    echo(f"masks: {len(masks)} read, {by}; on average the object covers {100 * share:.1f} % of an image")
+    for what, value in (("all object", 1.0), ("no object", 0.0)):
+        if paths := [str(path) for path, learned in masks if learned.object == value]:
+            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+            echo(f"{len(paths)} of {len(masks)} masks have {what}: {', '.join(paths[:NAMED])}{more}")
+
+
+def _tell_copies(used: Used, echo: Echo) -> None:
+    """Warn of images, by their files' SHA-256, that are in training and in another split, or in two classes."""
+    copies: dict[str, list[tuple[str, Sample]]] = {}
+    for name, sample, learned in used:
+        copies.setdefault(learned.digest, []).append((name, sample))
+    splits: dict[str, list[str]] = {}
+    in_two_classes = []
+    for same in copies.values():
+        names = [name for name, _ in same]
+        for name, sample in same:
+            if (name == "validation" and "train" in names) or (
+                name not in ("train", "validation") and {"train", "validation"} & set(names)
+            ):
+                splits.setdefault(name, []).append(sample.name)
+        if len({sample.label for _, sample in same}) > 1:
+            in_two_classes.append(" and ".join(str(sample.path) for _, sample in same[:2]))
+    for name, leaks in splits.items():
+        result = "it cannot select the weights" if name == "validation" else "its accuracy will be too high"
+        echo(f"{name}: {len(leaks)} images are also trained on, {leaks[0]} first: {result}")
+    if in_two_classes:
+        echo(f"{len(in_two_classes)} images are in two classes, {in_two_classes[0]} first: one of the labels is wrong")
+
+
+# --- their pixels -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a scratch file, as an array for `DatasetWriter`."""
+
+    pixels: np.ndarray
+    rows: np.ndarray
+    bar: Any
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.pixels.shape[1:])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        rows = self.rows[part]
+        if self.bar is not None:
+            self.bar.update(len(rows))
+        return self.pixels[rows]
+
+
+def _write(
+    chosen: ImageFolderOptions,
+    splits: Splits,
+    class_names: list[str],
+    scratch: Scratch,
+    row_of: Mapping[Path, int],
+    bar: Any,
+) -> None:
+    group_names = sorted({sample.group for part in splits.values() for sample in part if sample.group is not None})
+    number_of = {name: number for number, name in enumerate(group_names)}
+    with data.DatasetWriter(chosen.out) as writer:
+        for name, part in splits.items():
+            rows = np.array([row_of[sample.path] for sample in part])
+            arrays: dict[str, Any] = {
+                "images": _Rows(scratch.images(), rows, bar),
+                "labels": np.array([sample.label for sample in part], np.int64),
+            }
+            if any(sample.mask for sample in part):
+                arrays["masks"] = _Rows(scratch.masks(), rows, None)
+            if any(sample.group for sample in part):
+                arrays["groups"] = np.array([number_of[sample.group or ""] for sample in part], np.int64)
+            writer.write_split(name, **arrays)
+        attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
+        recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
+        writer.finish(
+            name=Path(str(chosen.out)).stem,
+            class_names=class_names,
+            builder={"command": "make-data image-folder", **recorded},
+            **({} if chosen.groups is None else attributes),
+        )

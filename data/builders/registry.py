@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from data.errors import DatasetError
-from options import Doc, Ge, Kind, Le, OptionSet, Registry, takes
+from options import Doc, Ge, Kind, OptionSet, Registry, takes
+from options.common import Seed
 
 Make = Callable[..., dict[str, int]]
 HOW = "How it is built"  # a heading of the options
+ImageSize = Annotated[int, Ge(1), Doc("Height and width of the images, in pixels.")]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Seeded(OptionSet):
 
     HEADING: ClassVar[str] = HOW
 
-    seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Random seed.")] = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,4 +99,4 @@ class Sized(OptionSet):
 
     HEADING: ClassVar[str] = HOW
 
-    size: Annotated[int, Ge(1), Doc("Height and width of the images, in pixels.")] = 64
+    size: ImageSize = 64

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 import data
-from data.builders.registry import HOW, BuilderOptions, Limited, builder
+from data.builders.registry import HOW, BuilderOptions, ImageSize, Limited, builder
 from data.builders.rows import Rows, open_mask, open_squeezed
 from data.errors import DatasetError
-from options import Doc, Ge, Heading, Kind, Message, Option, OptionSet, Word
+from options import Doc, Heading, Kind, Message, Option, OptionSet, Word
 
 if TYPE_CHECKING:
     from data.storage import Location
@@ -42,7 +42,7 @@ class WaterbirdsSource(OptionSet):
 class WaterbirdsOptions(WaterbirdsSource, BuilderOptions, Limited):
     """The options of ``make-data waterbirds``."""
 
-    size: Annotated[int, Ge(1), Heading(HOW), Doc("Height and width of the images, in pixels.")] = 224
+    size: Annotated[ImageSize, Heading(HOW)] = 224
 
 
 @builder(

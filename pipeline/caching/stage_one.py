@@ -41,7 +41,6 @@ from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
 from teacher_cache import (
     COMPRESSORS,
-    LEVELS,
     Cache,
     CacheError,
     CacheInfo,
@@ -282,13 +281,13 @@ def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: tor
 
 
 def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:
-    """In full, by the first maps, float32 (n, D, C, h, w), where not given so; a store that is continued keeps its."""
+    """Choose the codec by the first maps, float32 (n, D, C, h, w), unless it is named in full or the store has one."""
     if codec not in ("auto", *COMPRESSORS):
         return codec
     with suppress(CacheError):
-        found = open_cache(out).info.storage.codec
-        if codec == "auto" or found.startswith(f"blosc-{codec}-{LEVELS[codec]}-"):
-            return found
+        codec_of_store = open_cache(out).info.storage.codec
+        if codec == "auto" or codec_of_store.startswith(f"blosc-{codec}-{COMPRESSORS[codec].level}-"):
+            return codec_of_store
     flat = maps.reshape(-1, *maps.shape[2:])
     return str(choose_compression(flat, precision, None if codec == "auto" else codec))
 
@@ -379,26 +378,26 @@ def _open(job: Job) -> _Opened:
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
-        found = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
+        teacher = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
-        raise type(error)(f"{error} ({here}; {remedy})") from error
+        raise type(error)(Message(error, f" ({here}; {remedy})")) from error
     if split.fingerprint != job.info.dataset.fingerprint:
         raise DatasetError(
             f"the dataset {job.data}, {here}, is another one: the fingerprint of its split '{split.name}' is "
             f"{split.fingerprint[:12]}…, and not {job.info.dataset.fingerprint[:12]}…; {remedy}"
         )
-    if found.sha256 != job.info.teacher.weights_sha256:
+    if teacher.sha256 != job.info.teacher.weights_sha256:
         raise ModelError(
-            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights is {found.sha256[:12]}…, "
+            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights is {teacher.sha256[:12]}…, "
             f"and not {job.info.teacher.weights_sha256[:12]}…; {remedy}"
         )
     if differences := cache.info.differences(job.info):
         raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
     device = pick_device(job.device)
-    place(found.model, device)
+    place(teacher.model, device)
     batches = Batches.of(job.batch_size, job.info.storage.shard_samples, device)
-    return _Opened(found.model, split, cache, batches, device)
+    return _Opened(teacher.model, split, cache, batches, device)
 
 
 def explain_shard(

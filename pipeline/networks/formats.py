@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from options import Among, Doc, Heading, Kind, Lazy, Message, Option, OptionSet, Registry
+from options.common import CUSTOM_CODE, StudentFactory
 from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ FORMATS: Registry[Format] = Registry("format", ModelError)
 
 
 def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
+    """Return a program for ``torch.export.load(FILE).module()(images)``."""
     program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -49,6 +51,7 @@ def _from_torch_export(content: bytes, network: nn.Module) -> Callable[[Tensor],
 
 
 def _to_onnx(network: nn.Module, images: Tensor) -> bytes:
+    """Return a graph for any ONNX runtime, with the input ``images`` and the output ``logits``."""
     _require_onnx()
     program = torch.onnx.export(
         network,
@@ -87,6 +90,7 @@ def _require_onnx() -> None:
 
 
 def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
+    """Return a state dict for ``network.load_state_dict(torch.load(FILE))``, in a network with the same layers."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     return buffer.getvalue()
@@ -124,8 +128,4 @@ class ExportOptions(OptionSet):
         Doc("File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone."),
     ]
     out: Annotated[str | Path, Kind.FOLDER, Doc("File to write.")]
-    student_factory: Annotated[
-        str | None,
-        Heading("Your own code"),
-        Doc("Your own network, if the model is one: a function that returns it. Its code is run."),
-    ] = None
+    student_factory: Annotated[StudentFactory, Heading(CUSTOM_CODE)] = None

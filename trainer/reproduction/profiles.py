@@ -331,7 +331,10 @@ class ColouredMnistTableOptions(ReproduceOptions):
 
     profile: Annotated[
         Literal["cpu", "gpu", "paper"],
-        Doc("Size of the networks and length of the trainings: hours on a CPU, for a GPU, or as in the paper."),
+        Doc(
+            "Size of the networks and length of the trainings. cpu takes hours on a CPU, gpu needs a GPU, paper has "
+            "the paper's settings."
+        ),
     ] = "cpu"
 
 
@@ -341,7 +344,10 @@ class FashionTableOptions(FashionMnistSource, ReproduceOptions):
 
     profile: Annotated[
         Literal["cpu", "gpu"],
-        Doc("Size of the images and length of the trainings: 32×32 and hours on a CPU, or 64×64 on a GPU."),
+        Doc(
+            "Size of the images and length of the trainings. cpu trains on 32×32 pixels for hours on a CPU, gpu trains "
+            "on 64×64 pixels on a GPU."
+        ),
     ] = "cpu"
 
 
@@ -386,7 +392,7 @@ REPRODUCTIONS = {
         ColouredMnistTableOptions,
         "Reproduce the paper's table on COLOURED MNIST.\n\n"
         "The command makes the dataset, the teacher, the stores and the students of every row. It tests each model and "
-        "draws heatmaps. Run the same command again to resume it; give more --methods or --seeds to extend the table.",
+        "draws heatmaps. Run the same command again to resume it; give more methods or seeds to extend the table.",
         "reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3",
     ),
     "fashion-on-textures": Reproduction(
@@ -395,7 +401,7 @@ REPRODUCTIONS = {
         "Reproduce the table on Fashion-on-Textures.\n\n"
         "The background tells the class in training. The dataset's masks hide the background from the teacher. The "
         "table includes rival methods that use masks. "
-        "Run the same command again to resume it; give more --methods or --seeds to extend the table.",
+        "Run the same command again to resume it; give more methods or seeds to extend the table.",
         "reproduce fashion-on-textures --out TABLE --profile gpu",
     ),
     "coco-on-places": Reproduction(

@@ -337,7 +337,7 @@ class _Samples:
         self.split, self.dataset = split, dataset
         self.labels = np.asarray(split.labels[:]).astype(np.int64)
         self.rows, self.compared_rows = (spread(len(split), many) for many in (samples, COMPARED))
-        self.shown, self.compared = self._read(self.rows), self._read(self.compared_rows)
+        self.gallery, self.compared = self._read(self.rows), self._read(self.compared_rows)
 
     def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         masks = None if self.split.masks is None else np.asarray(self.split.masks.oindex[rows])
@@ -347,7 +347,7 @@ class _Samples:
         """Describe the split, with the images of the worst cases of all models."""
         agreements = [model.splits[self.split.name].agreement for model in models]
         worst = {case.row for agreement in agreements if agreement is not None for case in agreement.worst}
-        images = dict(zip(self.rows.tolist(), self.shown[0], strict=True))
+        images = dict(zip(self.rows.tolist(), self.gallery[0], strict=True))
         compared = self.compared_rows.tolist()
         images |= {row: self.compared[0][compared.index(row)] for row in worst - set(images)}
         groups = {}
@@ -501,7 +501,7 @@ def _gallery(
     every_class = len(explained) == len(samples.dataset.class_names)
     own = [] if every_class else [samples.labels, predictions.classes]
     classes = np.concatenate([*(each[samples.rows][:, None] for each in own), fixed], 1)
-    maps = explain_samples(model, *samples.shown, classes, device).astype(np.float64)
+    maps = explain_samples(model, *samples.gallery, classes, device).astype(np.float64)
     return tuple(
         Explained(each.says, each.probability, dict(zip(of, map(in_units, of_sample), strict=True)))
         for each, of, of_sample in zip(_without_maps(samples, predictions), classes.tolist(), maps, strict=True)
