@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +18,12 @@ from data.builders.pictures import (
     NoPictureError,
     Size,
     UnreadableError,
+    covered,
     cut_away,
     fitted,
     read_image,
     read_mask,
 )
-from data.builders.rows import OPAQUE
 
 BATCH = 16  # files that a process decodes at a time
 PER_PROCESS = 64  # files for which a further process is worth its start
@@ -111,7 +112,7 @@ def decode_all(
 
     scratch.images(), scratch.masks()  # makes the files
     processes = min(os.cpu_count() or 1, len(samples) // PER_PROCESS)
-    loader = DataLoader(
+    loader: Any = DataLoader(
         _Files(samples, scratch, fit),  # type: ignore[arg-type]
         batch_size=BATCH,
         num_workers=processes if processes > 1 else 0,
@@ -148,14 +149,11 @@ def _decode(sample: Sample, row: int, scratch: Scratch, fit: Fit) -> Decoded:
         return Decoded(digest, f"it cannot be read: {error.strerror or error}")
 
 
-def _with_mask(
-    learned: Decoded, path: Path, shape: tuple[int, int], row: int, scratch: Scratch, fit: Fit
-) -> Decoded:
+def _with_mask(learned: Decoded, path: Path, shape: tuple[int, int], row: int, scratch: Scratch, fit: Fit) -> Decoded:
     """Write the pixels of a mask, and add what was learned of it. ``shape`` is the image's width and height."""
     mask = read_mask(path)
     height, width = mask.covers.shape
     if (width, height) != shape:
         return replace(learned, problem=f"it is {shape[0]}×{shape[1]}, its mask {path} {width}×{height}")
-    covered = Image.fromarray(np.where(mask.covers, np.uint8(OPAQUE), np.uint8(0)))
-    scratch.masks()[row, 0] = np.where(fitted(covered, scratch.size, fit) == OPAQUE, np.uint8(255), np.uint8(0))
+    scratch.masks()[row, 0] = covered(mask.covers, scratch.size, fit)
     return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)

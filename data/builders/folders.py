@@ -13,8 +13,9 @@ from data.errors import DatasetError
 from options import Message, Option
 
 Echo = Callable[[str], object]
+Bad = dict[tuple[str, Path], str]  # split and image → why it cannot be used
 
-SYSTEM = {  # folders and files that programs leave beside a user's own, in lower case; all that begin with a dot are too
+SYSTEM = {  # names, in lower case, of what programs leave beside a user's files; a dot at the start says so too
     "__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
     "system volume information", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
@@ -69,11 +70,9 @@ def find_classes(train: Path) -> list[str]:
 
 def check_name(name: str, role: str) -> None:
     """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
-    if bad := [character for character in name if unicodedata.category(character) in ("Cc", "Cs")]:
-        shown = name.encode("utf-8", "backslashreplace").decode()
-        raise DatasetError(
-            f"{role} is called {shown!r}, and its character {bad[0]!r} cannot be printed: rename it in letters of UTF-8"
-        )
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        printable = name.encode("unicode_escape").decode()
+        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -130,7 +129,7 @@ def _walk(folder: Path, above: set[str], echo: Echo) -> Iterator[Path]:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def with_masks(samples: Sequence[Sample], split: str, masks: Path, bad: dict[Path, str]) -> list[Sample]:
+def with_masks(samples: Sequence[Sample], split: str, masks: Path, bad: Bad) -> list[Sample]:
     """Add the masks of a split, if it has any; note in ``bad`` which images have none or several.
 
     A mask lies at the place of its image below ``masks/SPLIT``, or below ``masks`` if no split has a folder there. Its
@@ -143,9 +142,9 @@ def with_masks(samples: Sequence[Sample], split: str, masks: Path, bad: dict[Pat
     for sample, paths in pairs:
         if not paths:
             place = (masks / split if (masks / split).is_dir() else masks) / PurePosixPath(sample.name).with_suffix("")
-            bad[sample.path] = f"there is no mask {place} with the suffix of an image"
+            bad[split, sample.path] = f"there is no mask {place} with the suffix of an image"
         elif len(paths) > 1:
-            bad[sample.path] = f"there are {len(paths)} masks: {', '.join(map(str, paths))}"
+            bad[split, sample.path] = f"there are {len(paths)} masks: {', '.join(map(str, paths))}"
     return [replace(sample, mask=paths[0]) if len(paths) == 1 else sample for sample, paths in pairs]
 
 
@@ -211,14 +210,12 @@ def _name(path: str) -> str:
     return PurePosixPath(path.strip().replace("\\", "/")).as_posix()
 
 
-def with_groups(
-    samples: Sequence[Sample], split: str, groups: Mapping[str, str], bad: dict[Path, str]
-) -> list[Sample]:
+def with_groups(samples: Sequence[Sample], split: str, groups: Mapping[str, str], bad: Bad) -> list[Sample]:
     """Add the groups of a split, if it has any; note in ``bad`` which images have none."""
     names = {sample: groups.get(f"{split}/{sample.name}") for sample in samples}
     if not any(names.values()):
         return list(samples)
     for sample, group in names.items():
         if group is None:
-            bad[sample.path] = f"it has no row {split}/{sample.name} in the file of groups"
+            bad[split, sample.path] = f"it has no row {split}/{sample.name} in the file of groups"
     return [replace(sample, group=names[sample]) for sample in samples]

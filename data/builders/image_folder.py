@@ -20,6 +20,7 @@ from tqdm import tqdm
 import data
 from data.builders.decoding import Decoded, Scratch, decode_all
 from data.builders.folders import (
+    Bad,
     Echo,
     Sample,
     find_classes,
@@ -72,16 +73,19 @@ class ImageFolderOptions(BuilderOptions, Seeded):
             "the aspect ratio."
         ),
     ] = "crop"
-    skip_bad: Annotated[
-        bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")
-    ] = False
+    skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
+        False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
         if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise DatasetError(
-                Message(Option("size"), f" must be a number of pixels, or height and width, each at least 1, got {self.size}")
+                Message(
+                    Option("size"),
+                    f" must be a number of pixels, or height and width, each at least 1, got {self.size}",
+                )
             )
 
     @property
@@ -122,33 +126,32 @@ def make_image_folder(
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
     classes = find_classes(folders["train"])
-    bad: dict[Path, str] = {}
+    bad: Bad = {}
     splits = _paired({name: find_files(folder, classes, echo) for name, folder in folders.items()}, chosen, bad, echo)
-    samples = [sample for part in splits.values() for sample in part]
+    files = {(name, sample.path): sample for name, part in splits.items() for sample in part}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
-        bar = stack.enter_context(tqdm(total=2 * len(samples), unit="image", desc="decoding", disable=None))
-        scratch = Scratch(Path(folder), len(samples), chosen.shape)
-        decoded = decode_all(samples, scratch, chosen.fit, bar.update)
-        learned = {sample.path: one for sample, one in zip(samples, decoded, strict=True)}
-        splits = _only_images(splits, learned, echo)
+        bar = stack.enter_context(tqdm(total=2 * len(files), unit="image", desc="decoding", disable=None))
+        scratch = Scratch(Path(folder), len(files), chosen.shape)
+        learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
+        splits = _only_images(splits, learned, folders, echo)
         splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
-        used = [(name, sample, learned[sample.path]) for name, part in splits.items() for sample in part]
+        used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
         _tell_images(used, chosen, echo)
         _tell_masks(used, echo)
         _tell_copies(used, echo)
         if chosen.validation is None:
             splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
-        _write(chosen, splits, names, scratch, {sample.path: row for row, sample in enumerate(samples)}, bar)
+        _write(chosen, splits, names, scratch, {key: row for row, key in enumerate(files)}, bar)
     return {name: len(part) for name, part in splits.items()}
 
 
 # --- which images can be used -----------------------------------------------------------------------------------------
 
 
-def _paired(splits: Splits, chosen: ImageFolderOptions, bad: dict[Path, str], echo: Echo) -> Splits:
+def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) -> Splits:
     """Add masks and groups; note in ``bad`` which images lack them, if others of their split have them."""
     if chosen.groups is not None:
         groups = read_groups(Path(chosen.groups))
@@ -158,17 +161,17 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: dict[Path, str], ec
             echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
         _tell_without(splits, "group", echo)
         if not any(sample.group for part in splits.values() for sample in part):
-            raise DatasetError(f"{chosen.groups} names no image here: its paths must be SPLIT/CLASS/FILE, such as train/cat/1.jpg")
+            raise DatasetError(
+                f"{chosen.groups} names no image here: its paths must be SPLIT/CLASS/FILE, such as train/cat/1.jpg"
+            )
     if chosen.masks is not None:
         splits = {name: with_masks(part, name, Path(chosen.masks), bad) for name, part in splits.items()}
         _tell_without(splits, "mask", echo)
         if not any(sample.mask for sample in splits["train"]):
-            raise DatasetError(
-                Message(
-                    Option("masks", str(chosen.masks)), " has no mask of a training image: one of ",
-                    str(splits["train"][0].path), f" would be {Path('train', splits['train'][0].name).with_suffix('.png')} below it",
-                )
-            )  # fmt: skip
+            first = splits["train"][0]
+            place = Path("train", first.name).with_suffix(".png")
+            masks = Option("masks", str(chosen.masks))
+            raise DatasetError(Message(masks, f" has no mask of a training image, such as {place} for {first.path}"))
     return splits
 
 
@@ -178,37 +181,38 @@ def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
             echo(f"{name}: no image has a {attribute}, so this split has no {attribute}s")
 
 
-def _only_images(splits: Splits, learned: Mapping[Path, Decoded], echo: Echo) -> Splits:
+Learned = Mapping[tuple[str, Path], Decoded]  # by split and path of the image
+
+
+def _only_images(splits: Splits, learned: Learned, folders: Mapping[str, Path], echo: Echo) -> Splits:
     """Leave out files that are not images, and tell how many, by suffix."""
     for name, part in splits.items():
-        suffixes = Counter(s.path.suffix.lower() or "without suffix" for s in part if not learned[s.path].picture)
+        suffixes = Counter(s.path.suffix.lower() or "without suffix" for s in part if not learned[name, s.path].picture)
         if suffixes:
             listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-            echo(f"{name}: {suffixes.total()} files are not images that can be decoded here, and are left out: {listed}")
-    images = {name: [sample for sample in part if learned[sample.path].picture] for name, part in splits.items()}
+            echo(f"{name}: left out {listed}, which are not images that can be decoded here")
+    images = {name: [sample for sample in part if learned[name, sample.path].picture] for name, part in splits.items()}
     for name, part in images.items():
         if not part:
-            raise DatasetError(f"{splits[name][0].path.parent.parent} has no images in folders by class")
+            raise DatasetError(f"{folders[name]} has no images in folders by class")
     return images
 
 
-def _without_bad(
-    splits: Splits, learned: Mapping[Path, Decoded], unpaired: Mapping[Path, str], skip: bool, echo: Echo
-) -> Splits:
+def _without_bad(splits: Splits, learned: Learned, unpaired: Bad, skip: bool, echo: Echo) -> Splits:
     """Leave out bad images, or raise DatasetError with a list of them."""
     bad = {
-        sample.path: problem
-        for part in splits.values()
+        (name, sample.path): problem
+        for name, part in splits.items()
         for sample in part
-        if (problem := unpaired.get(sample.path) or learned[sample.path].problem)
+        if (problem := unpaired.get((name, sample.path)) or learned[name, sample.path].problem)
     }
     if bad and not skip:
-        lines = [f"{path}: {problem}" for path, problem in list(bad.items())[:LISTED]]
+        lines = [f"{path}: {problem}" for (_, path), problem in list(bad.items())[:LISTED]]
         more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         first = f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, "
         rest = "\n".join([" leaves them out:", *lines, *more])
         raise DatasetError(Message(first, Option("skip_bad", True), rest))
-    usable = {name: [sample for sample in part if sample.path not in bad] for name, part in splits.items()}
+    usable = {name: [sample for sample in part if (name, sample.path) not in bad] for name, part in splits.items()}
     for name, part in splits.items():
         if left_out := len(part) - len(usable[name]):
             echo(f"{name}: {left_out} of {len(part)} images left out")
@@ -269,8 +273,8 @@ def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
     if cut and chosen.fit == "crop":
         height, width = chosen.shape
         echo(
-            f"{len(cut)} of {len(used)} images do not have the aspect ratio {width}:{height}. Cropping to the middle cuts "
-            f"{100 * sum(cut) / len(cut):.0f} % of their pixels away; the fit pad or stretch keeps them"
+            f"{len(cut)} of {len(used)} images do not have the aspect ratio {width}:{height}. Cropping to the middle "
+            f"cuts {100 * sum(cut) / len(cut):.0f} % of their pixels away; the fit pad or stretch keeps them"
         )
     if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
         echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
@@ -347,14 +351,15 @@ def _write(
     splits: Splits,
     class_names: list[str],
     scratch: Scratch,
-    row_of: Mapping[Path, int],
+    row_of: Mapping[tuple[str, Path], int],
     bar: Any,
 ) -> None:
     group_names = sorted({sample.group for part in splits.values() for sample in part if sample.group is not None})
     number_of = {name: number for number, name in enumerate(group_names)}
     with data.DatasetWriter(chosen.out) as writer:
         for name, part in splits.items():
-            rows = np.array([row_of[sample.path] for sample in part])
+            source = name if (name, part[0].path) in row_of else "train"  # validation may be split off from it
+            rows = np.array([row_of[source, sample.path] for sample in part])
             arrays: dict[str, Any] = {
                 "images": _Rows(scratch.images(), rows, bar),
                 "labels": np.array([sample.label for sample in part], np.int64),

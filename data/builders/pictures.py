@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data.builders.rows import OPAQUE
+from data.errors import DatasetError
 
 T = TypeVar("T")
 Fit = Literal["crop", "pad", "stretch"]
@@ -20,6 +21,7 @@ Size = tuple[int, int]  # height and width in pixels
 LABELS = 32  # values that a mask of labels may have, whatever lies beside them
 EDGE = 4  # levels by which neighbouring labels differ, where there are more values than that
 SMALL = 64  # values of labels in a format that may be lossy are below this
+INVISIBLE = 16  # opacity, of 255, up to which nothing is seen; a lossy file of opacity 0 has values above 0
 LOSSY = ("JPEG", "MPO", "TIFF of JPEG")
 MAYBE_LOSSY = ("WEBP", "AVIF", "JPEG2000", "HEIF", "JXL", "TIFF of WEBP")
 NO_PICTURES = ("MPEG", "PDF", "EPS", "WMF")  # formats that Pillow opens without decoding them, or by other programs
@@ -125,7 +127,7 @@ def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise UnreadableError(f"{path.name} is no longer there") from None
     except UnreadableError as error:
         raise type(error)(str(error) if path.name in str(error) else f"{path.name} {error}") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
     except (MemoryError, Exception) as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files
         reason = str(error).replace(str(path), path.name) or type(error).__name__
@@ -135,7 +137,7 @@ def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
 def _upright(image: Image.Image) -> Image.Image:
     """Turn an image as its camera says; if its metadata cannot be read, return it as it lies."""
     try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION))
+        turn = TURNS.get(image.getexif().get(ORIENTATION) or 1)
     except Exception:  # of many types: the metadata is damaged, and the pixels are not
         return image
     return image if turn is None else image.transpose(turn)
@@ -185,8 +187,9 @@ def _object(image: Image.Image, soft: bool) -> Mask:
     image = _upright(image)
     if image.has_transparency_data and not (image.mode.startswith("I") or image.mode == "F"):
         opacity = np.asarray(image.convert("RGBA").getchannel("A"))
-        if opacity.min() < opacity.max() or not opacity.any():
-            return Mask(opacity > OPAQUE // 2, "opacity")
+        opaque = opacity > OPAQUE // 2
+        if opaque.any() != opaque.all() or opacity.max() <= INVISIBLE:
+            return Mask(opaque, "opacity")
         image = image.convert("RGBA").convert("RGB") if image.mode != "P" else image
     if image.mode == "P":
         numbers = np.asarray(image)
@@ -210,6 +213,8 @@ def _object(image: Image.Image, soft: bool) -> Mask:
 def _kind(image: Image.Image) -> str:
     """Return the format of a file that is open; TIFF says how it is compressed, and WebP whether it is lossless."""
     kind, compression = str(image.format), str(image.info.get("compression", ""))
+    if kind == "WEBP" and b"VP8L" in Path(image.filename).read_bytes()[:4096]:  # the chunk of lossless pixels
+        return "WEBP without loss"
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF of {compression.removeprefix('tiff_').upper()}"
     return kind
@@ -217,7 +222,7 @@ def _kind(image: Image.Image) -> str:
 
 def _bright(values: np.ndarray, top: float, kind: str, soft: bool) -> np.ndarray:
     """Return where the object is, bool (H, W), by the brightness of a mask."""
-    half = 2.0 * values > top
+    half = np.asarray(2.0 * values > top)
     if soft or kind in LOSSY:
         return half
     lowest, highest = values.min(initial=0), values.max(initial=0)
@@ -227,8 +232,8 @@ def _bright(values: np.ndarray, top: float, kind: str, soft: bool) -> np.ndarray
         return half
     lowest = values.min()
     if lowest > 0 and lowest < highest:  # nothing is 0, so the darker half of the values is the background
-        return 2.0 * values > float(lowest) + float(highest)
-    return values > 0
+        return np.asarray(2.0 * values > float(lowest) + float(highest))
+    return np.asarray(values > 0)
 
 
 def _are_labels(values: np.ndarray) -> bool:
@@ -236,18 +241,18 @@ def _are_labels(values: np.ndarray) -> bool:
 
     Labels are whole numbers and fill flat areas. If there are many, neighbours differ by more than a smooth transition.
     """
-    between = (values > 0) & (values < values.max())
+    between = np.asarray((values > 0) & (values < values.max()))
     if not between.any():
         return True
     if (values != np.floor(values)).any():
         return False
     right, below = values[:, 1:] == values[:, :-1], values[1:] == values[:-1]
-    flat = np.zeros((2, *values.shape), bool)  # equal to a neighbour at the side, and to one above or below
+    flat = np.zeros((2, *values.shape), np.bool_)  # equal to a neighbour at the side, and to one above or below
     flat[0, :, 1:] |= right
     flat[0, :, :-1] |= right
     flat[1, 1:] |= below
     flat[1, :-1] |= below
-    if 2 * flat.all(0)[between].sum() < between.sum():
+    if 2 * (flat[0] & flat[1] & between).sum() < between.sum():
         return False
     if len(np.unique(values)) <= LABELS:
         return True
@@ -292,7 +297,52 @@ def _middle(image: Image.Image, size: Size) -> tuple[int, int, int, int]:
     return left, top, left + box_width, top + box_height
 
 
+def covered(covers: np.ndarray, size: Size, fit: Fit) -> np.ndarray:
+    """Scale a mask, bool (H, W), like an image: uint8 (height, width), 255 on pixels that the object fully covers."""
+    opacity = fitted(Image.fromarray(np.where(covers, np.uint8(OPAQUE), np.uint8(0))), size, fit)
+    return np.where(opacity == OPAQUE, np.uint8(255), np.uint8(0))
+
+
 def cut_away(image: Image.Image, size: Size) -> float:
     """Return the share of an image's pixels that ``crop`` cuts away, from 0 to 1."""
     left, top, right, bottom = _middle(image, size)
     return 1 - (right - left) * (bottom - top) / (image.width * image.height)
+
+
+# --- files of published datasets --------------------------------------------------------------------------------------
+
+
+def open_squeezed(path: Path, size: int, remedy: str) -> np.ndarray:
+    """Read an image file in colour, squeezed with antialiasing.
+
+    Args:
+        path: the file.
+        size: height and width in pixels.
+        remedy: what the user can do about a bad file, for the error.
+
+    Returns:
+        uint8 (3, size, size).
+
+    Raises:
+        DatasetError: The file is missing or cannot be read.
+    """
+    squeezed = _published(path, remedy, lambda image: fitted(image.convert("RGB"), (size, size), "stretch"))
+    return squeezed.transpose(2, 0, 1)
+
+
+def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
+    """Read a soft mask file, squeezed like an image: uint8 (1, size, size), 255 on pixels that the object fully covers.
+
+    Arguments and errors are those of `open_squeezed`.
+    """
+    covers = _published(path, remedy, lambda image: _object(image, soft=True).covers)
+    return covered(covers, (size, size), "stretch")[None]
+
+
+def _published(path: Path, remedy: str, use: Callable[[Image.Image], T]) -> T:
+    if not path.exists():
+        raise DatasetError(f"there is no {path}: {remedy}")
+    try:
+        return _decoded(path, use)
+    except UnreadableError as error:
+        raise DatasetError(f"the image {path} cannot be read ({error}): {remedy}") from None
