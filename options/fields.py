@@ -43,6 +43,7 @@ class Kind(Enum):
     SIZE = "a number of bytes"
     BATCH_SIZE = "a number of samples, or auto"
     NAMED_FOLDERS = "folders by name"
+    IMAGE_SIZE = "a number of pixels, or height and width"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from terminal.types import (
     Architecture,
     BatchSize,
     Bytes,
+    ImageSize,
     LocalFolder,
     Location,
     NameAndValue,
@@ -61,6 +62,7 @@ KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
     Kind.ARCHITECTURE: Architecture,
     Kind.SIZE: Bytes,
     Kind.BATCH_SIZE: BatchSize,
+    Kind.IMAGE_SIZE: ImageSize,
 }
 
 

@@ -77,6 +77,18 @@ class BatchSize(click.ParamType):
         return size
 
 
+class ImageSize(click.ParamType):
+    """A number of pixels, or height and width as 64x96."""
+
+    name = "pixels|HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        sides = str(value).lower().replace("×", "x").split("x")
+        if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) >= 1 for side in sides):
+            self.fail(f"'{value}' is not a size: give pixels such as 64, or height and width such as 64x96", param, ctx)
+        return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 class NameAndValue(click.ParamType):
     """NAME=VALUE, where the value is a number, true, false or text."""
 

@@ -272,7 +272,8 @@ def test_all_that_is_wrong_is_listed_with_paths_and_reasons_and_nothing_is_writt
 def test_bad_files_and_empty_classes_are_left_out_only_when_that_is_asked_for(spoilt):
     sizes, notes = make(spoilt, masks=spoilt / "masks", groups=spoilt / "groups.csv", skip_bad=True)
     assert sizes == {"train": 13, "validation": 2, "ood": 5}
-    assert notes[:3] == [
+    assert notes[:4] == [
+        "train: left out 1 .txt, which are not images that can be decoded here",
         "train: 5 of 20 images left out",
         "ood: 1 of 6 images left out",
         "classes without a training image, left out: yak",
@@ -303,7 +304,7 @@ def test_many_bad_files_are_counted(photos):
         (lambda p: (p / "flat").mkdir(), {"tests": {"ood": "flat"}}, "has no images in folders by class"),
         (lambda p: None, {"tests": {"train": "far"}}, "a test cannot be called train"),
         (lambda p: None, {"validation_share": 1.5}, "validation_share must be more than 0 and less than 1, got 1.5"),
-        (lambda p: None, {"size": 0}, "size must be at least 1, got 0"),
+        (lambda p: None, {"size": 0}, "size must be a number of pixels, .* got 0"),
         (lambda p: None, {"groups": Path("nowhere.csv")}, "groups='nowhere.csv' does not exist"),
     ],
 )

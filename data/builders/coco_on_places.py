@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
+from data.builders.pictures import open_squeezed
 from data.builders.registry import HOW, BuilderOptions, Limited, Seeded, Sized, builder
-from data.builders.rows import OPAQUE, open_squeezed
+from data.builders.rows import OPAQUE
 from data.errors import DatasetError
 from options import Doc, Ge, Kind, Message, Option, OptionSet, Word
 

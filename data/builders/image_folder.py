@@ -1,18 +1,16 @@
 """A user's own images, in folders by class as torchvision's ImageFolder reads them, with optional masks and groups.
 
-Every file is decoded before anything is written, so that one error lists everything that is wrong.
+Every file is decoded once, before anything is written, so that one error lists everything that is wrong.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +18,19 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from data.builders.folders import Sample, find_classes, find_samples, read_groups, with_group, with_mask
-from data.builders.pictures import UnreadableError, middle_square, read_image, read_mask
-from data.builders.registry import HOW, BuilderOptions, ImageSize, Seeded, builder
-from data.builders.rows import OPAQUE, Rows
+from data.builders.decoding import Decoded, Scratch, decode_all
+from data.builders.folders import (
+    Bad,
+    Echo,
+    Sample,
+    find_classes,
+    find_files,
+    read_groups,
+    with_groups,
+    with_masks,
+)
+from data.builders.pictures import Fit, Size
+from data.builders.registry import HOW, BuilderOptions, Seeded, builder
 from data.errors import DatasetError
 from options import Doc, Gt, Heading, Kind, Lt, Message, Option
 
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
     from data.storage import Location
 
 LISTED = 20  # bad files in an error
+NAMED = 5  # files in a note
 LOGGER = logging.getLogger(__name__)
 Splits = dict[str, list[Sample]]
 
@@ -46,16 +54,45 @@ class ImageFolderOptions(BuilderOptions, Seeded):
     tests: Annotated[
         Mapping[str, Any], Kind.NAMED_FOLDERS, Doc("Folder of a test by its name, such as ood=DIR. Repeatable.")
     ] = field(default_factory=dict)
-    masks: Annotated[Any, Kind.PATH, Doc("Folder with a mask for each image, under the image's path and name.")] = None
-    groups: Annotated[Any, Kind.PATH, Doc("CSV file with the columns path and group.")] = None
+    masks: Annotated[
+        Any, Kind.PATH, Doc("Folder with masks under the paths and names of the images. Splits may lack them.")
+    ] = None
+    groups: Annotated[Any, Kind.PATH, Doc("CSV file with the columns path and group. Splits may be missing.")] = None
     validation_share: Annotated[
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
     ] = 0.1
     bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
-    size: Annotated[ImageSize, Heading(HOW)]
+    size: Annotated[
+        Any, Kind.IMAGE_SIZE, Heading(HOW), Doc("Size of the images in pixels: 64, or height and width as 64x96.")
+    ]
+    fit: Annotated[
+        Fit,
+        Heading(HOW),
+        Doc(
+            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
+            "the aspect ratio."
+        ),
+    ] = "crop"
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
         False
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise DatasetError(
+                Message(
+                    Option("size"),
+                    f" must be a number of pixels, or height and width, each at least 1, got {self.size}",
+                )
+            )
+
+    @property
+    def shape(self) -> Size:
+        """Height and width of the images, in pixels."""
+        height, width = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
+        return height, width
 
 
 @builder(
@@ -64,16 +101,15 @@ class ImageFolderOptions(BuilderOptions, Seeded):
     example="make-data image-folder --train images/train --test ood=images/ood --size 64 --out DATA.zarr",
 )
 def make_image_folder(
-    out: Location, train: str | Path, tests: Mapping[str, str | Path], **options: Any
+    out: Location, train: str | Path, tests: Mapping[str, str | Path], *, echo: Echo = LOGGER.warning, **options: Any
 ) -> dict[str, int]:
     """Build a dataset from your own images.
 
     The images lie in folders by class, as torchvision's ImageFolder reads them. The classes are the folders of the
-    training images. The images become uint8 (N, 3, size, size): in colour, upright, with transparent pixels in black.
-    The shorter side is scaled to the size with antialiasing, and the middle is cut out. Masks are images too, in any
-    format: 0 is the background, everything else the object. They lie at the same place as the image, below MASKS/SPLIT,
-    or below MASKS if there is no such folder. The file of groups names an image as SPLIT/CLASS/FILE, such as
-    ood/cat/1.jpg. More is in docs/own-images.md.
+    training images. Images become uint8 (N, 3, height, width): in colour, upright, with transparent pixels in black.
+    Masks are images too, at the same place below MASKS/SPLIT, or below MASKS if there is no such folder. The object is
+    what an image viewer shows. The file of groups names an image as SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split
+    may lack masks or groups. More is in docs/own-images.md.
 
     Returns:
         The number of samples of each split.
@@ -85,117 +121,106 @@ def make_image_folder(
     chosen = ImageFolderOptions(out=out, train=train, tests=tests, **options)
     if reserved := {"train", "validation"} & set(tests):
         raise DatasetError(
-            Message(f"a test cannot be called {reserved.pop()}, a split of its own: call it iid, ood, shift or similar")
+            f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
         )
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
     classes = find_classes(folders["train"])
-    groups = None if chosen.groups is None else read_groups(Path(chosen.groups))
-    bad: dict[Path, str] = {}
-    splits = {
-        name: [_complete(sample, name, chosen.masks, groups, bad) for sample in find_samples(folder, classes)]
-        for name, folder in folders.items()
-    }
-    digests = _decode_all(splits, bad)
-    splits = _without_bad(splits, bad, chosen.skip_bad)
-    splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad)
-    _warn_of_leaks(splits, digests)
-    if groups is not None:
-        _warn_of_unused_rows(splits, groups, chosen.groups)
-    if chosen.validation is None:
-        splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
-    _write(chosen, splits, names)
-    return {name: len(samples) for name, samples in splits.items()}
-
-
-def _write(chosen: ImageFolderOptions, splits: Splits, class_names: list[str]) -> None:
-    size, group_names = chosen.size, sorted({s.group for part in splits.values() for s in part if s.group is not None})
-    with data.DatasetWriter(chosen.out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, samples in splits.items():
-            arrays: dict[str, Any] = {
-                "images": Rows((len(samples), 3, size, size), pool, partial(_image_of, samples, size)),
-                "labels": np.array([sample.label for sample in samples], np.int64),
-            }
-            if chosen.masks is not None:
-                arrays["masks"] = Rows((len(samples), 1, size, size), pool, partial(_mask_of, samples, size))
-            if chosen.groups is not None:
-                arrays["groups"] = np.array([group_names.index(sample.group or "") for sample in samples], np.int64)
-            writer.write_split(name, **arrays)
-        attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
-        writer.finish(
-            name=Path(str(chosen.out)).stem,
-            class_names=class_names,
-            builder={"command": "make-data image-folder", "size": size, "seed": chosen.seed},
-            **({} if chosen.groups is None else attributes),
-        )
+    bad: Bad = {}
+    splits = _paired({name: find_files(folder, classes, echo) for name, folder in folders.items()}, chosen, bad, echo)
+    files = {(name, sample.path): sample for name, part in splits.items() for sample in part}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
+        bar = stack.enter_context(tqdm(total=2 * len(files), unit="image", desc="decoding", disable=None))
+        scratch = Scratch(Path(folder), len(files), chosen.shape)
+        learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
+        splits = _only_images(splits, learned, folders, echo)
+        splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
+        splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
+        used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
+        _tell_images(used, chosen, echo)
+        _tell_masks(used, echo)
+        _tell_copies(used, echo)
+        if chosen.validation is None:
+            splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
+        bar.set_description("writing")
+        _write(chosen, splits, names, scratch, {key: row for row, key in enumerate(files)}, bar)
+    return {name: len(part) for name, part in splits.items()}
 
 
 # --- which images can be used -----------------------------------------------------------------------------------------
 
 
-def _complete(
-    sample: Sample, split: str, masks: str | Path | None, groups: Mapping[str, str] | None, bad: dict[Path, str]
-) -> Sample:
-    """Add the mask and the group of an image, or note in ``bad`` which of them is missing."""
-    try:
-        sample = sample if groups is None else with_group(sample, split, groups)
-    except LookupError as error:
-        bad[sample.path] = str(error)
-    try:
-        return sample if masks is None else with_mask(sample, split, Path(masks))
-    except LookupError as error:
-        bad.setdefault(sample.path, str(error))
-        return sample
+def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) -> Splits:
+    """Add masks and groups; note in ``bad`` which images lack them, if others of their split have them."""
+    if chosen.groups is not None:
+        groups = read_groups(Path(chosen.groups))
+        splits = {name: with_groups(part, name, groups, bad) for name, part in splits.items()}
+        names = {f"{name}/{sample.name}" for name, part in splits.items() for sample in part}
+        if unused := len(groups.keys() - names):
+            echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
+        _tell_without(splits, "group", echo)
+        if not any(sample.group for part in splits.values() for sample in part):
+            raise DatasetError(
+                f"{chosen.groups} names no image here: its paths must be SPLIT/CLASS/FILE, such as train/cat/1.jpg"
+            )
+    if chosen.masks is not None:
+        splits = {name: with_masks(part, name, Path(chosen.masks), bad) for name, part in splits.items()}
+        _tell_without(splits, "mask", echo)
+        if not any(sample.mask for sample in splits["train"]):
+            first = splits["train"][0]
+            place = Path("train", first.name).with_suffix(".png")
+            masks = Option("masks", str(chosen.masks))
+            raise DatasetError(Message(masks, f" has no mask of a training image, such as {place} for {first.path}"))
+    return splits
 
 
-def _decode_all(splits: Splits, bad: dict[Path, str]) -> dict[Path, str]:
-    """Return the SHA-256 of every image file; note in ``bad`` which images or masks cannot be decoded."""
-    samples = [sample for part in splits.values() for sample in part]
-    digests = {}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(samples), unit="image", desc="decoding", disable=None) as bar,
-    ):
-        for sample, (digest, problem) in zip(samples, pool.map(_decode, samples), strict=True):
-            digests[sample.path] = digest
-            if problem is not None:
-                bad.setdefault(sample.path, problem)
-            bar.update()
-    return digests
+def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
+    for name, part in splits.items():
+        if not any(getattr(sample, attribute) for sample in part):
+            echo(f"{name}: no image has a {attribute}, so this split has no {attribute}s")
 
 
-def _decode(sample: Sample) -> tuple[str, str | None]:
-    """Return the SHA-256 of an image file, and why the image or its mask cannot be used, if so."""
-    digest = ""
-    try:
-        digest = hashlib.sha256(sample.path.read_bytes()).hexdigest()
-        (width, height) = read_image(sample.path).size
-        if sample.mask is not None and (of_mask := read_mask(sample.mask).size) != (width, height):
-            return digest, f"it is {width}×{height}, its mask {sample.mask} {of_mask[0]}×{of_mask[1]}"
-    except UnreadableError as error:
-        return digest, str(error)
-    except OSError as error:
-        return digest, f"it cannot be read: {error.strerror}"
-    return digest, None
+Learned = Mapping[tuple[str, Path], Decoded]  # by split and path of the image
 
 
-def _without_bad(splits: Splits, bad: Mapping[Path, str], skip: bool) -> Splits:
+def _only_images(splits: Splits, learned: Learned, folders: Mapping[str, Path], echo: Echo) -> Splits:
+    """Leave out files that are not images, and tell how many, by suffix."""
+    for name, part in splits.items():
+        suffixes = Counter(s.path.suffix.lower() or "without suffix" for s in part if not learned[name, s.path].picture)
+        if suffixes:
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+            echo(f"{name}: left out {listed}, which are not images that can be decoded here")
+    images = {name: [sample for sample in part if learned[name, sample.path].picture] for name, part in splits.items()}
+    for name, part in images.items():
+        if not part:
+            raise DatasetError(f"{folders[name]} has no images in folders by class")
+    return images
+
+
+def _without_bad(splits: Splits, learned: Learned, unpaired: Bad, skip: bool, echo: Echo) -> Splits:
     """Leave out bad images, or raise DatasetError with a list of them."""
+    bad = {
+        (name, sample.path): problem
+        for name, part in splits.items()
+        for sample in part
+        if (problem := unpaired.get((name, sample.path)) or learned[name, sample.path].problem)
+    }
     if bad and not skip:
-        lines = [f"{path}: {problem}" for path, problem in list(bad.items())[:LISTED]]
+        lines = [f"{path}: {problem}" for (_, path), problem in list(bad.items())[:LISTED]]
         more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
         first = f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, "
         rest = "\n".join([" leaves them out:", *lines, *more])
         raise DatasetError(Message(first, Option("skip_bad", True), rest))
-    usable = {name: [sample for sample in samples if sample.path not in bad] for name, samples in splits.items()}
-    for name, samples in splits.items():
-        if left_out := len(samples) - len(usable[name]):
-            LOGGER.warning("%s: %d of %d images left out", name, left_out, len(samples))
+    usable = {name: [sample for sample in part if (name, sample.path) not in bad] for name, part in splits.items()}
+    for name, part in splits.items():
+        if left_out := len(part) - len(usable[name]):
+            echo(f"{name}: {left_out} of {len(part)} images left out")
     return usable
 
 
 def _with_learnt_classes(
-    splits: Splits, classes: Sequence[str], folders: Mapping[str, Path], skip: bool
+    splits: Splits, classes: Sequence[str], folders: Mapping[str, Path], skip: bool, echo: Echo
 ) -> tuple[Splits, list[str]]:
     """Return the images of the classes that have a training image, and the names of these classes."""
     training = Counter(sample.label for sample in splits["train"])
@@ -207,37 +232,19 @@ def _with_learnt_classes(
                     Option("skip_bad", True), " leaves the class out",
                 )
             )  # fmt: skip
-        LOGGER.warning("classes without a training image, left out: %s", ", ".join(empty))
+        echo(f"classes without a training image, left out: {', '.join(empty)}")
     kept = [number for number in range(len(classes)) if training[number]]
     if len(kept) < 2:
         raise DatasetError(f"{folders['train']} has images of {len(kept)} class: at least two are needed")
     renumbered = {number: place for place, number in enumerate(kept)}
     usable = {
-        name: [replace(sample, label=renumbered[sample.label]) for sample in samples if sample.label in renumbered]
-        for name, samples in splits.items()
+        name: [replace(sample, label=renumbered[sample.label]) for sample in part if sample.label in renumbered]
+        for name, part in splits.items()
     }
-    for name, samples in usable.items():
-        if not samples:
+    for name, part in usable.items():
+        if not part:
             raise DatasetError(f"{folders[name]} has no image left that can be used")
     return usable, [classes[number] for number in kept]
-
-
-def _warn_of_leaks(splits: Splits, digests: Mapping[Path, str]) -> None:
-    trained_on = {digests[sample.path] for name in ("train", "validation") for sample in splits.get(name, ())}
-    for name, samples in splits.items():
-        if name not in ("train", "validation"):
-            leaks = [sample.name for sample in samples if digests[sample.path] in trained_on]
-            if leaks:
-                LOGGER.warning(
-                    "%s: %d images are also trained on, %s first: its accuracy will be too high",
-                    name, len(leaks), leaks[0],
-                )  # fmt: skip
-
-
-def _warn_of_unused_rows(splits: Splits, groups: Mapping[str, str], path: str | Path) -> None:
-    used = {f"{name}/{sample.name}" for name, samples in splits.items() for sample in samples}
-    if unused := len(groups.keys() - used):
-        LOGGER.warning("%s: %d of %d rows name no image", path, unused, len(groups))
 
 
 def _split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
@@ -252,18 +259,121 @@ def _split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
     parts: Splits = {"train": [], "validation": []}
     for row, sample in enumerate(splits["train"]):
         parts["validation" if row in chosen else "train"].append(sample)
-    tests = {name: samples for name, samples in splits.items() if name != "train"}
-    return {name: samples for name, samples in {**parts, **tests}.items() if samples}
+    tests = {name: part for name, part in splits.items() if name != "train"}
+    return {name: part for name, part in {**parts, **tests}.items() if part}
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+Used = list[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
+
+
+def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
+    cut = [learned.cut for _, _, learned in used if learned.cut > 0.005]
+    if cut and chosen.fit == "crop":
+        height, width = chosen.shape
+        echo(
+            f"{len(cut)} of {len(used)} images do not have the aspect ratio {width}:{height}. Cropping to the middle "
+            f"cuts {100 * sum(cut) / len(cut):.0f} % of their pixels away; the fit pad or stretch keeps them"
+        )
+    if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
+        echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
+    if dark := [sample.path for _, sample, learned in used if learned.dark]:
+        echo(
+            f"{len(dark)} images use less than a sixteenth of their 16 bits, {dark[0]} first, and become nearly black: "
+            "scale their values to 0 … 65535 if they should not"
+        )
+
+
+def _tell_masks(used: Used, echo: Echo) -> None:
+    """Tell how masks were read, how much of them is object, and which of them have no object, or no background."""
+    masks = [(sample.mask, learned) for _, sample, learned in used if learned.object is not None]
+    if not masks:
+        return
+    rules = Counter(learned.read_by for _, learned in masks)
+    share = float(np.mean([learned.object for _, learned in masks]))
+    by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
+    echo(f"masks: {len(masks)} read, {by}; on average the object covers {100 * share:.1f} % of an image")
+    for what, value in (("all object", 1.0), ("no object", 0.0)):
+        if paths := [str(path) for path, learned in masks if learned.object == value]:
+            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+            echo(f"{len(paths)} of {len(masks)} masks have {what}: {', '.join(paths[:NAMED])}{more}")
+
+
+def _tell_copies(used: Used, echo: Echo) -> None:
+    """Warn of images, by their files' SHA-256, that are in training and in another split, or in two classes."""
+    copies: dict[str, list[tuple[str, Sample]]] = {}
+    for name, sample, learned in used:
+        copies.setdefault(learned.digest, []).append((name, sample))
+    splits: dict[str, list[str]] = {}
+    in_two_classes = []
+    for same in copies.values():
+        names = [name for name, _ in same]
+        for name, sample in same:
+            if (name == "validation" and "train" in names) or (
+                name not in ("train", "validation") and {"train", "validation"} & set(names)
+            ):
+                splits.setdefault(name, []).append(sample.name)
+        if len({sample.label for _, sample in same}) > 1:
+            in_two_classes.append(" and ".join(str(sample.path) for _, sample in same[:2]))
+    for name, leaks in splits.items():
+        result = "it cannot select the weights" if name == "validation" else "its accuracy will be too high"
+        echo(f"{name}: {len(leaks)} images are also trained on, {leaks[0]} first: {result}")
+    if in_two_classes:
+        echo(f"{len(in_two_classes)} images are in two classes, {in_two_classes[0]} first: one of the labels is wrong")
 
 
 # --- their pixels -----------------------------------------------------------------------------------------------------
 
 
-def _image_of(samples: Sequence[Sample], size: int, row: int) -> np.ndarray:
-    return middle_square(read_image(samples[row].path), size).transpose(2, 0, 1)
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a scratch file, as an array for `DatasetWriter`."""
+
+    pixels: np.ndarray
+    rows: np.ndarray
+    bar: Any
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.pixels.shape[1:])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        rows = self.rows[part]
+        if self.bar is not None:
+            self.bar.update(len(rows))
+        return self.pixels[rows]
 
 
-def _mask_of(samples: Sequence[Sample], size: int, row: int) -> np.ndarray:
-    mask = samples[row].mask
-    assert mask is not None
-    return np.where(middle_square(read_mask(mask), size) == OPAQUE, np.uint8(255), np.uint8(0))[None]
+def _write(
+    chosen: ImageFolderOptions,
+    splits: Splits,
+    class_names: list[str],
+    scratch: Scratch,
+    row_of: Mapping[tuple[str, Path], int],
+    bar: Any,
+) -> None:
+    group_names = sorted({sample.group for part in splits.values() for sample in part if sample.group is not None})
+    number_of = {name: number for number, name in enumerate(group_names)}
+    with data.DatasetWriter(chosen.out) as writer:
+        for name, part in splits.items():
+            source = name if (name, part[0].path) in row_of else "train"  # validation may be split off from it
+            rows = np.array([row_of[source, sample.path] for sample in part])
+            arrays: dict[str, Any] = {
+                "images": _Rows(scratch.images(), rows, bar),
+                "labels": np.array([sample.label for sample in part], np.int64),
+            }
+            if any(sample.mask for sample in part):
+                arrays["masks"] = _Rows(scratch.masks(), rows, None)
+            if any(sample.group for sample in part):
+                arrays["groups"] = np.array([number_of[sample.group or ""] for sample in part], np.int64)
+            writer.write_split(name, **arrays)
+        attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
+        recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
+        writer.finish(
+            name=Path(str(chosen.out)).stem,
+            class_names=class_names,
+            builder={"command": "make-data image-folder", **recorded},
+            **({} if chosen.groups is None else attributes),
+        )

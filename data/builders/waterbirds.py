@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 import data
+from data.builders.pictures import open_mask, open_squeezed
 from data.builders.registry import HOW, BuilderOptions, ImageSize, Limited, builder
-from data.builders.rows import Rows, open_mask, open_squeezed
+from data.builders.rows import Rows
 from data.errors import DatasetError
 from options import Doc, Heading, Kind, Message, Option, OptionSet, Word
 
