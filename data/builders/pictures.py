@@ -213,7 +213,9 @@ def _object(image: Image.Image, soft: bool) -> Mask:
 def _kind(image: Image.Image) -> str:
     """Return the format of a file that is open; TIFF says how it is compressed, and WebP whether it is lossless."""
     kind, compression = str(image.format), str(image.info.get("compression", ""))
-    if kind == "WEBP" and b"VP8L" in Path(image.filename).read_bytes()[:4096]:  # the chunk of lossless pixels
+    if (
+        kind == "WEBP" and b"VP8L" in Path(str(getattr(image, "filename", ""))).read_bytes()[:4096]
+    ):  # the chunk of lossless pixels
         return "WEBP without loss"
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF of {compression.removeprefix('tiff_').upper()}"
