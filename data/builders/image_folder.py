@@ -273,8 +273,8 @@ def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
     if cut and chosen.fit == "crop":
         height, width = chosen.shape
         echo(
-            f"{len(cut)} of {len(used)} images do not have the aspect ratio {width}:{height}. Cropping to the middle "
-            f"cuts {100 * sum(cut) / len(cut):.0f} % of their pixels away; the fit pad or stretch keeps them"
+            f"{len(cut)} of {len(used)} images have another aspect ratio than {width}×{height}: cropping to the middle "
+            f"cuts away {100 * sum(cut) / len(cut):.0f} % of their pixels, and the fit pad or stretch keeps them"
         )
     if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
         echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
