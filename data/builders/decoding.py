@@ -86,12 +86,19 @@ class _Files:
 
     def __init__(self, samples: Sequence[Sample], scratch: Scratch, fit: Fit):
         self.samples, self.scratch, self.fit = samples, scratch, fit
+        self.images, self.masks = scratch.images(), scratch.masks()
+
+    def __getstate__(self) -> tuple[Sequence[Sample], Scratch, Fit]:
+        return self.samples, self.scratch, self.fit  # another process opens the files itself
+
+    def __setstate__(self, state: tuple[Sequence[Sample], Scratch, Fit]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, row: int) -> Decoded:
-        return _decode(self.samples[row], row, self.scratch, self.fit)
+        return _decode(self.samples[row], self, row)
 
 
 def decode_all(
@@ -110,7 +117,6 @@ def decode_all(
     """
     from torch.utils.data import DataLoader
 
-    scratch.images(), scratch.masks()  # makes the files
     processes = min(os.cpu_count() or 1, len(samples) // PER_PROCESS)
     loader: Any = DataLoader(
         _Files(samples, scratch, fit),  # type: ignore[arg-type]
@@ -126,7 +132,8 @@ def decode_all(
     return decoded
 
 
-def _decode(sample: Sample, row: int, scratch: Scratch, fit: Fit) -> Decoded:
+def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
+    size, fit = files.scratch.size, files.fit
     digest = ""
     suffix = sample.path.suffix.lower()
     try:
@@ -136,24 +143,20 @@ def _decode(sample: Sample, row: int, scratch: Scratch, fit: Fit) -> Decoded:
         image = picture.image
         with open(sample.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        scratch.images()[row] = fitted(image, scratch.size, fit).transpose(2, 0, 1)
-        learned = Decoded(digest, cut=cut_away(image, scratch.size), frames=picture.frames, dark=picture.dark)
+        files.images[row] = fitted(image, size, fit).transpose(2, 0, 1)
+        learned = Decoded(digest, cut=cut_away(image, size), frames=picture.frames, dark=picture.dark)
         if sample.mask is None:
             return learned
-        return _with_mask(learned, sample.mask, image.size, row, scratch, fit)
+        mask = read_mask(sample.mask)
+        height, width = mask.covers.shape
+        if (width, height) != image.size:
+            problem = f"it is {image.width}×{image.height}, its mask {sample.mask} {width}×{height}"
+            return replace(learned, problem=problem)
+        files.masks[row, 0] = covered(mask.covers, size, fit)
+        return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)
     except NoPictureError as error:
         return Decoded(digest, str(error), picture=suffix in Image.registered_extensions())
     except UnreadableError as error:
         return Decoded(digest, str(error))
     except OSError as error:
         return Decoded(digest, f"it cannot be read: {error.strerror or error}")
-
-
-def _with_mask(learned: Decoded, path: Path, shape: tuple[int, int], row: int, scratch: Scratch, fit: Fit) -> Decoded:
-    """Write the pixels of a mask, and add what was learned of it. ``shape`` is the image's width and height."""
-    mask = read_mask(path)
-    height, width = mask.covers.shape
-    if (width, height) != shape:
-        return replace(learned, problem=f"it is {shape[0]}×{shape[1]}, its mask {path} {width}×{height}")
-    scratch.masks()[row, 0] = covered(mask.covers, scratch.size, fit)
-    return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)
