@@ -23,8 +23,9 @@ from data.storage import Folder
 from options import Message
 from pipeline import load_classifier
 from pipeline.batch import explain_batch
+from trainer.results.evaluation import lacks_masks
 from trainer.results.options import EPSILON
-from trainer.results.tables import heading
+from trainer.results.tables import MISSING, heading
 from trainer.run_dir import NEW_FOLDER
 
 CPU = torch.device("cpu")
@@ -94,6 +95,10 @@ def heatmap_picture(
             _draw(axes[0, column], Cell(image, dataset.class_names[labels[column]]))
         for row, (title, model) in enumerate(loaded.items(), start=1):
             _row_title(axes[row, 0], title)
+            if lacks_masks(model, split):
+                for axis in axes[row]:
+                    _draw(axis, Cell(None, "no masks"))
+                continue
             batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
             for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
                 predicted = int(batch.logits[column].argmax())
@@ -177,7 +182,7 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
     which shows the differences near 100 % too.
 
     Args:
-        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split.
+        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split, or None.
         splits: the test splits.
         out: the file to write; an existing one is overwritten.
     """
@@ -191,7 +196,7 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
         for index, title in enumerate(titles):
             by_step: dict[int, list[float]] = {}
             for point in points:
-                if point["title"] == title:
+                if point["title"] == title and point[split] is not None:
                     share = min(max(point[split] / 100, ENDS[0]), ENDS[1])  # neither end of a logit axis is finite
                     by_step.setdefault(point["step"], []).append(share)
             steps = sorted(by_step)
@@ -219,7 +224,8 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
 def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
     """Write a PNG: the accuracy of each method on each group of the splits, means over seeds.
 
-    Groups that are colours are sorted, the darkest first.
+    Groups that are colours are sorted, the darkest first. A split without groups is left out; without any split, no
+    file is written.
 
     Args:
         results: each with the ``title`` of the method and its ``groups``, which have ``split``, ``group`` (a name, or a
@@ -235,13 +241,17 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
     for result in results:
         for group in result["groups"]:
             scores.setdefault((group["split"], group["group"], result["title"]), []).append(group["accuracy"])
+    splits = [split for split in splits if any(of == split for of, _, _ in scores)]
+    if not splits:
+        return
     colours = all(group.startswith("#") and is_color_like(group) for _, group, _ in scores)
     figure = Figure(figsize=(2.5 + 6.5 * len(splits), 1.5 + 0.36 * len(titles)), layout="constrained")
     axes = figure.subplots(2, len(splits), squeeze=False, height_ratios=(1 if colours else 0.01, len(titles)))
     for (swatches, axis), split in zip(axes.T, splits, strict=True):
         groups = list(dict.fromkeys(group for of, group, _ in scores if of == split))
         groups = sorted(groups, key=_luminance) if colours else groups
-        values = np.array([[statistics.fmean(scores[split, group, title]) for group in groups] for title in titles])
+        of_all = [[scores.get((split, group, title), [np.nan]) for group in groups] for title in titles]
+        values = np.array([[statistics.fmean(of_group) for of_group in of_title] for of_title in of_all])
         swatches.set_title(f"{split}: accuracy in % by {'colour' if colours else 'group'}", fontsize=10)
         if colours:
             swatches.imshow([[to_rgb(colour) for colour in groups]], aspect="auto")
@@ -252,7 +262,15 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
         axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if value < 35 else "black"
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
+            axis.text(
+                column,
+                row,
+                MISSING if np.isnan(value) else f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=ink,
+            )
         axis.set_xticks(range(len(groups)), groups, fontsize=7, rotation=30)
         axis.set_yticks(range(len(titles)), titles if split == splits[0] else [""] * len(titles), fontsize=9)
         axis.tick_params(length=0)

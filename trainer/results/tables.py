@@ -70,9 +70,9 @@ def summarise(results: Sequence[Result], benchmark: Benchmark) -> list[Line]:
 
 
 def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> Line:
-    first, last = seeds[0], benchmark.tests[-1]
+    first, last = seeds[0], _last_with_masks(methods, benchmark)
     teacher = methods.get(first["teacher"], ())
-    ours = {heading(split): [result[split] for result in seeds] for split in benchmark.tests}
+    ours = {heading(split): _known(seeds, split) for split in benchmark.tests}
     ours["gap"] = [result["gap"] for result in seeds if result.get("gap") is not None]
     ours["worst group"] = [group["accuracy"] for result in seeds if (group := result.get("worst_group"))]
     ours["on object"] = [
@@ -82,16 +82,26 @@ def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benc
         title=first["title"],
         ours={name: measured(values) for name, values in ours.items() if values},
         to_teacher={
-            heading(split): statistics.fmean(result[split] for result in seeds)
-            - statistics.fmean(result[split] for result in teacher)
+            heading(split): statistics.fmean(_known(seeds, split)) - statistics.fmean(_known(teacher, split))
             for split in benchmark.tests
-            if teacher and split != "iid"
+            if split != "iid" and _known(seeds, split) and _known(teacher, split)
         },
         published=_published(first["published"]),
         seconds=statistics.fmean(result["seconds"] for result in seeds),
         note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
         + ("no number quoted" if first["published"] is None else "published numbers as quoted"),
     )
+
+
+def _last_with_masks(methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> str | None:
+    """Find the last test split on which a share of the relevance is measured."""
+    shares = [result.get("on_object", {}) for seeds in methods.values() for result in seeds]
+    return next((split for split in reversed(benchmark.tests) if any(of.get(split) is not None for of in shares)), None)
+
+
+def _known(results: Sequence[Result], split: str) -> list[float]:
+    """List the accuracies on a split, without models that cannot be tested on it."""
+    return [result[split] for result in results if result[split] is not None]
 
 
 def _published(scores: Mapping[str, float] | None) -> dict[str, float]:
