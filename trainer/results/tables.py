@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from trainer.reproduction.profiles import Benchmark
 
 Result = Mapping[str, Any]  # a line of results.jsonl
 MISSING = "–"
+TOTALS = ("gap", "worst group", "on object")  # columns behind those of the splits, in this order
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def _columns(lines: Sequence[Line]) -> list[_Columns]:
     """List the columns for which a line has a value."""
 
     def of(title: str, get: Callable[[Line], Mapping[str, Any]], write: Callable[[Any], str]) -> _Columns:
-        names = tuple(dict.fromkeys(name for line in lines for name in get(line)))
+        fullest_first = sorted(map(get, lines), key=len, reverse=True)  # it has the names in their order
+        names = tuple(sorted(dict.fromkeys(itertools.chain(*fullest_first)), key=_place))
         return _Columns(title, names, lambda line: [write(get(line)[n]) if n in get(line) else MISSING for n in names])
 
     columns = (
@@ -135,6 +138,11 @@ def _columns(lines: Sequence[Line]) -> list[_Columns]:
         of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
     )
     return [each for each in columns if each.names]
+
+
+def _place(name: str) -> int:
+    """Return the place of a column: the test splits first, in their order."""
+    return TOTALS.index(name) if name in TOTALS else -1
 
 
 def _seconds(line: Line) -> str:
