@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -101,8 +102,8 @@ def test_evaluate_tells_a_mask_teachers_accuracy_on_the_splits_with_masks_and_no
         }
     assert bias_warning(result) is None
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"the splits ood and shift have no masks, which the front of {models['masked']} needs")
-    assert "give its student" in said
+    assert said.startswith(f"the splits 'ood' and 'shift' have no masks, which the front of {models['masked']} needs")
+    assert "test its student" in said
     assert "add masks" in said
 
 
@@ -138,8 +139,8 @@ def test_a_mask_teacher_without_any_test_split_to_be_tested_on_is_refused_with_t
     said = run("evaluate", "--data", untestable, "--model", models["masked"])
     assert said.exit_code == 1
     words = " ".join(said.output.split())
-    assert f"the splits iid and ood have no masks, which the front of {models['masked']} needs" in words
-    assert "give its student" in words
+    assert f"the splits 'iid' and 'ood' have no masks, which the front of {models['masked']} needs" in words
+    assert "test its student" in words
     assert "add masks to a test split" in words
     assert run("evaluate", "--data", untestable, "--model", models["student"]).exit_code == 0
 
@@ -183,7 +184,7 @@ def test_the_column_of_a_mask_teacher_is_empty_where_there_are_no_masks_and_the_
     for _, masked, student in grid.cells:
         assert (masked.content, masked.below) == (None, "no map: the split has no masks")
         assert student.content is not None
-    told = lines_about("the split ood has no masks", said.output)
+    told = lines_about("the split 'ood' has no masks", said.output)
     assert len(told) == 1
     assert "the front of masked needs" in told[0]
     assert Image.open(out).size[0] > 0
@@ -205,8 +206,8 @@ def test_a_picture_without_any_map_is_refused_with_the_split_that_has_masks(part
     said = run("show-explanations", "--data", partly, "--model", models["masked"], "--split", "shift", "--out", out)
     assert said.exit_code == 1
     words = " ".join(said.output.split())
-    assert "the split shift has no masks, which the front of masked needs" in words
-    assert "give --split iid, which has masks" in words or "give --split train, which has masks" in words
+    assert "the split 'shift' has no masks, which the front of masked needs" in words
+    assert "give --split iid, which has masks" in words
     assert "a student" in words
     assert not out.exists()
 
@@ -218,10 +219,10 @@ def test_a_report_tells_what_each_model_can_be_tested_on(partly, models, tmp_pat
     out = tmp_path / "r.html"
     said = run("report", *models.values(), "--data", partly, "--samples", 2, "--out", out)
     assert said.exit_code == 0, said.output
-    assert len(lines_about("the splits ood and shift have no masks", said.output)) == 1
+    assert len(lines_about("the splits 'ood' and 'shift' have no masks", said.output)) == 1
     assert "heatmaps compared with masked's" in said.output
     page = out.read_text()
-    assert "the splits ood and shift have no masks, which the front of masked needs" in page
+    assert "the splits 'ood' and 'shift' have no masks, which the front of masked needs" in html.unescape(page)
     accuracies = dict(zip(models, page.split("<tr data-model=")[1:], strict=True))
     told = {
         name: re.findall(r'data-split="(\w+)"(?: data-accuracy="([\d.]+)")?', row) for name, row in accuracies.items()
@@ -256,7 +257,7 @@ def test_a_teacher_that_cannot_be_tested_at_all_leaves_the_other_models_of_a_rep
 
 
 def test_a_report_without_any_result_is_refused_and_nothing_is_written(untestable, models, tmp_path):
-    with pytest.raises(ModelError, match=r"iid and ood have no masks.*give its student"):
+    with pytest.raises(ModelError, match=r"'iid' and 'ood' have no masks.*test its student"):
         write_report([models["masked"]], tmp_path / "r.html", untestable)
     assert not list(tmp_path.iterdir())
 
@@ -335,6 +336,6 @@ def test_stage_one_refuses_a_split_without_masks_for_a_mask_teacher_before_anyth
     said = run("cache-explanations", "--data", partly, "--teacher", models["masked"], "--split", "ood", "--out", out)
     assert said.exit_code == 1
     words = " ".join(said.output.split())
-    assert f"the split ood has no masks, which the front of {models['masked']} needs" in words
+    assert f"the split 'ood' has no masks, which the front of {models['masked']} needs" in words
     assert re.search(r"give --split (train|validation|iid), which has masks", words)
     assert not out.parent.exists()

@@ -265,7 +265,7 @@ def _check_masks(model: Classifier, options: CachingOptions, dataset: Dataset) -
         remedy = ["give ", masked[0], ", which has masks, or add "] if masked else ["add "]
         raise ModelError(
             Message(
-                f"the split {options.split} has no masks, which the front of {options.teacher} needs: ", *remedy,
+                f"the split '{options.split}' has no masks, which the front of {options.teacher} needs: ", *remedy,
                 f"masks to {dataset.path} (docs/dataset-layout.md)",
             )
         )  # fmt: skip

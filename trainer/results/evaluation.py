@@ -106,20 +106,20 @@ def tell_untested(models: Sequence[tuple[str, Classifier]], dataset: Dataset) ->
     lacking = {name: [split.name for split in tests if lacks_masks(model, split)] for name, model in models}
     if all(len(split_names) == len(tests) for split_names in lacking.values()):
         raise ModelError(
-            f"{no_masks(' or '.join(lacking), [split.name for split in tests])}, so nothing can be tested: give its "
+            f"{no_masks(' or '.join(lacking), [split.name for split in tests])}, so nothing can be tested: test its "
             f"student, which needs no masks, or add masks to a test split of {dataset.path} (docs/dataset-layout.md)"
         )
     for name, split_names in lacking.items():
         if split_names:
             log.warning(
-                f"{no_masks(name, split_names)}, so it is not tested there: give its student, which needs no masks, "
+                f"{no_masks(name, split_names)}, so it is not tested there: test its student, which needs no masks, "
                 f"or add masks to {dataset.path} (docs/dataset-layout.md)"
             )
 
 
 def no_masks(model: str, split_names: Sequence[str]) -> str:
     """Write why a model cannot be run on some splits, as the beginning of a sentence."""
-    *others, last = split_names
+    *others, last = map(repr, split_names)
     splits = f"splits {', '.join(others)} and {last} have" if others else f"split {last} has"
     return f"the {splits} no masks, which the front of {model} needs"
 

@@ -97,7 +97,7 @@ def heatmap_picture(
             _row_title(axes[row, 0], title)
             if lacks_masks(model, split):
                 for axis in axes[row]:
-                    _draw(axis, Cell(None, "no masks"))
+                    _draw(axis, Cell(None, "no masks"), ratio=images.shape[2] / images.shape[3])
                 continue
             batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
             for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
@@ -141,7 +141,7 @@ def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
     for line, row, name in zip(axes, cells, row_titles, strict=True):
         line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         for axis, cell in zip(line, row, strict=True):
-            _draw(axis, cell, grid.limit)
+            _draw(axis, cell, grid.limit, height / width)
     scale = ScalarMappable(Normalize(-grid.limit, grid.limit), COLOURS)
     bar = lower.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
     lower.colorbar(scale, bar, orientation="horizontal", extend="both")
@@ -155,12 +155,13 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
 
 
-def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
-    """Draw one cell of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+def _draw(axis: Any, cell: Cell, limit: float = 1.0, ratio: float = 1.0) -> None:
+    """Draw one cell of a grid. A heatmap's colours run from −``limit`` to ``limit``; ``ratio`` is height to width."""
     axis.set_xticks([])
     axis.set_yticks([])
     if cell.content is None:
         axis.spines[:].set_visible(False)
+        axis.set_box_aspect(ratio)
     elif cell.content.ndim == 2:
         axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
     elif len(cell.content) == 3:

@@ -244,7 +244,8 @@ def _tell_empty(models: Sequence[tuple[Classifier, str]], stores: int, samples: 
     if len(empty) < len(models) or stores:
         log.warning(f"{reason}, so its column is empty: show a split with masks, or add masks to {dataset.path}")
         return
-    masked = [name for name, other in dataset.splits.items() if other.masks is not None]
+    candidates = [*dataset.test_splits, *dataset.splits.values()]
+    masked = [other.name for other in candidates if other.masks is not None]
     remedy = ["give ", Option("split", masked[0]), ", which has masks, or "] if masked else ["give "]
     raise ModelError(Message(f"{reason}, so there is no map to show: ", *remedy, "a student, which needs none"))
 
