@@ -186,7 +186,7 @@ def test_every_help_text_is_written_once():
         for file in (REPOSITORY / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Doc":
-                    texts.append(ast.literal_eval(node.args[0]))
+                    texts.append(ast.unparse(node.args[0]))
     assert len(texts) > 50
     assert [text for text in set(texts) if texts.count(text) > 1] == []
 
