@@ -428,7 +428,8 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
 
     The command prints the accuracy on each split, the worst group, and the gap IID − OOD, with 95 % intervals. If the
     dataset has masks, the command also prints how much of the relevance lies on the object. It warns you of a teacher
-    that is less accurate where the bias changes, because its students will learn the bias too.
+    that is less accurate where the bias changes, because its students will learn the bias too. A split has no accuracy
+    if it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
     from trainer.results.evaluation import bias_warning
@@ -442,6 +443,9 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(json.dumps(result))
         return
     for name, split in result["splits"].items():
+        if split["accuracy"] is None:
+            click.echo(f"{name:<12}{'–':>7}    not tested on {split['samples']} samples without masks")
+            continue
         low, high = split["interval"]
         line = f"{name:<12}{split['accuracy']:7.2f} %  [{low:.2f}, {high:.2f}]  {split['samples']} samples"
         if worst := split["worst_group"]:

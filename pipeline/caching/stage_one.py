@@ -23,7 +23,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from tqdm import tqdm
 
-from data import DatasetError, Split, open_dataset
+from data import Dataset, DatasetError, Split, open_dataset
 from data.storage import Location, absolute
 from options import Message, Option, takes
 from pipeline.batch import explain_batch
@@ -236,6 +236,7 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
     teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
+    _check_masks(teacher.model, options, dataset)
     head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=shape)
     head = head_of(teacher.model.network, len(teacher.config.class_names))
     place(teacher.model, device)
@@ -260,6 +261,19 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     codec = _choose_codec(options.codec, options.out, average_pool(maps, options.resolution), options.precision)
     explainer = dataclasses.replace(explainer, map_shape=maps.shape[2:])
     return dataclasses.replace(info, explainer=explainer, storage=plan(codec=codec)), head
+
+
+def _check_masks(model: Classifier, options: CachingOptions, dataset: Dataset) -> None:
+    """Raise ModelError if the teacher's front needs masks, and the split has none."""
+    if model.needs_masks and dataset.split(options.split).masks is None:
+        masked = [Option("split", name) for name, split in dataset.splits.items() if split.masks is not None]
+        remedy = ["give ", masked[0], ", which has masks, or add "] if masked else ["add "]
+        raise ModelError(
+            Message(
+                f"the split '{options.split}' has no masks, which the front of {options.teacher} needs: ", *remedy,
+                f"masks to {dataset.path} (docs/dataset-layout.md)",
+            )
+        )  # fmt: skip
 
 
 def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: torch.device) -> tuple[np.ndarray, int]:

@@ -21,6 +21,7 @@ else:
 
 Front = Callable[["Tensor", "Tensor | None"], "Tensor"]  # images (N, C, H, W), masks (N, 1, H, W) → images (N, C, H, W)
 DEBIAS: Registry[Front] = Registry("debias", ModelError)
+MASKED = ("mask", "segmenter")  # fronts that need masks
 
 
 @DEBIAS.add("grayscale")

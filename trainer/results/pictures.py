@@ -23,9 +23,10 @@ from data.storage import Folder
 from options import Message
 from pipeline import Classifier, load_classifier
 from pipeline.batch import explain_batch
+from trainer.results.evaluation import lacks_masks
 from trainer.results.fonts import legible
 from trainer.results.options import EPSILON
-from trainer.results.tables import heading
+from trainer.results.tables import MISSING, heading
 from trainer.run_dir import NEW_FOLDER
 
 CPU = torch.device("cpu")
@@ -110,6 +111,10 @@ def _draw_split(
         _draw(axes[0, column], Cell(image, class_names[labels[column]]))
     for row, (title, model) in enumerate(models.items(), start=1):
         _row_title(axes[row, 0], drawable(title))
+        if lacks_masks(model, split):
+            for axis in axes[row]:
+                _draw(axis, Cell(None, "no masks"), ratio=images.shape[2] / images.shape[3])
+            continue
         batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
         for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
             predicted = int(batch.logits[column].argmax())
@@ -163,7 +168,7 @@ def _grid_figure(grid: Grid) -> Any:
     for line, row, name in zip(axes, cells, row_titles, strict=True):
         line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         for axis, cell in zip(line, row, strict=True):
-            _draw(axis, cell, grid.limit)
+            _draw(axis, cell, grid.limit, height / width)
     scale = ScalarMappable(Normalize(-grid.limit, grid.limit), COLOURS)
     bar = lower.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
     lower.colorbar(scale, bar, orientation="horizontal", extend="both")
@@ -177,12 +182,13 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
 
 
-def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
-    """Draw one cell of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+def _draw(axis: Any, cell: Cell, limit: float = 1.0, ratio: float = 1.0) -> None:
+    """Draw one cell of a grid. A heatmap's colours run from −``limit`` to ``limit``; ``ratio`` is height to width."""
     axis.set_xticks([])
     axis.set_yticks([])
     if cell.content is None:
         axis.spines[:].set_visible(False)
+        axis.set_box_aspect(ratio)
     elif cell.content.ndim == 2:
         axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
     elif len(cell.content) == 3:
@@ -204,7 +210,7 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
     which shows the differences near 100 % too.
 
     Args:
-        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split.
+        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split, or None.
         splits: the test splits.
         out: the file to write; an existing one is overwritten.
     """
@@ -224,7 +230,7 @@ def _curves_figure(points: Sequence[Mapping[str, Any]], splits: Sequence[str], d
         for index, title in enumerate(titles):
             by_step: dict[int, list[float]] = {}
             for point in points:
-                if point["title"] == title:
+                if point["title"] == title and point[split] is not None:
                     share = min(max(point[split] / 100, ENDS[0]), ENDS[1])  # neither end of a logit axis is finite
                     by_step.setdefault(point["step"], []).append(share)
             steps = sorted(by_step)
@@ -252,7 +258,8 @@ def _curves_figure(points: Sequence[Mapping[str, Any]], splits: Sequence[str], d
 def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
     """Write a PNG: the accuracy of each method on each group of the splits, means over seeds.
 
-    Groups that are colours are sorted, the darkest first.
+    Groups that are colours are sorted, the darkest first. A split without groups is left out; without any split, no
+    file is written.
 
     Args:
         results: each with the ``title`` of the method and its ``groups``, which have ``split``, ``group`` (a name, or a
@@ -261,6 +268,9 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
         out: the file to write; an existing one is overwritten.
     """
     groups = [group["group"] for result in results for group in result["groups"]]
+    splits = [split for split in splits if any(g["split"] == split for result in results for g in result["groups"])]
+    if not splits:
+        return
     with legible([*(result["title"] for result in results), *splits, *groups], out) as drawable:
         _save(_groups_figure(results, splits, drawable), out)
 
@@ -281,7 +291,8 @@ def _groups_figure(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
     for (swatches, axis), split in zip(axes.T, splits, strict=True):
         groups = list(dict.fromkeys(group for of, group, _ in scores if of == split))
         groups = sorted(groups, key=_luminance) if colours else groups
-        values = np.array([[statistics.fmean(scores[split, group, title]) for group in groups] for title in titles])
+        of_all = [[scores.get((split, group, title), [np.nan]) for group in groups] for title in titles]
+        values = np.array([[statistics.fmean(of_group) for of_group in of_title] for of_title in of_all])
         swatches.set_title(f"{drawable(split)}: accuracy in % by {'colour' if colours else 'group'}", fontsize=10)
         if colours:
             swatches.imshow([[to_rgb(colour) for colour in groups]], aspect="auto")
@@ -292,7 +303,8 @@ def _groups_figure(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
         axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if value < 35 else "black"
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
+            text = MISSING if np.isnan(value) else f"{value:.1f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
         axis.set_xticks(range(len(groups)), map(drawable, groups), fontsize=7, rotation=30)
         names = [drawable(title) if split == splits[0] else "" for title in titles]
         axis.set_yticks(range(len(titles)), names, fontsize=9)
