@@ -7,52 +7,40 @@ python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
 import os
 import shlex
-from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from options import option_fields
+from options import Message, option_fields, overridden
 from pipeline.caching.options import CachingOptions
+from pipeline.networks.formats import ExportOptions
 from pipeline.networks.teacher_options import VisionLanguageOptions
 from terminal import inline_picture
-from terminal.command_line import ARGUMENTS, COMMAND, Choice, Group, options, under
+from terminal.help import ARGUMENTS, COMMAND, Choice, Command, Group, LazyGroup, instead_of, options, under
 from terminal.options import options_of
-from terminal.spelling import spell, text_of
-from terminal.types import (
-    LocalFolder,
-    Location,
-    NamedFolder,
-    Names,
-    TeacherName,
-)
-from trainer.reproduction.options import (
-    ColouredMnistTableOptions,
-    FashionTableOptions,
-    QuickstartOptions,
-    ReproduceOptions,
-)
+from terminal.spelling import spell, speller, text_of
+from terminal.types import LocalFolder, Location, TeacherName
+from trainer.reproduction.options import QuickstartOptions, SweepOptions
 from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
+if TYPE_CHECKING:
+    from data.builders.registry import Builder
+    from trainer.reproduction.profiles import Reproduction
+
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
 
+FILES, OUTPUT = "Files", "Output"  # headings of options
+DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explanations", "Stage two: students"
+RESULTS, EVERYTHING = "Results", "Whole experiments"
 
-# Headings that several commands have, and options of each.
-FILES, RUN, OUTPUT, OWN_CODE = "Files", "Run", "Output", "Your own code"
-
-SEED = click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Random seed.")
-FACTORY = click.option(
-    "--student-factory",
-    metavar="MODULE:FUNCTION",
-    help="Your own network: what this function of yours returns. Its code is run.",
-)
 OF_CLIP = options_of(
     VisionLanguageOptions,
     {
@@ -62,8 +50,8 @@ OF_CLIP = options_of(
     },
 )
 
-
-FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat"}  # spelled otherwise than their Python names
+# flags that are not the Python name with dashes
+FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
 METAVARS: dict[str, dict[str, Any]] = {
     "student_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
@@ -72,7 +60,7 @@ METAVARS: dict[str, dict[str, Any]] = {
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
-    """The teacher that was named, None where none was; takes its own options out of the others."""
+    """Return the teacher of this name, or None, and remove its own options from ``options``."""
     from pipeline import parse_teacher
 
     own = {field.name: options.pop(field.name) for field in option_fields(VisionLanguageOptions)}
@@ -80,24 +68,27 @@ def _teacher(name: str | None, options: dict[str, Any]) -> Any:
         return parse_teacher(name, VisionLanguageOptions(**own))
     for key, value in own.items():
         if value:
-            raise click.UsageError(f"--{key} is of a --teacher clip:ARCH, and none was given.")
+            raise click.UsageError(f"--{key} needs a --teacher clip:ARCH, and there is none.")
     return None
 
 
 def _main_process() -> bool:
-    """Whether this is the one process, or of those that torchrun started the first, which speaks for all."""
+    """Return whether this process prints: it is the only one, or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
-class _Said(logging.Handler):
-    """Says what is logged, to what is standard error at that time."""
+class _ToStandardError(logging.Handler):
+    """Print log messages to standard error, whatever it is at that time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
+        context = click.get_current_context(silent=True)
+        command = None if context is None else context.meta.get(COMMAND)
+        text = record.msg.spell(speller(command)) if isinstance(record.msg, Message) else self.format(record)
+        click.echo(text, err=True)
 
 
 class Commands(Group):
-    """Turns the errors that a user can cause into one paragraph and an exit code, and nothing else."""
+    """Turn the errors that a user can cause, and no others, into one paragraph and an exit code."""
 
     group_class = Group
 
@@ -132,15 +123,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
     return DatasetError, CacheError, ClusterError, ModelError, RelevanceError, TrainingError
 
 
-# The headings of the commands, in the order in which one needs them.
-DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = (
-    "Data and teacher",
-    "Stage one: the teacher explains",
-    "Stage two: students learn",
-)
-AFTERWARDS, ALL_IN_ONE = "What came of it", "All in one"
-
-
 def _version() -> str:
     try:
         return importlib.metadata.version("explanation-distillation")
@@ -155,169 +137,50 @@ def _version() -> str:
 )
 @click.version_option(_version())
 def main() -> None:
-    """Explanation distillation: train a student that is immune to the bias of its training data.
+    """Explanation distillation: train a classifier that ignores the bias of its training data.
 
-    A teacher that cannot see the shortcut explains its decisions once; a student learns from the heatmaps alone.
+    A teacher that cannot see the bias explains its decisions once. Students learn from its heatmaps alone.
     """
-    ours = logging.getLogger("trainer")  # and no other, as libraries log with tracebacks
-    ours.setLevel(logging.INFO)
-    if not ours.handlers:
-        ours.addHandler(_Said())
+    for package in ("data", "pipeline", "trainer"):  # no others, because libraries log with tracebacks
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        if not logger.handlers:
+            logger.addHandler(_ToStandardError())
 
 
-@main.group(name="make-data", heading=DATA_AND_TEACHER, example="make-data coloured-mnist --out DATA.zarr")
+def _made_command(name: str, callback: Any, of: Builder | Reproduction) -> click.Command:
+    """Make a command from the options, the help and the example of a dataset or a table."""
+    decorate = options(options_of(of.options, METAVARS, flags=FLAGS))
+    return click.command(name, cls=Command, help=of.help, example=of.example)(decorate(callback))
+
+
+@functools.cache
+def _builder_command(name: str, builder: Builder) -> click.Command:
+    def build(out: str, **options: Any) -> None:
+        sizes = builder.make(out, **options)
+        click.echo(f"{out}: " + ", ".join(f"{split} {samples}" for split, samples in sizes.items()))
+
+    return _made_command(name, build, builder)
+
+
+def _builder_commands() -> dict[str, click.Command]:
+    from data.builders.registry import all_builders
+
+    return {name: _builder_command(name, builder) for name, builder in all_builders().items()}
+
+
+@main.group(
+    name="make-data",
+    cls=LazyGroup,
+    make=_builder_commands,
+    heading=DATA_AND_TEACHER,
+    example="make-data coloured-mnist --out DATA.zarr",
+)
 def make_data() -> None:
-    """Build a biased dataset."""
+    """Build a biased dataset.
 
-
-MADE = "How it is made"
-DATASET = click.option("--out", required=True, type=Location(), help="The dataset to write.")
-LIMIT = click.option("--limit", type=click.IntRange(1), help="At most so many samples of each split.")
-SIZE = click.option("--size", default=64, type=click.IntRange(1), help="Height and width of the images, in pixels.")
-
-
-FASHION = click.option(
-    "--fashion-mnist",
-    type=click.Path(path_type=Path),
-    help="A folder with the files of Fashion-MNIST; that of Debian's dataset-fashion-mnist unless given.",
-)
-
-COCO_AND_PLACES = [
-    click.option("--coco", required=True, type=click.Path(path_type=Path), help="The folder of COCO's files of 2017."),
-    click.option("--places", required=True, type=click.Path(path_type=Path), help="The folder data_256 of Places365."),
-]
-BIRD_MASKS = "The folder segmentations of CUB-200-2011."
-BIRDS = click.option(
-    "--waterbirds", required=True, type=click.Path(path_type=Path), help="The folder with metadata.csv."
-)
-
-
-def _echo_sizes(out: str, sizes: dict[str, int]) -> None:
-    click.echo(f"{out}: " + ", ".join(f"{split} {samples}" for split, samples in sizes.items()))
-
-
-@make_data.command(name="coloured-mnist", example="make-data coloured-mnist --out DATA.zarr")
-@options(under(FILES, DATASET), under(MADE, SEED, LIMIT))
-def coloured_mnist(out: str, seed: int, limit: int | None) -> None:
-    """MNIST digits whose colour tells the class in train, validation and iid, and misleads in ood and shift."""
-    from data import make_coloured_mnist
-
-    _echo_sizes(out, make_coloured_mnist(out, seed, limit))
-
-
-@make_data.command(
-    name="fashion-on-textures",
-    example="make-data fashion-on-textures --fashion-mnist FOLDER --download --out DATA.zarr",
-)
-@options(
-    under(
-        FILES,
-        FASHION,
-        click.option("--download", is_flag=True, help="Have torchvision fetch them into it first."),
-        DATASET,
-    ),
-    under(MADE, SIZE, SEED, LIMIT),
-)
-def fashion_on_textures(out: str, **options: Any) -> None:
-    """Garments whose background, a crop of a photograph, tells the class in train, validation and iid.
-
-    In ood it is another photograph, in shift that of another class. Needs the extra [data].
+    The images are your own, or those of a published benchmark.
     """
-    from data import make_fashion_on_textures
-
-    _echo_sizes(out, make_fashion_on_textures(out, **options))
-
-
-@make_data.command(
-    name="coco-on-places", example="make-data coco-on-places --coco COCO --places data_256 --out DATA.zarr"
-)
-@options(
-    under(FILES, COCO_AND_PLACES, DATASET),
-    under(
-        MADE,
-        SIZE,
-        SEED,
-        LIMIT,
-        click.option("--train-per-class", default=800, type=click.IntRange(1), help="Samples of train."),
-        click.option("--test-per-class", default=100, type=click.IntRange(1), help="Of each test, and of validation."),
-    ),
-)
-def coco_on_places(out: str, **options: Any) -> None:
-    """Objects of COCO on scenes of Places365, as published; from the original files, of which none is downloaded.
-
-    Needs the extra [data].
-    """
-    from data import make_coco_on_places
-
-    _echo_sizes(out, make_coco_on_places(out, **options))
-
-
-@make_data.command(
-    name="waterbirds", example="make-data waterbirds --waterbirds waterbird_complete95_forest2water2 --out DATA.zarr"
-)
-@options(
-    under(FILES, BIRDS, click.option("--masks", type=click.Path(path_type=Path), help=BIRD_MASKS), DATASET),
-    under(
-        MADE,
-        click.option("--size", default=224, type=click.IntRange(1), help="Height and width, in pixels."),
-        LIMIT,
-    ),
-)
-def waterbirds(out: str, **options: Any) -> None:
-    """Birds of which most are at home in train, and half are in validation and test; groups are bird and background.
-
-    Read from the published folder; nothing is downloaded.
-    """
-    from data import make_waterbirds
-
-    _echo_sizes(out, make_waterbirds(out, **options))
-
-
-@make_data.command(
-    name="image-folder",
-    example="make-data image-folder --train images/train --test ood=images/ood --size 64 --out DATA.zarr",
-)
-@options(
-    under(
-        FILES,
-        click.option(
-            "--train", required=True, type=click.Path(path_type=Path), help="A folder with one for each class in it."
-        ),
-        click.option("--validation", type=click.Path(path_type=Path), help="Another; a share of --train unless given."),
-        click.option("--test", "tests", multiple=True, type=NamedFolder(), help="Another, as ood=DIR. Repeatable."),
-        click.option(
-            "--masks", type=click.Path(path_type=Path), help="A folder with a mask for each image, named as it is."
-        ),
-        click.option("--groups", type=click.Path(path_type=Path), help="A CSV file with the columns path and group."),
-        DATASET,
-    ),
-    under(
-        MADE,
-        click.option(
-            "--validation-share",
-            default=0.1,
-            type=click.FloatRange(0, 1, min_open=True, max_open=True),
-            help="Of --train, where there is no --validation.",
-        ),
-        click.option("--bias-attribute", default="group", help="What the groups are values of."),
-        click.option(
-            "--size", required=True, type=click.IntRange(1), help="Height and width of the images, in pixels."
-        ),
-        click.option("--skip-bad", is_flag=True, help="Leave out what cannot be read or lacks its mask or group."),
-        SEED,
-    ),
-)
-def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) -> None:
-    """Your own images, in folders as torchvision's ImageFolder takes them (docs/own-images.md)."""
-    from data import make_image_folder
-
-    if twice := [name for name, count in Counter(name for name, _ in tests).items() if count > 1]:
-        raise click.UsageError(f"--test {twice[0]}=… is given twice: give each test its own name")
-
-    def note(text: str) -> None:
-        click.echo(text, err=True)
-
-    _echo_sizes(out, make_image_folder(out, tests=dict(tests), echo=note, **options))
 
 
 @main.command(
@@ -326,15 +189,16 @@ def image_folder(out: str, tests: tuple[tuple[str, Path], ...], **options: Any) 
     example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",
 )
 @options(options_of(TeacherOptions, METAVARS, flags=FLAGS))
-def train_teacher_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
-    """Train a teacher behind a debiasing front, with labels, on the train split alone.
+def train_teacher_command(**options: Any) -> None:
+    """Train a teacher behind a debiasing front.
 
-    1,000 steps unless --steps or --epochs is given; --bias-free is on for small-cnn and small-resnet only. Stopped in
-    whatever way, the same command goes on.
+    It learns the labels of the training split. The training takes 1,000 steps, unless you give --steps or --epochs. By
+    default, only small-cnn and small-resnet are bias-free. Run the same command again to resume an interrupted
+    training.
     """
     from trainer import train_teacher
 
-    result = train_teacher(arch_options=dict(arch_options), **options)
+    result = train_teacher(**options)
     if _main_process():
         click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
         _echo_bias_free(result["bias_free"])
@@ -372,17 +236,17 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
     OF_CLIP,
 )
 def cache_explanations_command(teacher: str, **options: Any) -> None:
-    """Stage one: run the teacher over a split once and write its heatmaps to a store.
+    """Write a teacher's heatmaps to a store.
 
-    Interrupted, the same command continues where it stopped.
+    This is stage one: the teacher runs over a split once. Run the same command again to resume an interrupted run.
     """
     from pipeline import cache_explanations
 
     done = cache_explanations(teacher=_teacher(teacher, options), **options)
-    found = done.shards - done.computed_shards
+    earlier = done.shards - done.computed_shards
     click.echo(
         f"{done.path}: {done.samples} samples in {done.shards} shards"
-        + (f", {found} of them found there" if found else "")
+        + (f", {earlier} of them from an earlier run" if earlier else "")
     )
 
 
@@ -394,12 +258,12 @@ def cache_explanations_command(teacher: str, **options: Any) -> None:
 @click.argument("cache", type=Location())
 @options(
     under(
-        "What it does",
+        "Checks",
         click.option(
-            "--verify", is_flag=True, help="Read everything and name what is damaged; exit code 1 if anything is."
+            "--verify", is_flag=True, help="Read the whole store and list damaged shards; if any, exit with 1."
         ),
         click.option(
-            "--repair", is_flag=True, help="Verify, and take what is damaged out, so that it is computed anew."
+            "--repair", is_flag=True, help="Verify, and delete damaged shards, so that they can be recomputed."
         ),
     ),
     under(
@@ -408,9 +272,9 @@ def cache_explanations_command(teacher: str, **options: Any) -> None:
     ),
 )
 def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool) -> None:
-    """What a heatmap store is, how far, and whether it is what was committed.
+    """Describe and check a heatmap store.
 
-    CACHE is a path or a URL.
+    The command prints what the store contains and how much of it is complete. CACHE is a folder or a URL.
     """
     from tqdm import tqdm
 
@@ -418,27 +282,27 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
 
     store = teacher_cache.open_cache(cache, writable=repair)
     damaged: dict[int, str] = {}  # the problem of each shard
-    there = teacher_cache.committed_shards(store)
+    committed = teacher_cache.committed_shards(store)
     if verify or repair:
         check = teacher_cache.repair if repair else teacher_cache.damaged_shards
-        with tqdm(there, unit="shard", desc="reading", disable=None) as bar:
+        with tqdm(committed, unit="shard", desc="reading", disable=None) as bar:
             damaged = {shard: problem.spell(spell) for shard, problem in check(store, bar).items()}
-    found = teacher_cache.inspect_cache(store)
+    description = teacher_cache.inspect_cache(store)
     if verify or repair:
-        found["damaged"] = [
+        description["damaged"] = [
             {"shard": shard, "samples": list(store.info.shard_range(shard)), "problem": problem}
             for shard, problem in damaged.items()
         ]
-        found["repaired"] = repair
-    click.echo(json.dumps(found) if as_json else teacher_cache.describe(found))
+        description["repaired"] = repair
+    click.echo(json.dumps(description) if as_json else teacher_cache.describe(description))
     if not as_json and (verify or repair):
         for problem in damaged.values():
             click.echo(problem)
-        click.echo(f"{len(damaged)} of {len(there)} shards are damaged")
+        click.echo(f"{len(damaged)} of {len(committed)} shards are damaged")
         if repair and damaged:
             click.echo(
-                "they are taken out: run the command that made the store again, and it computes just what is missing: "
-                f"{spell(teacher_cache.continuing(store))}, with its own --data, --teacher and the rest"
+                "they are deleted: run the command that made the store again to compute them: "
+                f"{spell(teacher_cache.continuing(store))}, with the same --data, --teacher and other options"
             )
     if damaged and not repair:
         raise click.exceptions.Exit(1)
@@ -450,15 +314,17 @@ def inspect_cache_command(cache: Any, verify: bool, repair: bool, as_json: bool)
     example="train-student --data DATA.zarr --cache CACHE.zarr --arch resnet18 --out STUDENT",
 )
 @options(options_of(StudentOptions, METAVARS, flags=FLAGS))
-def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: Any) -> None:
-    """Stage two: train a student to make its own heatmaps match the stored ones.
+def train_student_command(**options: Any) -> None:
+    """Train a student on stored heatmaps.
 
-    3,000 steps unless --steps or --epochs is given; --bias-free is as in the teacher. Stopped in whatever way, the same
-    command goes on. On several GPUs: torchrun --nproc-per-node=N cli.py train-student …
+    This is stage two: the student learns to make its own heatmaps match the teacher's. The training takes 3,000 steps,
+    unless you give --steps or --epochs. By default, the student is bias-free if the teacher is. Run the same command
+    again to resume an interrupted training. For several GPUs, start it as torchrun --nproc-per-node=N cli.py
+    train-student …
     """
     from trainer import train_student
 
-    result = train_student(arch_options=dict(arch_options), **options)
+    result = train_student(**options)
     if _main_process():
         _echo_bias_free(result["bias_free"])
         click.echo(
@@ -483,20 +349,14 @@ def train_student_command(arch_options: tuple[tuple[str, Any], ...], **options: 
         {
             **METAVARS,
             "data": {"required": False},
-            "out": {"required": False, "help": "Output folder, with a folder for each student."},
             "arch": {"multiple": True, "default": None},
             "method": {"multiple": True},
             "seed": {"multiple": True, "default": None, "help": "Random seed. Repeatable."},
         },
-        without=("device",),
+        without=("out", "device"),
         flags=FLAGS,
     ),
-    under(
-        RUN,
-        click.option(
-            "--devices", type=Names(), help="Devices, such as cuda:0,cuda:1; by default all GPUs, or the CPU."
-        ),
-    ),
+    options_of(SweepOptions, {"out": {"required": False}}),
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON array.")),
 )
 @click.pass_context
@@ -504,38 +364,39 @@ def train_students_command(
     context: click.Context,
     /,
     sweep: Path | None,
-    arch_options: tuple[tuple[str, Any], ...],
     devices: tuple[str, ...] | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Train many students of one store, test them all, and tabulate them.
+    """Train and test many students of one store.
 
-    Every combination of the --arch, --method and --seed given; or those of the YAML file SWEEP, whose options are those
-    of train-student, for all of them at the top and for each under 'students'. What is given here counts for all. Run
-    again, it goes on.
+    The command prints a table. It trains one student for every combination of --arch, --method and --seed. Or it trains
+    the students of the YAML file SWEEP: options at its top level apply to all students, and each entry under 'students'
+    has the options of one student. Options on the command line override the file. Run the same command again to resume
+    it.
     """
     from trainer.reproduction.sweep import plan_sweep, read_sweep, sweep_table, train_students
 
-    given = {
-        name: value
+    typed = {
+        name: list(value) if name in ("arch", "method", "seed") else value
         for name, value in options.items()
         if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
     }
-    given = {name: list(value) if name in ("arch", "method", "seed") else value for name, value in given.items()}
-    if arch_options:
-        given["arch_options"] = dict(arch_options)
     common = read_sweep(sweep) if sweep is not None else {}
     students = common.pop("students", [])
-    common |= given
-    if all(isinstance(student, dict) for student in students):  # what is not is refused below
-        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in given} for one in students]
+    replaced = overridden(StudentOptions, typed)
+    common = {name: value for name, value in common.items() if name not in replaced} | typed
+    if all(isinstance(student, dict) for student in students):  # plan_sweep refuses anything else
+        students = [{k: v for k, v in one.items() if str(k).replace("-", "_") not in replaced} for one in students]
     out = common.pop("out", None)
     for name, value in (("data", common.get("data")), ("out", out)):
         if value is None:
             raise click.UsageError(f"Missing option '--{name}', and the sweep has no '{name}' either.")
     planned = plan_sweep(common, students)
-    rows = train_students(Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True))
+    spelling = speller(context.command)
+    rows = train_students(
+        Path(out), planned, devices=devices, echo=lambda text: click.echo(text, err=True), spell=spelling
+    )
     click.echo(json.dumps(rows) if as_json else sweep_table(rows))
     if any("error" in row for row in rows):
         raise click.exceptions.Exit(1)
@@ -543,20 +404,32 @@ def train_students_command(
 
 @main.command(
     name="evaluate",
-    heading=AFTERWARDS,
+    heading=RESULTS,
     example="evaluate --data DATA.zarr --model STUDENT",
 )
 @options(
     options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
-    under(FILES, click.option("--teacher", type=TeacherName(), help="The same as --model.")),
+    under(
+        FILES,
+        instead_of(
+            "model",
+            click.option(
+                "--teacher",
+                type=TeacherName(),
+                help="Teacher, or a vision-language model clip:ARCH, instead of --model.",
+            ),
+        ),
+    ),
     OF_CLIP,
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
 )
 def evaluate_command(data: str, model: str | None, teacher: str | None, as_json: bool, **options: Any) -> None:
-    """Accuracy on every test split, the gap IID − OOD, and the worst group, with 95 % intervals.
+    """Test a model on every test split.
 
-    Where there are masks, also how much of the relevance is on the object. A teacher that itself does worse where the
-    bias is another one is warned of: its students will learn it too.
+    The command prints the accuracy on each split, the worst group, and the gap IID − OOD, with 95 % intervals. If the
+    dataset has masks, the command also prints how much of the relevance lies on the object. It warns you of a teacher
+    that is less accurate where the bias changes, because its students will learn the bias too. A split has no accuracy
+    if it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
     from trainer.results.evaluation import bias_warning
@@ -570,6 +443,9 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(json.dumps(result))
         return
     for name, split in result["splits"].items():
+        if split["accuracy"] is None:
+            click.echo(f"{name:<12}{'–':>7}    not tested on {split['samples']} samples without masks")
+            continue
         low, high = split["interval"]
         line = f"{name:<12}{split['accuracy']:7.2f} %  [{low:.2f}, {high:.2f}]  {split['samples']} samples"
         if worst := split["worst_group"]:
@@ -583,7 +459,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
 
 @main.command(
     name="show-explanations",
-    heading=AFTERWARDS,
+    heading=RESULTS,
     example="show-explanations --data DATA.zarr --model TEACHER --model STUDENT --out HEATMAPS.png",
 )
 @options(
@@ -606,16 +482,24 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         },
         flags={"models": "--model", "caches": "--cache"},
     ),
-    under(FILES, click.option("--teacher", type=TeacherName(), help="One more model, as the first column.")),
+    under(
+        FILES,
+        click.option(
+            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first column."
+        ),
+    ),
     OF_CLIP,
     under(
         "Samples",
-        click.option(
-            "--sample",
-            "indices",
-            multiple=True,
-            type=click.IntRange(0),
-            help="Index of a sample, from 0 on. Repeatable.",
+        instead_of(
+            "samples",
+            click.option(
+                "--sample",
+                "indices",
+                multiple=True,
+                type=click.IntRange(0),
+                help="Index of a sample, starting at 0. Repeatable.",
+            ),
         ),
     ),
     under(
@@ -623,7 +507,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.option(
             "--display/--no-display",
             default=None,
-            help="Show the picture in the terminal too. By default, where the terminal can show pictures.",
+            help="Show the picture in the terminal too. Default: if the terminal can show pictures.",
         ),
     ),
 )
@@ -635,94 +519,91 @@ def show_explanations_command(
     display: bool | None,
     **options: Any,
 ) -> None:
-    """Heatmaps of models and stores beside the images that they are of, as one picture.
+    """Draw images and heatmaps side by side.
 
-    Each map is in units of its own mean |relevance|, as maps of different networks have no other common unit: where
-    relevance is can be compared, and how much there is cannot.
+    The heatmaps are those of models and of stores. Each heatmap is divided by its own mean |relevance|, because
+    different networks have no common unit. You can compare where the relevance lies, but not its amount.
     """
     if samples is not None and indices:
         raise click.UsageError("give --samples, how many, or --sample, which, not both")
     inline = inline_picture.choose(display, os.environ)
     from trainer import show_explanations
 
-    named = _teacher(teacher, options)
-    every = models if named is None else (named, *models)
-    shown = show_explanations(samples=indices or samples or 8, models=every, **options)
+    first = _teacher(teacher, options)
+    every = models if first is None else (first, *models)
+    drawn = show_explanations(samples=indices or samples or 8, models=every, **options)
     if inline is not None:
         inline_picture.show(options["out"].read_bytes(), inline)
-    columns = ", ".join(shown["columns"])
-    samples = len(shown["samples"])
-    click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {shown['split']}, with {columns}")
+    columns = ", ".join(drawn["columns"])
+    samples = len(drawn["samples"])
+    click.echo(f"{options['out']}: {samples} sample{'s' * (samples > 1)} of {drawn['split']}, with {columns}")
 
 
 @main.command(
     name="report",
-    heading=AFTERWARDS,
+    heading=RESULTS,
     example="report TEACHER ERM STUDENT --out report.html",
 )
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
 @options(
     options_of(ReportOptions, METAVARS),
-    under(FILES, click.option("--teacher", type=TeacherName(), help="One more model, as the first one.")),
+    under(
+        FILES,
+        click.option(
+            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first model."
+        ),
+    ),
     OF_CLIP,
 )
 @click.pass_context
 def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:
-    """Everything about some models, side by side, in one HTML file that needs nothing else.
+    """Compare models in one HTML file.
 
-    Accuracy, confusions, training, calibration, heatmaps of whichever class the reader chooses, how far they agree with
-    the teacher's, how much of them is on the object, and where everything is from.
+    The file needs no other file. The report shows accuracy, confusion matrices, training curves, calibration, and
+    heatmaps of a class that the reader chooses. It also shows how well heatmaps agree with the teacher's, how much of
+    them lies on the object, and where all models and data come from.
     """
     from trainer import write_report
 
-    named = _teacher(teacher, options)
+    first = _teacher(teacher, options)
     command = shlex.join(["python", "cli.py", "report", *context.meta[ARGUMENTS]])
-    made = write_report(runs if named is None else (named, *runs), command=command, **options)
-    models, size = len(made["models"]), made["bytes"] / 1e6
+    written = write_report(runs if first is None else (first, *runs), command=command, **options)
+    models, size = len(written["models"]), written["bytes"] / 1e6
     click.echo(
-        f"{options['out']}: {models} model{'s' * (models > 1)} on {', '.join(made['splits'])}, {size:.1f} MB; "
-        + (f"heatmaps compared with {made['reference']}'s" if made["reference"] else "no heatmaps compared")
+        f"{options['out']}: {models} model{'s' * (models > 1)} on {', '.join(written['splits'])}, {size:.1f} MB; "
+        + (f"heatmaps compared with {written['reference']}'s" if written["reference"] else "no heatmaps compared")
     )
 
 
 @main.command(
     name="export",
-    heading=AFTERWARDS,
+    heading=RESULTS,
     example="export --model STUDENT --format onnx --out STUDENT.onnx",
 )
-@options(
-    under(
-        FILES,
-        click.option("--model", required=True, type=LocalFolder(path_type=Path), help="A student's folder."),
-        click.option(
-            "--format",
-            required=True,
-            type=Choice(["torch-export", "onnx", "state-dict"]),
-            help="A .pt2 file for torch.export.load, an ONNX file, or the weights alone.",
-        ),
-        click.option("--out", required=True, type=LocalFolder(path_type=Path), help="The file to write."),
-    ),
-    under(OWN_CODE, FACTORY),
-)
-def export_command(model: Path, format: str, out: Path, student_factory: str | None) -> None:
-    """A trained student as a file that needs nothing of this program, checked against it.
+@options(options_of(ExportOptions, METAVARS))
+def export_command(out: Path, **options: Any) -> None:
+    """Export a model to a file of its own.
 
-    It takes float32 images (N, C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes).
+    The file does not need this program, and is checked against the model. The exported model takes float32 images (N,
+    C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes).
     """
     from pipeline import export_model
 
-    difference = export_model(model, out, format, student_factory=student_factory)
-    click.echo(f"{out}: its logits differ from the model's by {difference:.2g} at most")
+    difference = export_model(out=out, **options)
+    click.echo(f"{out}: its logits differ from the model's by at most {difference:.2g}")
 
 
 @main.command(
     name="quickstart",
-    heading=ALL_IN_ONE,
+    heading=EVERYTHING,
     example="quickstart --out quickstart",
 )
 @options(options_of(QuickstartOptions))
 def quickstart_command(out: Path, seed: int) -> None:
-    """A biased network caught red-handed and its distilled sibling, on embedded data, in minutes on a CPU."""
+    """Train a biased and an unbiased network.
+
+    The data is embedded. The command takes minutes on a CPU.
+    """
     import dataclasses
 
     from trainer.reproduction.profiles import PROFILES
@@ -739,69 +620,39 @@ def _echo_table(results: list[dict[str, Any]], benchmark: Any) -> None:
     click.echo(f"\n{text(summarise(results, benchmark))}\n")
 
 
-@main.group(name="reproduce", heading=ALL_IN_ONE, example="reproduce coloured-mnist --out TABLE --seeds 3")
+@functools.cache
+def _reproduction_commands() -> dict[str, click.Command]:
+    from trainer.reproduction.profiles import REPRODUCTIONS
+
+    return {name: _reproduction_command(name, reproduction) for name, reproduction in REPRODUCTIONS.items()}
+
+
+def _reproduction_command(name: str, reproduction: Reproduction) -> click.Command:
+    def run(out: Path, **options: Any) -> None:
+        from trainer.reproduction.reproduce import reproduce
+
+        sources = {source: options.pop(source) for source in reproduction.sources}
+        sources = {source: path for source, path in sources.items() if path is not None}
+        profile = reproduction.profiles[options.pop("profile", next(iter(reproduction.profiles)))]
+        results = reproduce(out, profile, sources=sources, echo=click.echo, **options)
+        _echo_table(results, profile.table)
+        click.echo(f"results: {out / 'results.jsonl'}, tables and pictures: {out / 'report'}")
+
+    return _made_command(name, run, reproduction)
+
+
+@main.group(
+    name="reproduce",
+    cls=LazyGroup,
+    make=_reproduction_commands,
+    heading=EVERYTHING,
+    example="reproduce coloured-mnist --out TABLE --seeds 3",
+)
 def reproduce_group() -> None:
-    """Make a published table anew, with all that it takes."""
+    """Reproduce a published table.
 
-
-@reproduce_group.command(
-    name="coloured-mnist", example="reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3"
-)
-@options(options_of(ColouredMnistTableOptions))
-def reproduce_coloured_mnist_command(profile: str, **options: Any) -> None:
-    """The paper's table on COLOURED MNIST: its data, teacher, stores and the students of every row, tested and drawn.
-
-    Stopped in whatever way, the same command goes on; with more --methods or --seeds it adds them.
+    The command builds the dataset, trains teacher and students, and tests them.
     """
-    from trainer.reproduction import profiles
-
-    _reproduce(profiles.PROFILES[profile], **options)
-
-
-@reproduce_group.command(name="fashion-on-textures", example="reproduce fashion-on-textures --out TABLE --profile gpu")
-@options(under(FILES, FASHION), options_of(FashionTableOptions))
-def reproduce_fashion_on_textures_command(fashion_mnist: Path | None, profile: str, **options: Any) -> None:
-    """The same on Fashion-on-Textures, where the background tells the class; with the rivals that use masks.
-
-    The teacher sees the garment alone, by the dataset's masks. It goes on, and is added to, in the same way.
-    """
-    from trainer.reproduction import profiles
-
-    sources = {} if fashion_mnist is None else {"fashion_mnist": fashion_mnist}
-    _reproduce(profiles.ON_TEXTURES[profile], sources=sources, **options)
-
-
-@reproduce_group.command(
-    name="coco-on-places", example="reproduce coco-on-places --coco COCO --places data_256 --out TABLE"
-)
-@options(under(FILES, COCO_AND_PLACES), options_of(ReproduceOptions))
-def reproduce_coco_on_places_command(coco: Path, places: Path, **options: Any) -> None:
-    """The same on COCO-on-Places, from the original files; best on a GPU."""
-    from trainer.reproduction import profiles
-
-    _reproduce(profiles.ON_PLACES, sources={"coco": coco, "places": places}, **options)
-
-
-@reproduce_group.command(
-    name="waterbirds", example="reproduce waterbirds --waterbirds FOLDER --masks segmentations --out TABLE"
-)
-@options(
-    under(FILES, BIRDS, click.option("--masks", required=True, type=click.Path(path_type=Path), help=BIRD_MASKS)),
-    options_of(ReproduceOptions),
-)
-def reproduce_waterbirds_command(waterbirds: Path, masks: Path, **options: Any) -> None:
-    """The same on Waterbirds, from the published folder, with GroupDRO; best on a GPU."""
-    from trainer.reproduction import profiles
-
-    _reproduce(profiles.WATERBIRDS, sources={"waterbirds": waterbirds, "masks": masks}, **options)
-
-
-def _reproduce(profile: Any, out: Path, **options: Any) -> None:
-    from trainer.reproduction.reproduce import reproduce
-
-    results = reproduce(out, profile, echo=click.echo, **options)
-    _echo_table(results, profile.table)
-    click.echo(f"results: {out / 'results.jsonl'}, tables and pictures: {out / 'report'}")
 
 
 if __name__ == "__main__":

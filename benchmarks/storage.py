@@ -30,7 +30,7 @@ from pipeline.caching.batches import Batches
 from pipeline.caching.stage_one import cache_explanations, explain_shard
 from pipeline.device import pick_device, place
 from teacher_cache import Cache, CacheInfo, choose_compression, create_cache, inspect_cache, open_cache, plan_storage
-from teacher_cache.codec import LEVELS, SHUFFLES, Compression, average_pool, dequantise, quantise
+from teacher_cache.codec import COMPRESSORS, SHUFFLES, Compression, average_pool, dequantise, quantise
 from trainer import evaluate, train_student, train_teacher
 
 KINDS = [("float16", 1), ("bfloat16", 1), ("int8", 1), ("float16", 2), ("float16", 4), ("int8", 2)]
@@ -121,7 +121,8 @@ def codec_lines(maps: np.ndarray) -> Iterator[list[str]]:
         pooled = average_pool(maps, resolution)
         stored, scale = quantise(pooled, precision)
         error = np.abs(dequantise(stored, scale, precision) - pooled).sum() / np.abs(pooled).sum()
-        for compression in (Compression(name, LEVELS[name], shuffle) for name in LEVELS for shuffle in SHUFFLES):
+        pairs = [(name, entry.level) for name, entry in COMPRESSORS.items()]
+        for compression in (Compression(*pair, shuffle) for pair in pairs for shuffle in SHUFFLES):
             blosc = compression.blosc()
             parts = [stored[first : first + CHUNK] for first in range(0, len(stored), CHUNK)]
             encoded, encoding = timed(lambda parts=parts, blosc=blosc: [blosc.encode(part) for part in parts], 1)

@@ -16,7 +16,7 @@ copyright = "Explanation Distillation contributors, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.xref_missing"]  # pages link to source files, which are not pages of the site
+suppress_warnings = ["myst.xref_missing"]  # links to files outside docs/; tests/test_docs.py checks all
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = html_css_files = ["site.css"]

@@ -10,11 +10,13 @@ from typing_extensions import Doc
 from options.fields import (
     Among,
     Heading,
+    InsteadOf,
     Kind,
     OptionField,
     OptionSet,
     Separated,
     option_fields,
+    overridden,
     takes,
 )
 from options.lazy import Lazy
@@ -28,6 +30,7 @@ __all__ = [
     "Ge",
     "Gt",
     "Heading",
+    "InsteadOf",
     "Kind",
     "Lazy",
     "Le",
@@ -43,5 +46,6 @@ __all__ = [
     "first_line",
     "joined",
     "option_fields",
+    "overridden",
     "takes",
 ]

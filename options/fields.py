@@ -1,7 +1,7 @@
-"""Options as fields of frozen dataclasses: what is written beside a field, and the checks that follow from it.
+"""Options as fields of frozen dataclasses: the notes beside a field, and the checks that follow from them.
 
-A field is ``name: Annotated[type, Doc("Help text."), Ge(1), ...] = default``. Not here: how a command line takes it
-(`terminal/options.py`).
+A field is ``name: Annotated[type, Doc("Help text."), Ge(1), ...] = default``. Not here: the options of a
+command line (`terminal/options.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -33,7 +33,7 @@ WORDS = {
 
 
 class Kind(Enum):
-    """What a value stands for, where its type does not tell."""
+    """The meaning of a value, if its type does not tell."""
 
     LOCATION = "a folder, or a URL of fsspec"
     FOLDER = "a folder or file of this machine"
@@ -42,13 +42,19 @@ class Kind(Enum):
     ARCHITECTURE = "the name of a network"
     SIZE = "a number of bytes"
     BATCH_SIZE = "a number of samples, or auto"
+    NAMED_FOLDERS = "folders by name"
+    IMAGE_SIZE = "a number of pixels, or height and width"
 
 
 @dataclass(frozen=True)
 class Among:
-    """The value is a name in a registry; for a field that is a tuple, every item is."""
+    """The value is a name in a registry. If the field is a tuple, every item is such a name.
+
+    ``or_else`` lists other texts that the value may be. The class of the field checks them.
+    """
 
     registry: Mapping[str, Any]
+    or_else: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,22 @@ class Separated:
 
 
 @dataclass(frozen=True)
+class InsteadOf:
+    """The option is given instead of another one, never together with it: ``InsteadOf("steps")``."""
+
+    other: str
+
+
+@dataclass(frozen=True)
 class Heading:
-    """The heading of one field, where that is not its class's ``HEADING``."""
+    """The heading of one field, if it is not the ``HEADING`` of the class."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class OptionField:
-    """A field of an `OptionSet`, taken apart. ``types`` are the plain types that a value may have."""
+    """A field of an `OptionSet`, with its notes. ``types`` are the plain types that a value may have."""
 
     name: str
     types: tuple[Any, ...]
@@ -77,8 +90,10 @@ class OptionField:
     bounds: tuple[Bound, ...] = ()
     choices: tuple[Any, ...] = ()  # of a Literal
     registry: Mapping[str, Any] | None = None
+    or_else: tuple[str, ...] = ()  # of an `Among`
     kind: Kind | None = None
     separator: str | None = None
+    instead_of: str | None = None  # the name of another option; a command takes one of the two
 
     @property
     def required(self) -> bool:
@@ -86,15 +101,17 @@ class OptionField:
 
     @property
     def allowed(self) -> tuple[Any, ...]:
-        """The names that a value can be, now; empty where any value of the type will do."""
+        """The names that a value can have at this moment; empty if any value of the type is allowed."""
+        if self.or_else:
+            return ()
         return tuple(self.registry) if self.registry is not None else self.choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptionSet:
-    """Options that belong together: the base of every dataclass of options. It checks its values when it is made.
+    """The base of every dataclass of options. It checks its values when it is created.
 
-    ``ERROR`` is the exception for a wrong value. ``HEADING`` is where a command's help puts the fields of a class.
+    ``ERROR`` is the exception for a wrong value. ``HEADING`` is the heading of the fields in the help of a command.
     """
 
     ERROR: ClassVar[type[Exception]] = ValueError
@@ -106,8 +123,15 @@ class OptionSet:
 
 
 def option_fields(options: type[OptionSet]) -> tuple[OptionField, ...]:
-    """The fields of an `OptionSet`: the class's own first, then those of its bases in their order."""
+    """Return the fields of an `OptionSet`: first those of the class itself, then those of its bases in their order."""
     return _option_fields(options)  # type: ignore[arg-type]
+
+
+def overridden(options: type[OptionSet], names: Iterable[str]) -> set[str]:
+    """Return the names of options that these override: themselves, and those that exclude one of them."""
+    pairs = [(field.name, field.instead_of) for field in option_fields(options) if field.instead_of is not None]
+    others = dict([*pairs, *((other, name) for name, other in pairs)])
+    return {*names, *(others[name] for name in names if name in others)}
 
 
 @cache
@@ -142,9 +166,11 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         doc=(docs or [""])[0],
         bounds=tuple(note for note in notes if isinstance(note, Bound)),
         choices=choices,
+        or_else=next((note.or_else for note in notes if isinstance(note, Among)), ()),
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),
+        instead_of=next((note.other for note in notes if isinstance(note, InsteadOf)), None),
     )
 
 
@@ -183,7 +209,7 @@ def _limit(bound: Bound) -> float:
 
 def _is_of_type(field: OptionField, value: Any) -> bool:
     if field.kind is not None or field.choices:
-        return True  # what it stands for is checked where it is used; a Literal is checked by its choices
+        return True  # the code that uses the value checks it; the choices check a Literal
     for one in field.types:
         origin = get_origin(one) or one
         if origin is Any or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
@@ -205,7 +231,7 @@ def _type_name(one: Any) -> str:
 
 
 def takes(options: type[OptionSet]) -> Callable[[F], F]:
-    """Give a function that takes ``**options`` the signature, and the list of options, that the dataclass has."""
+    """Give a function with ``**options`` the signature and the documentation of the dataclass's options."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -1,4 +1,4 @@
-"""A module that is imported when it is first used, so that names and defaults are known without PyTorch."""
+"""Import a module when it is first used, so that names and defaults are known without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Lazy:
-    """Stands for a module: ``torch = Lazy("torch")`` imports it at the first attribute.
+    """Stand for a module: ``torch = Lazy("torch")`` imports it when its first attribute is read.
 
-    Unlike `importlib.util.LazyLoader` it leaves `sys.modules` alone, so that a module that nobody uses is not there.
+    Unlike `importlib.util.LazyLoader` it leaves `sys.modules` alone, so that an unused module is not in there.
     """
 
     def __init__(self, module: str):
@@ -17,5 +17,5 @@ class Lazy:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(importlib.import_module(self._module), name)
-        setattr(self, name, value)  # the next use costs what it does of a module
+        setattr(self, name, value)  # the next use is as fast as that of a module
         return value

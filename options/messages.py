@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Unset(Enum):
-    """The value of an option of which none is told."""
+    """The value of an `Option` that only names an option."""
 
     UNSET = "UNSET"
 
@@ -23,7 +23,7 @@ UNSET = Unset.UNSET
 
 
 class Word(str):
-    """Text that stands for itself in a `Call` or an `Option`, such as the placeholder TEACHER: it gets no quotes."""
+    """Text that is spelled without quotes in a `Call` or an `Option`, such as the placeholder TEACHER."""
 
     def __repr__(self) -> str:
         return str(self)
@@ -44,19 +44,21 @@ class Option:
 class Call:
     """A call of a function of ours, as a remedy: ``cache_explanations(data='DATA.zarr', features=True)``.
 
-    ``command`` is the name of the command that does the same, where it is not the function's with dashes.
+    ``command`` is the name of the command that does the same, if that is not the function's name with dashes.
+    ``switches`` are options that only the command needs.
     """
 
     function: str
     options: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    switches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.function}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
 
 
 class Message:
-    """The text of an error in pieces: strings, options and calls. Messages and errors within it are taken apart."""
+    """The text of an error in pieces: strings, options and calls. Messages and errors in it are split into pieces."""
 
     def __init__(self, *pieces: object):
         self.pieces: tuple[object, ...] = tuple(_flat(pieces))
@@ -68,7 +70,7 @@ class Message:
         return f"Message{self.pieces!r}"
 
     def spell(self, spelling: Callable[[Option | Call], str]) -> str:
-        """The text, with options and calls spelled by ``spelling``."""
+        """Return the text, with options and calls spelled by ``spelling``."""
         return "".join(spelling(piece) if isinstance(piece, Option | Call) else str(piece) for piece in self.pieces)
 
     @property
@@ -91,20 +93,20 @@ def _flat(pieces: Iterable[object]) -> Iterable[object]:
 
 
 def joined(pieces: Iterable[object], separator: str) -> Message:
-    """The pieces with a separator between them."""
+    """Return the pieces with a separator between them."""
     with_separators = [part for piece in pieces for part in (separator, piece)]
     return Message(*with_separators[1:])
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence with the nearest of the known words, a space before it; empty where none is near."""
+    """Return a sentence that suggests the nearest known words, after a space; an empty text if no word is near."""
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=3)
     return f" Did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""
 
 
 def unknown(option: str, value: object, known: Iterable[object]) -> Message:
-    """Return the text of the error for a value of an option that is none of the known ones."""
+    """Return the text of the error for a value that is not one of the known values of an option."""
     names = [str(name) for name in known]
     return Message(
         "unknown ", Option(option), f" '{value}': choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
@@ -112,6 +114,6 @@ def unknown(option: str, value: object, known: Iterable[object]) -> Message:
 
 
 def first_line(error: BaseException | str) -> str:
-    """The first line of an error's text; the name of its type where it has no text."""
+    """Return the first line of an error's text, or the name of its type if it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

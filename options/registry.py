@@ -50,6 +50,10 @@ class Registry(MutableMapping[str, T], Generic[T]):
         self.check(name)
         return self[name]
 
+    def maker(self, name: str) -> Callable[[], T]:
+        """Return the function that makes an entry; that of a deferred entry has the entry's documentation."""
+        return self._entries[name]
+
     def check(self, name: object) -> None:
         """Raise the registry's error unless there is an entry of this name."""
         if name not in self._entries:

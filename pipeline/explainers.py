@@ -35,20 +35,21 @@ class Explainer:
 
 
 def heatmaps(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
-    """``x · G`` by the rule set, see `explain`."""
+    """Return ``x · G`` by the rule set, see `explain`."""
     return forward.trace.heatmaps(target_class, epsilon, **graph)
 
 
 def input_gradient(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
-    """G alone, the gradient of the logit at the image (Ross et al., IJCAI 2017), with batch norm as an affine map."""
+    """Return G alone, the gradient of the logit at the image, by ``gradient-x-input`` (Ross et al., IJCAI 2017)."""
     return forward.trace.gradient(target_class, epsilon, **graph)
 
 
 def grad_cam(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
-    """Σ_k w_k A_k over the last feature maps A, with w_k the mean over positions of ∂y[t]/∂A_k.
+    """Return Σ_k w_k A_k, with w_k the mean over positions of ∂y[t]/∂A_k, without the final ReLU (Selvaraju et al.,
+    ICCV 2017).
 
-    As in Selvaraju et al., ICCV 2017, without the final ReLU: what it sets to zero has no gradient, so that a student
-    could not learn its way out of it, and a map of zeros has no scale to be compared at.
+    A denotes the last feature maps. Values that the ReLU sets to zero would have no gradient, so that a student could
+    not learn its way out of it, and a map of zeros has no scale to be compared at.
     """
     maps = forward.feature_maps
     weights = forward.trace.gradient(target_class, epsilon, at=maps, **graph).mean((2, 3), keepdim=True)
@@ -56,7 +57,10 @@ def grad_cam(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **
 
 
 def attention(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
-    """Σ_k A_k² over the last feature maps A (Zagoruyko and Komodakis, ICLR 2017); it knows no class and no ε."""
+    """Return Σ_k A_k²; it depends on neither class nor ε, so one draw suffices (Zagoruyko and Komodakis, ICLR 2017).
+
+    A denotes the last feature maps.
+    """
     return forward.feature_maps.square().sum(1, keepdim=True)
 
 

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.models import last_layer
+from pipeline.networks.trials import kind_of
 from pipeline.relevance import Trace
 
 
@@ -48,10 +50,14 @@ class Forward:
                 self.logits = self.trace.logits
         if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))
+        if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(images):
+            raise ModelError(
+                f"the network returns {kind_of(self.logits)} for {len(images)} images: return logits (N, K)"
+            )
         classes = self.logits.shape[1]
-        last, found = last_layer(model, classes), seen.entering.get(classes)
-        runs = last is not None and found is not None and model.get_submodule(last) is found[0]
-        self._last = found if runs else None
+        name, last = last_layer(model, classes), seen.entering.get(classes)
+        runs = name is not None and last is not None and model.get_submodule(name) is last[0]
+        self._last = last if runs else None
 
     @property
     def features(self) -> Tensor:
@@ -115,7 +121,7 @@ class _Seen:
         if taken and type(module).forward is not nn.Sequential.forward:
             # all that is explained goes through what it takes and what it returns; what is within may be a branch
             began = self._began[module]
-            self._maps = {grid: found for grid, found in self._maps.items() if found[0] <= began} | taken
+            self._maps = {grid: (when, x) for grid, (when, x) in self._maps.items() if when <= began} | taken
         if len(sizes) == 4 and sizes[2:] != (1, 1) and (1, 1) not in dict(entered):  # one position, repeated
             self._maps[sizes[2:]] = self._returned, output
         if len(sizes) > 2 and next(module.parameters(), None) is not None:
@@ -127,14 +133,17 @@ class _Seen:
         Raises ModelError where there is none, and where layers behind it learn of positions that lie otherwise, as
         tokens do: then it is one of the first and not of the last.
         """
-        found = [self._maps[grid] for grid in self._maps.keys() & self._grids]
-        when, maps = max(found, default=(0, None), key=lambda each: each[0])
+        candidates = [self._maps[grid] for grid in self._maps.keys() & self._grids]
+        when, maps = max(candidates, default=(0, None), key=lambda each: each[0])
         behind = [sizes for sizes, time in self._learnt.items() if time > when and sizes[2:] not in self._grids]
         if maps is None or any(math.prod(sizes[:-1]) > self._samples for sizes in behind):
             raise ModelError(
-                f"the explainer '{explainer}' needs a network that ends in feature maps (N, C, h, w) with more than "
-                "one position, and this one does not, as transformers do not: choose another --explainer, such as "
-                "flex or input-gradient, or a convolutional network"
+                Message(
+                    f"the explainer '{explainer}' needs a network that ends in feature maps (N, C, h, w) with more "
+                    "than one position, and this one does not, as transformers do not: choose another ",
+                    Option("explainer"),
+                    ", such as flex or input-gradient, or a convolutional network",
+                )
             )
         return maps
 

@@ -59,6 +59,12 @@ def is_view(tensor: Tensor) -> bool:
     return tensor._is_view()
 
 
+def base_of(view: Tensor) -> Tensor | None:
+    """Return the tensor whose memory a view shows; None for other tensors. An in-place operation on a view changes the
+    place of its base in the graph, and autograd then makes new nodes for the base and for all of its views."""
+    return view._base
+
+
 def running_checkpoint() -> Any:
     """Find the innermost checkpointed block (`torch.utils.checkpoint`, not reentrant) that this thread runs forward.
 

@@ -85,7 +85,8 @@ class Trace:
             tracer.mark(entry, batch_axis=0, outer=self._asked_for_images)
             with tracer:
                 self.logits = model(entry)
-        self._check_logits(tracer)
+                through_steps = tracer.kind(self.logits) == "step"
+        self._check_logits(tracer, through_steps)
 
     def heatmaps(
         self,
@@ -176,11 +177,16 @@ class Trace:
             )
         return gradient
 
-    def _check_logits(self, tracer: Tracer) -> None:
+    def _check_logits(self, tracer: Tracer, through_steps: bool) -> None:
         samples = tracer.samples
         if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != samples:
             returned = tuple(self.logits.shape) if isinstance(self.logits, Tensor) else type(self.logits).__name__
             raise ValueError(f"the model must return logits of shape ({samples}, K), got {returned}")
+        if through_steps:
+            raise RelevanceError(
+                "the logits depend on the image through step functions alone, such as comparisons or torch.sign, which "
+                "carry no relevance: use activations with a gradient"
+            )
         if not tracer.carries(self.logits):
             raise RelevanceError(
                 "the logits do not depend on the image by any operation that autograd recorded: "

@@ -1,5 +1,5 @@
 from .claims import Claims, claim_writing
-from .codec import COMPRESSORS, LEVELS, PRECISIONS, average_pool, choose_compression
+from .codec import COMPRESSORS, PRECISIONS, Compressor, Precision, average_pool, choose_compression
 from .errors import CacheError
 from .inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair
 from .layout import (
@@ -14,14 +14,15 @@ from .store import Cache, Shard, check_complete, create_cache, head_sha256, open
 
 __all__ = [
     "COMPRESSORS",
-    "LEVELS",
     "PRECISIONS",
     "Cache",
     "CacheError",
     "CacheInfo",
     "Claims",
+    "Compressor",
     "DatasetInfo",
     "ExplainerInfo",
+    "Precision",
     "Shard",
     "StorageInfo",
     "TeacherInfo",

@@ -7,24 +7,25 @@ long for COLOURED MNIST, 1.9 times for dense 64×64 maps (docs/results/streaming
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from options import Lazy
+from options import Lazy, Message, Option, Registry, did_you_mean
+from teacher_cache.errors import CacheError
 
 if TYPE_CHECKING:
     import google_crc32c
     import numcodecs
     import numpy as np
+    import torch
     from numcodecs import Blosc
-else:  # the names below are known without them
-    np, numcodecs, google_crc32c = Lazy("numpy"), Lazy("numcodecs"), Lazy("google_crc32c")
+    from torch import Tensor
+else:  # the names below are known without them; PyTorch is imported when maps are decoded on a device
+    np, torch, numcodecs, google_crc32c = Lazy("numpy"), Lazy("torch"), Lazy("numcodecs"), Lazy("google_crc32c")
 
-PRECISIONS = {"float16": "float16", "bfloat16": "uint16", "int8": "int8"}  # precision → its dtype in Zarr
 SHUFFLES = ("noshuffle", "shuffle", "bitshuffle")
-LEVELS = {"lz4": 5, "zstd": 3}
-COMPRESSORS = tuple(LEVELS)
-DEFAULT_COMPRESSOR = {"float16": "lz4", "bfloat16": "lz4", "int8": "zstd"}  # fast for 16-bit maps, small for 8-bit maps
 MISSING = 2**64 - 1  # marks a chunk in an index that does not exist
 
 
@@ -32,10 +33,112 @@ class DamageError(ValueError):
     """Bytes do not match their checksum or their format."""
 
 
+@dataclass(frozen=True)
+class Compressor:
+    """A compressor of Blosc, entered by Blosc's own name for it.
+
+    Attributes:
+        level: Level that is used where none is given, 0 to 9.
+        note: What it is good for, in a word, for the help.
+    """
+
+    level: int
+    note: str
+
+
+COMPRESSORS: Registry[Compressor] = Registry("codec", CacheError)
+COMPRESSORS["lz4"] = Compressor(level=5, note="fast")
+COMPRESSORS["zstd"] = Compressor(level=3, note="small")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A way to store maps that were divided by their scale.
+
+    All functions keep the shape. ``quantise`` followed by ``dequantise`` must keep zeros and signs.
+
+    Attributes:
+        dtype: Dtype of the stored maps in Zarr.
+        compressor: Name of the compressor that ``auto`` takes.
+        quantise: Converts maps, float32 in [-1, 1], to stored values, which are cast to ``dtype`` afterwards. The first
+            sentence of its docstring is in docs/cache-layout.md: how to decode the values, and the error.
+        dequantise: Converts stored values back to float32, as the inverse of ``quantise``.
+        dequantise_tensor: The same for a tensor, on its device. None decodes with ``dequantise`` on the CPU, and moves
+            float32 to the device.
+    """
+
+    dtype: str
+    compressor: str
+    quantise: Callable[[np.ndarray], np.ndarray]
+    dequantise: Callable[[np.ndarray], np.ndarray]
+    dequantise_tensor: Callable[[Tensor], Tensor] | None = None
+
+
+PRECISIONS: Registry[Precision] = Registry("precision", CacheError)
+
+
+def _to_float16(relative: np.ndarray) -> np.ndarray:
+    """Return the map r, rounded to 9 bits of mantissa; heatmap = stored · scale, with an error of at most 2⁻¹⁰ · |map|
+    + 2⁻²⁵ · scale.
+    """
+    # round once, not to float16 first: two roundings are worse than one
+    stored = (_round_off(relative.view(np.uint32), 14) & np.uint32(0xFFFFC000)).view(np.float32).astype(np.float16)
+    return _without_negative_zeros(stored.view(np.uint16)).view(np.float16)
+
+
+def _to_bfloat16(relative: np.ndarray) -> np.ndarray:
+    """Return the upper 16 bits of r in float32, rounded; heatmap = (stored · 2¹⁶ as bits of a float32) · scale, with an
+    error of at most 2⁻⁸ · |map|.
+    """
+    return _without_negative_zeros((_round_off(relative.view(np.uint32), 16) >> 16).astype(np.uint16))
+
+
+def _to_int8(relative: np.ndarray) -> np.ndarray:
+    """Return the steps q = round(127 · sign(r) · √|r|); heatmap = q · |q| / 127² · scale, with an error of at most
+    (√|r| / 127 + 127⁻² / 4) · scale.
+    """
+    return np.rint(np.copysign(np.sqrt(np.abs(relative)), relative) * 127)
+
+
+def _from_int8(stored: np.ndarray) -> np.ndarray:
+    steps = stored.astype(np.float32)
+    steps *= np.abs(steps) / np.float32(127**2)
+    return steps
+
+
+def _from_int8_tensor(stored: Tensor) -> Tensor:
+    steps = stored.float()
+    # It rounds once, `_from_int8` twice. Both stay, because earlier students and reports depend on the bits.
+    return steps * steps.abs() / 127**2
+
+
+PRECISIONS["float16"] = Precision(
+    dtype="float16",
+    compressor="lz4",
+    quantise=_to_float16,
+    dequantise=lambda stored: stored.astype(np.float32),
+    dequantise_tensor=lambda stored: stored.float(),
+)
+PRECISIONS["bfloat16"] = Precision(
+    dtype="uint16",
+    compressor="lz4",
+    quantise=_to_bfloat16,
+    dequantise=lambda stored: (stored.astype(np.uint32) << 16).view(np.float32),
+    dequantise_tensor=lambda stored: stored.view(torch.bfloat16).float(),
+)
+PRECISIONS["int8"] = Precision(
+    dtype="int8",
+    compressor="zstd",
+    quantise=_to_int8,
+    dequantise=_from_int8,
+    dequantise_tensor=_from_int8_tensor,
+)
+
+
 def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """Convert maps to their stored form.
 
-    Each map is divided by its scale, r = map / scale, and stored as one of these precisions:
+    Each map is divided by its scale, r = map / scale, and stored in a precision. These are ours:
 
     - ``float16``: r, rounded to 9 bits of mantissa, because the tenth is noise that does not compress. The error is at
       most 2⁻¹⁰ · |map|, and 2⁻²⁵ · scale where float16 is subnormal.
@@ -55,19 +158,13 @@ def quantise(maps: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
         value of each map.
 
     Raises:
-        ValueError: There is no such precision.
+        CacheError: There is no such precision.
     """
+    kind = PRECISIONS.find(precision)
     maps = np.asarray(maps, np.float32)
     scale = np.abs(maps).max(axis=(-3, -2, -1), initial=0)
     relative = maps / np.where(scale > 0, scale, 1)[..., None, None, None]
-    if precision == "float16":  # round once, not to float16 first: two roundings are worse than one
-        stored = (_round_off(relative.view(np.uint32), 14) & np.uint32(0xFFFFC000)).view(np.float32).astype(np.float16)
-        return _without_negative_zeros(stored.view(np.uint16)).view(np.float16), scale
-    if precision == "bfloat16":
-        return _without_negative_zeros((_round_off(relative.view(np.uint32), 16) >> 16).astype(np.uint16)), scale
-    if precision == "int8":
-        return np.rint(np.copysign(np.sqrt(np.abs(relative)), relative) * 127).astype(np.int8), scale
-    raise ValueError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
+    return np.asarray(kind.quantise(relative), kind.dtype), scale
 
 
 def _round_off(bits: np.ndarray, last: int) -> np.ndarray:
@@ -91,13 +188,13 @@ def dequantise(stored: np.ndarray, scale: np.ndarray, precision: str) -> np.ndar
 
     Returns:
         float32 (…, C, H, W).
+
+    Raises:
+        CacheError: There is no such precision.
     """
-    bits = precision == "bfloat16"
-    maps = (stored.astype(np.uint32) << 16).view(np.float32) if bits else stored.astype(np.float32)
-    if precision == "int8":
-        maps *= np.abs(maps) / np.float32(127**2)
-    maps *= scale[..., None, None, None]
-    return maps
+    relative = np.asarray(PRECISIONS.find(precision).dequantise(stored), np.float32)
+    in_place = None if np.may_share_memory(relative, stored) else relative
+    return np.multiply(relative, scale[..., None, None, None], out=in_place)
 
 
 def average_pool(maps: np.ndarray, factor: int) -> np.ndarray:
@@ -135,22 +232,39 @@ class Compression:
         """Parse the name of a codec, such as ``blosc-lz4-5-bitshuffle``.
 
         Raises:
-            ValueError: There is no such codec.
+            CacheError: There is no such codec.
         """
-        kind, compressor, level, shuffle = (text.split("-") + [""] * 4)[:4]
-        compression = cls(compressor, int(level) if level.isdecimal() else -1, shuffle)
-        known = kind == "blosc" and compressor in LEVELS and 0 <= compression.level <= 9 and shuffle in SHUFFLES
-        if not known or str(compression) != text:
-            raise ValueError(
-                f"no codec is called '{text}': in full they are blosc-COMPRESSOR-LEVEL-SHUFFLE, one of "
-                f"{', '.join(COMPRESSORS)}, 0 to 9, and one of {', '.join(SHUFFLES)}"
-            )
-        return compression
+        parts = re.fullmatch(r"blosc-(.+)-([0-9])-(.+)", text)
+        if parts is None or parts[1] not in COMPRESSORS or parts[3] not in SHUFFLES:
+            raise CacheError(unknown_codec(text))
+        return cls(parts[1], int(parts[2]), parts[3])
 
     def blosc(self) -> Blosc:
         """Make the codec."""
         shuffle = getattr(numcodecs.Blosc, self.shuffle.upper())
         return numcodecs.Blosc(self.compressor, self.level, shuffle, blocksize=0)
+
+
+def unknown_codec(text: str, names: Iterable[str] = ()) -> Message:
+    """Return the text of the error for a codec that does not exist.
+
+    Args:
+        text: The codec that was asked for.
+        names: Other names that the option takes, beside codecs in full.
+    """
+    in_full = [
+        str(Compression(compressor, level, shuffle))
+        for compressor in COMPRESSORS
+        for level in range(10)
+        for shuffle in SHUFFLES
+    ]
+    choices = f"one of {', '.join(names)}, or " if names else ""
+    return Message(
+        "unknown ",
+        Option("codec"),
+        f" '{text}': choose {choices}blosc-COMPRESSOR-LEVEL-SHUFFLE with one of {', '.join(COMPRESSORS)}, a level "
+        f"from 0 to 9, and one of {', '.join(SHUFFLES)}.{did_you_mean(text, [*names, *in_full])}",
+    )
 
 
 def choose_compression(maps: np.ndarray, precision: str, compressor: str | None = None) -> Compression:
@@ -162,15 +276,19 @@ def choose_compression(maps: np.ndarray, precision: str, compressor: str | None 
     Args:
         maps: float32 (n, C, H, W).
         precision: A name in `PRECISIONS`.
-        compressor: A name in `COMPRESSORS`. None takes LZ4 for 16-bit maps, which decodes several times faster, and
-            zstd for 8-bit maps, which is smaller.
+        compressor: A name in `COMPRESSORS`. None takes the precision's own: LZ4 for 16-bit maps, which decodes several
+            times faster, and zstd for 8-bit maps, which is smaller.
 
     Returns:
         The compression.
+
+    Raises:
+        CacheError: There is no such precision or compressor.
     """
-    compressor = compressor or DEFAULT_COMPRESSOR[precision]
+    compressor = compressor or PRECISIONS.find(precision).compressor
+    level = COMPRESSORS.find(compressor).level
     stored, _ = quantise(maps, precision)
-    candidates = [Compression(compressor, LEVELS[compressor], shuffle) for shuffle in SHUFFLES]
+    candidates = [Compression(compressor, level, shuffle) for shuffle in SHUFFLES]
     return min(candidates, key=lambda candidate: len(candidate.blosc().encode(stored)))
 
 

@@ -10,6 +10,8 @@ from functools import cached_property
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
+import numpy as np
+
 from options import Message, Option
 from teacher_cache.codec import PRECISIONS, Compression, checksum
 from teacher_cache.errors import CacheError
@@ -238,10 +240,7 @@ def _check(info: CacheInfo) -> None:
         raise CacheError(f"its precision is '{storage.precision}', this program knows {', '.join(PRECISIONS)}")
     if min(info.map_shape) < 1:
         raise CacheError(f"its maps are empty: {maps}, average-pooled by {storage.resolution}")
-    try:
-        Compression.parse(storage.codec)
-    except ValueError as error:
-        raise CacheError(str(error)) from None
+    Compression.parse(storage.codec)
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ def plan_arrays(info: CacheInfo) -> dict[str, ArrayPlan]:
     record = 1 + len(info.rows) + info.chunks * info.explainer.draws
     features = ArrayPlan((rows[0], info.storage.features), "float32", ("sample", "feature"))
     return {
-        "heatmaps": ArrayPlan(maps, PRECISIONS[info.storage.precision], ("sample", "draw", "channel", "y", "x")),
+        "heatmaps": ArrayPlan(maps, PRECISIONS[info.storage.precision].dtype, ("sample", "draw", "channel", "y", "x")),
         "scale": ArrayPlan(rows, "float32", ("sample", "draw")),
         "target_class": ArrayPlan(rows, "int32", ("sample", "draw")),
         "epsilon": ArrayPlan(rows, "float32", ("sample", "draw")),
@@ -307,14 +306,10 @@ def plan_storage(
         CacheError: There is no such precision or codec, or the resolution is too coarse for these maps.
     """
     map_shape = map_shape or image_shape
-    if precision not in PRECISIONS:
-        raise CacheError(f"no precision is called '{precision}': choose one of {', '.join(PRECISIONS)}")
+    value_bytes = max(2, np.dtype(PRECISIONS.find(precision).dtype).itemsize)  # int8 has the shards of float16
     _check_resolution(resolution, *map_shape[1:])
-    try:
-        Compression.parse(codec)
-    except ValueError as error:
-        raise CacheError(str(error)) from None
-    fitting = max(1, SHARD_BYTES // max(draws * math.prod(map_shape) * 2, math.prod(image_shape)))
+    Compression.parse(codec)
+    fitting = max(1, SHARD_BYTES // max(draws * math.prod(map_shape) * value_bytes, math.prod(image_shape)))
     shard = min(MAX_SHARD_SAMPLES, 2 ** (fitting.bit_length() - 1))
     return StorageInfo(precision, codec, resolution, shard, min(MAX_CHUNK_SAMPLES, shard), features)
 

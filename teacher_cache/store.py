@@ -249,7 +249,7 @@ class Cache:
             raise CacheError(
                 Message(
                     f"{where} is damaged: its content is not what was committed ({error}); run ",
-                    Call("repair", command="inspect-cache --repair"),
+                    Call("repair", command="inspect-cache", switches=("repair",)),
                     " on the store, then ",
                     MAKE,
                     " again with the same options: it computes the damaged shards again",

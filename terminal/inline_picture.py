@@ -1,7 +1,8 @@
-"""A PNG in the terminal itself: which terminals can show one, and the escape sequences that do.
+"""Show a PNG in the terminal itself: find out whether the terminal can, and write the escape sequences.
 
-What a terminal can is told by its environment: a question to it might never be answered. Not here: any drawing. Two
-protocols are less than a library: term-image holds Pillow below 11, textual-image (LGPL) asks the terminal.
+The environment variables tell which terminal it is, because a terminal might never answer a question. Not here: any
+drawing. A library would cost more than two protocols: term-image holds Pillow below 11, and textual-image (LGPL) asks
+the terminal.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Callable, Mapping
 
 import click
 
-Inline = Callable[[bytes, int | None], str]  # a PNG, and the columns that it has to fit (None: its own size)
+Inline = Callable[
+    [bytes, int | None], str
+]  # (PNG, columns that it must fit, or None for its own size) → escape sequences
 
-CHUNK = 4096  # characters of base64 in one sequence of kitty's, at most
-CELL = 8  # pixels, of the width of a character whose terminal does not tell it
-CAN = "kitty, Ghostty, WezTerm, iTerm2, Konsole 22.04, mintty or the terminal of VS Code"
+CHUNK = 4096  # maximum number of base64 characters in one of kitty's sequences
+CELL = 8  # width of a character in pixels, if the terminal does not report it
+TERMINALS = "kitty, Ghostty, WezTerm, iTerm2, Konsole 22.04, mintty or the terminal of VS Code"
 
 
 def kitty(png: bytes, columns: int | None) -> str:
-    """The sequences of kitty's graphics protocol that show a PNG; the terminal is asked to answer nothing (q=2).
+    """Return the sequences of kitty's graphics protocol that show a PNG. They ask the terminal not to answer (q=2).
 
     https://sw.kovidgoyal.net/kitty/graphics-protocol
     """
@@ -33,12 +36,15 @@ def kitty(png: bytes, columns: int | None) -> str:
 
 
 def iterm2(png: bytes, columns: int | None) -> str:
-    """The sequence of iTerm2's inline images that shows a PNG. https://iterm2.com/documentation-images.html"""
+    """Return the sequence of iTerm2's inline images that shows a PNG.
+
+    https://iterm2.com/documentation-images.html
+    """
     about = f"inline=1;size={len(png)};width={columns or 'auto'};preserveAspectRatio=1"
     return f"\x1b]1337;File={about}:{b64encode(png).decode()}\x07"
 
 
-PROGRAMS = {  # by the TERM_PROGRAM that they set
+PROGRAMS = {  # by the value of TERM_PROGRAM
     "ghostty": kitty,
     "iTerm.app": iterm2,
     "WezTerm": iterm2,
@@ -48,10 +54,10 @@ PROGRAMS = {  # by the TERM_PROGRAM that they set
 
 
 def protocol_of(environ: Mapping[str, str]) -> Inline | None:
-    """How a terminal with these variables shows a picture; None where it cannot, or nothing says that it can.
+    """Return how a terminal with these variables shows a picture; None if it is not known to show any.
 
-    What a terminal sets in TERM comes first, then TERM_PROGRAM: the other variables are also in the environment of a
-    terminal that was started from one that has them. Multiplexers keep the sequences from the terminal around them.
+    TERM decides first, then TERM_PROGRAM, then the other variables, because a terminal inherits them from the terminal
+    that started it. Multiplexers do not pass the sequences on to the terminal around them.
     """
     term = environ.get("TERM", "")
     if not term.startswith(("xterm", "wezterm")) or {"TMUX", "STY", "ZELLIJ"} & environ.keys():
@@ -69,9 +75,17 @@ def protocol_of(environ: Mapping[str, str]) -> Inline | None:
 
 
 def choose(display: bool | None, environ: Mapping[str, str]) -> Inline | None:
-    """How to show a picture on the standard output, None for not: as asked for, or unless asked where that can be.
+    """Decide how to show a picture on the standard output.
 
-    Raises click.UsageError where it was asked for and cannot be.
+    Args:
+        display: show it or not; None shows it if the terminal can.
+        environ: the environment variables.
+
+    Returns:
+        The protocol of the terminal; None to show nothing.
+
+    Raises:
+        click.UsageError: ``display`` is true, and the terminal is not known to show pictures.
     """
     if display is False:
         return None
@@ -81,20 +95,22 @@ def choose(display: bool | None, environ: Mapping[str, str]) -> Inline | None:
         where = f"the terminal here ({_name(environ)}) is not known to show any" if terminal else "this is no terminal"
         raise click.UsageError(
             f"--display shows the picture on the standard output, and {where}: leave it out and open the PNG, or run "
-            f"the command in {CAN}, outside tmux and screen."
+            f"the command in {TERMINALS}, outside tmux and screen."
         )
     return protocol
 
 
 def show(png: bytes, protocol: Inline) -> None:
-    """Print a PNG on the terminal of the standard output, no wider than that, and begin a new line after it."""
-    import fcntl  # of POSIX alone
+    """Print a PNG on the terminal of the standard output, no wider than the terminal, and end the line."""
+    import fcntl  # exists on POSIX only
     import termios
 
     size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
-    _, columns, width, _ = struct.unpack("4H", size)  # in characters, and in pixels: 0 where it does not tell
-    (across,) = struct.unpack(">I", png[16:20])  # of the header, IHDR
-    click.echo(protocol(png, columns if columns and across > (width or columns * CELL) else None))
+    _, columns, width, _ = struct.unpack(
+        "4H", size
+    )  # in characters and in pixels, 0 if the terminal does not report it
+    (png_width,) = struct.unpack(">I", png[16:20])  # in the header, IHDR
+    click.echo(protocol(png, columns if columns and png_width > (width or columns * CELL) else None))
 
 
 def _name(environ: Mapping[str, str]) -> str:

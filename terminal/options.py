@@ -1,4 +1,4 @@
-"""Options of commands, made from the fields of a dataclass: the name, type, default and help stand there alone."""
+"""Make the options of a command from the fields of a dataclass, the only place of a name, type, default and help."""
 
 from __future__ import annotations
 
@@ -10,25 +10,48 @@ from typing import Any, get_args, get_origin
 import click
 
 from options import Ge, Gt, Kind, Le, Lt, OptionField, OptionSet, option_fields
-from terminal.command_line import Choice, under
-from terminal.types import Architecture, BatchSize, Bytes, LocalFolder, Location, NameAndValue, Names, TeacherName
+from terminal.help import Choice, instead_of, under
+from terminal.types import (
+    Architecture,
+    BatchSize,
+    Bytes,
+    ImageSize,
+    LocalFolder,
+    Location,
+    NameAndValue,
+    NamedFolder,
+    Names,
+    TeacherName,
+)
 
 
 class RegistryChoice(Choice):
-    """One of the names of a registry, as it is when the command runs."""
+    """Take one of the names that a registry has when the command runs."""
 
     def __init__(self, registry: Mapping[str, Any]):
-        super().__init__(())  # the base class keeps what it is given, which the property below does not
+        super().__init__(())  # the property below ignores what the base class stores
         self._registry = registry
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names."""
+        """The names of the registry."""
         return tuple(self._registry)
 
     @choices.setter
     def choices(self, value: object) -> None:
-        """Ignore what the base class sets."""
+        """Ignore the value that the base class sets."""
+
+
+class RegistryText(click.ParamType):
+    """Take any text. The help lists the names of a registry and ``others``; the options check the value."""
+
+    name = "text"
+
+    def __init__(self, registry: Mapping[str, Any], others: tuple[str, ...]):
+        self._registry, self._others = registry, others
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join((*self._registry, *self._others))}]"
 
 
 KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
@@ -39,6 +62,7 @@ KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
     Kind.ARCHITECTURE: Architecture,
     Kind.SIZE: Bytes,
     Kind.BATCH_SIZE: BatchSize,
+    Kind.IMAGE_SIZE: ImageSize,
 }
 
 
@@ -58,15 +82,18 @@ def options_of(
         flags: spellings that are not the name with dashes, such as ``{"pyramid": "--pyramid/--flat"}``.
 
     Returns:
-        Decorators, for `terminal.command_line.options`.
+        Decorators, for `terminal.help.options`.
     """
-    made = []
+    decorators = []
     for field in option_fields(options):
         if field.name not in without:
             flag = flags.get(field.name) or _flag(field)
             arguments = {"help": field.doc, **_arguments(field), **changes.get(field.name, {})}
-            made += under(field.heading, click.option(flag, field.name, **arguments))
-    return made
+            option = click.option(flag, field.name, **arguments)
+            if field.instead_of is not None:
+                option = instead_of(field.instead_of, option)
+            decorators += under(field.heading, option)
+    return decorators
 
 
 def _flag(field: OptionField) -> str:
@@ -79,9 +106,19 @@ def _arguments(field: OptionField) -> dict[str, Any]:
     arguments: dict[str, Any] = {"required": True} if field.required else {"default": field.default}
     if bool in field.types:
         return arguments | ({"is_flag": True} if field.default is False else {})
-    if any(get_origin(one) is dict for one in field.types):
-        return {"multiple": True, "type": NameAndValue()}
+    if any(get_origin(one) in (dict, Mapping) for one in field.types):
+        if field.kind is Kind.NAMED_FOLDERS:
+            return {"multiple": True, "type": NamedFolder(), "callback": _folders_by_name}
+        return {"multiple": True, "type": NameAndValue(), "callback": lambda ctx, param, pairs: dict(pairs)}
     return arguments | {"type": _type(field)}
+
+
+def _folders_by_name(ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Return the folders by name, or refuse a name that is given twice."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise click.BadParameter(f"{twice[0]} is given twice: give each folder its own name", ctx, param)
+    return dict(pairs)
 
 
 def _type(field: OptionField) -> Any:
@@ -90,7 +127,7 @@ def _type(field: OptionField) -> Any:
     if field.separator is not None:
         return Names(field.separator)
     if field.registry is not None:
-        return RegistryChoice(field.registry)
+        return RegistryText(field.registry, field.or_else) if field.or_else else RegistryChoice(field.registry)
     if field.choices:
         return Choice(field.choices)
     pair = next(

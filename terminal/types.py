@@ -1,4 +1,4 @@
-"""The types of options that click does not have: what a command line says, as the value that a function takes."""
+"""Types of options that click does not have. Each turns the text of a command line into the value of a function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 
 
 class Location(click.ParamType):
-    """A folder, or a URL of fsspec, of which ``pathlib`` would make something else."""
+    """A folder, or a URL of fsspec, which ``pathlib`` would change."""
 
     name = "folder or URL"
 
@@ -26,11 +26,11 @@ class Location(click.ParamType):
 
 
 class LocalFolder(click.Path):
-    """A folder of this machine, for models and trainings."""
+    """A folder on this machine, for models and trainings."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in str(value):
-            self.fail(f"'{value}' is a URL: only datasets and stores can be at one, give a local folder", param, ctx)
+            self.fail(f"'{value}' is a URL. Only datasets and stores can have a URL: give a local folder", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -56,7 +56,7 @@ class Bytes(click.ParamType):
         except (ValueError, OverflowError):
             self.fail(f"'{value}' is no size in bytes: give one such as 4GB, 500MiB or 2e9", param, ctx)
         if size < 0:
-            self.fail(f"'{value}' is less than nothing: give a size such as 4GB", param, ctx)
+            self.fail(f"'{value}' is negative: give a size such as 4GB", param, ctx)
         return size
 
 
@@ -77,8 +77,20 @@ class BatchSize(click.ParamType):
         return size
 
 
+class ImageSize(click.ParamType):
+    """A number of pixels, or height and width as 64x96."""
+
+    name = "pixels|HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        sides = str(value).lower().replace("×", "x").split("x")
+        if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) >= 1 for side in sides):
+            self.fail(f"'{value}' is not a size: give pixels such as 64, or height and width such as 64x96", param, ctx)
+        return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 class NameAndValue(click.ParamType):
-    """NAME=VALUE, the value a number, true, false or text."""
+    """NAME=VALUE, where the value is a number, true, false or text."""
 
     name, pairs = "name=value", True
 
@@ -87,14 +99,14 @@ class NameAndValue(click.ParamType):
         if not name.isidentifier() or not equals:
             self.fail(f"'{value}' is no NAME=VALUE: give one such as width=64", param, ctx)
         try:
-            found = json.loads(text)
+            parsed = json.loads(text)
         except ValueError:
-            found = text
-        return name, found if isinstance(found, bool | int | float | str) else text
+            parsed = text
+        return name, parsed if isinstance(parsed, bool | int | float | str) else text
 
 
 class Architecture(click.ParamType):
-    """The name of a network, which what builds it looks at."""
+    """The name of a network. The function that builds the network checks it."""
 
     name = "name"
 
@@ -108,7 +120,7 @@ class Architecture(click.ParamType):
 
 
 class Names(click.ParamType):
-    """Some names, with a separator between them."""
+    """Names with a separator between them."""
 
     name = "names"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 import trainer
 from cli import main
 from data import make_coloured_mnist
+from data.builders.registry import BUILDERS
 from pipeline import EXPLAINERS
 from trainer import train_teacher
 
@@ -116,7 +118,7 @@ BAD = {
     "make-data coloured-mnist --out new --limit 0": (2, "--limit"),
     # what the stream takes
     f"{STUDENT} --memory-budget lots": (2, "'lots' is no size in bytes: give one such as 4GB"),
-    f"{STUDENT} --memory-budget -1GB": (2, "'-1GB' is less than nothing"),
+    f"{STUDENT} --memory-budget -1GB": (2, "'-1GB' is negative: give a size such as 4GB"),
     f"{TRAIN} --workers 0": (2, "--workers"),
     # how it learns, and what it matches
     f"{STUDENT} --steps 5 --warmup 5": (
@@ -166,7 +168,10 @@ BAD = {
     "make-data fashion-on-textures --out new --fashion-mnist folder": (1, "no Fashion-MNIST in folder"),
     "make-data coco-on-places --coco folder --places folder --out new": (1, "http://images.cocodataset.org"),
     "make-data waterbirds --waterbirds folder --out new": (1, "there is no folder/metadata.csv"),
-    "make-data image-folder --train nowhere --size 8 --out new": (1, "--train nowhere is no folder"),
+    "make-data image-folder --train nowhere --size 8 --out new": (
+        1,
+        "--train nowhere must be a folder with a folder for each class",
+    ),
     "make-data image-folder --train folder --test x --size 8 --out new": (2, "'x' is no NAME=DIR"),
     "train-teacher --data data.zarr --out new --debias segmenter": (1, "--debias segmenter needs --segmenter"),
     # an --out that is taken
@@ -227,7 +232,7 @@ def test_the_whole_story_by_commands(tmp_path, monkeypatch):
     assert "weights of step" in result.output
     assert re.search(r"[\d.]+ % of it waiting for data", result.output)
     assert "5 shards" not in run(*story[3].split()).output
-    assert "found there" in run(*story[3].split()).output
+    assert "1 of them from an earlier run" in run(*story[3].split()).output
     for model in ("TEACHER", "ERM", "RUN", "RUN2"):
         result = run("evaluate", "--data", "DATA.zarr", "--model", model, "--json")
         assert result.exit_code == 0, result.output
@@ -268,24 +273,20 @@ def test_what_the_bias_free_form_could_not_change_is_said(world, tmp_path, monke
 def test_a_full_disk_is_said_without_a_traceback(tmp_path, monkeypatch, dataset):
     import errno
 
-    import data
-
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "DATA.zarr/train/images/c/0")
 
-    monkeypatch.setattr(data, "make_coloured_mnist", full)
+    monkeypatch.setitem(BUILDERS, "coloured-mnist", replace(BUILDERS["coloured-mnist"], make=full))
     result = run("make-data", "coloured-mnist", "--out", tmp_path / "d")
     assert result.exit_code == 1
     assert result.output == "Error: DATA.zarr/train/images/c/0: No space left on device\n"
 
 
 def test_a_bug_of_ours_is_not_passed_off_as_the_users(monkeypatch):
-    import data
-
     def bug(*args, **kwargs):
         raise KeyError("ours")
 
-    monkeypatch.setattr(data, "make_coloured_mnist", bug)
+    monkeypatch.setitem(BUILDERS, "coloured-mnist", replace(BUILDERS["coloured-mnist"], make=bug))
     assert isinstance(run("make-data", "coloured-mnist", "--out", "nowhere").exception, KeyError)
 
 

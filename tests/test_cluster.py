@@ -27,6 +27,7 @@ from cli import main
 from data import DatasetError, make_coloured_mnist
 from pipeline import Forward, ModelError, batch, cache_explanations
 from teacher_cache import CacheError, open_cache
+from terminal.spelling import text_of
 from trainer import train_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -338,8 +339,9 @@ def test_a_worker_that_sees_another_disk_is_refused(what, dataset, teacher, clie
     else:
         swap_after_the_store_is_created(monkeypatch, data, None)
         error, words = DatasetError, f"no dataset at {data}: .*as {platform.node()} sees it; every machine must see"
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as refused:
         cache_explanations(data, model, out, draws=2, scheduler=client.scheduler.address)
+    assert ("python cli.py make-data" in text_of(refused.value)) == (what == "nothing")
     assert not open_cache(out).committed().any()
 
 

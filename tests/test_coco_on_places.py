@@ -199,11 +199,11 @@ def spoilt(originals, tmp_path, spoil) -> tuple[Path, Path]:
         ),
         (
             lambda root: (root / "coco/annotations/instances_train2017.json").write_text('{"images": []'),
-            "is no instances file of COCO",
+            "is not an instances file of COCO",
         ),
         (
             lambda root: (root / "coco/annotations/instances_train2017.json").write_text("[]"),
-            "is no instances file of COCO",
+            "is not an instances file of COCO",
         ),
         (lambda root: shutil.rmtree(root / "coco/train2017"), "there is no folder train2017 in .*train2017.zip"),
         (
@@ -247,11 +247,11 @@ def test_the_command_makes_it(made, originals, tmp_path):
 def test_the_table_is_made_from_the_original_files_wherever_they_lie(originals, tmp_path, monkeypatch):
     coco, places = originals
     tiny = dataclasses.replace(
-        profiles.ON_PLACES,
+        profiles.ON_PLACES["gpu"],
         data={"size": 16, **FEW},
-        teacher={**profiles.ON_PLACES.teacher, "arch_options": {"width": 4}, "steps": 2, "batch_size": 9},
+        teacher={**profiles.ON_PLACES["gpu"].teacher, "arch_options": {"width": 4}, "steps": 2, "batch_size": 9},
         student={
-            **profiles.ON_PLACES.student,
+            **profiles.ON_PLACES["gpu"].student,
             "arch_options": {"width": 4},
             "steps": 2,
             "batch_size": 9,
@@ -260,7 +260,7 @@ def test_the_table_is_made_from_the_original_files_wherever_they_lie(originals, 
         of_row={},
         draws=1,
     )
-    monkeypatch.setattr(profiles, "ON_PLACES", tiny)
+    monkeypatch.setitem(profiles.ON_PLACES, "gpu", tiny)
 
     def table(coco, places, *methods):
         command = ["reproduce", "coco-on-places", "--coco", str(coco), "--places", str(places), "--device", "cpu"]

@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem, ShellComplete, get_completion
 from click.testing import CliRunner, Result
 
 from cli import main
-from terminal import command_line
+from options import did_you_mean
 from trainer import TrainingError
 from trainer.settings import StudentOptions
 
@@ -71,8 +71,8 @@ def test_help_has_every_option_once_under_a_heading_and_ends_with_an_example(pat
     others = lines[lines.index("Other options:") : lines.index("Example:")]
     assert [line.split()[0].rstrip(",") for line in others if line.startswith("  -")] == ["--config", "-h"]
     below = lines[lines.index(headings[0]) :]
-    shown = [line.split()[0] for line in below if line.startswith("  --")]
-    assert sorted(shown) == sorted(opt for param in COMMANDS[path].params for opt in param.opts if opt.startswith("--"))
+    flags = [line.split()[0] for line in below if line.startswith("  --")]
+    assert sorted(flags) == sorted(opt for param in COMMANDS[path].params for opt in param.opts if opt.startswith("--"))
     assert lines[-1].startswith(f"  python cli.py {' '.join(path)}")
 
 
@@ -88,10 +88,10 @@ def test_every_option_is_explained_and_its_default_shown(path):
     with whole() as root, click.Context(COMMANDS[path], parent=root) as ctx:
         for param in COMMANDS[path].params:
             if isinstance(param, click.Option):
-                _, told = param.get_help_record(ctx)
+                _, text = param.get_help_record(ctx)
                 assert param.help, param.name
                 plain = isinstance(param.default, bool | int | float | str) and param.default is not False
-                assert "default:" in told or not plain, param.name
+                assert "default:" in text or not plain, param.name
 
 
 def test_the_commands_are_listed_as_they_are_used_under_headings():
@@ -129,6 +129,18 @@ def test_help_and_wrong_options_do_not_wait_for_pytorch(line, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+@pytest.mark.parametrize("line", ["make-data --help", "make-data image-folder --sizee 3", "reproduce --help"])
+def test_the_commands_of_a_group_are_made_without_pytorch(line):
+    code = (
+        "import sys; from cli import main\n"
+        "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "assert 'data.builders.image_folder' in sys.modules or 'trainer.reproduction.profiles' in sys.modules\n"
+        "assert not {'torch', 'zarr', 'dask'} & set(sys.modules), sorted(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 # --- a file of options ---
 
 STUDENT = ("train-student", "--data", "d", "--out", "o")
@@ -138,12 +150,12 @@ def test_a_file_gives_options_by_either_spelling_and_the_command_line_wins(tmp_p
     file = write(
         tmp_path / "a.yaml", "data: d\nout: o\nbatch-size: 64\nclip_norm: 1e-3\nsteps: 10\nmask_target: true\n"
     )
-    found = parsed("train-student", "--config", file)
-    assert (found["data"], found["batch_size"], found["clip_norm"], found["steps"]) == ("d", 64, 1e-3, 10)
-    assert found["mask_target"] is True
-    assert found["lr"] == 4e-3  # neither says it
-    found = parsed("train-student", "--steps", 20, "--config", file, "--data", "mine", "--out", "p")
-    assert (found["data"], found["out"], found["steps"], found["batch_size"]) == ("mine", Path("p"), 20, 64)
+    options = parsed("train-student", "--config", file)
+    assert (options["data"], options["batch_size"], options["clip_norm"], options["steps"]) == ("d", 64, 1e-3, 10)
+    assert options["mask_target"] is True
+    assert options["lr"] == 4e-3  # neither says it
+    options = parsed("train-student", "--steps", 20, "--config", file, "--data", "mine", "--out", "p")
+    assert (options["data"], options["out"], options["steps"], options["batch_size"]) == ("mine", Path("p"), 20, 64)
 
 
 def test_lists_are_repeated_options_and_mappings_are_pairs(tmp_path):
@@ -151,24 +163,24 @@ def test_lists_are_repeated_options_and_mappings_are_pairs(tmp_path):
         tmp_path / "a.yaml",
         {"arch_options": {"width": 64, "norm": "batch"}, "augment": ["flip", "shift"], "pyramid": False},
     )
-    found = parsed(*STUDENT, "--config", file)
-    assert dict(found["arch_options"]) == {"width": 64, "norm": "batch"}
-    assert (list(found["augment"]), found["pyramid"]) == (["flip", "shift"], False)
-    assert parsed(*STUDENT, "--config", file, "--arch-option", "width=8")["arch_options"] == (("width", 8),)
+    options = parsed(*STUDENT, "--config", file)
+    assert dict(options["arch_options"]) == {"width": 64, "norm": "batch"}
+    assert (list(options["augment"]), options["pyramid"]) == (["flip", "shift"], False)
+    assert parsed(*STUDENT, "--config", file, "--arch-option", "width=8")["arch_options"] == {"width": 8}
     file = write(tmp_path / "b.yaml", {"arch-option": ["width=64"], "augment": "flip,crop"})
-    found = parsed(*STUDENT, "--config", file)
-    assert (found["arch_options"], list(found["augment"])) == ((("width", 64),), ["flip", "crop"])
+    options = parsed(*STUDENT, "--config", file)
+    assert (options["arch_options"], list(options["augment"])) == ({"width": 64}, ["flip", "crop"])
     file = write(tmp_path / "c.yaml", {"seed": [1, 2], "arch": "small-cnn", "devices": ["cpu", "cuda:0"]})
-    found = parsed("train-students", "--config", file)
-    assert (found["seed"], found["arch"], list(found["devices"])) == ((1, 2), ("small-cnn",), ["cpu", "cuda:0"])
+    options = parsed("train-students", "--config", file)
+    assert (options["seed"], options["arch"], list(options["devices"])) == ((1, 2), ("small-cnn",), ["cpu", "cuda:0"])
     file = write(tmp_path / "d.yaml", {"epsilon_range": [0.1, 1], "resolution": 2, "cache": "x"})
     with pytest.raises(click.UsageError, match="does not take: 'cache'"):
         parsed("cache-explanations", "--config", file)
     file = write(tmp_path / "d.yaml", {"epsilon_range": [0.1, 1], "resolution": 2, "data": "d", "teacher": "t"})
-    found = parsed("cache-explanations", "--out", "o", "--config", file)
-    assert (found["epsilon_range"], found["resolution"]) == ((0.1, 1.0), 2)
+    options = parsed("cache-explanations", "--out", "o", "--config", file)
+    assert (options["epsilon_range"], options["resolution"]) == ((0.1, 1.0), 2)
     file = write(tmp_path / "e.yaml", {"test": {"ood": "a", "shift": "b"}, "train": "t", "size": 8, "out": "o"})
-    assert parsed("make-data", "image-folder", "--config", file)["tests"] == (("ood", Path("a")), ("shift", Path("b")))
+    assert parsed("make-data", "image-folder", "--config", file)["tests"] == {"ood": Path("a"), "shift": Path("b")}
 
 
 def test_a_file_gives_an_argument_too(tmp_path):
@@ -185,9 +197,14 @@ def test_words_of_yaml_are_words(tmp_path):
     with pytest.raises(click.UsageError, match="'loss'"):
         parsed("train-teacher", "--config", file)
     file = write(tmp_path / "a.yaml", "data: 2024-01-01\nout: on\nseed: 010\nclip-norm: null\ndebias: none\n")
-    found = parsed("train-teacher", "--config", file)
-    assert (found["data"], found["out"], found["seed"], found["debias"]) == ("2024-01-01", Path("on"), 10, "none")
-    assert found["clip_norm"] is None
+    options = parsed("train-teacher", "--config", file)
+    assert (options["data"], options["out"], options["seed"], options["debias"]) == (
+        "2024-01-01",
+        Path("on"),
+        10,
+        "none",
+    )
+    assert options["clip_norm"] is None
 
 
 @pytest.mark.parametrize(("typed", "dropped"), [("--epochs 2", "steps"), ("--loss output=1", "method")])
@@ -195,15 +212,38 @@ def test_the_command_line_wins_over_the_other_of_two_options_too(tmp_path, typed
     file = write(tmp_path / "a.yaml", {"steps": 5, "method": "lrp"})
     assert parsed(*STUDENT, *typed.split(), "--config", file)[dropped] is None
     file = write(tmp_path / "b.yaml", {"student_factory": "a:b"})
-    found = parsed(*STUDENT, "--arch", "resnet18", "--config", file)
-    assert (found["arch"], found["student_factory"]) == ("resnet18", None)
+    options = parsed(*STUDENT, "--arch", "resnet18", "--config", file)
+    assert (options["arch"], options["student_factory"]) == ("resnet18", None)
     file = write(tmp_path / "c.yaml", {"arch": "resnet18"})
-    found = parsed(*STUDENT, "--student-factory", "a:b", "--config", file)
-    assert (found["arch"], found["student_factory"]) == ("small-cnn", "a:b")
+    options = parsed(*STUDENT, "--student-factory", "a:b", "--config", file)
+    assert (options["arch"], options["student_factory"]) == ("small-cnn", "a:b")
+
+
+MODELS = "--data d --model m --out o.png"
+CACHING = "--data d --teacher t --out o"
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "values", "dropped", "default"),
+    [
+        ("evaluate", "--data d --teacher t", {"model": "m"}, "model", None),
+        ("evaluate", "--data d --model m", {"teacher": "t"}, "teacher", None),
+        ("show-explanations", f"{MODELS} --sample 3", {"samples": 4}, "samples", None),
+        ("show-explanations", f"{MODELS} --samples 4", {"sample": [3]}, "indices", ()),
+        ("cache-explanations", f"{CACHING} --share", {"scheduler": "tcp://a:1"}, "scheduler", None),
+        ("cache-explanations", f"{CACHING} --scheduler tcp://a:1", {"share": True}, "share", False),
+        ("cache-explanations", f"{CACHING} --prompt {{}}", {"prompts": "p.txt"}, "prompts", None),
+        ("cache-explanations", f"{CACHING} --prompts p.txt", {"prompt": ["{}"]}, "prompt", ()),
+        ("train-students", "--epochs 2", {"steps": 5}, "steps", None),
+    ],
+)
+def test_a_typed_option_replaces_the_one_of_a_file_that_excludes_it(tmp_path, command, line, values, dropped, default):
+    file = write(tmp_path / "a.yaml", values)
+    assert parsed(command, *line.split(), "--config", file)[dropped] == default
 
 
 BAD = {
-    "stepz: 5": "a.yaml has what train-student does not take: 'stepz'. Did you mean steps",
+    "stepz: 5": "a.yaml has options that train-student does not take: 'stepz'. Did you mean steps",
     "debias: none\nbatch: 5": "'debias'. And 'batch'. Did you mean batch_size",
     "no-bias-free: true": "'no-bias-free'. Write 'bias_free: false'.",
     "flat: true": "'flat'. Write 'pyramid: false'.",
@@ -275,7 +315,7 @@ def test_a_misspelt_word_is_answered_with_the_nearest(line, tmp_path, monkeypatc
 
 
 def test_far_words_suggest_nothing():
-    assert command_line.did_you_mean("zzz", ["lrp", "output"]) == ""
+    assert did_you_mean("zzz", ["lrp", "output"]) == ""
 
 
 # --- a run's own file ---
@@ -369,8 +409,8 @@ def test_what_a_run_notes_is_what_its_command_takes(command, dataset, cache, tmp
 
 
 def test_text_that_looks_like_something_else_stays_text():
-    given = StudentOptions(data="d", out="o", arch_options={"a": "true", "b": "x", "c": 3}).record()
-    assert given["arch_options"] == {"a": '"true"', "b": "x", "c": 3}
+    record = StudentOptions(data="d", out="o", arch_options={"a": "true", "b": "x", "c": 3}).record()
+    assert record["arch_options"] == {"a": '"true"', "b": "x", "c": 3}
 
 
 # --- completion ---

@@ -15,18 +15,30 @@ PACKAGES = ("data", "options", "pipeline", "teacher_cache", "terminal", "trainer
 HELP = {  # command → names that its help lists
     "train-student": ("logits", "charbonnier", "nadam", "linear", "absolute-gradient", "--cooldown"),
     "train-teacher": ("green",),
-    "cache-explanations": ("gamma-half", "absolute-gradient"),
+    "cache-explanations": ("gamma-half", "absolute-gradient", "lz4hc", "int16"),
     "make-data": ("patched-mnist",),
+}
+TABLES = {  # page → names that its tables list
+    "training.md": ("logits", "charbonnier", "nadam", "linear", "absolute-gradient"),
+    "engine.md": ("gamma-half", "absolute-gradient"),
+    "backgrounds.md": ("green",),
+    "cache-layout.md": ("lz4hc", "int16"),
+    "overview.md": ("patched-mnist",),
 }
 USES = """
 import torch
-from data import make_patched_mnist, open_dataset
+import zarr
+from data import open_dataset
+from data.builders.patched_mnist import make_patched_mnist
 from pipeline import cache_explanations, explain
+from teacher_cache import open_cache
 from trainer import train_student, train_teacher
 
 print(make_patched_mnist("D.zarr", limit=40), open_dataset("D.zarr").name)
 train_teacher("D.zarr", "T", debias="green", schedule="linear", steps=2, batch_size=16)
-cache_explanations("D.zarr", "T", "G.zarr", explainer="gamma-half", codec="zlib")
+cache_explanations("D.zarr", "T", "G.zarr", explainer="gamma-half", codec="lz4hc", precision="int16")
+assert open_cache("G.zarr").info.storage.codec.startswith("blosc-lz4hc-9-")
+assert zarr.open_group("G.zarr", mode="r")["heatmaps"].dtype == "int16"
 cache_explanations("D.zarr", "T", "A.zarr", explainer="absolute-gradient")
 own = dict(steps=2, batch_size=16, optimizer="nadam", schedule="linear", warmup=1, map_loss="charbonnier")
 train_student("D.zarr", "G.zarr", "S", **own, loss="lrp=1,logits=0.1")
@@ -56,7 +68,7 @@ def apply(diff: str, folder: Path) -> None:
 def changed(tmp_path_factory) -> Path:
     """A copy of the code with every diff applied."""
     folder = tmp_path_factory.mktemp("changed")
-    for package in PACKAGES:
+    for package in (*PACKAGES, "docs"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "cli.py", folder)
     for diff in re.findall(r"^```diff\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE | re.DOTALL):
@@ -75,6 +87,13 @@ def test_what_the_diffs_enter_is_in_the_help(changed, command):
     page = run(changed, "cli.py", command, "--help")
     for name in HELP[command]:
         assert name in page
+
+
+def test_what_the_diffs_enter_is_in_the_tables_of_the_docs(changed):
+    run(changed, "docs/tables.py")
+    for page, names in TABLES.items():
+        for name in names:
+            assert f"| `{name}` |" in (changed / "docs" / page).read_text()
 
 
 def test_what_the_diffs_enter_works(changed):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.heads import HeadSpec, attach_head
+from terminal.spelling import text_of
 
 COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
 TARGETS = torch.tensor([2, 0, 1])
@@ -104,16 +105,16 @@ def test_maps_and_their_parameter_gradients_are_those_of_plain_double_backward(n
         model = Pooled().double()
         before, after = nn.Sequential(model.body, nn.ReLU()), nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), model.head)
     x = images()
-    found = Forward(model, x, name).maps(TARGETS, 0.3, create_graph=True)
+    actual = Forward(model, x, name).maps(TARGETS, 0.3, create_graph=True)
     expected = slow_map(name, before, after, x)
-    assert found.shape == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    weight, parameters = torch.randn(found.shape, dtype=torch.float64), dict(model.named_parameters())
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    weight, parameters = torch.randn(actual.shape, dtype=torch.float64), dict(model.named_parameters())
     gradients = [
         torch.autograd.grad(
             (maps * weight).sum() + maps.square().sum(), list(parameters.values()), materialize_grads=True
         )
-        for maps in (found, expected)
+        for maps in (actual, expected)
     ]
     for parameter, mine, theirs in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12, msg=lambda text, of=parameter: f"{of}: {text}")
@@ -266,8 +267,11 @@ def test_the_last_feature_maps_are_those_that_all_is_explained_through(make, sid
     ids=["vit", "tokens first", "linear", "one position"],
 )
 def test_a_network_that_ends_in_no_feature_maps_is_refused_with_what_else_there_is(make, samples, name):
-    with pytest.raises(ModelError, match=f"the explainer '{name}' needs .* choose another --explainer, such as flex"):
+    with pytest.raises(
+        ModelError, match=f"the explainer '{name}' needs .* choose another explainer, such as flex"
+    ) as e:
         Forward(make(), images(samples, 16).float(), name)
+    assert "choose another --explainer, such as flex" in text_of(e.value)
 
 
 def test_swin_of_one_position_at_its_end_is_refused_as_its_other_maps_lie_otherwise():
@@ -439,15 +443,15 @@ def test_resized_maps_are_means_along_sides_that_shrink_and_bilinear_along_those
 
 def lines(values: Tensor, size: int) -> list[Tensor]:
     """One axis, the first, in ``size`` positions."""
-    have, found = len(values), []
+    have, resized = len(values), []
     for position in range(size):
         if size <= have:
-            found.append(values[position * have // size : -(-(position + 1) * have // size)].mean(0))
+            resized.append(values[position * have // size : -(-(position + 1) * have // size)].mean(0))
         else:
             at = min(max((position + 0.5) * have / size - 0.5, 0), have - 1)
             below = int(at)
-            found.append(values[below] * (1 - at + below) + values[min(below + 1, have - 1)] * (at - below))
-    return found
+            resized.append(values[below] * (1 - at + below) + values[min(below + 1, have - 1)] * (at - below))
+    return resized
 
 
 def test_resizing_is_differentiable_and_leaves_what_fits():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
+import os
+import shutil
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 
 from cli import main
 from data import DatasetError, make_image_folder, open_dataset
+from data.builders import decoding
 from trainer import train_teacher
 
 SIZE = 16
@@ -40,10 +45,15 @@ def photos(tmp_path) -> Path:
 
 
 def make(photos: Path, **options) -> tuple[dict[str, int], list[str]]:
-    notes: list[str] = []
+    """The sizes of the splits, and what was logged."""
     options = {"tests": {"ood": photos / "far"}, "size": SIZE, **options}
-    sizes = make_image_folder(photos.parent / "d", photos / "train", echo=notes.append, **options)
-    return sizes, notes
+    handler, logger = BufferingHandler(1000), logging.getLogger("data.builders")
+    logger.addHandler(handler)
+    try:
+        sizes = make_image_folder(photos.parent / "d", photos / "train", **options)
+    finally:
+        logger.removeHandler(handler)
+    return sizes, [record.getMessage() for record in handler.buffer]
 
 
 def images(photos: Path, split: str) -> np.ndarray:
@@ -201,7 +211,7 @@ def test_groups_come_from_the_table(photos):
     assert dataset.group_names == ("grass", "snow")
     for split in dataset.splits.values():
         assert np.array_equal(split.groups[:], split.images[:][:, 0, 0, 0] // 10 % 2)
-    assert notes == [f"{groups}: 1 of 27 rows are of no image here"]
+    assert notes == [f"{groups}: 1 of 27 rows name no image"]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +257,7 @@ def test_all_that_is_wrong_is_listed_with_paths_and_reasons_and_nothing_is_writt
     with pytest.raises(DatasetError) as caught:
         make(spoilt, masks=spoilt / "masks", groups=spoilt / "groups.csv")
     first, *lines = str(caught.value).splitlines()
-    assert first == "6 files cannot be used, --skip-bad leaves them out:"
+    assert first == "6 files cannot be used, skip_bad=True leaves them out:"
     for path, words in {
         "train/cat/0.png": "0.png cannot be read: cannot identify image file",
         "train/cat/1.png": "1.png cannot be read: ",
@@ -265,10 +275,11 @@ def test_all_that_is_wrong_is_listed_with_paths_and_reasons_and_nothing_is_writt
 def test_bad_files_and_empty_classes_are_left_out_only_when_that_is_asked_for(spoilt):
     sizes, notes = make(spoilt, masks=spoilt / "masks", groups=spoilt / "groups.csv", skip_bad=True)
     assert sizes == {"train": 13, "validation": 2, "ood": 5}
-    assert notes[:3] == [
+    assert notes[:4] == [
+        "train: left out 1 .txt, which are not images that can be decoded here",
         "train: 5 of 20 images left out",
         "ood: 1 of 6 images left out",
-        "without an image in training, and left out: yak",
+        "classes without a training image, left out: yak",
     ]
     assert open_dataset(spoilt.parent / "d").class_names == ("cat", "dog")
 
@@ -294,10 +305,10 @@ def test_many_bad_files_are_counted(photos):
         (lambda p: save(p / "far" / "cow" / "0.png", shade(1)), {}, "has a class 'cow' that training does not have"),
         (lambda p: None, {"tests": {"ood": Path("nowhere")}}, "there is no folder nowhere"),
         (lambda p: (p / "flat").mkdir(), {"tests": {"ood": "flat"}}, "has no images in folders by class"),
-        (lambda p: None, {"tests": {"train": "far"}}, "takes a name of the layout's own"),
-        (lambda p: None, {"validation_share": 1.5}, "1.5 is no share"),
-        (lambda p: None, {"size": 0}, "--size 0"),
-        (lambda p: None, {"groups": Path("nowhere.csv")}, "there is no file nowhere.csv"),
+        (lambda p: None, {"tests": {"train": "far"}}, "a test cannot be called train"),
+        (lambda p: None, {"validation_share": 1.5}, "validation_share must be more than 0 and less than 1, got 1.5"),
+        (lambda p: None, {"size": 0}, "size must be a number of pixels, .* got 0"),
+        (lambda p: None, {"groups": Path("nowhere.csv")}, "groups='nowhere.csv' does not exist"),
     ],
 )
 def test_folders_and_options_that_cannot_be_right_are_refused(photos, change, options, words):
@@ -318,6 +329,201 @@ def test_an_image_that_is_trained_and_tested_on_is_told(photos):
     assert notes == ["ood: 1 images are also trained on, cat/copy.png first: its accuracy will be too high"]
 
 
+def test_an_image_in_training_and_validation_or_in_two_classes_is_told(photos):
+    _, notes = make(photos, tests={}, validation=photos / "train")
+    assert notes == ["validation: 20 images are also trained on, cat/0.png first: it cannot select the weights"]
+    shutil.rmtree(photos.parent / "d")
+    shutil.copy(photos / "train" / "cat" / "3.png", photos / "train" / "dog" / "copy.png")
+    _, notes = make(photos, tests={})
+    assert notes == [
+        f"1 images are in two classes, {photos}/train/cat/3.png and {photos}/train/dog/copy.png first: one of the "
+        "labels is wrong"
+    ]
+
+
+# --- folders as programs leave them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "$RECYCLE.BIN", "#recycle", "lost+found"]
+)
+@pytest.mark.parametrize("inside", [".", "cat"])
+def test_folders_that_programs_leave_are_no_classes_and_hold_no_images(photos, place, inside):
+    for folder in ("train", "far"):
+        save(photos / folder / inside / place / "0.png", shade(7))
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.png"):
+        (photos / "train" / "cat" / name).write_bytes(b"\0" * 100)
+    sizes, notes = make(photos)
+    assert open_dataset(photos.parent / "d").class_names == ("cat", "dog")
+    assert (sizes, notes) == ({"train": 18, "validation": 2, "ood": 6}, [])
+
+
+def test_links_are_followed_once_and_never_upwards(photos):
+    save(photos / "elsewhere" / "a.png", shade(3))
+    (photos / "train" / "cat" / "more").symlink_to(photos / "elsewhere")
+    (photos / "train" / "cat" / "again").symlink_to(photos / "elsewhere")
+    (photos / "train" / "cat" / "all").symlink_to("..")
+    (photos / "train" / "dog" / "self").symlink_to(".")
+    sizes, notes = make(photos)
+    assert sizes["train"] + sizes["validation"] == 21
+    assert len([note for note in notes if "is not followed" in note]) == 3
+
+
+def test_a_link_that_leads_nowhere_is_a_bad_file(photos):
+    (photos / "train" / "cat" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DatasetError, match=r"gone\.png is no longer there"):
+        make(photos)
+
+
+def test_every_picture_that_pillow_opens_is_taken_and_other_files_are_counted_by_suffix(photos):
+    for number in range(2):
+        image = shade(40, number, 9)
+        for name, kind in (
+            ("gif", "GIF"),
+            ("jfif", "JPEG"),
+            ("avif", "AVIF"),
+            ("jp2", "JPEG2000"),
+            ("JPEG_large", "JPEG"),
+        ):
+            image.save(photos / "train" / "cat" / f"x{number}.{name}", kind)
+        image.save(photos / "train" / "cat" / f"without{number}", "PNG")
+    for name in ("a.txt", "b.txt", "c.xml", "clip.mov", "d.dng", "LICENSE"):
+        (photos / "train" / "dog" / name).write_text("no picture")
+    save(photos / "train" / "dog" / "raw.tif", shade(1)).rename(photos / "train" / "dog" / "raw.NEF")
+    sizes, notes = make(photos)
+    assert sizes["train"] + sizes["validation"] == 20 + 12
+    (note,) = notes
+    assert note.startswith("train: left out 2 .txt, ")
+    for counted in ("1 without suffix", "1 .xml", "1 .mov", "1 .dng", "1 .nef"):
+        assert counted in note
+
+
+def test_the_first_of_several_frames_is_used_and_told(photos):
+    first, second = shade(200), shade(0, 200)
+    first.save(photos / "far" / "cat" / "two.tif", save_all=True, append_images=[second])
+    _, notes = make(photos)
+    assert images(photos, "ood")[3, 0].min() == 200
+    assert notes == [f"1 files have several frames, {photos}/far/cat/two.tif first: the first frame of each is used"]
+
+
+@pytest.mark.parametrize("name", [b"chat\xe9", b"a\nb"])
+def test_a_class_whose_name_cannot_be_printed_is_refused_with_its_folder(photos, name):
+    os.rename(photos / "train" / "cat", os.fsencode(photos / "train") + b"/" + name)
+    with pytest.raises(DatasetError, match=r"the folder of a class in .*train is called '.*', which cannot be printed"):
+        make(photos, tests={})
+
+
+def test_class_names_in_any_script_are_taken(photos):
+    for old, new in (("cat", "बिल्ली"), ("dog", "狗")):
+        os.rename(photos / "train" / old, photos / "train" / new)
+    make(photos, tests={})
+    assert open_dataset(photos.parent / "d").class_names == ("बिल्ली", "狗")
+
+
+# --- masks and groups in some splits --------------------------------------------------------------------------------
+
+
+def test_masks_and_groups_of_the_training_images_alone_are_enough(masked):
+    shutil.rmtree(masked / "masks" / "ood")
+    groups = table(masked, [row for row in rows_of(masked) if row[0].startswith("train")])
+    _, notes = make(masked, masks=masked / "masks", groups=groups)
+    splits = open_dataset(masked.parent / "d").splits
+    assert {name: split.masks is not None for name, split in splits.items()} == {
+        "train": True, "validation": True, "ood": False,
+    }  # fmt: skip
+    assert {name: split.groups is not None for name, split in splits.items()} == {
+        "train": True, "validation": True, "ood": False,
+    }  # fmt: skip
+    assert "ood: no image has a mask, so this split has no masks" in notes
+    assert "ood: no image has a group, so this split has no groups" in notes
+
+
+def test_masks_without_one_of_a_training_image_and_groups_without_any_are_refused(masked):
+    shutil.rmtree(masked / "masks" / "train")
+    with pytest.raises(
+        DatasetError, match=r"masks='.*masks' has no mask of a training image, such as train/cat/0\.png"
+    ):
+        make(masked, masks=masked / "masks")
+    with pytest.raises(DatasetError, match="names no image here: its paths must be SPLIT/CLASS/FILE"):
+        make(masked, groups=table(masked, [("cat/0.png", "a")]))
+
+
+@pytest.mark.parametrize("name", ["0_mask.png", "0.png.png", "0-mask.jpg"])
+def test_a_mask_may_be_named_as_annotation_tools_name_it(masked, name):
+    (masked / "masks" / "train" / "cat" / "0.png").unlink()
+    save(masked / "masks" / "train" / "cat" / name, mask(0, 16).point(lambda value: 255 * value))
+    make(masked, masks=masked / "masks")
+    masks = {s: open_dataset(masked.parent / "d").split(s) for s in ("train", "validation")}
+    assert sum(int((split.masks[:] > 0).all((1, 2, 3)).sum()) for split in masks.values()) == 1
+
+
+def test_two_masks_of_an_image_are_an_error(masked):
+    save(masked / "masks" / "train" / "cat" / "0_mask.png", mask(0, 16))
+    with pytest.raises(DatasetError, match=r"cat/0\.png: there are 2 masks: .*0\.png, .*0_mask\.png"):
+        make(masked, masks=masked / "masks")
+
+
+def test_the_share_of_object_and_masks_of_all_or_no_object_are_told(masked):
+    full = save(masked / "masks" / "train" / "cat" / "0.png", mask(0, 16))
+    empty = save(masked / "masks" / "train" / "cat" / "1.png", mask(0, 0))
+    _, notes = make(masked, masks=masked / "masks")
+    assert notes == [
+        "masks: 26 read, 26 by brightness; on average the object covers 50.0 % of an image",
+        f"1 of 26 masks have all object: {full}",
+        f"1 of 26 masks have no object: {empty}",
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_a_table_of_a_spreadsheet_program_is_read(photos, delimiter):
+    lines = [" Path ", "Group"], *([name.replace("/", "\\"), group] for name, group in rows_of(photos))
+    (photos / "groups.csv").write_text("\ufeff" + "\r\n".join(delimiter.join(line) for line in lines))
+    _, notes = make(photos, groups=photos / "groups.csv")
+    assert notes == []
+    assert open_dataset(photos.parent / "d").group_names == ("grass", "snow")
+
+
+# --- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_aspect_ratio_is_cropped_padded_or_stretched_and_cropping_is_told(photos):
+    wide = np.full((20, 40, 3), 90, np.uint8)
+    wide[:, :6] = 250  # what the middle lacks
+    save(photos / "odd" / "cat" / "a.png", wide)
+    for fit, corner in (("crop", 90), ("pad", 0), ("stretch", 250)):
+        _, notes = make(photos, tests={"odd": photos / "odd"}, fit=fit)
+        assert images(photos, "odd")[0, 0, 0, 0] == corner
+        assert ("cropping to the middle cuts away 50 % of their pixels" in "".join(notes)) == (fit == "crop")
+        shutil.rmtree(photos.parent / "d")
+    _, notes = make(photos, tests={"odd": photos / "odd"}, size=(8, 16), fit="crop")
+    assert images(photos, "odd").shape == (1, 3, 8, 16)
+    assert images(photos, "odd")[0, 0, 0, 0] == 250
+
+
+@pytest.mark.parametrize(("typed", "shape"), [("12", (12, 12)), ("12x16", (12, 16)), ("12X16", (12, 16))])
+def test_the_command_takes_one_size_or_height_and_width(photos, typed, shape):
+    words = ["make-data", "image-folder", "--train", str(photos / "train"), "--size", typed]
+    result = CliRunner().invoke(main, [*words, "--out", str(photos.parent / "d")])
+    assert result.exit_code == 0, result.output
+    assert images(photos, "train").shape[2:] == shape
+    result = CliRunner().invoke(main, [*words[:-1], "64y96", "--out", str(photos.parent / "e")])
+    assert "'64y96' is not a size: give pixels such as 64, or height and width such as 64x96" in result.output
+
+
+def test_several_processes_decode_to_the_same_bytes_as_one(masked, monkeypatch):
+    for number in range(3 * decoding.PER_PROCESS):
+        save(masked / "train" / "cat" / f"n{number}.png", shade(number))
+        save(masked / "masks" / "train" / "cat" / f"n{number}.png", mask(number % 8, 12))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    prints = []
+    for _ in range(2):
+        make(masked, masks=masked / "masks")
+        prints.append([split.fingerprint for split in open_dataset(masked.parent / "d").splits.values()])
+        shutil.rmtree(masked.parent / "d")
+        monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert prints[0] == prints[1]
+
+
 def test_the_command_says_what_is_noted_on_standard_error(spoilt):
     command = [
         "make-data",
@@ -332,13 +538,13 @@ def test_the_command_says_what_is_noted_on_standard_error(spoilt):
     command += ["--masks", spoilt / "masks", "--out", spoilt.parent / "d"]
     result = CliRunner().invoke(main, [str(word) for word in command])
     assert result.exit_code == 1
-    assert "5 files cannot be used" in result.output
+    assert "5 files cannot be used, --skip-bad leaves them out" in result.output
     result = CliRunner().invoke(main, [*(str(word) for word in command), "--skip-bad"])
     assert result.exit_code == 0, result.output
     assert "train: 4 of 20 images left out" in result.stderr
     assert result.stdout.endswith("train 14, validation 2, ood 5\n")
     result = CliRunner().invoke(main, [*(str(word) for word in command), "--test", "ood=elsewhere"])
     assert result.exit_code == 2
-    assert "--test ood=… is given twice" in result.output
+    assert "'--test': ood is given twice" in result.output
     result = CliRunner().invoke(main, [*(str(word) for word in command), "--test", "elsewhere"])
     assert "'elsewhere' is no NAME=DIR" in result.output

@@ -232,7 +232,7 @@ def section(name: str, **fields: object) -> dict[str, object]:
         (section("storage", shard_samples="4"), "'storage.shard_samples' is '4'"),
         (section("storage", chunk_samples=3), "its shards are no whole number of chunks"),
         (section("storage", precision="float8"), "its precision is 'float8', this program knows float16, bfloat16"),
-        (section("storage", codec="gzip-1"), "no codec is called 'gzip-1'"),
+        (section("storage", codec="gzip-1"), "unknown codec 'gzip-1'"),
         (section("dataset", samples=11), "is damaged: heatmaps/zarr.json says .* its attributes promise"),
         (section("dataset", image_shape=[3, 6]), "has no sizes of images"),
         (section("dataset", image_shape=[3, 6, "5"]), "has no sizes of images"),

@@ -273,6 +273,46 @@ def test_the_loss_of_each_method_is_its_formula_written_as_loops(name):
     assert found.tolist() == pytest.approx(by_hand(name, model, images, target), rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e-30, 1e-20, 1e-18, 1e-10])
+def test_a_completed_map_of_zeros_or_almost_zeros_has_a_finite_loss_and_gradient(scale):
+    torch.manual_seed(0)
+    maps = (scale * torch.randn(2, 3, 16, 16)).requires_grad_()
+    logits = torch.tensor([7.0, -5.0]).requires_grad_()
+    heatmap_loss(_completed(maps, logits), torch.randn(2, 3, 16, 16)).mean().backward()
+    assert torch.isfinite(maps.grad).all()
+    assert torch.isfinite(logits.grad).all()
+    assert torch.isfinite(_completed(maps, logits)).all()
+
+
+def test_a_completed_map_is_bit_for_bit_its_formula_where_it_is_not_zero():
+    torch.manual_seed(0)
+    maps, logits = torch.randn(4, 3, 8, 8) * torch.tensor([1e3, 1.0, 1e-10, 1e-25]).view(-1, 1, 1, 1), torch.randn(4)
+    share = (logits - maps.sum((1, 2, 3))) / maps.abs().sum((1, 2, 3))
+    assert torch.equal(_completed(maps, logits), maps + maps.abs() * share.view(-1, 1, 1, 1))
+
+
+class _BehindClosedReLUs(nn.Module):
+    """Of a black image all features are 0, and so is its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x) - 0.2).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["lrp", "complete-lrp"])
+def test_a_student_whose_map_of_one_image_is_zero_has_a_finite_gradient(name):
+    torch.manual_seed(0)
+    network, images = _BehindClosedReLUs(), torch.rand(2, 3, 16, 16)
+    images[1] = 0
+    target = {"target_class": torch.tensor([0, 1]), "epsilon": torch.tensor([0.1, 0.1])}
+    target |= {"heatmaps": torch.randn(2, 3, 16, 16), "teacher_logits": torch.randn(2, 2)}
+    METHODS[name].loss(Forward(network, images, "flex"), target, heatmap_loss).mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
 def test_a_completed_map_sums_to_the_logit_whatever_it_was_pooled_by_and_one_of_zeros_stays():
     torch.manual_seed(0)
     maps, logits = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(4, dtype=torch.float64)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
+from data.builders.coloured_mnist import ColouredMnistOptions
+from data.builders.registry import BUILDERS, Builder
 from options import Among, Call, Doc, Ge, Gt, Le, Message, Option, OptionSet, Registry, Word, option_fields, takes
 from pipeline import EXPLAINERS
 from pipeline.caching.options import CachingOptions
 from pipeline.explainers import Explainer, heatmaps
 from pipeline.networks.debias import DEBIAS
-from terminal.spelling import text_of
+from teacher_cache import COMPRESSORS, PRECISIONS, Compressor
+from terminal.spelling import speller, text_of
 from trainer import TrainingError, train_student, train_teacher
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
@@ -57,21 +62,23 @@ def entered() -> Iterator[Callable[[Registry[Any], Any], None]]:
         (SCHEDULES, lambda *_: None, TeacherOptions, "schedule", "train-teacher"),
         (DEBIAS, lambda images, _: images, TeacherOptions, "debias", "train-teacher"),
         (EXPLAINERS, Explainer(heatmaps, "flex"), CachingOptions, "explainer", "cache-explanations"),
+        (PRECISIONS, PRECISIONS["int8"], CachingOptions, "precision", "cache-explanations"),
+        (COMPRESSORS, Compressor(level=1, note="mine"), CachingOptions, "codec", None),
     ],
-    ids=["method", "map_loss", "augment", "optimizer", "schedule", "debias", "explainer"],
+    ids=["method", "map_loss", "augment", "optimizer", "schedule", "debias", "explainer", "precision", "codec"],
 )
 def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
     entered, registry, value, options, name, command
 ):
-    given: dict[str, Any] = {**STUDENT, "teacher": "t"} if options is CachingOptions else dict(STUDENT)
+    required: dict[str, Any] = {**STUDENT, "teacher": "t"} if options is CachingOptions else dict(STUDENT)
     wrong = ("minx",) if name == "augment" else "minx"
     with pytest.raises(options.ERROR) as refused:
-        options(**given, **{name: wrong})
+        options(**required, **{name: wrong})
     assert "mine" not in str(refused.value).partition("choose")[2]
     entered(registry, value)
-    options(**given, **{name: ("mine",) if name == "augment" else "mine"})
+    options(**required, **{name: ("mine",) if name == "augment" else "mine"})
     with pytest.raises(options.ERROR, match=rf"unknown {name} 'minx': choose one of .*mine.*Did you mean mine"):
-        options(**given, **{name: wrong})
+        options(**required, **{name: wrong})
     if command is not None:
         page = CliRunner().invoke(main, [command, "--help"]).output
         assert "|mine" in page
@@ -79,13 +86,43 @@ def test_what_is_entered_at_run_time_is_in_help_and_errors_and_is_taken(
         assert "Did you mean mine" in CliRunner().invoke(main, typed).output
 
 
+def test_a_codec_is_in_the_help_and_in_the_shells_error_for_a_wrong_one(entered):
+    page = " ".join(CliRunner().invoke(main, ["cache-explanations", "--help"]).output.split())
+    assert all(f"{name} ({compressor.note})" in page for name, compressor in COMPRESSORS.items())
+    assert all(f"{precision.compressor} for {name}" in page for name, precision in PRECISIONS.items())
+    entered(COMPRESSORS, Compressor(level=1, note="mine"))
+    page = CliRunner().invoke(main, ["cache-explanations", "--help"]).output
+    assert "--codec [lz4|zstd|mine|auto|blosc-COMPRESSOR-LEVEL-SHUFFLE]" in page
+    typed = ["cache-explanations", "--data", "d", "--teacher", "t", "--out", "o", "--codec"]
+    for wrong, near in (("minx", "mine"), ("blosc-mine-1-shufle", "blosc-mine-1-shuffle")):
+        output = CliRunner().invoke(main, [*typed, wrong]).output
+        assert f"unknown --codec '{wrong}': choose one of auto, lz4, zstd, mine, or blosc-COMPRESSOR" in output
+        assert re.search(rf"Did you mean .*\b{near}\b", output)
+    assert CachingOptions(**STUDENT, teacher="t", codec="blosc-mine-9-shuffle").codec == "blosc-mine-9-shuffle"
+
+
+def test_a_dataset_that_is_entered_at_run_time_is_a_command_of_make_data(entered, tmp_path):
+    def make(out, seed, limit):
+        return {"train": seed + limit}
+
+    def output(*words: str) -> str:
+        return CliRunner().invoke(main, ["make-data", *words]).output
+
+    assert "No such command 'mine'" in output("mine")
+    entered(BUILDERS, Builder(make, ColouredMnistOptions, "Build my own dataset.\n\nIt is mine.", "make-data mine"))
+    assert "Build my own dataset." in output("--help")
+    assert "--seed" in output("mine", "--help")
+    assert "Did you mean mine?" in output("minx")
+    assert output("mine", "--out", "d", "--seed", "3", "--limit", "4") == "d: train 7\n"
+
+
 def test_a_deferred_entry_is_made_once_when_it_is_first_used():
-    registry, made = Registry[list[int]]("rule"), []
-    registry.defer("late")(lambda: made.append(1) or made)
+    registry, calls = Registry[list[int]]("rule"), []
+    registry.defer("late")(lambda: calls.append(1) or calls)
     assert list(registry) == ["late"]
-    assert made == []
+    assert calls == []
     assert registry["late"] is registry.find("late")
-    assert made == [1]
+    assert calls == [1]
 
 
 # --- fields ---
@@ -143,6 +180,17 @@ def test_every_option_has_a_help_text_that_stands_alone():
             assert field.doc.endswith("."), field.name
 
 
+def test_every_help_text_is_written_once():
+    texts: list[str] = []
+    for package in ("options", "data", "pipeline", "trainer"):
+        for file in (REPOSITORY / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Doc":
+                    texts.append(ast.unparse(node.args[0]))
+    assert len(texts) > 50
+    assert [text for text in set(texts) if texts.count(text) > 1] == []
+
+
 # --- errors ---
 
 
@@ -157,3 +205,35 @@ def test_a_message_is_spelled_for_python_and_for_a_shell_and_survives_a_process(
             "give --batch-size 8 or --flat: python cli.py cache-explanations --data 'a b' --teacher TEACHER --features"
         )
     assert [option.name for option in error.args[0].options] == ["batch_size", "pyramid"]
+
+
+def test_what_spells_for_a_shell_survives_a_process():
+    spell = pickle.loads(pickle.dumps(speller(main.commands["train-student"])))
+    spelled = [spell(Option("arch_options")), spell(Option("pyramid", False)), spell(Option("pyramid"))]
+    assert spelled == ["--arch-option", "--flat", "--pyramid"]
+    assert (
+        spell(Call("repair", command="inspect-cache", switches=("repair",))) == "python cli.py inspect-cache --repair"
+    )
+
+
+OTHER_PROGRAMS = {  # flags of git, pip and torchrun, and a name of CSS
+    *("--error-unmatch", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"),
+    *("torchrun --nproc-per-node", "pip install --force-reinstall", "var(--model-"),
+}
+SPEAKS_COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z]|cli\.py")
+
+
+@pytest.mark.parametrize("package", ["data", "teacher_cache", "pipeline", "trainer"])
+def test_no_text_of_a_library_has_a_flag_or_a_command_of_ours(package):
+    groups = [main.commands[name].commands.values() for name in ("make-data", "reproduce")]
+    examples = {command.example for commands in groups for command in commands}  # for a shell, as data
+    for file in (REPOSITORY / package).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        docstrings = {id(node.body[0].value) for node in documented if ast.get_docstring(node) is not None}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                text = "" if node.value in examples else node.value
+                for other in OTHER_PROGRAMS:
+                    text = text.replace(other, "")
+                assert not SPEAKS_COMMAND_LINE.search(text), f"{file}:{node.lineno}: {node.value}"

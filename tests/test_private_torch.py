@@ -22,6 +22,7 @@ from pipeline.private_torch import (
     OUT_OF_MEMORY_MESSAGES,
     BatchNormBase,
     aten_convolution,
+    base_of,
     convolution_backward,
     current_backward_pass,
     has_gradient_hooks,
@@ -57,7 +58,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 14
+    assert len(parts) == 15
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -191,6 +192,16 @@ def test_has_gradient_hooks_tells_of_hooks_while_they_are_there():
     assert has_gradient_hooks(tensor)
     hook.remove()
     assert not has_gradient_hooks(tensor)
+
+
+def test_base_of_is_the_tensor_at_the_root_whose_node_an_operation_in_place_on_a_view_replaces():
+    base = torch.rand(4, requires_grad=True) * 1
+    view, node = base[:2][1:], base.grad_fn
+    assert base_of(view) is base
+    assert base_of(base) is None
+    view.mul_(2)
+    assert base.grad_fn is not node
+    assert view.grad_fn.next_functions[0][0] is base.grad_fn
 
 
 def test_is_view_tells_views_from_other_tensors():

@@ -228,7 +228,7 @@ def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url,
     with pytest.raises(CacheError, match="incomplete: 2 of 4"):
         check_complete(reader)
     assert (result := run(*command, "--out", cache)).exit_code == 0, result.output
-    assert "found there" in result.output
+    assert "from an earlier run" in result.output
     assert contents(cache) == contents(local / "cache.zarr")
 
 
@@ -442,4 +442,4 @@ class TestWhatIsWrong:
         for command in (["train-teacher", "--data", url, "--out", url], ["evaluate", "--data", url, "--model", url]):
             result = run(*command)
             assert result.exit_code == 2
-            assert "only datasets and stores can be at one, give a local folder" in " ".join(result.output.split())
+            assert "Only datasets and stores can have a URL: give a local folder" in " ".join(result.output.split())

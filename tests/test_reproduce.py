@@ -30,9 +30,17 @@ from trainer import TrainingError, evaluate, train_teacher
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.reproduction import profiles
 from trainer.reproduction import reproduce as module
-from trainer.reproduction.options import ColouredMnistTableOptions, FashionTableOptions, ReproduceOptions
+from trainer.reproduction.options import ReproduceOptions
 from trainer.reproduction.plan import before, chosen, plan
-from trainer.reproduction.profiles import ANY_TEACHER, PAPERS, PROFILES, ROWS, Quoted
+from trainer.reproduction.profiles import (
+    ANY_TEACHER,
+    PAPERS,
+    PROFILES,
+    ROWS,
+    ColouredMnistTableOptions,
+    FashionTableOptions,
+    Quoted,
+)
 from trainer.reproduction.reproduce import reproduce
 from trainer.results.evaluation import evaluate_snapshots, predict
 from trainer.results.tables import escape, latex, markdown, measured, summarise, text

@@ -753,7 +753,7 @@ def _rotate(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
 
 def _index(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
     items: list[Any] = [slice(None)] * (a % x.dim())
-    choices = [0, slice(0, 1), slice(None), None, Ellipsis, torch.tensor([0, 0]), slice(None, None, 2), -1, None]
+    choices = [0, slice(0, 1), slice(None), None, Ellipsis, torch.tensor([0, 0]), slice(None, None, 2), -1, [0, 0]]
     items = [Ellipsis, choices[b + 4]] if a % 2 and b else [*items, choices[b + 4]]
     return T.__getitem__, (x, tuple(items) if b % 2 or len(items) > 1 else items[0]), {}
 
@@ -763,6 +763,21 @@ def _einsum(x: Tensor, a: int, b: int) -> tuple[Any, tuple[Any, ...], dict]:
     result = letters[a % x.dim() :] + letters[: a % x.dim()]
     result = result.replace(letters[b % x.dim()], "") if a > 0 and x.dim() > 1 else result
     return torch.einsum, (f"{' '.join(letters)} -> {result}", x), {}
+
+
+def _ellipsis(x: Tensor, a: int, b: int) -> tuple[Any, ...]:
+    last = torch.eye(x.shape[-1])
+    forms: list[tuple[Any, ...]] = [
+        ("...i, ij -> ...j", x, last),
+        ("i..., i -> i...", x, torch.ones(len(x))),
+        ("... -> ...", x),
+        ("...i -> i...", x),
+        ("...i, ...i", x, torch.ones(x.shape[-1])),
+        ("...z, zy", x, last),
+        ("...ba", x) if x.dim() > 1 else ("...a", x),
+        ("ab, ...b -> ...a", last, x),
+    ]
+    return forms[(a + 3 * b) % len(forms)]
 
 
 STEPS: dict[str, Callable[[Tensor, int, int], tuple[Any, tuple[Any, ...], dict]]] = {
@@ -798,6 +813,17 @@ STEPS: dict[str, Callable[[Tensor, int, int], tuple[Any, tuple[Any, ...], dict]]
     "matmul from the left": lambda x, a, b: (torch.matmul, (torch.eye(x.shape[-2 if x.dim() > 1 else -1]), x), {}),
     "linear": lambda x, a, b: (F.linear, (x, torch.eye(x.shape[-1])), {}),
     "flatten all": lambda x, a, b: (torch.reshape, (x, (-1,)), {}),
+    "largest two": lambda x, a, b: (torch.topk, (x, min(2, x.shape[a % x.dim()]), a % x.dim()), {}),
+    "sort": lambda x, a, b: (T.sort, (x,), {"dim": a % x.dim() - x.dim()}),
+    "sort the first axis": lambda x, a, b: (torch.msort, (x,), {}),
+    "median": lambda x, a, b: (T.median, (x, a % x.dim()), {"keepdim": b % 2 == 0}),
+    "second": lambda x, a, b: (torch.kthvalue, (x, 1, a % x.dim(), b % 2 == 0), {}),
+    "sum of those before": lambda x, a, b: (torch.cumsum, (x, a % x.dim()), {}),
+    "differences": lambda x, a, b: (T.diff, (x, 1, a % x.dim()), {}),
+    "upside down": lambda x, a, b: (torch.flipud, (x,), {}),
+    "tensordot": lambda x, a, b: (torch.tensordot, (x, torch.eye(x.shape[a % x.dim()]), ([a % x.dim()], [b % 2])), {}),
+    "tensordot of last": lambda x, a, b: (torch.tensordot, (torch.arange(2.0 * len(x)).view(2, -1), x), {"dims": 1}),
+    "einsum with an ellipsis": lambda x, a, b: (torch.einsum, _ellipsis(x, a, b), {}),
     "first axes": lambda x, a, b: (T.view, (x.contiguous(), -1, x.shape[-1]), {}),
 }
 
@@ -849,6 +875,12 @@ def test_attention_of_queries_and_keys_that_are_weights_is_explained():
         (T.__getitem__, lambda x: (x, (slice(None), np.int64(0)))),
         (T.__getitem__, lambda x: (x, (Ellipsis, slice(0, 2)))),
         (T.__getitem__, lambda x: (x, (slice(None), torch.tensor([0, 1]), slice(1, None)))),
+        (T.__getitem__, lambda x: (x, (slice(None), [1, 0]))),
+        (T.__getitem__, lambda x: (x, (slice(None), slice(None), [2, 0, 1]))),
+        (torch.rot90, lambda x: (x, 1, [2, 3])),
+        (torch.diagonal, lambda x: (x, 0, 1, 2)),
+        (F.bilinear, lambda x: (x, x, torch.rand(2, 4, 4))),
+        (torch.take_along_dim, lambda x: (x, torch.zeros(5, 2, 3, 1).long(), 3)),
         (T.reshape, lambda x: (x, -1, 2, 6)),
         (T.flatten, lambda x: (x, 0, 1)),
         (T.permute, lambda x: (x, 2, 0, 1, 3)),

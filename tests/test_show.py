@@ -85,8 +85,8 @@ def in_units(maps: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("models", [1, 4])
 def test_a_png_is_written_with_all_that_was_asked_for_in_it(dataset, teacher, student, tmp_path, samples, models):
     out = tmp_path / "new" / OUT
-    given = [arg for model in [teacher, student, teacher, student][:models] for arg in ("--model", model)]
-    result = run("--data", dataset, *given, "--samples", samples, "--out", out)
+    model_flags = [arg for model in [teacher, student, teacher, student][:models] for arg in ("--model", model)]
+    result = run("--data", dataset, *model_flags, "--samples", samples, "--out", out)
     assert result.exit_code == 0, result.output
     with Image.open(out) as picture:
         asked = json.loads(picture.info["Description"])
@@ -195,8 +195,8 @@ def test_without_test_splits_it_is_train_and_images_of_one_channel_and_no_groups
         writer.write_split("train", images=images, labels=np.arange(6) % 2, masks=images[:, :1] // 128)
         writer.finish(class_names=["a", "a_class for $5 ^whose_name_goes_on_and_on_for_$6"])
     train_teacher(tmp_path / "d.zarr", tmp_path / "t", debias="mask", steps=1, batch_size=4)
-    shown = show_explanations(tmp_path / "d.zarr", tmp_path / OUT, models=[tmp_path / "t"], samples=100)
-    assert (shown["split"], shown["samples"]) == ("train", [0, 1, 2, 3, 4, 5])
+    summary = show_explanations(tmp_path / "d.zarr", tmp_path / OUT, models=[tmp_path / "t"], samples=100)
+    assert (summary["split"], summary["samples"]) == ("train", [0, 1, 2, 3, 4, 5])
     with Image.open(tmp_path / OUT) as picture:
         assert picture.format == "PNG"
 
@@ -204,8 +204,8 @@ def test_without_test_splits_it_is_train_and_images_of_one_channel_and_no_groups
 def test_models_of_one_name_are_told_apart_by_their_paths(dataset, teacher, tmp_path, drawn):
     twin = tmp_path / "teacher"
     shutil.copytree(teacher, twin)
-    shown = show_explanations(dataset, tmp_path / OUT, models=[teacher, twin], samples=1)
-    assert shown["columns"] == [str(teacher), str(twin)]
+    summary = show_explanations(dataset, tmp_path / OUT, models=[teacher, twin], samples=1)
+    assert summary["columns"] == [str(teacher), str(twin)]
 
 
 FACTORY = """
@@ -224,8 +224,8 @@ def test_code_of_ones_own_is_run_for_the_models_that_need_it_and_refused_where_n
     Path("shownnet.py").write_text(FACTORY)
     factory = {"student_factory": "shownnet:net"}
     train_student(dataset, cache, "own", steps=1, batch_size=16, **factory)
-    shown = show_explanations(dataset, OUT, models=[teacher, "own"], samples=1, **factory)
-    assert shown["columns"] == ["teacher", "own"]
+    summary = show_explanations(dataset, OUT, models=[teacher, "own"], samples=1, **factory)
+    assert summary["columns"] == ["teacher", "own"]
     with pytest.raises(ModelError, match="give student_factory='shownnet:net'"):
         show_explanations(dataset, OUT, models=[teacher, "own"], samples=1)
     with pytest.raises(ModelError, match="leave the option out"):
@@ -384,12 +384,12 @@ def in_terminal(monkeypatch, environ: dict[str, str], pixels: int, *arguments: o
         monkeypatch.setenv(key, value)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, pixels, 0))
-    told = bytearray()
+    output = bytearray()
 
     def read() -> None:
         try:
             while piece := os.read(ours, 65536):
-                told.extend(piece)
+                output.extend(piece)
         except OSError:  # Linux's end of file, when the other side is closed
             pass
 
@@ -402,11 +402,11 @@ def in_terminal(monkeypatch, environ: dict[str, str], pixels: int, *arguments: o
     finally:
         reader.join(timeout=60)
         os.close(ours)
-    return told.decode().replace("\r\n", "\n")
+    return output.decode().replace("\r\n", "\n")
 
 
 def test_a_terminal_that_can_shows_the_picture_above_its_name(dataset, teacher, tmp_path, monkeypatch):
-    given = ("--data", dataset, "--model", teacher, "--samples", 1)
+    arguments = ("--data", dataset, "--model", teacher, "--samples", 1)
     for name, protocol, environ, pixels, fits in [
         ("kitty", inline_picture.kitty, {"TERM": "xterm-kitty"}, 4000, None),
         ("narrow", inline_picture.kitty, {"TERM": "xterm-kitty"}, 100, "80"),
@@ -414,7 +414,7 @@ def test_a_terminal_that_can_shows_the_picture_above_its_name(dataset, teacher, 
         ("plain", None, XTERM, 100, None),
     ]:
         out = tmp_path / name / OUT
-        *picture, line = in_terminal(monkeypatch, environ, pixels, *given, "--out", out).splitlines()
+        *picture, line = in_terminal(monkeypatch, environ, pixels, *arguments, "--out", out).splitlines()
         assert line.startswith(f"{out}: 1 sample of iid"), line
         if protocol is None:
             assert not picture
@@ -422,9 +422,9 @@ def test_a_terminal_that_can_shows_the_picture_above_its_name(dataset, teacher, 
             keys, png = keys_and_png("".join(picture), protocol)
             assert png == out.read_bytes()
             assert keys.get("c", keys.get("width")) == fits
-    said = in_terminal(monkeypatch, {"TERM": "xterm-kitty"}, 0, *given, "--no-display", "--out", tmp_path / OUT)
-    assert said.startswith(str(tmp_path))
-    assert "\x1b" not in said
+    output = in_terminal(monkeypatch, {"TERM": "xterm-kitty"}, 0, *arguments, "--no-display", "--out", tmp_path / OUT)
+    assert output.startswith(str(tmp_path))
+    assert "\x1b" not in output
 
 
 def test_a_width_in_pixels_that_is_not_told_is_that_of_small_characters(monkeypatch):
@@ -439,7 +439,7 @@ def test_a_width_in_pixels_that_is_not_told_is_that_of_small_characters(monkeypa
 
 
 def test_a_picture_that_cannot_be_shown_is_refused_where_it_was_asked_for(dataset, teacher, tmp_path, monkeypatch):
-    given = ("--data", dataset, "--model", teacher, "--samples", 1, "--out", tmp_path / OUT)
+    arguments = ("--data", dataset, "--model", teacher, "--samples", 1, "--out", tmp_path / OUT)
     for environ, where in [
         ({**XTERM, "TERM_PROGRAM": "Apple_Terminal"}, r"\(Apple_Terminal\)"),
         ({"TERM": "linux"}, r"\(TERM=linux\)"),
@@ -448,10 +448,10 @@ def test_a_picture_that_cannot_be_shown_is_refused_where_it_was_asked_for(datase
         with pytest.raises(
             UsageError, match=rf"{where} is not known to show any: leave it out and open the PNG, or run"
         ):
-            in_terminal(monkeypatch, environ, 0, *given, "--display")
+            in_terminal(monkeypatch, environ, 0, *arguments, "--display")
     monkeypatch.setenv("TERM", "xterm-kitty")
-    result = run(*given, "--display")
+    result = run(*arguments, "--display")
     assert (result.exit_code, "and this is no terminal: leave it out" in result.output) == (2, True), result.output
     assert not list(tmp_path.iterdir())
-    result = run(*given)  # what is piped has the line alone
+    result = run(*arguments)  # what is piped has the line alone
     assert (result.exit_code, result.output.count("\n"), "\x1b" in result.output) == (0, 1, False), result.output

@@ -339,6 +339,7 @@ def small_images_only(num_classes):
 
 
 not_callable = 5
+instance = Tiny(10)
 """
 
 
@@ -393,6 +394,11 @@ def test_the_image_shape_goes_to_functions_that_ask_for_it_and_options_to_those_
         ("tiny_student:", "student_factory must be package.module:function, got 'tiny_student:'"),
         (":build", "student_factory must be package.module:function, got ':build'"),
         ("builtins:dict", "is not a Python function"),
+        ("tiny_student:instance", "is a network and no function: give a function that builds a new one"),
+        ("tiny_student.py:build", r"got 'tiny_student.py:build'\. Did you mean tiny_student:build\?"),
+        ("./tiny_student:build", r"Did you mean tiny_student:build\?"),
+        ("nets/tiny_student.py:build", r"Did you mean nets.tiny_student:build\?"),
+        ("tiny_student:build()", r"Did you mean tiny_student:build\?"),
     ],
 )
 def test_whatever_goes_wrong_in_the_users_code_is_said_with_its_name(tiny, factory, message):
@@ -417,6 +423,7 @@ def test_a_model_of_others_runs_no_code_unless_the_user_names_it(tiny, tmp_path)
         (None, f"{path} was not loaded.*student_factory='{tiny}' "),
         ("tiny_student:anything", f"the model is built by '{tiny}': give student_factory='{tiny}' if you trust it"),
         ("tiny_student", "student_factory must be package.module:function, got 'tiny_student'"),
+        ("tiny_student.build", r"got 'tiny_student.build'\. Did you mean tiny_student:build\?"),
     ):
         with pytest.raises(ModelError, match=message):
             load_classifier(path, factory)
@@ -455,6 +462,12 @@ def test_a_student_of_the_users_own_is_evaluated_by_name(tiny, tmp_path, dataset
     assert result.exit_code == 0
     assert json.loads(result.output)["arch"] == tiny
     assert evaluate(dataset, path, student_factory=tiny) == json.loads(result.output)
+
+
+def test_a_file_of_a_models_folder_is_told_to_be_no_folder(tmp_path):
+    path = save(tmp_path / "s", config())
+    with pytest.raises(ModelError, match=rf"weights.pt: it is a file; give its folder, {path}$"):
+        load_classifier(path / "weights.pt")
 
 
 class Crossed(nn.Module):

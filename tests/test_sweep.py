@@ -41,8 +41,8 @@ def run(*arguments: object) -> Result:
 )
 def test_every_combination_is_planned_once_under_a_name_of_its_own(archs, methods, seeds):
     planned = plan_sweep({"data": "d", "arch": archs, "method": methods}, [{"seed": seeds}])
-    found = [(one["arch"], one["method"], one["seed"]) for one in planned.values()]
-    assert sorted(found) == sorted((a, m, s) for a in archs for m in methods for s in seeds)
+    combinations = [(one["arch"], one["method"], one["seed"]) for one in planned.values()]
+    assert sorted(combinations) == sorted((a, m, s) for a in archs for m in methods for s in seeds)
     assert all(one["data"] == "d" for one in planned.values())
 
 
@@ -57,8 +57,8 @@ def test_names_say_what_tells_students_apart():
     ]
     assert list(plan_sweep(common, [{"name": "a / b"}, {"name": "c", "seed": 3}])) == ["a-b", "c"]
     assert list(plan_sweep(common, [{"name": ".."}, {"name": "../c"}])) == ["student", "-c"]
-    named = plan_sweep({**common, "seed": [0, 1]}, [{"name": "a"}, {"name": "b"}])
-    assert list(named) == ["a-seed=0", "a-seed=1", "b-seed=0", "b-seed=1"]
+    plan = plan_sweep({**common, "seed": [0, 1]}, [{"name": "a"}, {"name": "b"}])
+    assert list(plan) == ["a-seed=0", "a-seed=1", "b-seed=0", "b-seed=1"]
     assert list(plan_sweep(common, [{"student-factory": "mine:f"}, {"student-factory": "mine:g"}])) == ["f", "g"]
 
 
@@ -112,8 +112,20 @@ def test_a_file_that_is_no_sweep_is_said_with_its_name(tmp_path, text, words):
 
 def test_numbers_of_a_file_are_those_of_the_command_line(tmp_path):
     (tmp_path / "sweep.yaml").write_text("batch-size: 5\nlr: 2e-3\nema: 0.9\nstudents: [{lr: 1e2, name: 1e-3 of it}]")
-    found = read_sweep(tmp_path / "sweep.yaml")
-    assert found == {"batch_size": 5, "lr": 0.002, "ema": 0.9, "students": [{"lr": 100.0, "name": "1e-3 of it"}]}
+    file_options = read_sweep(tmp_path / "sweep.yaml")
+    assert file_options == {"batch_size": 5, "lr": 0.002, "ema": 0.9, "students": [{"lr": 100.0, "name": "1e-3 of it"}]}
+
+
+def test_a_typed_option_replaces_the_one_of_a_sweep_that_excludes_it(tmp_path, monkeypatch):
+    planned = {}
+    monkeypatch.setattr(sweep, "train_students", lambda out, students, **options: planned.update(students) or [])
+    students = [{"name": "a", "steps": 5, "arch": "resnet18"}, {"name": "b", "epochs": 2}]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"data": "d", "method": "output", "students": students}))
+    line = ["--json", "--out", tmp_path / "s", "--epochs", 1, "--loss", "lrp=1", "--student-factory", "a:b"]
+    result = run("train-students", tmp_path / "sweep.yaml", *line)
+    assert result.exit_code == 0, result.output
+    same = {"data": "d", "epochs": 1.0, "loss": "lrp=1", "student_factory": "a:b"}
+    assert planned == {"a": same, "b": same}
 
 
 # what is trained
@@ -155,6 +167,21 @@ def test_one_that_fails_stops_no_other_and_nothing_is_trained_twice(dataset, cac
     assert trained.stat().st_mtime_ns == before
 
 
+def test_why_a_student_failed_is_told_in_flags_to_a_shell_and_in_python_to_python(dataset, cache, tmp_path):
+    line = ["--data", dataset, "--cache", cache, "--out", tmp_path / "a", "--devices", "cpu", "--seed", 0]
+    result = run("train-students", *line, "--steps", 2, "--epochs", 1)
+    assert result.exit_code == 1, result.output
+    flags = "give --steps 2 or --epochs 1.0, not both"
+    assert result.stdout.splitlines()[-1].split(maxsplit=1) == ["seed=0", f"failed: {flags}"]
+    assert (tmp_path / "a" / "seed=0.error").read_text() == flags
+    assert json.loads((tmp_path / "a" / "students.json").read_text()) == [{"name": "seed=0", "error": flags}]
+
+    options = {"data": str(dataset), "cache": str(cache), "steps": 2, "epochs": 1.0}
+    (row,) = sweep.train_students(tmp_path / "b", plan_sweep(options, []), devices=["cpu"])
+    assert row["error"] == "give steps=2 or epochs=1.0, not both"
+    assert (tmp_path / "b" / "student.error").read_text() == row["error"]
+
+
 def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(dataset, cache, tmp_path):
     out = tmp_path / "s"
     command = [
@@ -167,11 +194,11 @@ def test_stopped_by_a_signal_it_leaves_checkpoints_and_the_same_command_goes_on(
         while not (log.exists() and log.stat().st_size) and process.poll() is None and time.monotonic() < patience:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signal.SIGTERM, said
-    assert f"stopped with 0 of 1 students finished in {out}: run the same command again to resume" in said
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert f"stopped with 0 of 1 students finished in {out}: run the same command again to resume" in stderr
     (checkpoint,) = (out / "output" / "checkpoints").iterdir()
     at = int(checkpoint.stem.partition("-")[2])
     assert 0 < at < 1000

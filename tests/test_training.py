@@ -20,6 +20,7 @@ from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
 from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer.loop import display
 from trainer.loop.distributed import Ranks
 from trainer.results.evaluation import predict, wilson_interval
 from trainer.run_dir import revision
@@ -98,8 +99,8 @@ def test_a_convolution_at_the_end_gives_its_values_to_a_linear_layer_and_takes_t
     assert all(np.array_equal(weights(tmp_path / "linear")[f"network.head.1.{key}"], head[key]) for key in head)
 
     train_student(dataset, cache, tmp_path / "conv", arch="squeezenet1_1", steps=2, batch_size=8)
-    found = weights(tmp_path / "conv")["network.classifier.1.1.weight"]
-    assert np.array_equal(found.flatten(1), open_cache(cache).head["weight"])
+    weight = weights(tmp_path / "conv")["network.classifier.1.1.weight"]
+    assert np.array_equal(weight.flatten(1), open_cache(cache).head["weight"])
 
 
 def test_a_student_starts_away_from_its_teacher_even_with_the_same_seed(dataset, cache, tmp_path):
@@ -130,8 +131,10 @@ def test_the_validation_loss_is_the_mean_over_the_validation_split(dataset, cach
     store = open_cache(validation_cache)
     source = explained_source(open_dataset(dataset).split("validation"), store)
     settings = Settings(loss={"lrp": 1.0}, steps=1, batch_size=33)
-    found = trainer.loop.training.validate(student, source, store.info, settings, torch.device("cpu"), Ranks())
-    assert abs(found - result["validation_loss"]) < 1e-4
+    validation_loss = trainer.loop.training.validate(
+        student, source, store.info, settings, torch.device("cpu"), Ranks()
+    )
+    assert abs(validation_loss - result["validation_loss"]) < 1e-4
 
 
 def test_the_same_seed_gives_the_same_weights(dataset, cache, tmp_path):
@@ -336,12 +339,14 @@ def test_the_folder_has_all_that_a_training_was_told_and_what_it_ran_on(dataset,
     assert exported is not None
 
 
-def test_without_tensorboard_a_training_says_once_that_it_writes_no_events(dataset, tmp_path, monkeypatch, caplog):
+def test_without_tensorboard_a_process_says_once_that_it_writes_no_events(dataset, tmp_path, monkeypatch, caplog):
+    display._note_no_tensorboard.cache_clear()
     for name in [name for name in sys.modules if name.startswith(("tensorboard.", "torch.utils.tensorboard"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)  # any import of it fails
     with caplog.at_level(logging.INFO):
         train_teacher(dataset, tmp_path / "t", steps=3, batch_size=16, log_steps=1)
+        train_teacher(dataset, tmp_path / "second", steps=1, batch_size=16)
     assert caplog.text.count("no TensorBoard events are written, because the package tensorboard is not installed") == 1
     assert not (tmp_path / "t" / "tensorboard").exists()
     assert [line["step"] for line in metrics(tmp_path / "t")] == [1, 2, 3]
@@ -355,8 +360,8 @@ def test_tensorboard_shows_the_numbers_of_the_metrics(dataset, cache, tmp_path):
     lines = metrics(tmp_path / "s")
     assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
     for name in events.Tags()["scalars"]:
-        shown = {event.step: event.value for event in events.Scalars(name)}
-        assert shown == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx({line["step"]: line[name] for line in lines}, rel=1e-6)
 
 
 def test_a_profile_is_a_trace_with_events(dataset, tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import trainer.loop.training
 from trainer import TrainingError, train_student
 from trainer.loop.distributed import Ranks
 from trainer.loop.methods import METHODS
+from trainer.loop.step import VANISHED
 from trainer.loop.watch import EXPLODED, NAMED, Watch
 
 ADVICE = "choose a smaller lr, a longer warmup or a smaller clip_norm, or check whether these images are damaged"
@@ -99,6 +102,76 @@ def test_a_first_loss_of_nearly_nothing_may_grow():
     add(observer, 3, [1.1])
     with pytest.raises(TrainingError, match=r"the loss became 1\.1, from 0 at first, at step 3"):
         observer.check(None)
+
+
+def test_a_sample_whose_map_has_vanished_does_not_end_a_training_and_is_told_once(caplog):
+    """The loss of a map of zeros is 6e6: in a batch of 100 the mean is 60,000 times the others'."""
+    observer, progress = watch()
+    dead = torch.zeros(100)
+    dead[7] = 1
+    for step in (1, 2):
+        losses = torch.where(dead > 0, 6e6, 1.0)
+        observer.add(step, {"lrp": losses, VANISHED: dead}, torch.arange(100), torch.tensor(1.0))
+    assert observer.check(None)["loss"] == pytest.approx(60_001, rel=1e-3)
+    assert progress["first"] == pytest.approx(1)
+    assert "step 1: the student's heatmaps of 1 samples are zero (among them 7)" in caplog.text
+    observer.add(3, {"lrp": losses, VANISHED: dead}, torch.arange(100), torch.tensor(1.0))
+    observer.check(None)
+    assert len(caplog.messages) == 1
+    observer.add(4, {"lrp": torch.full((100,), 1.1 * EXPLODED), VANISHED: dead}, torch.arange(100), torch.tensor(1.0))
+    with pytest.raises(TrainingError, match="the loss became 1100, from 1 at first, at step 4"):
+        observer.check(None)
+
+
+def test_a_student_whose_maps_have_all_vanished_ends_the_training():
+    observer, _ = watch()
+    add(observer, 1, [1.0, 1.0])
+    observer.add(2, {"lrp": torch.full((2,), 6e6), VANISHED: torch.ones(2)}, torch.arange(2), torch.tensor(1.0))
+    with pytest.raises(TrainingError, match="at step 2"):
+        observer.check(None)
+
+
+def test_the_first_loss_is_that_of_the_living_samples():
+    """Else one dead sample at the start would allow any loss afterwards."""
+    observer, _ = watch()
+    dead = torch.tensor([1.0, 0.0, 0.0])
+    observer.add(1, {"lrp": torch.tensor([6e6, 1.0, 1.0]), VANISHED: dead}, torch.arange(3), torch.tensor(1.0))
+    add(observer, 2, [5000.0] * 3)
+    with pytest.raises(TrainingError, match="from 1 at first, at step 2"):
+        observer.check(None)
+
+
+class Dim(torch.nn.Module):
+    """A student whose ReLUs are all closed for dark images, and whose maps of them are zero."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.nn.Linear(8, classes)
+        torch.nn.init.uniform_(self.conv.weight, 0.1, 0.3)
+
+    def forward(self, x):
+        return self.head((self.conv(x) - 0.5).relu().mean((2, 3)))
+
+
+def test_a_training_with_one_dark_image_goes_on_by_plain_lrp(dataset, cache, tmp_path, monkeypatch, caplog):
+    module = types.ModuleType("dim_student")
+    module.build = lambda num_classes: Dim(num_classes)
+    monkeypatch.setitem(sys.modules, "dim_student", module)
+    real = trainer.loop.training.on_device
+
+    def on_device(batch, *arguments):
+        fields = real(batch, *arguments)
+        if "sample" in batch:
+            fields["images"][batch["sample"] == 5] *= 0.01
+        return fields
+
+    monkeypatch.setattr(trainer.loop.training, "on_device", on_device)
+    options = {"steps": 24, "batch_size": BATCH, "log_steps": 1, "lr": 1e-4, "student_factory": "dim_student:build"}
+    train_student(dataset, cache, tmp_path / "s", bias_free=False, **options)
+    losses = [line["loss"] for line in metrics(tmp_path / "s")]
+    assert max(losses) > EXPLODED * losses[0]
+    assert sum(loss > EXPLODED for loss in losses) == 2  # once in each of two epochs
+    assert "heatmaps of 1 samples are zero (among them 5)" in caplog.text
 
 
 # in a training

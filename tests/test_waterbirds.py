@@ -99,14 +99,14 @@ def replace(path: Path, old: str, new: str) -> None:
             lambda root: replace(root / "birds/metadata.csv", "796112.jpg,1,", "796112.jpg,2,"),
             r"metadata.csv, line 3: y is '2', and not one of 0 \(landbird\), 1 \(waterbird\)",
         ),
-        (lambda root: (root / "birds/metadata.csv").write_bytes(b"\xff\xfe\x00"), "is no CSV file"),
+        (lambda root: (root / "birds/metadata.csv").write_bytes(b"\xff\xfe\x00"), "is not a CSV file"),
         (
             lambda root: [path.unlink() for path in (root / "birds" / SPECIES[0]).iterdir()],
             r"there is no .*_0000_796111.jpg, .* and 7 more: unpack http",
         ),
         (
             lambda root: [path.unlink() for path in sorted((root / "segmentations" / SPECIES[1]).iterdir())[:2]],
-            r"there is no .*_0001_796112.png, .*_0003_796114.png: give --masks",
+            r"there is no .*_0001_796112.png, .*_0003_796114.png: give masks=FOLDER, the folder segmentations",
         ),
         (
             lambda root: [path.write_bytes(b"\xff\xd8") for path in (root / "birds" / SPECIES[0]).iterdir()],
@@ -130,14 +130,20 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_is_left(published, tmp_
 def test_the_table_has_the_test_split_its_worst_group_and_group_dro(published, tmp_path, monkeypatch):
     birds, masks = published
     tiny = dataclasses.replace(
-        profiles.WATERBIRDS,
+        profiles.WATERBIRDS["gpu"],
         data={"size": 16},
-        teacher={**profiles.WATERBIRDS.teacher, "arch": "small-cnn", "steps": 2, "batch_size": 8},
-        student={**profiles.WATERBIRDS.student, "arch": "small-cnn", "steps": 2, "batch_size": 8, "snapshots": 1},
+        teacher={**profiles.WATERBIRDS["gpu"].teacher, "arch": "small-cnn", "steps": 2, "batch_size": 8},
+        student={
+            **profiles.WATERBIRDS["gpu"].student,
+            "arch": "small-cnn",
+            "steps": 2,
+            "batch_size": 8,
+            "snapshots": 1,
+        },
         of_row={},
         draws=1,
     )
-    monkeypatch.setattr(profiles, "WATERBIRDS", tiny)
+    monkeypatch.setitem(profiles.WATERBIRDS, "gpu", tiny)
     command = ["reproduce", "waterbirds", "--waterbirds", str(birds), "--masks", str(masks), "--device", "cpu"]
     out = tmp_path / "r"
     result = CliRunner().invoke(main, [*command, "--out", str(out), "--seeds", "1", "--methods", "lrp,group-dro,erm"])

@@ -59,24 +59,24 @@ def read(folder: Path, text: str, **options: object) -> dict:
 @pytest.mark.parametrize("text", VALUES)
 def test_a_value_is_what_yaml_1_2_says(tmp_path, text):
     expected = VALUES[text]
-    found = read(tmp_path, f"a: {text}\nb: [{text or 'null'}]")
-    assert found == {"a": expected, "b": [expected]}
-    assert type(found["a"]) is type(expected)
+    values = read(tmp_path, f"a: {text}\nb: [{text or 'null'}]")
+    assert values == {"a": expected, "b": [expected]}
+    assert type(values["a"]) is type(expected)
 
 
 @pytest.mark.parametrize("text", VALUES)
 def test_as_texts_every_value_but_null_is_as_it_was_written(tmp_path, text):
-    found = read(tmp_path, f"a: {text}", texts=True)
-    assert found == {"a": None if VALUES[text] is None else text.strip("'\"")}
+    values = read(tmp_path, f"a: {text}", texts=True)
+    assert values == {"a": None if VALUES[text] is None else text.strip("'\"")}
 
 
 @given(st.floats(allow_nan=False) | st.integers() | st.booleans() | st.text("abc-_ 0.e", max_size=8) | st.none())
 def test_what_pyyaml_writes_is_read_again(tmp_path_factory, value):
     """config.yaml is written so."""
     folder = tmp_path_factory.getbasetemp()
-    found = read(folder, yaml.safe_dump({"a": value}))["a"]
-    assert found == value
-    assert type(found) is type(value)
+    parsed = read(folder, yaml.safe_dump({"a": value}))["a"]
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 def test_mappings_lists_and_merged_keys(tmp_path):

@@ -76,13 +76,13 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
 class _Plan:
     """What the options mean, checked.
 
-    needs: what the methods need of a batch, by name. shown: that, and what the augmentations need. explained,
-    validation: the stores. groups, group_count: for group-dro, the group of each sample.
+    needs: the names of what the methods need of a batch. batch_fields: these, and what the augmentations need.
+    explained, validation: the stores. groups, group_count: for group-dro, the group of each sample.
     """
 
     settings: Settings
     needs: tuple[str, ...]
-    shown: tuple[str, ...]
+    batch_fields: tuple[str, ...]
     explained: Cache | None
     validation: Cache | None
     groups: np.ndarray | None
@@ -107,13 +107,13 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
             )
         needed, reason = (*dict.fromkeys((*needed, "masks")),), Option("mask_target", True)
     _check_masks(dataset, needed, reason, "train")
-    shown = needed
+    batch_fields = needed
     if BACKGROUND in settings.augment:
-        shown = (*dict.fromkeys((*needed, "masks")),)
-        _check_masks(dataset, shown, Option("augment", BACKGROUND), "train")
+        batch_fields = (*dict.fromkeys((*needed, "masks")),)
+        _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
-    return _Plan(settings, needed, shown, explained, validation, groups, group_count)
+    return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
 
 
 def _open_stores(
@@ -187,7 +187,7 @@ def _material(options: StudentOptions, student: _Plan, dataset: Dataset) -> Mate
     if explained is None:
         source = labelled_source(split, student.groups)
     else:
-        source = explained_source(split, explained, student.shown)
+        source = explained_source(split, explained, student.batch_fields)
     return Material(
         source=source,
         store=None if explained is None else explained.info,

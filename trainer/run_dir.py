@@ -54,6 +54,11 @@ class Run:
         return (self.path / RESULT_FILE).exists()
 
     @property
+    def begun(self) -> bool:
+        """Whether the training has a checkpoint, which may be damaged."""
+        return any((self.path / CHECKPOINTS).glob("step-*.pt"))
+
+    @property
     def config(self) -> ModelConfig:
         """The configuration of the model. Raises ModelError where the folder has none that can be read."""
         return read_config(self.path)
@@ -129,8 +134,8 @@ class RunDir:
         if differing or not recorded.exists():
             write_json(recorded, config.to_dict())
         if differing or not file.exists():
-            command = f"python cli.py train-{config.kind} --config {file} --out ANOTHER"
-            text = f"# To repeat this training: {command}\n{yaml.safe_dump(dict(options), sort_keys=False)}"
+            remedy = f"give this file to the command train-{config.kind} as its config, and another folder as out"
+            text = f"# To repeat this training, {remedy}.\n{yaml.safe_dump(dict(options), sort_keys=False)}"
             self._folder.write(OPTIONS_FILE, text.encode())
 
     def close(self) -> None:

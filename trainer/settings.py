@@ -7,10 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from options import Among, Doc, Ge, Gt, Heading, Kind, Le, Lt, Message, Option, OptionSet, Separated
+from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
+from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, Threads
 from pipeline.networks.debias import DEBIAS
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
@@ -23,7 +23,6 @@ TEACHER_STEPS, STUDENT_STEPS = 1000, 3000  # where neither steps nor epochs is g
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
 Head = Literal["frozen", "attention-pool", "free"]
-Place = Any  # a `data.Location`; its type is not named here, as that would import Zarr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +32,9 @@ class Network(OptionSet):
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Network"
 
-    arch: Annotated[str, Kind.ARCHITECTURE, Doc("Architecture: small-cnn, small-resnet, or a torchvision model.")] = (
-        "small-cnn"
-    )
+    arch: Annotated[
+        str, Kind.ARCHITECTURE, Doc("Architecture: small-cnn, small-resnet, or the name of a torchvision model.")
+    ] = "small-cnn"
     arch_options: Annotated[dict[str, Any] | None, Doc("Option of the architecture, such as width=64. Repeatable.")] = (
         None
     )
@@ -50,7 +49,12 @@ class Length(OptionSet):
     HEADING: ClassVar[str] = "Training"
 
     steps: Annotated[int | None, Ge(1), Doc("Number of optimizer steps.")] = None
-    epochs: Annotated[float | None, Gt(0), Doc("Number of passes over the data, in place of the steps.")] = None
+    epochs: Annotated[
+        float | None,
+        InsteadOf("steps"),
+        Gt(0),
+        Doc("Number of passes over the training data, instead of a number of steps."),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,33 +64,36 @@ class Learning(OptionSet):
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Training"
 
-    batch_size: Annotated[int, Ge(1), Doc("Samples per step, over all processes.")] = 128
-    accumulate: Annotated[int, Ge(1), Doc("Number of parts that each batch is processed in, to save memory.")] = 1
+    batch_size: Annotated[int, Ge(1), Doc("Samples per step, in all processes together.")] = 128
+    accumulate: Annotated[
+        int, Ge(1), Doc("Number of micro-batches into which each batch is split, to save memory.")
+    ] = 1
     lr: Annotated[float, Gt(0), Doc("Peak learning rate.")] = 4e-3
     optimizer: Annotated[str, Among(OPTIMIZERS), Doc("Optimizer.")] = "adam"
     momentum: Annotated[float, Ge(0), Lt(1), Doc("Momentum of the optimizer sgd.")] = 0.9
-    weight_decay: Annotated[float, Ge(0), Doc("Weight decay. Biases and norms are exempt.")] = 0.0
+    weight_decay: Annotated[float, Ge(0), Doc("Weight decay. It does not apply to biases and norms.")] = 0.0
     schedule: Annotated[str, Among(SCHEDULES), Doc("Learning-rate schedule.")] = "one-cycle"
     warmup: Annotated[int | None, Ge(0), Doc("Warm-up steps, in which the learning rate rises.")] = None
-    clip_norm: Annotated[float | None, Gt(0), Doc("Maximum gradient norm. Gradients are not clipped by default.")] = (
-        None
-    )
+    clip_norm: Annotated[float | None, Gt(0), Doc("Maximum gradient norm. Default: no clipping.")] = None
     ema: Annotated[
-        float | None, Gt(0), Lt(1), Doc("Decay of an exponential moving average of the weights, such as 0.999.")
+        float | None,
+        Gt(0),
+        Lt(1),
+        Doc("Decay of an exponential moving average of the weights, such as 0.999. Default: no average."),
     ] = None
     augment: Annotated[
         tuple[str, ...],
         Among(AUGMENTATIONS),
         Separated(),
         Doc(
-            "Augmentations. flip, shift and crop move image and heatmap together; background repaints the background "
-            "behind the masks."
+            "Augmentations, such as flip,crop. flip, shift and crop move the image and its heatmap together. "
+            "background repaints the image outside the masks."
         ),
     ] = ()
-    precision: Annotated[Precision, Doc("Floating-point precision. auto is tf32 on CUDA and float32 elsewhere.")] = (
+    precision: Annotated[Precision, Doc("Floating-point precision. auto means tf32 on CUDA and float32 elsewhere.")] = (
         "auto"
     )
-    seed: Annotated[int, Ge(0), Le(2**63 - 1), Doc("Random seed.")] = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +105,7 @@ class Comparison(OptionSet):
 
     map_loss: Annotated[str, Among(MAP_LOSSES), Doc("Distance between two heatmaps.")] = "l1"
     pyramid: Annotated[bool, Doc("Compare heatmaps at several resolutions, or at full resolution only.")] = True
-    mask_target: Annotated[bool, Doc("Set the teacher's heatmaps to 0 on the background, by the dataset's masks.")] = (
-        False
-    )
+    mask_target: Annotated[bool, Doc("Set the teacher's heatmaps to 0 outside the dataset's masks.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,24 +140,27 @@ class Runtime(OptionSet):
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Run"
 
-    device: Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Device = "auto"
+    threads: Threads = None
     workers: Annotated[int, Ge(1), Doc("Number of threads that read data.")] = 2
     memory_budget: Annotated[
         int | None,
         Kind.SIZE,
         Doc(
-            "Memory for decoded data, such as 4GB; half of the free memory by default. Data that fits is read once. "
-            "Two windows of samples, usually at most 512 MiB, are always held."
+            "Memory for decoded data, such as 4GB. Default: half of the free memory. Data that fits is read once. Two "
+            "windows of samples, usually at most 512 MiB, are always in memory."
         ),
     ] = None
-    checkpoint_steps: Annotated[int | None, Ge(1), Doc("Steps between two checkpoints.")] = None
-    checkpoint_minutes: Annotated[float | None, Gt(0), Le(math.inf), Doc("Minutes between two checkpoints.")] = 10.0
-    keep_checkpoints: Annotated[int, Ge(1), Doc("Number of newest checkpoints to keep.")] = 2
-    log_steps: Annotated[int, Ge(1), Doc("Steps between two lines of metrics.jsonl.")] = 20
+    checkpoint_steps: Annotated[int | None, Ge(1), Doc("Number of steps between two checkpoints.")] = None
+    checkpoint_minutes: Annotated[
+        float | None, Gt(0), Le(math.inf), Doc("Number of minutes between two checkpoints, or inf.")
+    ] = 10.0
+    keep_checkpoints: Annotated[int, Ge(1), Doc("Number of checkpoints to keep, the newest ones.")] = 2
+    log_steps: Annotated[int, Ge(1), Doc("Number of steps between two lines of metrics.jsonl.")] = 20
     profile: Annotated[bool, Doc("Write a PyTorch profiler trace of the first steps.")] = False
     cuda_graph: Annotated[
         bool | None,
-        Doc("Record a step as a CUDA graph and replay it, which is faster. On by default for built-in networks."),
+        Doc("Record a step as a CUDA graph and replay it, which is faster. Default: on for built-in networks."),
     ] = None
     snapshots: Annotated[int, Ge(0), Doc("Number of snapshots of the weights, evenly spread over the training.")] = 0
 
@@ -184,20 +192,23 @@ class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Files"
 
-    data: Annotated[Place, Kind.LOCATION, Doc("Dataset.")]
-    out: Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
+    data: DatasetPlace
+    out: RunFolder
     debias: Annotated[
         str,
         Among(DEBIAS),
         Heading("Debiasing"),
-        Doc("Debiasing front, which hides colour and brightness or the background. none gives the ERM baseline."),
+        Doc(
+            "Debiasing front of the teacher. grayscale hides hue and brightness, mask and segmenter hide the "
+            "background, none trains the ERM baseline."
+        ),
     ] = "grayscale"
     segmenter: Annotated[
         str | None,
         Heading("Debiasing"),
         Doc(
-            "Segmentation network for the front segmenter: torchvision:NAME, a file (.pt2, .pt), or your own "
-            "MODULE:FUNCTION, whose code is run."
+            "Segmentation network for the debiasing front segmenter: torchvision:NAME, a file (.pt2, .pt), or "
+            "MODULE:FUNCTION. The code of a file or function is run."
         ),
     ] = None
 
@@ -209,36 +220,42 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
     ERROR: ClassVar[type[Exception]] = TrainingError
     HEADING: ClassVar[str] = "Files"
 
-    data: Annotated[Place, Kind.LOCATION, Doc("Dataset.")]
+    data: DatasetPlace
     cache: Annotated[
-        Place, Kind.LOCATION, Doc("Heatmap store of the train split. erm, group-dro, rrr and isnet need none.")
+        Any,
+        Kind.LOCATION,
+        Doc("Heatmap store of the train split. The methods erm, group-dro, rrr and isnet need none."),
     ] = None
     validation_cache: Annotated[
-        Place,
+        Any,
         Kind.LOCATION,
-        Doc("Heatmap store of the validation split, by which the best weights are kept; else the last ones are kept."),
+        Doc(
+            "Heatmap store of the validation split. With it, the run keeps the weights with the lowest validation "
+            "loss; without it, the last weights."
+        ),
     ] = None
-    out: Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
+    out: RunFolder
     method: Annotated[
         str | None,
         Among(METHODS),
         Heading("Loss"),
-        Doc("Method: what the student matches. By default, the heatmaps of the store."),
+        Doc("Training method. Default: match the heatmaps of the store."),
     ] = None
     loss: Annotated[
-        str | None, Heading("Loss"), Doc("Weighted sum of methods, such as lrp=1,output=0.1, in place of one method.")
+        str | None,
+        Heading("Loss"),
+        InsteadOf("method"),
+        Doc("Weighted sum of methods, such as lrp=1,output=0.1, instead of one method."),
     ] = None
     head: Annotated[
         Head,
         Heading("Network"),
         Doc(
-            "Last layer of the student: the teacher's, the teacher's with the attention pooling in front of it (CLIP "
-            "ResNets), or its own."
+            "Last layer of the student: frozen is the teacher's, attention-pool is the teacher's with the attention "
+            "pooling in front of it (CLIP ResNets), free is the student's own."
         ),
     ] = "frozen"
-    student_factory: Annotated[
-        str | None, Heading("Network"), Doc("Your own network: the result of this function, whose code is run.")
-    ] = None
+    student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
 
 

@@ -1,4 +1,4 @@
-"""Objects pasted on backgrounds that tell the class in training: what every dataset of background bias is made of.
+"""Paste objects on backgrounds that tell the class in training, for every dataset with background bias.
 
 Not here: where objects and backgrounds come from (`fashion_on_textures.py`, `coco_on_places.py`).
 """
@@ -9,22 +9,30 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import data
 from data.builders.rows import OPAQUE, Rows
-from data.layout import DatasetWriter
-from data.storage import Location
+
+if TYPE_CHECKING:
+    from data.storage import Location
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A split that is to be made: which object stands on which background, in the order of its samples.
+    """A split to build: the object and the background of each sample.
 
-    labels: integer (N,). groups: integer (N,), the type of the background. ``cut_out(i)``: sample i's picture, uint8
-    (3, size, size), and how opaque each pixel of the object in it is, uint8 (size, size). ``background(i)``: uint8
-    (3, size, size). Both are called from several threads, more than once for a sample, and always give the same.
+    ``cut_out`` and ``background`` are called in several threads, and more than once for a sample. They always return
+    the same pixels.
+
+    Attributes:
+        labels: integer (N,).
+        groups: the types of the backgrounds, integer (N,).
+        cut_out: takes the number of a sample; returns its picture, uint8 (3, size, size), and the opacity of the
+            object, uint8 (size, size).
+        background: takes the number of a sample; returns its background, uint8 (3, size, size).
     """
 
     labels: np.ndarray
@@ -34,10 +42,23 @@ class Scenes:
 
 
 def tied_groups(split: str, labels: np.ndarray, classes: int, unseen: int, rng: np.random.Generator) -> np.ndarray:
-    """The value of the bias attribute of each sample, integer (N,): 0 … classes − 1 are those that tell the class.
+    """Choose the bias attribute of each sample (Ahmed et al., ICLR 2021).
 
-    In ``train``, ``validation`` and ``iid`` it is the class; in ``ood`` one of the ``unseen`` values from ``classes``
-    on; in ``shift`` that of another class (Ahmed et al., ICLR 2021). Raises ValueError for another split.
+    In ``train``, ``validation`` and ``iid``, it is the class; in ``ood``, one of the ``unseen`` values from ``classes``
+    on; in ``shift``, another class.
+
+    Args:
+        split: the name of the split.
+        labels: integer (N,).
+        classes: number of classes.
+        unseen: number of values that only ``ood`` has.
+        rng: draws the values of ``ood`` and ``shift``.
+
+    Returns:
+        The values, integer (N,).
+
+    Raises:
+        ValueError: The split has another name.
     """
     if split == "ood":
         return rng.integers(classes, classes + unseen, len(labels))
@@ -49,15 +70,26 @@ def tied_groups(split: str, labels: np.ndarray, classes: int, unseen: int, rng: 
 
 
 def write_on_backgrounds(out: Location, splits: Mapping[str, Scenes], size: int, **attributes: Any) -> dict[str, int]:
-    """Paste and write every split in the dataset layout, with ``masks``; returns the number of samples of each.
+    """Paste the objects of every split and write the dataset.
 
-    Images are uint8 (N, 3, size, size). A mask is 255 where the object is fully opaque, and 0 elsewhere: behind it a
-    teacher sees nothing of the background, not even what shines through the object's edge. ``attributes`` are those of
-    the dataset, as `DatasetWriter.finish` takes them; the bias attribute is the background.
+    Images are uint8 (N, 3, size, size). A mask is 255 where the object is fully opaque, and 0 elsewhere. Thus a teacher
+    behind the mask sees nothing of the background, not even through the object's edge.
 
-    Raises FileExistsError, DatasetError, and what ``cut_out`` and ``background`` raise.
+    Args:
+        out: the dataset to write.
+        splits: the splits by name.
+        size: height and width of the images in pixels.
+        attributes: attributes of the dataset, as `DatasetWriter.finish` takes them. The bias attribute is the
+            background.
+
+    Returns:
+        The number of samples of each split.
+
+    Raises:
+        FileExistsError: There is something at ``out``.
+        DatasetError: As ``cut_out`` and ``background`` raise it.
     """
-    with DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, scenes in splits.items():
             samples = len(scenes.labels)
             writer.write_split(

@@ -1,13 +1,19 @@
-"""COLOURED MNIST (Ahmed et al., ICLR 2021): digits painted in a colour that tells the class in training."""
+"""COLOURED MNIST (Ahmed et al., ICLR 2021): digits in a colour that tells the class in training."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
+import data
 from data.builders.backgrounds import tied_groups
 from data.builders.idx import read_mnist
-from data.layout import DatasetWriter
-from data.storage import Location
+from data.builders.registry import BuilderOptions, Limited, Seeded, builder
+
+if TYPE_CHECKING:
+    from data.storage import Location
 
 CLASS_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 BIASING_COLOURS = np.array(  # RGB of class 0 … 9
@@ -29,17 +35,30 @@ MIN_SQUARED_DISTANCE = 2500  # of an unseen colour from every biasing colour
 VALIDATION_SAMPLES = 5000
 
 
-def make_coloured_mnist(out: Location, seed: int = 0, limit: int | None = None) -> dict[str, int]:
-    """Write COLOURED MNIST, 100 % biased, in the dataset layout; returns the number of samples a split.
+@dataclass(frozen=True, kw_only=True)
+class ColouredMnistOptions(BuilderOptions, Seeded, Limited):
+    """The options of ``make-data coloured-mnist``."""
 
-    MNIST binarised at 0.5, the digit in a colour on black, uint8 (N, 3, 28, 28). ``train`` (55,000),
-    ``validation`` (5,000 split off the training images) and ``iid`` (10,000): class c in colour c. ``ood``:
-    one of ten random colours, at squared distance over 2500 from every biasing colour. ``shift``: the
-    colour of another class. ``groups`` is the colour's id: 0–9 biasing, 10–19 unseen. ``limit`` keeps the
-    first samples of each split. The same seed gives the same bytes.
 
-    Raises FileExistsError, DatasetError.
+@builder("coloured-mnist", ColouredMnistOptions, example="make-data coloured-mnist --out DATA.zarr")
+def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
+    """Build COLOURED MNIST.
+
+    The colour of the digits tells the class in training, and misleads in the tests. The images show MNIST digits,
+    binarised at 0.5, in one colour on black: uint8 (N, 3, 28, 28). The splits are train
+    (55,000 samples), validation (5,000 of the training images) and iid (10,000), in which each class has its own
+    colour; ood, in which each digit has one of ten other colours; and shift, in which it has the colour of another
+    class. Groups are the colours: 0 to 9 tell the class, 10 to 19 are those of ood. The same seed gives the same bytes.
+
+    Returns:
+        The number of samples of each split.
+
+    Raises:
+        FileExistsError: There is something at ``out``.
+        DatasetError: An option is wrong, or the MNIST files are damaged.
     """
+    chosen = ColouredMnistOptions(out=out, **options)
+    seed, limit = chosen.seed, chosen.limit
     colour_rng, split_rng, ood_rng, shift_rng = (np.random.default_rng([seed, stream]) for stream in range(4))
     colours = np.concatenate([BIASING_COLOURS, _unseen_colours(colour_rng)])
     images, labels = read_mnist("train")
@@ -51,7 +70,7 @@ def make_coloured_mnist(out: Location, seed: int = 0, limit: int | None = None) 
         "validation": (images[validation], labels[validation]),
         **dict.fromkeys(("iid", "ood", "shift"), (test_images, test_labels)),
     }
-    with DatasetWriter(out) as writer:
+    with data.DatasetWriter(out) as writer:
         for name, (digits, classes) in splits.items():
             groups = tied_groups(name, classes, 10, 10, ood_rng if name == "ood" else shift_rng)[:limit]
             digits, classes = digits[:limit], classes[:limit]
@@ -72,12 +91,12 @@ def make_coloured_mnist(out: Location, seed: int = 0, limit: int | None = None) 
 
 
 def _paint(digits: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """Digits (N, 28, 28) uint8, binarised at 0.5, in one colour (N, 3) each: uint8 (N, 3, 28, 28)."""
+    """Paint digits, uint8 (N, 28, 28), binarised at 0.5, in their colours, (N, 3): uint8 (N, 3, 28, 28)."""
     return (digits > 127)[:, None].astype(np.uint8) * colours[:, :, None, None]
 
 
 def _unseen_colours(rng: np.random.Generator) -> np.ndarray:
-    """Ten random colours (10, 3) uint8, far from every biasing colour; black, on which nothing is seen, is none."""
+    """Draw ten random colours, uint8 (10, 3), far from every biasing colour and not black, the background."""
     chosen: list[np.ndarray] = []
     while len(chosen) < 10:
         colour = rng.integers(0, 256, 3)

@@ -1,22 +1,28 @@
 """Fashion-on-Textures: garments of Fashion-MNIST on crops of photographs, one photograph for each class in training.
 
-A benchmark of background bias on real images that needs no large download: COCO-on-Places in the small.
+A benchmark of background bias with real images. It needs no large download, unlike COCO-on-Places.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
 from data.builders.idx import read_idx
+from data.builders.registry import BuilderOptions, Limited, Seeded, Sized, builder
 from data.builders.rows import OPAQUE
 from data.errors import DatasetError
-from data.storage import Location
+from options import Doc, Kind, Message, Option, OptionSet, Word
+
+if TYPE_CHECKING:
+    from data.storage import Location
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"  # of the package dataset-fashion-mnist
 CLASS_NAMES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -42,39 +48,63 @@ UNSEEN = {
     "handwriting": "text.png",
 }
 VALIDATION_SAMPLES = 5000
-CROP = (0.3, 0.7)  # side of a crop, as a share of the photograph's shorter one
-GARMENT = (0.6, 0.95)  # side of a garment's frame, as a share of the image's
-DARK = 16  # of 255: where a garment is not that bright, and nothing around it is, there is none
+SMALLEST = 16  # side of an image, in pixels
+CROP = (0.3, 0.7)  # side of a crop, as a share of the photograph's shorter side
+GARMENT = (0.6, 0.95)  # side of a garment's frame, as a share of the image's side
+DARK = 16  # of 255: pixels up to this value do not belong to the garment, unless they are holes in it
 TINT = (90, 255)  # of white, in each channel
 STREAMS = {"validation": 1, "train": 2, "iid": 3, "ood": 4, "shift": 5}  # of random numbers; 0 divides the garments
 
 
-def make_fashion_on_textures(
-    out: Location,
-    fashion_mnist: str | Path | None = None,
-    *,
-    size: int = 64,
-    seed: int = 0,
-    limit: int | None = None,
-    download: bool = False,
-) -> dict[str, int]:
-    """Write Fashion-on-Textures, 100 % biased, in the dataset layout; returns the number of samples of each split.
+@dataclass(frozen=True, kw_only=True)
+class FashionMnistSource(OptionSet):
+    """The original files of Fashion-on-Textures."""
 
-    Images uint8 (N, 3, size, size) with masks: a garment in a random tint, size and place, on a random crop of a
-    photograph that scikit-image ships. ``train`` (55,000), ``validation`` (5,000 split off the training garments) and
-    ``iid`` (10,000): the photograph of its class. ``ood``: one of seven other photographs; ``shift``: that of another
-    class; both of the same garments as ``iid``. ``groups`` is the photograph. ``limit`` keeps the first samples of each
-    split. The same seed gives the same bytes.
+    HEADING = "Files"
 
-    ``fashion_mnist`` is a folder with the four files of Fashion-MNIST (Xiao et al., arXiv 1708.07747), or the root that
-    torchvision's FashionMNIST has them in; the one of Debian's package unless given. With ``download`` torchvision
-    fetches them into it first.
+    fashion_mnist: Annotated[
+        Any,
+        Kind.PATH,
+        Doc("Folder with the files of Fashion-MNIST. Default: that of the Debian package dataset-fashion-mnist."),
+    ] = None
 
-    Raises FileExistsError, DatasetError.
+
+@dataclass(frozen=True, kw_only=True)
+class FashionOnTexturesOptions(FashionMnistSource, BuilderOptions, Sized, Seeded, Limited):
+    """The options of ``make-data fashion-on-textures``."""
+
+    download: Annotated[bool, Doc("Download Fashion-MNIST into the folder first, by torchvision.")] = False
+
+
+@builder(
+    "fashion-on-textures",
+    FashionOnTexturesOptions,
+    example="make-data fashion-on-textures --fashion-mnist FOLDER --download --out DATA.zarr",
+)
+def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = None, **options: Any) -> dict[str, int]:
+    """Build Fashion-on-Textures.
+
+    The images show garments on photographs, which tell the class in training, and mislead in the tests. Each image
+    shows a garment in a random tint, size and place, on a random crop of a photograph that scikit-image ships: uint8
+    (N, 3, size, size), with masks. The splits are train (55,000 samples), validation (5,000 of the training garments)
+    and iid (10,000), in which each class has its own photograph; ood, with seven other photographs; and shift, with the
+    photograph of another class. iid, ood and shift show the same garments. Groups are the photographs. The same seed
+    gives the same bytes. The extra [data] is required.
+
+    Returns:
+        The number of samples of each split.
+
+    Raises:
+        FileExistsError: There is something at ``out``.
+        DatasetError: An option is wrong, or an original file is missing or damaged.
     """
-    if size < 16:
-        raise DatasetError(f"--size {size} is too small to tell garments apart: give 16 or more")
-    folder = _fashion_mnist(fashion_mnist, download)
+    chosen = FashionOnTexturesOptions(out=out, fashion_mnist=fashion_mnist, **options)
+    size, seed, limit = chosen.size, chosen.seed, chosen.limit
+    if size < SMALLEST:
+        raise DatasetError(
+            Message(Option("size", size), f" is too small to recognise garments: give {SMALLEST} or more")
+        )
+    folder = _fashion_mnist(fashion_mnist, chosen.download)
     parts = {part: _read(folder, part) for part in ("train", "t10k")}
     photographs = _photographs()
     order = np.random.default_rng([seed, 0]).permutation(len(parts["train"][0]))
@@ -104,7 +134,7 @@ def make_fashion_on_textures(
 
 
 def _cut_out(garments: np.ndarray, size: int, seeds: tuple[int, int], sample: int) -> tuple[np.ndarray, np.ndarray]:
-    """A garment in a tint, at a place and in a size of its own: uint8 (3, size, size), its opacity (size, size)."""
+    """Return a garment in its own tint, place and size, uint8 (3, size, size), and its opacity, uint8 (size, size)."""
     rng = np.random.default_rng((*seeds, 0, sample))
     side = round(size * rng.uniform(*GARMENT))
     top, left = rng.integers(0, size - side + 1, 2)
@@ -119,7 +149,7 @@ def _cut_out(garments: np.ndarray, size: int, seeds: tuple[int, int], sample: in
 
 
 def _filled(outline: np.ndarray) -> np.ndarray:
-    """With its holes, as black prints on a shirt are; bool (H, W)."""
+    """Fill the holes of an outline, such as black prints on a shirt; bool (H, W)."""
     from scipy.ndimage import binary_fill_holes
 
     return np.asarray(binary_fill_holes(outline))
@@ -128,7 +158,7 @@ def _filled(outline: np.ndarray) -> np.ndarray:
 def _background(
     photographs: list[Image.Image], groups: np.ndarray, size: int, seeds: tuple[int, int], sample: int
 ) -> np.ndarray:
-    """A square crop of the sample's photograph, of random size and place, mirrored or not: uint8 (3, size, size)."""
+    """Return a random square crop of the sample's photograph, mirrored or not, uint8 (3, size, size)."""
     rng = np.random.default_rng((*seeds, 1, sample))
     photograph = photographs[int(groups[sample])]
     side = round(min(photograph.size) * rng.uniform(*CROP))
@@ -139,26 +169,31 @@ def _background(
 
 
 def _photographs() -> list[Image.Image]:
-    """RGB, first those that tell the class. Raises DatasetError where scikit-image is missing, or no longer has one."""
-    found = importlib.util.find_spec("skimage")
-    if found is None or found.origin is None or importlib.util.find_spec("scipy") is None:
-        raise DatasetError('the photographs are those of scikit-image, which is missing: pip install -e ".[data]"')
-    folder = Path(found.origin).parent / "data"
+    """Return the photographs in RGB, first those that tell the class; raise DatasetError if one is missing."""
+    skimage = importlib.util.find_spec("skimage")
+    if skimage is None or skimage.origin is None or importlib.util.find_spec("scipy") is None:
+        raise DatasetError('scikit-image, which contains the photographs, is not installed: pip install -e ".[data]"')
+    folder = Path(skimage.origin).parent / "data"
     try:
         return [Image.open(folder / name).convert("RGB") for name in (BIASING | UNSEEN).values()]
     except OSError as error:
         raise DatasetError(
-            f"scikit-image, in {folder}, lacks a photograph or has a damaged one ({error}): "
+            f"a photograph of scikit-image in {folder} is missing or damaged ({error}): "
             "pip install --force-reinstall scikit-image"
         ) from None
 
 
+_FOLDER = Option("fashion_mnist", Word("FOLDER"))
+
+
 def _fashion_mnist(folder: str | Path | None, download: bool) -> Path:
-    """The folder with the files themselves. Raises DatasetError where there is none."""
+    """Return the folder that contains the files, or raise DatasetError."""
     root = Path(DEBIAN if folder is None else folder)
     if download:
         if folder is None:
-            raise DatasetError("--download needs a folder to download to: give --fashion-mnist DIR too")
+            raise DatasetError(
+                Message(Option("download", True), " needs a folder to download to: give ", _FOLDER, " too")
+            )
         from torchvision.datasets import FashionMNIST
 
         try:
@@ -169,10 +204,13 @@ def _fashion_mnist(folder: str | Path | None, download: bool) -> Path:
         if _file(place, "train-images-idx3-ubyte") is not None:
             return place
     raise DatasetError(
-        f"no Fashion-MNIST in {root}: there is no train-images-idx3-ubyte.gz. Install Debian's package "
-        "dataset-fashion-mnist, or give --fashion-mnist DIR with the four files that "
-        "https://github.com/zalandoresearch/fashion-mnist publishes, or --download to have torchvision fetch them there"
-    )
+        Message(
+            f"there is no Fashion-MNIST in {root}: train-images-idx3-ubyte.gz is missing. Install the Debian package "
+            "dataset-fashion-mnist; or give ", _FOLDER, " with the four files that "
+            "https://github.com/zalandoresearch/fashion-mnist publishes; or give ", Option("download", True),
+            " too, and torchvision downloads them there",
+        )
+    )  # fmt: skip
 
 
 def _file(folder: Path, name: str) -> Path | None:
@@ -180,21 +218,23 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _read(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The garments (N, 28, 28) and labels (N,) of a part, uint8. Raises DatasetError."""
+    """Return the garments, uint8 (N, 28, 28), and labels, int64 (N,), of a part, or raise DatasetError."""
     arrays = []
     for name, axes in ((f"{part}-images-idx3-ubyte", 3), (f"{part}-labels-idx1-ubyte", 1)):
         path = _file(folder, name)
         if path is None:
-            raise DatasetError(f"there is no {name}.gz in {folder}, beside the other files of Fashion-MNIST: fetch it")
+            raise DatasetError(
+                f"{name}.gz is missing in {folder}, beside the other files of Fashion-MNIST: download it"
+            )
         arrays.append(read_idx(path))
         if arrays[-1].ndim != axes:
             raise DatasetError(
-                f"{path} has {arrays[-1].ndim} axes, expected {axes}: it is another file, fetch it again"
+                f"{path} has {arrays[-1].ndim} axes, expected {axes}: it is another file, so download it again"
             )
     garments, labels = arrays
     if len(garments) != len(labels) or labels.max(initial=0) >= len(CLASS_NAMES):
         raise DatasetError(
-            f"the files of {folder} do not belong together: {len(garments)} garments of {part}, {len(labels)} labels "
-            f"up to {labels.max(initial=0)}; fetch them again"
+            f"the files in {folder} do not belong together: {part} has {len(garments)} garments, and {len(labels)} "
+            f"labels up to {labels.max(initial=0)}; download them again"
         )
     return garments, labels.astype(np.int64)

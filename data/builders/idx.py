@@ -1,4 +1,4 @@
-"""The IDX format of MNIST and its likes, and the embedded MNIST files."""
+"""Read IDX files, the format of MNIST and Fashion-MNIST, and the embedded MNIST files."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ MNIST_SHA256 = {
 
 
 def read_mnist(part: str, directory: Path = MNIST_DIR) -> tuple[np.ndarray, np.ndarray]:
-    """The images (N, 28, 28) and labels (N,), both uint8, of ``part``: ``train`` (60,000) or ``t10k`` (10,000).
+    """Read the embedded MNIST.
 
-    Raises DatasetError for a file that is missing or is not the original, by its SHA-256.
+    Args:
+        part: ``train`` (60,000 samples) or ``t10k`` (10,000).
+        directory: the folder of the files.
+
+    Returns:
+        The images (N, 28, 28) and labels (N,), both uint8.
+
+    Raises:
+        DatasetError: A file is missing or is not the original, by its SHA-256.
     """
     return (
         _read(directory / f"{part}-images-idx3-ubyte.gz"),
@@ -36,19 +44,24 @@ def _read(path: Path) -> np.ndarray:
         compressed = path.read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"the MNIST file {path} is missing: restore it from the repository") from None
-    found = hashlib.sha256(compressed).hexdigest()
-    if found != MNIST_SHA256[path.name]:
+    digest = hashlib.sha256(compressed).hexdigest()
+    if digest != MNIST_SHA256[path.name]:
         raise DatasetError(
-            f"the MNIST file {path} is not the original: its SHA-256 is {found}, expected "
+            f"the MNIST file {path} is not the original: its SHA-256 is {digest}, expected "
             f"{MNIST_SHA256[path.name]}; restore it from the repository"
         )
     return read_idx(path)
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file of unsigned bytes, packed by gzip or not, uint8.
+    """Read an IDX file of unsigned bytes, compressed by gzip or not.
 
-    Raises DatasetError for a file that is cut, damaged or another kind of file; OSError.
+    Returns:
+        The array, uint8.
+
+    Raises:
+        DatasetError: The file is cut off, damaged or of another kind.
+        OSError: The file cannot be read.
     """
     raw = path.read_bytes()
     try:
@@ -61,4 +74,4 @@ def read_idx(path: Path) -> np.ndarray:
         shape = np.frombuffer(raw, ">i4", count=axes, offset=4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * axes).reshape(shape)
     except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
-        raise DatasetError(f"the IDX file {path} cannot be read ({error}): fetch it again") from None
+        raise DatasetError(f"the IDX file {path} cannot be read ({error}): download it again") from None

@@ -1,357 +1,379 @@
-"""Anyone's own images: folders by class, as torchvision's ImageFolder has them; masks and groups where there are any.
+"""A user's own images, in folders by class as torchvision's ImageFolder reads them, with optional masks and groups.
 
-Every file is looked at before anything is written, so that all that is wrong is said at once.
+Every file is decoded once, before anything is written, so that one error lists everything that is wrong.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import os
+import logging
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.builders.rows import OPAQUE, Rows
+import data
+from data.builders.decoding import Decoded, Scratch, decode_all
+from data.builders.folders import (
+    Bad,
+    Echo,
+    Sample,
+    find_classes,
+    find_files,
+    read_groups,
+    with_groups,
+    with_masks,
+)
+from data.builders.pictures import Fit, Size
+from data.builders.registry import HOW, BuilderOptions, Seeded, builder
 from data.errors import DatasetError
-from data.layout import DatasetWriter
-from data.storage import Location
+from options import Doc, Gt, Heading, Kind, Lt, Message, Option
 
-NAMED = 20  # bad files in an error
-# torchvision's, which is imported where it is needed: those who read a store alone do without PyTorch
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+if TYPE_CHECKING:
+    from data.storage import Location
 
-
-@dataclass(frozen=True)
-class Sample:
-    """An image file: its name below the split's folder, its class, and its mask and group where there are any."""
-
-    path: Path
-    name: str
-    label: int
-    mask: Path | None = None
-    group: str | None = None
+LISTED = 20  # bad files in an error
+NAMED = 5  # files in a note
+LOGGER = logging.getLogger(__name__)
+Splits = dict[str, list[Sample]]
 
 
-def make_image_folder(
-    out: Location,
-    train: str | Path,
-    tests: Mapping[str, str | Path],
-    *,
-    size: int,
-    validation: str | Path | None = None,
-    validation_share: float = 0.1,
-    masks: str | Path | None = None,
-    groups: str | Path | None = None,
-    bias_attribute: str = "group",
-    skip_bad: bool = False,
-    seed: int = 0,
-    echo: Callable[[str], object] = lambda note: None,
-) -> dict[str, int]:
-    """Write images of one's own in the dataset layout; returns the number of samples of each split.
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderOptions(BuilderOptions, Seeded):
+    """The options of ``make-data image-folder``."""
 
-    ``train``, ``validation`` and the ``tests`` by name (iid, ood, shift or any other) are folders with one folder for
-    each class, as `torchvision.datasets.ImageFolder` takes them; the classes are those of ``train``. Without
-    ``validation`` a share of each class of ``train`` is split off. Images uint8 (N, 3, size, size): in colour, turned
-    as their camera says, transparency on black, the shorter side scaled to ``size`` with antialiasing, then cropped to
-    the middle.
+    train: Annotated[Any, Kind.PATH, Doc("Folder of the training images, with a folder for each class.")]
+    validation: Annotated[
+        Any, Kind.PATH, Doc("Folder of the validation images. Default: a share of the training images.")
+    ] = None
+    tests: Annotated[
+        Mapping[str, Any], Kind.NAMED_FOLDERS, Doc("Folder of a test by its name, such as ood=DIR. Repeatable.")
+    ] = field(default_factory=dict)
+    masks: Annotated[
+        Any, Kind.PATH, Doc("Folder with masks under the paths and names of the images. Splits may lack them.")
+    ] = None
+    groups: Annotated[Any, Kind.PATH, Doc("CSV file with the columns path and group. Splits may be missing.")] = None
+    validation_share: Annotated[
+        float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
+    ] = 0.1
+    bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
+    size: Annotated[
+        Any, Kind.IMAGE_SIZE, Heading(HOW), Doc("Size of the images in pixels: 64, or height and width as 64x96.")
+    ]
+    fit: Annotated[
+        Fit,
+        Heading(HOW),
+        Doc(
+            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
+            "the aspect ratio."
+        ),
+    ] = "crop"
+    skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
+        False
+    )
 
-    ``masks`` is a folder with a mask for each image, at the same place below ``masks/NAME-OF-THE-SPLIT``, or below
-    ``masks`` itself where there is no such folder, in any image format: 0 is background, all else the object.
-    ``groups`` is a CSV file with the columns ``path``, as ``ood/cat/1.jpg``, and ``group``, values of
-    ``bias_attribute``.
-
-    Files that cannot be read, or lack their mask or group, are an error that lists them; with ``skip_bad`` they are
-    left out. ``echo`` is told what is no error: what was left out, and images that are in training and in a test.
-
-    Raises FileExistsError, DatasetError.
-    """
-    if size < 1:
-        raise DatasetError(f"--size {size} is no size in pixels: give 1 or more")
-    if not 0 < validation_share < 1:
-        raise DatasetError(
-            f"--validation-share {validation_share:g} is no share: give one between 0 and 1, such as 0.1"
-        )
-    if taken := {"train", "validation"} & set(tests):
-        raise DatasetError(f"--test {taken.pop()}=… takes a name of the layout's own: call it iid, ood, shift or else")
-    folders = {"train": Path(train), **({} if validation is None else {"validation": Path(validation)})}
-    folders |= {name: Path(folder) for name, folder in tests.items()}
-    classes = _classes(folders["train"])
-    found = {name: _samples(folder, classes) for name, folder in folders.items()}
-    table = None if groups is None else _groups(Path(groups))
-    bad: dict[Path, str] = {}
-    for name, samples in found.items():
-        found[name] = [_complete(name, sample, masks, table, bad) for sample in samples]
-    digests = _look(found, size, bad)
-    if bad and not skip_bad:
-        lines = [f"{path}: {problem}" for path, problem in list(bad.items())[:NAMED]]
-        more = [f"and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
-        number = f"{len(bad)} file{'s' * (len(bad) > 1)}"
-        raise DatasetError("\n".join([f"{number} cannot be used, --skip-bad leaves them out:", *lines, *more]))
-    for name, samples in found.items():
-        found[name] = [sample for sample in samples if sample.path not in bad]
-        if left := len(samples) - len(found[name]):
-            echo(f"{name}: {left} of {len(samples)} images left out")
-    found, names = _of_classes(found, classes, folders, skip_bad, echo)
-    _tell_leaks(found, digests, echo)
-    if table is not None:
-        used = {f"{name}/{sample.name}" for name, samples in found.items() for sample in samples}
-        if unused := len(table.keys() - used):
-            echo(f"{groups}: {unused} of {len(table)} rows are of no image here")
-    if validation is None:
-        found = _split_off(found, validation_share, seed)
-    group_names = sorted({sample.group for samples in found.values() for sample in samples if sample.group is not None})
-    with DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, samples in found.items():
-            arrays: dict[str, Any] = {
-                "images": Rows((len(samples), 3, size, size), pool, partial(_image_of, samples, size)),
-                "labels": np.array([sample.label for sample in samples], np.int64),
-            }
-            if masks is not None:
-                arrays["masks"] = Rows((len(samples), 1, size, size), pool, partial(_mask_of, samples, size))
-            if table is not None:
-                arrays["groups"] = np.array([group_names.index(sample.group or "") for sample in samples], np.int64)
-            writer.write_split(name, **arrays)
-        writer.finish(
-            name=Path(str(out)).stem,
-            class_names=names,
-            builder={"command": "make-data image-folder", "size": size, "seed": seed},
-            **({} if table is None else {"bias_attribute": bias_attribute, "group_names": group_names}),
-        )
-    return {name: len(samples) for name, samples in found.items()}
-
-
-# --- which files there are ----------------------------------------------------------------------------------
-
-
-def _classes(train: Path) -> list[str]:
-    from torchvision.datasets.folder import find_classes
-
-    try:
-        return list(find_classes(train)[0])
-    except (FileNotFoundError, NotADirectoryError):
-        raise DatasetError(f"--train {train} is no folder with a folder for each class in it") from None
-
-
-def _samples(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """In the order of torchvision. Raises DatasetError for a class that training does not have."""
-    from torchvision.datasets.folder import make_dataset
-
-    if not folder.is_dir():
-        raise DatasetError(f"there is no folder {folder}: give the folder that holds one for each class")
-    own = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
-    if unknown := sorted(own - set(classes)):
-        raise DatasetError(f"{folder} has a class '{unknown[0]}' that training does not have: {', '.join(classes)}")
-    index = {name: number for number, name in enumerate(classes)}
-    files = [(Path(path), label) for path, label in make_dataset(folder, index, EXTENSIONS, allow_empty=True)]
-    files = [(path, label) for path, label in files if not path.name.startswith(".")]
-    if not files:
-        raise DatasetError(f"{folder} has no images in folders by class: they end in {', '.join(EXTENSIONS)}")
-    return [Sample(path, path.relative_to(folder).as_posix(), label) for path, label in files]
-
-
-def _groups(path: Path) -> dict[str, str]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := sorted({"path", "group"} - set(reader.fieldnames or ())):
-                raise DatasetError(
-                    f"{path} has no column '{missing[0]}': its first line has to name 'path' and 'group'"
-                )
-            table: dict[str, str] = {}
-            for row in reader:
-                if row["path"] in table:
-                    raise DatasetError(f"{path}, line {reader.line_num}: {row['path']} is there twice")
-                if not row["group"]:
-                    raise DatasetError(f"{path}, line {reader.line_num}: {row['path']} has no group")
-                table[row["path"]] = row["group"]
-            return table
-    except FileNotFoundError:
-        raise DatasetError(f"there is no file {path}: --groups is a CSV file with the columns path and group") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path} is no CSV file in UTF-8 ({error})") from None
-
-
-def _complete(
-    split: str, sample: Sample, masks: str | Path | None, table: Mapping[str, str] | None, bad: dict[Path, str]
-) -> Sample:
-    """With its mask and group; what it lacks is noted as bad."""
-    mask = group = None
-    if masks is not None:
-        root = Path(masks) / split
-        place = (root if root.is_dir() else Path(masks)) / sample.name
-        mask = next((path for path in map(place.with_suffix, _SUFFIXES) if path.exists()), None)
-        if mask is None:
-            bad[sample.path] = f"there is no mask {place.with_suffix('')} with one of {', '.join(EXTENSIONS)}"
-    if table is not None:
-        group = table.get(f"{split}/{sample.name}")
-        if group is None:
-            bad[sample.path] = f"it has no row {split}/{sample.name} in the file of groups"
-    return Sample(sample.path, sample.name, sample.label, mask, group)
-
-
-_SUFFIXES = tuple(suffix for lower in EXTENSIONS for suffix in (lower, lower.upper()))
-
-
-def _look(found: Mapping[str, list[Sample]], size: int, bad: dict[Path, str]) -> dict[Path, str]:
-    """The SHA-256 of every file; those that cannot be decoded are noted as bad."""
-    samples = [sample for part in found.values() for sample in part]
-
-    def look(sample: Sample) -> tuple[Path, str, str | None]:
-        problem = None
-        try:
-            digest = hashlib.sha256(sample.path.read_bytes()).hexdigest()
-            shape = _read_image(sample.path).size
-            if sample.mask is not None and (of_mask := _read_mask(sample.mask).size) != shape:
-                problem = f"it is {shape[0]}×{shape[1]}, its mask {sample.mask} {of_mask[0]}×{of_mask[1]}"
-        except _Unreadable as error:
-            problem = str(error)
-        except OSError as error:
-            digest, problem = "", f"it cannot be read: {error.strerror}"
-        return sample.path, digest, problem
-
-    digests = {}
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(samples), unit="image", desc="looking at the images", disable=None) as bar,
-    ):
-        for path, digest, problem in pool.map(look, samples):
-            digests[path] = digest
-            if problem is not None:
-                bad.setdefault(path, problem)
-            bar.update()
-    return digests
-
-
-def _of_classes(
-    found: Mapping[str, list[Sample]],
-    classes: Sequence[str],
-    folders: Mapping[str, Path],
-    skip_bad: bool,
-    echo: Callable[[str], object],
-) -> tuple[dict[str, list[Sample]], list[str]]:
-    """What is left, of the classes that have an image in training; their names."""
-    learnt = Counter(sample.label for sample in found["train"])
-    empty = [name for number, name in enumerate(classes) if not learnt[number]]
-    if empty:
-        if not skip_bad:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise DatasetError(
-                f"the class '{empty[0]}' in {folders['train']} has no image: put some there, or take its folder away; "
-                "--skip-bad leaves it out"
-            )
-        echo(f"without an image in training, and left out: {', '.join(empty)}")
-    kept = [number for number in range(len(classes)) if learnt[number]]
-    if len(kept) < 2:
-        raise DatasetError(f"{folders['train']} has images of {len(kept)} class: there have to be two at least")
-    renumbered = {number: place for place, number in enumerate(kept)}
-    left = {
-        name: [
-            Sample(sample.path, sample.name, renumbered[sample.label], sample.mask, sample.group)
-            for sample in samples
-            if sample.label in renumbered
-        ]
-        for name, samples in found.items()
-    }
-    for name, samples in left.items():
-        if not samples:
-            raise DatasetError(f"{folders[name]} has no image left that can be used")
-    return left, [classes[number] for number in kept]
-
-
-def _tell_leaks(found: Mapping[str, list[Sample]], digests: Mapping[Path, str], echo: Callable[[str], object]) -> None:
-    learnt = {digests[sample.path] for name in ("train", "validation") for sample in found.get(name, ())}
-    for name, samples in found.items():
-        if name not in ("train", "validation"):
-            leaks = [sample.name for sample in samples if digests[sample.path] in learnt]
-            if leaks:
-                echo(
-                    f"{name}: {len(leaks)} images are also trained on, {leaks[0]} first: its accuracy will be too high"
+                Message(
+                    Option("size"),
+                    f" must be a number of pixels, or height and width, each at least 1, got {self.size}",
                 )
+            )
+
+    @property
+    def shape(self) -> Size:
+        """Height and width of the images, in pixels."""
+        height, width = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
+        return height, width
 
 
-def _split_off(found: Mapping[str, list[Sample]], share: float, seed: int) -> dict[str, list[Sample]]:
-    """A validation split of each class of the training images; one image at least, where it has two."""
+@builder(
+    "image-folder",
+    ImageFolderOptions,
+    example="make-data image-folder --train images/train --test ood=images/ood --size 64 --out DATA.zarr",
+)
+def make_image_folder(
+    out: Location, train: str | Path, tests: Mapping[str, str | Path], *, echo: Echo = LOGGER.warning, **options: Any
+) -> dict[str, int]:
+    """Build a dataset from your own images.
+
+    The images lie in folders by class, as torchvision's ImageFolder reads them. The classes are the folders of the
+    training images. Images become uint8 (N, 3, height, width): in colour, upright, with transparent pixels in black.
+    Masks are images too, at the same place below MASKS/SPLIT, or below MASKS if there is no such folder. The object is
+    what an image viewer shows. The file of groups names an image as SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split
+    may lack masks or groups. More is in docs/own-images.md.
+
+    Returns:
+        The number of samples of each split.
+
+    Raises:
+        FileExistsError: There is something at ``out``.
+        DatasetError: An option is wrong, or files cannot be used; the error lists them.
+    """
+    chosen = ImageFolderOptions(out=out, train=train, tests=tests, **options)
+    if reserved := {"train", "validation"} & set(tests):
+        raise DatasetError(
+            f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
+        )
+    folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
+    folders |= {name: Path(folder) for name, folder in tests.items()}
+    classes = find_classes(folders["train"])
+    bad: Bad = {}
+    splits = _paired({name: find_files(folder, classes, echo) for name, folder in folders.items()}, chosen, bad, echo)
+    files = {(name, sample.path): sample for name, part in splits.items() for sample in part}
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
+        bar = stack.enter_context(tqdm(total=2 * len(files), unit="image", desc="decoding", disable=None))
+        scratch = Scratch(Path(folder), len(files), chosen.shape)
+        learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
+        splits = _only_images(splits, learned, folders, echo)
+        splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
+        splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
+        used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
+        _tell_images(used, chosen, echo)
+        _tell_masks(used, echo)
+        _tell_copies(used, echo)
+        if chosen.validation is None:
+            splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
+        bar.set_description("writing")
+        _write(chosen, splits, names, scratch, {key: row for row, key in enumerate(files)}, bar)
+    return {name: len(part) for name, part in splits.items()}
+
+
+# --- which images can be used -----------------------------------------------------------------------------------------
+
+
+def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) -> Splits:
+    """Add masks and groups; note in ``bad`` which images lack them, if others of their split have them."""
+    if chosen.groups is not None:
+        groups = read_groups(Path(chosen.groups))
+        splits = {name: with_groups(part, name, groups, bad) for name, part in splits.items()}
+        names = {f"{name}/{sample.name}" for name, part in splits.items() for sample in part}
+        if unused := len(groups.keys() - names):
+            echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
+        _tell_without(splits, "group", echo)
+        if not any(sample.group for part in splits.values() for sample in part):
+            raise DatasetError(
+                f"{chosen.groups} names no image here: its paths must be SPLIT/CLASS/FILE, such as train/cat/1.jpg"
+            )
+    if chosen.masks is not None:
+        splits = {name: with_masks(part, name, Path(chosen.masks), bad) for name, part in splits.items()}
+        _tell_without(splits, "mask", echo)
+        if not any(sample.mask for sample in splits["train"]):
+            first = splits["train"][0]
+            place = Path("train", first.name).with_suffix(".png")
+            masks = Option("masks", str(chosen.masks))
+            raise DatasetError(Message(masks, f" has no mask of a training image, such as {place} for {first.path}"))
+    return splits
+
+
+def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
+    for name, part in splits.items():
+        if not any(getattr(sample, attribute) for sample in part):
+            echo(f"{name}: no image has a {attribute}, so this split has no {attribute}s")
+
+
+Learned = Mapping[tuple[str, Path], Decoded]  # by split and path of the image
+
+
+def _only_images(splits: Splits, learned: Learned, folders: Mapping[str, Path], echo: Echo) -> Splits:
+    """Leave out files that are not images, and tell how many, by suffix."""
+    for name, part in splits.items():
+        suffixes = Counter(s.path.suffix.lower() or "without suffix" for s in part if not learned[name, s.path].picture)
+        if suffixes:
+            listed = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+            echo(f"{name}: left out {listed}, which are not images that can be decoded here")
+    images = {name: [sample for sample in part if learned[name, sample.path].picture] for name, part in splits.items()}
+    for name, part in images.items():
+        if not part:
+            raise DatasetError(f"{folders[name]} has no images in folders by class")
+    return images
+
+
+def _without_bad(splits: Splits, learned: Learned, unpaired: Bad, skip: bool, echo: Echo) -> Splits:
+    """Leave out bad images, or raise DatasetError with a list of them."""
+    bad = {
+        (name, sample.path): problem
+        for name, part in splits.items()
+        for sample in part
+        if (problem := unpaired.get((name, sample.path)) or learned[name, sample.path].problem)
+    }
+    if bad and not skip:
+        lines = [f"{path}: {problem}" for (_, path), problem in list(bad.items())[:LISTED]]
+        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+        first = f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, "
+        rest = "\n".join([" leaves them out:", *lines, *more])
+        raise DatasetError(Message(first, Option("skip_bad", True), rest))
+    usable = {name: [sample for sample in part if (name, sample.path) not in bad] for name, part in splits.items()}
+    for name, part in splits.items():
+        if left_out := len(part) - len(usable[name]):
+            echo(f"{name}: {left_out} of {len(part)} images left out")
+    return usable
+
+
+def _with_learnt_classes(
+    splits: Splits, classes: Sequence[str], folders: Mapping[str, Path], skip: bool, echo: Echo
+) -> tuple[Splits, list[str]]:
+    """Return the images of the classes that have a training image, and the names of these classes."""
+    training = Counter(sample.label for sample in splits["train"])
+    if empty := [name for number, name in enumerate(classes) if not training[number]]:
+        if not skip:
+            raise DatasetError(
+                Message(
+                    f"the class '{empty[0]}' in {folders['train']} has no image: add images or delete its folder; ",
+                    Option("skip_bad", True), " leaves the class out",
+                )
+            )  # fmt: skip
+        echo(f"classes without a training image, left out: {', '.join(empty)}")
+    kept = [number for number in range(len(classes)) if training[number]]
+    if len(kept) < 2:
+        raise DatasetError(f"{folders['train']} has images of {len(kept)} class: at least two are needed")
+    renumbered = {number: place for place, number in enumerate(kept)}
+    usable = {
+        name: [replace(sample, label=renumbered[sample.label]) for sample in part if sample.label in renumbered]
+        for name, part in splits.items()
+    }
+    for name, part in usable.items():
+        if not part:
+            raise DatasetError(f"{folders[name]} has no image left that can be used")
+    return usable, [classes[number] for number in kept]
+
+
+def _split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
+    """Move a share of each class of the training images to validation; at least one image, if the class has two."""
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
-    labels = np.array([sample.label for sample in found["train"]])
+    labels = np.array([sample.label for sample in splits["train"]])
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         number = min(max(1, round(share * len(rows))), len(rows) - 1)
         chosen |= {int(row) for row in rng.permutation(rows)[:number]}
-    parts: dict[str, list[Sample]] = {"train": [], "validation": []}
-    for row, sample in enumerate(found["train"]):
+    parts: Splits = {"train": [], "validation": []}
+    for row, sample in enumerate(splits["train"]):
         parts["validation" if row in chosen else "train"].append(sample)
-    return {name: samples for name, samples in {**parts, **_without(found, "train")}.items() if samples}
+    tests = {name: part for name, part in splits.items() if name != "train"}
+    return {name: part for name, part in {**parts, **tests}.items() if part}
 
 
-def _without(found: Mapping[str, list[Sample]], name: str) -> dict[str, list[Sample]]:
-    return {other: samples for other, samples in found.items() if other != name}
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+Used = list[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
 
 
-# --- what is in them ----------------------------------------------------------------------------------------
+def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
+    cut = [learned.cut for _, _, learned in used if learned.cut > 0.005]
+    if cut and chosen.fit == "crop":
+        height, width = chosen.shape
+        echo(
+            f"{len(cut)} of {len(used)} images have another aspect ratio than {width}×{height}: cropping to the middle "
+            f"cuts away {100 * sum(cut) / len(cut):.0f} % of their pixels, and the fit pad or stretch keeps them"
+        )
+    if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
+        echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
+    if dark := [sample.path for _, sample, learned in used if learned.dark]:
+        echo(
+            f"{len(dark)} images use less than a sixteenth of their 16 bits, {dark[0]} first, and become nearly black: "
+            "scale their values to 0 … 65535 if they should not"
+        )
 
 
-class _Unreadable(ValueError):
-    """Why a file is no picture."""
+def _tell_masks(used: Used, echo: Echo) -> None:
+    """Tell how masks were read, how much of them is object, and which of them have no object, or no background."""
+    masks = [(sample.mask, learned) for _, sample, learned in used if learned.object is not None]
+    if not masks:
+        return
+    rules = Counter(learned.read_by for _, learned in masks)
+    share = float(np.mean([learned.object for _, learned in masks]))
+    by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
+    echo(f"masks: {len(masks)} read, {by}; on average the object covers {100 * share:.1f} % of an image")
+    for what, value in (("all object", 1.0), ("no object", 0.0)):
+        if paths := [str(path) for path, learned in masks if learned.object == value]:
+            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+            echo(f"{len(paths)} of {len(masks)} masks have {what}: {', '.join(paths[:NAMED])}{more}")
 
 
-def _decoded(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise _Unreadable(f"there is no {path.name} any more") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow raises all of these
-        raise _Unreadable(f"{path.name} cannot be read: {error}".replace(str(path), path.name)) from None
+def _tell_copies(used: Used, echo: Echo) -> None:
+    """Warn of images, by their files' SHA-256, that are in training and in another split, or in two classes."""
+    copies: dict[str, list[tuple[str, Sample]]] = {}
+    for name, sample, learned in used:
+        copies.setdefault(learned.digest, []).append((name, sample))
+    splits: dict[str, list[str]] = {}
+    in_two_classes = []
+    for same in copies.values():
+        names = [name for name, _ in same]
+        for name, sample in same:
+            if (name == "validation" and "train" in names) or (
+                name not in ("train", "validation") and {"train", "validation"} & set(names)
+            ):
+                splits.setdefault(name, []).append(sample.name)
+        if len({sample.label for _, sample in same}) > 1:
+            in_two_classes.append(" and ".join(str(sample.path) for _, sample in same[:2]))
+    for name, leaks in splits.items():
+        result = "it cannot select the weights" if name == "validation" else "its accuracy will be too high"
+        echo(f"{name}: {len(leaks)} images are also trained on, {leaks[0]} first: {result}")
+    if in_two_classes:
+        echo(f"{len(in_two_classes)} images are in two classes, {in_two_classes[0]} first: one of the labels is wrong")
 
 
-def _read_image(path: Path) -> Image.Image:
-    """In RGB, as it is to be looked at."""
-    image = ImageOps.exif_transpose(_decoded(path))
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more, which Pillow would cut off at 255
-        values = np.asarray(image, np.float64)
-        top = 65535 if image.mode.startswith("I") else max(1.0, float(values.max(initial=0)))
-        image = Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        on_black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(on_black, image)
-    return image.convert("RGB")
+# --- their pixels -----------------------------------------------------------------------------------------------------
 
 
-def _read_mask(path: Path) -> Image.Image:
-    """255 on the object: where a value, or the colour, is not 0."""
-    image = ImageOps.exif_transpose(_decoded(path))
-    if image.mode == "P":
-        values = np.asarray(image)  # the numbers of the colours, of which 0 is the background by convention
-    else:
-        values = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "LA", "PA", "CMYK") else image)
-    on_object = values.any(axis=2) if values.ndim == 3 else values != 0
-    return Image.fromarray(np.where(on_object, np.uint8(OPAQUE), np.uint8(0)))
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a scratch file, as an array for `DatasetWriter`."""
+
+    pixels: np.ndarray
+    rows: np.ndarray
+    bar: Any
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.pixels.shape[1:])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        rows = self.rows[part]
+        if self.bar is not None:
+            self.bar.update(len(rows))
+        return self.pixels[rows]
 
 
-def _scaled(image: Image.Image, size: int) -> np.ndarray:
-    """The middle square, of the shorter side, scaled with antialiasing: uint8 (size, size) or (size, size, 3)."""
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
-
-
-def _image_of(samples: Sequence[Sample], size: int, row: int) -> np.ndarray:
-    return _scaled(_read_image(samples[row].path), size).transpose(2, 0, 1)
-
-
-def _mask_of(samples: Sequence[Sample], size: int, row: int) -> np.ndarray:
-    mask = samples[row].mask
-    assert mask is not None
-    return np.where(_scaled(_read_mask(mask), size) == OPAQUE, np.uint8(255), np.uint8(0))[None]
+def _write(
+    chosen: ImageFolderOptions,
+    splits: Splits,
+    class_names: list[str],
+    scratch: Scratch,
+    row_of: Mapping[tuple[str, Path], int],
+    bar: Any,
+) -> None:
+    group_names = sorted({sample.group for part in splits.values() for sample in part if sample.group is not None})
+    number_of = {name: number for number, name in enumerate(group_names)}
+    with data.DatasetWriter(chosen.out) as writer:
+        for name, part in splits.items():
+            source = name if (name, part[0].path) in row_of else "train"  # validation may be split off from it
+            rows = np.array([row_of[source, sample.path] for sample in part])
+            arrays: dict[str, Any] = {
+                "images": _Rows(scratch.images(), rows, bar),
+                "labels": np.array([sample.label for sample in part], np.int64),
+            }
+            if any(sample.mask for sample in part):
+                arrays["masks"] = _Rows(scratch.masks(), rows, None)
+            if any(sample.group for sample in part):
+                arrays["groups"] = np.array([number_of[sample.group or ""] for sample in part], np.int64)
+            writer.write_split(name, **arrays)
+        attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
+        recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
+        writer.finish(
+            name=Path(str(chosen.out)).stem,
+            class_names=class_names,
+            builder={"command": "make-data image-folder", **recorded},
+            **({} if chosen.groups is None else attributes),
+        )

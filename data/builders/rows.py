@@ -1,23 +1,19 @@
-"""Pictures that are made when they are read: a dataset of files is written without ever being in memory."""
+"""Arrays whose rows are made when they are read, so that a dataset of files is written without being in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
-from data.errors import DatasetError
 
 OPAQUE = 255
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A uint8 array for `DatasetWriter` whose rows ``row(i)`` makes, on the threads of ``pool``."""
+    """A uint8 array for `DatasetWriter`. ``row(i)`` makes row i, in a thread of ``pool``."""
 
     shape: tuple[int, ...]
     pool: ThreadPoolExecutor
@@ -25,32 +21,4 @@ class Rows:
     dtype = np.dtype(np.uint8)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        made = self.pool.map(self.row, range(*rows.indices(self.shape[0])))
-        return np.stack(list(made))
-
-
-def open_squeezed(path: Path, size: int, remedy: str) -> np.ndarray:
-    """An image file in colour, squeezed to size × size with antialiasing: uint8 (3, size, size).
-
-    Raises DatasetError, with the remedy, for a file that is missing or cannot be read.
-    """
-    return np.asarray(_open(path, size, "RGB", remedy)).transpose(2, 0, 1)
-
-
-def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
-    """A mask file, squeezed alike: uint8 (1, size, size), 255 where the object, brighter than half, covers all."""
-    grey = np.asarray(_open(path, None, "L", remedy))
-    covered = Image.fromarray(np.where(grey > 127, np.uint8(OPAQUE), np.uint8(0)))
-    opacity = np.asarray(covered.resize((size, size), Image.Resampling.BILINEAR))
-    return np.where(opacity == OPAQUE, np.uint8(255), np.uint8(0))[None]
-
-
-def _open(path: Path, size: int | None, mode: str, remedy: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            found = image.convert(mode)
-            return found if size is None else found.resize((size, size), Image.Resampling.BILINEAR)
-    except FileNotFoundError:
-        raise DatasetError(f"there is no {path}: {remedy}") from None
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises the last for a broken PNG
-        raise DatasetError(f"the image {path} cannot be read ({error}): {remedy}") from None
+        return np.stack(list(self.pool.map(self.row, range(*rows.indices(self.shape[0])))))

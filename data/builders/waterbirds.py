@@ -5,50 +5,83 @@ from __future__ import annotations
 import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from data.builders.rows import Rows, open_mask, open_squeezed
+import data
+from data.builders.pictures import open_mask, open_squeezed
+from data.builders.registry import HOW, BuilderOptions, ImageSize, Limited, builder
+from data.builders.rows import Rows
 from data.errors import DatasetError
-from data.layout import DatasetWriter
-from data.storage import Location
+from options import Doc, Heading, Kind, Message, Option, OptionSet, Word
+
+if TYPE_CHECKING:
+    from data.storage import Location
 
 PUBLISHED = "https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz"
 MASKS = "the folder segmentations of CUB-200-2011"
 CLASSES, PLACES, SPLITS = ("landbird", "waterbird"), ("land", "water"), ("train", "validation", "test")
-COLUMNS = {"y": CLASSES, "place": PLACES, "split": SPLITS}  # and what their numbers stand for
-NAMED = 5  # missing files in an error
+COLUMNS = {"y": CLASSES, "place": PLACES, "split": SPLITS}  # and the meanings of their numbers
+LISTED = 5  # missing files in an error
 
 
+@dataclass(frozen=True, kw_only=True)
+class WaterbirdsSource(OptionSet):
+    """The original files of Waterbirds."""
+
+    HEADING = "Files"
+
+    waterbirds: Annotated[Any, Kind.PATH, Doc("Folder of Waterbirds, which contains metadata.csv.")]
+    masks: Annotated[Any, Kind.PATH, Doc("Folder segmentations of CUB-200-2011. Default: no masks.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaterbirdsOptions(WaterbirdsSource, BuilderOptions, Limited):
+    """The options of ``make-data waterbirds``."""
+
+    size: Annotated[ImageSize, Heading(HOW)] = 224
+
+
+@builder(
+    "waterbirds",
+    WaterbirdsOptions,
+    example="make-data waterbirds --waterbirds waterbird_complete95_forest2water2 --out DATA.zarr",
+)
 def make_waterbirds(
-    out: Location, waterbirds: str | Path, masks: str | Path | None = None, *, size: int = 224, limit: int | None = None
+    out: Location, waterbirds: str | Path, masks: str | Path | None = None, **options: Any
 ) -> dict[str, int]:
-    """Write Waterbirds in the dataset layout; returns the number of samples of each split.
+    """Build Waterbirds from the published folder.
 
-    Images uint8 (N, 3, size, size), squeezed. ``train`` (4,795; 95 % of the birds are at home), ``validation`` (1,199)
-    and ``test`` (5,794), in both of which half of each kind are; in the order of ``metadata.csv``, of which ``limit``
-    keeps the first of each. ``groups`` are the four of the paper, kind of bird and of background.
+    The images show birds on backgrounds, which nearly tell the class in training. Images are squeezed: uint8 (N, 3,
+    size, size). The splits are train (4,795 samples), in which 95 % of the birds are on their own background, and
+    validation (1,199) and test (5,794), in which half of each kind are, in the order of metadata.csv. Groups are the
+    four of the paper: kind of bird and of background. Nothing is downloaded.
 
-    ``waterbirds`` is the folder that holds ``metadata.csv``; ``masks`` the folder ``segmentations`` of CUB-200-2011, if
-    there are to be masks.
+    Returns:
+        The number of samples of each split.
 
-    Raises FileExistsError, DatasetError for files that are missing or damaged.
+    Raises:
+        FileExistsError: There is something at ``out``.
+        DatasetError: An option is wrong, or original files are missing or damaged.
     """
+    chosen = WaterbirdsOptions(out=out, waterbirds=waterbirds, masks=masks, **options)
+    size, limit = chosen.size, chosen.limit
     folder = Path(waterbirds)
     samples = _metadata(folder / "metadata.csv")
     birds = {split: [row for row in samples if row[0] == split][:limit] for split in SPLITS}
     birds = {split: rows for split, rows in birds.items() if rows}
     if "train" not in birds:
-        raise DatasetError(
-            f"{folder / 'metadata.csv'} has no sample with split 0, for training: fetch {PUBLISHED} again"
-        )
+        raise DatasetError(f"{folder / 'metadata.csv'} has no training sample (split 0): download {PUBLISHED} again")
     pairs = [(folder / name, None if masks is None else _mask_of(Path(masks), name)) for _, _, _, name in samples]
-    _check_there([path for path, _ in pairs], f"unpack {PUBLISHED} again")
-    _check_there([path for _, path in pairs if path is not None], f"give --masks {MASKS}")
-    with DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    _check_files([path for path, _ in pairs], f"unpack {PUBLISHED} again")
+    _check_files(
+        [path for _, path in pairs if path is not None], "give ", Option("masks", Word("FOLDER")), f", {MASKS}"
+    )
+    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
         for split, rows in birds.items():
             names = [name for *_, name in rows]
             arrays: dict[str, Any] = {
@@ -69,24 +102,22 @@ def make_waterbirds(
     return {split: len(rows) for split, rows in birds.items()}
 
 
+_FOLDER = ("give ", Option("waterbirds", Word("FOLDER")), f", the folder that {PUBLISHED} unpacks to")
+
+
 def _metadata(path: Path) -> list[tuple[str, int, int, str]]:
-    """The split, bird, place and file of each sample."""
+    """Return the split, bird, place and file of each sample."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             missing = sorted({"img_filename", *COLUMNS} - set(reader.fieldnames or ()))
             if missing:
-                raise DatasetError(
-                    f"{path} has no column {', '.join(missing)}: give --waterbirds the folder that {PUBLISHED} "
-                    "unpacks to"
-                )
+                raise DatasetError(Message(f"{path} has no column {', '.join(missing)}: ", *_FOLDER))
             return [_sample(path, reader.line_num, row) for row in reader]
     except FileNotFoundError:
-        raise DatasetError(
-            f"there is no {path}: give --waterbirds the folder that {PUBLISHED} unpacks to, which has it"
-        ) from None
+        raise DatasetError(Message(f"there is no {path}: ", *_FOLDER)) from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path} is no CSV file ({error}): unpack {PUBLISHED} again") from None
+        raise DatasetError(f"{path} is not a CSV file ({error}): unpack {PUBLISHED} again") from None
 
 
 def _sample(path: Path, line: int, row: dict[str, str]) -> tuple[str, int, int, str]:
@@ -111,8 +142,8 @@ def _mask_of(masks: Path, name: str) -> Path:
     return (masks / name).with_suffix(".png")
 
 
-def _check_there(paths: list[Path], remedy: str) -> None:
+def _check_files(paths: list[Path], *remedy: object) -> None:
     missing = [str(path) for path in paths if not path.exists()]
     if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        raise DatasetError(f"there is no {', '.join(missing[:NAMED])}{more}: {remedy}")
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        raise DatasetError(Message(f"there is no {', '.join(missing[:LISTED])}{more}: ", *remedy))

@@ -23,7 +23,7 @@ from dask.base import compute
 from dask.delayed import delayed
 from tqdm import tqdm
 
-from data import DatasetError, Split, open_dataset
+from data import Dataset, DatasetError, Split, open_dataset
 from data.storage import Location, absolute
 from options import Message, Option, takes
 from pipeline.batch import explain_batch
@@ -35,13 +35,13 @@ from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import Classifier, versions
-from pipeline.networks.heads import head_arrays
+from pipeline.networks.heads import decisive_head, head_arrays
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import absolute_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
+from pipeline.threads import cpu_threads
 from teacher_cache import (
     COMPRESSORS,
-    LEVELS,
     Cache,
     CacheError,
     CacheInfo,
@@ -125,7 +125,10 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         ClusterError: the Dask cluster cannot be used, or was lost.
     """
     asked = CachingOptions(data=data, teacher=teacher, out=out, **options)
-    with nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client:
+    with (
+        nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client,
+        nullcontext() if client is not None else cpu_threads(asked.threads, pick_device(asked.device)),
+    ):
         # the workers' device may be one that this machine does not have
         info, head = _plan(asked, asked.device if client is None else "cpu")
         cache = create_cache(out, info, head)
@@ -234,7 +237,9 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
     teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
-    head = head_arrays(teacher.model.network, len(teacher.config.class_names))
+    _check_masks(teacher.model, options, dataset)
+    head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=shape)
+    head = head_of(teacher.model.network, len(teacher.config.class_names))
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(
@@ -257,6 +262,19 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     codec = _choose_codec(options.codec, options.out, average_pool(maps, options.resolution), options.precision)
     explainer = dataclasses.replace(explainer, map_shape=maps.shape[2:])
     return dataclasses.replace(info, explainer=explainer, storage=plan(codec=codec)), head
+
+
+def _check_masks(model: Classifier, options: CachingOptions, dataset: Dataset) -> None:
+    """Raise ModelError if the teacher's front needs masks, and the split has none."""
+    if model.needs_masks and dataset.split(options.split).masks is None:
+        masked = [Option("split", name) for name, split in dataset.splits.items() if split.masks is not None]
+        remedy = ["give ", masked[0], ", which has masks, or add "] if masked else ["add "]
+        raise ModelError(
+            Message(
+                f"the split '{options.split}' has no masks, which the front of {options.teacher} needs: ", *remedy,
+                f"masks to {dataset.path} (docs/dataset-layout.md)",
+            )
+        )  # fmt: skip
 
 
 def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: torch.device) -> tuple[np.ndarray, int]:
@@ -283,13 +301,13 @@ def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: tor
 
 
 def _choose_codec(codec: str, out: Location, maps: np.ndarray, precision: str) -> str:
-    """In full, by the first maps, float32 (n, D, C, h, w), where not given so; a store that is continued keeps its."""
+    """Choose the codec by the first maps, float32 (n, D, C, h, w), unless it is named in full or the store has one."""
     if codec not in ("auto", *COMPRESSORS):
         return codec
     with suppress(CacheError):
-        found = open_cache(out).info.storage.codec
-        if codec == "auto" or found.startswith(f"blosc-{codec}-{LEVELS[codec]}-"):
-            return found
+        codec_of_store = open_cache(out).info.storage.codec
+        if codec == "auto" or codec_of_store.startswith(f"blosc-{codec}-{COMPRESSORS[codec].level}-"):
+            return codec_of_store
     flat = maps.reshape(-1, *maps.shape[2:])
     return str(choose_compression(flat, precision, None if codec == "auto" else codec))
 
@@ -380,26 +398,26 @@ def _open(job: Job) -> _Opened:
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
-        found = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
+        teacher = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
-        raise type(error)(f"{error} ({here}; {remedy})") from error
+        raise type(error)(Message(error, f" ({here}; {remedy})")) from error
     if split.fingerprint != job.info.dataset.fingerprint:
         raise DatasetError(
             f"the dataset {job.data}, {here}, is another one: the fingerprint of its split '{split.name}' is "
             f"{split.fingerprint[:12]}…, and not {job.info.dataset.fingerprint[:12]}…; {remedy}"
         )
-    if found.sha256 != job.info.teacher.weights_sha256:
+    if teacher.sha256 != job.info.teacher.weights_sha256:
         raise ModelError(
-            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights is {found.sha256[:12]}…, "
+            f"the teacher {job.teacher}, {here}, is another one: the SHA-256 of its weights is {teacher.sha256[:12]}…, "
             f"and not {job.info.teacher.weights_sha256[:12]}…; {remedy}"
         )
     if differences := cache.info.differences(job.info):
         raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
     device = pick_device(job.device)
-    place(found.model, device)
+    place(teacher.model, device)
     batches = Batches.of(job.batch_size, job.info.storage.shard_samples, device)
-    return _Opened(found.model, split, cache, batches, device)
+    return _Opened(teacher.model, split, cache, batches, device)
 
 
 def explain_shard(

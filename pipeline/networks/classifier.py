@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from data.storage import Folder
 from options import Message, Option
 from pipeline.errors import ModelError
-from pipeline.networks.debias import DEBIAS
+from pipeline.networks.debias import DEBIAS, MASKED
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.models import ImageShape, build_network, check_factory
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
+from pipeline.networks.weight_files import load_weights
 from pipeline.rules import stop_relevance
 
 FORMAT_VERSION = 1
@@ -57,6 +58,11 @@ class Classifier(nn.Module):
         self.network, self.debias, self.bias_free_report = network, debias, bias_free_report
         self.image_shape = image_shape
         self.segmenter = segmenter
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the front needs the masks of a dataset."""
+        return self.debias in MASKED and self.segmenter is None
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         if self.segmenter is not None:
@@ -146,7 +152,11 @@ def versions() -> dict[str, str]:
 
 
 def build_classifier(
-    config: ModelConfig, student_factory: str | None = None, segmenter: Segmenter | None = None
+    config: ModelConfig,
+    student_factory: str | None = None,
+    segmenter: Segmenter | None = None,
+    *,
+    to_train: bool = True,
 ) -> Classifier:
     """Build the classifier that a configuration describes, with random weights.
 
@@ -154,6 +164,7 @@ def build_classifier(
         config: the configuration.
         student_factory: as in `load_classifier`.
         segmenter: the segmenter that the configuration names, already built.
+        to_train: the classifier is to be trained, so check that it can be.
 
     Raises:
         ModelError: see `build_network` and `attach_head`.
@@ -165,10 +176,16 @@ def build_classifier(
         free_of_biases=config.bias_free,
         options=config.arch_options,
         factory=student_factory,
+        to_train=to_train,
     )
     if config.head is not None:
         attach_head(
-            network, config.head, len(config.class_names), config.image_shape, adapter_bias=not config.bias_free
+            network,
+            config.head,
+            len(config.class_names),
+            config.image_shape,
+            adapter_bias=not config.bias_free,
+            to_train=to_train,
         )
     return Classifier(network, config.debias, report, config.image_shape, segmenter)
 
@@ -192,6 +209,8 @@ def read_config(directory: Path) -> ModelConfig:
         ModelError: the folder has no ``config.json`` of a classifier.
     """
     hint = "give the output folder of a teacher's or a student's training"
+    if directory.is_file() and (directory.parent / CONFIG_FILE).exists():
+        raise ModelError(f"no model at {directory}: it is a file; give its folder, {directory.parent}")
     try:
         values = json.loads((directory / CONFIG_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -235,15 +254,15 @@ def load_classifier(
     remedy = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
     try:
         built = None if segmenter_spec is None else build_segmenter(segmenter_spec, config.image_shape, weights=False)
-        model = build_classifier(config, student_factory, built)
+        model = build_classifier(config, student_factory, built, to_train=False)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")
         ) from error
     try:
-        model.load_state_dict(torch.load(directory / WEIGHTS_FILE, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises many types for a file that is cut or foreign
-        raise ModelError(f"the weights in {directory} do not load ({type(error).__name__}); {remedy}") from error
+        load_weights(model, directory / WEIGHTS_FILE)
+    except ModelError as error:
+        raise ModelError(f"the weights in {directory} do not load ({error}); {remedy}") from error
     return model.eval(), config
 
 

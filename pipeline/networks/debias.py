@@ -21,6 +21,7 @@ else:
 
 Front = Callable[["Tensor", "Tensor | None"], "Tensor"]  # images (N, C, H, W), masks (N, 1, H, W) → images (N, C, H, W)
 DEBIAS: Registry[Front] = Registry("debias", ModelError)
+MASKED = ("mask", "segmenter")  # fronts that need masks
 
 
 @DEBIAS.add("grayscale")
@@ -37,7 +38,7 @@ def grayscale(images: Tensor, masks: Tensor | None) -> Tensor:
 
 @DEBIAS.add("mask")
 def mask(images: Tensor, masks: Tensor | None) -> Tensor:
-    """Return the images with their background set to 0 by the dataset's masks, (N, 1, H, W) in {0, 1}.
+    """Return the images with the background set to 0 by the array ``masks`` of the dataset, (N, 1, H, W) in {0, 1}.
 
     Raises:
         ModelError: there are no masks.
@@ -55,7 +56,7 @@ def mask(images: Tensor, masks: Tensor | None) -> Tensor:
 
 @DEBIAS.add("segmenter")
 def segmenter(images: Tensor, masks: Tensor | None) -> Tensor:
-    """Return the images as `mask` does, by masks that a frozen segmentation network made from them."""
+    """Return the images as `mask` does, by the masks of a frozen segmentation network inside the teacher."""
     return mask(images, masks)
 
 

@@ -5,20 +5,20 @@ Not here: the formats (`formats.py`), and the files of our own models (`classifi
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from options import Message, Option
+from options import Message, Option, takes
 from pipeline.errors import ModelError
 from pipeline.networks.classifier import Classifier, load_classifier, write_whole
-from pipeline.networks.formats import FORMATS
+from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
-from pipeline.networks.homogeneous import ScaleNorm
+from pipeline.networks.homogeneous import ScaleNorm, copy_of
 from pipeline.networks.models import ImageShape, error_summary
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
@@ -48,7 +48,7 @@ def plain(model: Classifier) -> nn.Module:
             )
         )
     try:
-        network = copy.deepcopy(model.network).eval()
+        network = copy_of(model.network).eval()
     except Exception as error:
         raise ModelError(
             f"this model's network cannot be copied: {error_summary(error)}; let copy.deepcopy take it"
@@ -96,7 +96,8 @@ def save_plain(path: str | Path, model: Classifier) -> None:
     write_whole(Path(path), buffer.getbuffer())
 
 
-def export_model(model: str | Path, out: str | Path, format: str, *, student_factory: str | None = None) -> float:
+@takes(ExportOptions)
+def export_model(model: str | Path, out: str | Path, format: str, **options: Any) -> float:
     """Write the `plain` network of a saved model to a file, for batches of any size.
 
     The file is read again and compared with the model on random images before it gets its name.
@@ -105,7 +106,6 @@ def export_model(model: str | Path, out: str | Path, format: str, *, student_fac
         model: the folder of the model.
         out: the file, which must not exist.
         format: a name in `FORMATS`.
-        student_factory: as in `load_classifier`.
 
     Returns:
         The largest difference between the logits of the file and of the model.
@@ -114,11 +114,11 @@ def export_model(model: str | Path, out: str | Path, format: str, *, student_fac
         ModelError: the format is unknown or cannot hold the network, or the file computes other logits.
         FileExistsError: ``out`` exists.
     """
-    FORMATS.check(format)
+    settings = ExportOptions(model=model, out=out, format=format, **options)
     out = Path(out)
     if out.exists():
         raise FileExistsError(Message(f"{out} exists: choose another ", Option("out"), ", or remove it first"))
-    classifier, config = load_classifier(model, student_factory)
+    classifier, config = load_classifier(model, settings.student_factory)
     network = plain(classifier)
     try:
         content = FORMATS[format].encode(network, _images(2, config.image_shape))

@@ -7,9 +7,11 @@ import importlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from options import Lazy, Message, Option, Registry
+from options import Among, Doc, Heading, Kind, Lazy, Message, Option, OptionSet, Registry
+from options.common import CUSTOM_CODE, StudentFactory
 from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ FORMATS: Registry[Format] = Registry("format", ModelError)
 
 
 def _to_torch_export(network: nn.Module, images: Tensor) -> bytes:
+    """Return a program for ``torch.export.load(FILE).module()(images)``."""
     program = torch.export.export(network, (images,), dynamic_shapes=_any_batch(), strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -48,6 +51,7 @@ def _from_torch_export(content: bytes, network: nn.Module) -> Callable[[Tensor],
 
 
 def _to_onnx(network: nn.Module, images: Tensor) -> bytes:
+    """Return a graph for any ONNX runtime, with the input ``images`` and the output ``logits``."""
     _require_onnx()
     program = torch.onnx.export(
         network,
@@ -86,6 +90,7 @@ def _require_onnx() -> None:
 
 
 def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
+    """Return a state dict for ``network.load_state_dict(torch.load(FILE))``, in a network with the same layers."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     return buffer.getvalue()
@@ -107,3 +112,20 @@ def _any_batch() -> Any:
 FORMATS["torch-export"] = Format(_to_torch_export, _from_torch_export)
 FORMATS["onnx"] = Format(_to_onnx, _from_onnx)
 FORMATS["state-dict"] = Format(_to_state_dict, _from_state_dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(OptionSet):
+    """The options of ``export``."""
+
+    ERROR: ClassVar[type[Exception]] = ModelError
+    HEADING: ClassVar[str] = "Files"
+
+    model: Annotated[str | Path, Kind.FOLDER, Doc("Folder of a student or teacher.")]
+    format: Annotated[
+        str,
+        Among(FORMATS),
+        Doc("File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone."),
+    ]
+    out: Annotated[str | Path, Kind.FOLDER, Doc("File to write.")]
+    student_factory: Annotated[StudentFactory, Heading(CUSTOM_CODE)] = None

@@ -5,6 +5,7 @@ Not here: the layers in front of it (`models.py`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.models import ImageShape, error_summary, last_layer, outputs_of_last_layer
+from pipeline.networks.trials import else_in_logits
+
+log = logging.getLogger(__name__)
 
 POOL = "pool."  # prefix of the names of an attention pooling's arrays
 POOL_HEADS = POOL + "heads"
@@ -148,6 +152,19 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
     return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}
 
 
+def decisive_head(network: nn.Module, classes: int, image_shape: ImageShape) -> dict[str, np.ndarray]:
+    """Return `head_arrays` of a teacher on the CPU; nothing, with a log line, if it does not make the logits alone."""
+    head, name = head_arrays(network, classes), last_layer(network, classes)
+    besides = None if name is None else else_in_logits(network, name, classes, image_shape)
+    if besides is None:
+        return head
+    log.warning(
+        f"the teacher's last layer '{name}' does not make its logits alone ({besides}), so that a copy of it would not "
+        "decide a student's: the store has none, and students learn a last layer of their own"
+    )
+    return {}
+
+
 def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
     """Copy the teacher's values, the arrays of `head_arrays`, into the frozen layers of `attach_head`."""
     name = last_layer(network, len(head["weight"]))
@@ -160,7 +177,13 @@ def copy_head(network: nn.Module, head: Mapping[str, np.ndarray]) -> None:
 
 
 def attach_head(
-    network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape, *, adapter_bias: bool
+    network: nn.Module,
+    head: HeadSpec,
+    num_classes: int,
+    image_shape: ImageShape,
+    *,
+    adapter_bias: bool,
+    to_train: bool = True,
 ) -> None:
     """Replace the last layer of a network by a frozen layer of the teacher's shape and the network's own kind.
 
@@ -181,10 +204,12 @@ def attach_head(
         num_classes: number of logits.
         image_shape: (C, H, W) of the images.
         adapter_bias: whether the adapter has a bias.
+        to_train: the network is to be trained. The frozen layer must then make its logits: nothing but pooling may
+            follow.
 
     Raises:
-        ModelError: the network does not end in a linear layer or a 1×1 convolution, lacks the pooling to replace, or
-            fails with another module in that place.
+        ModelError: the network does not end in a linear layer or a 1×1 convolution, lacks the pooling to replace, fails
+            with another module in that place, or computes other logits than that layer.
     """
     name = last_layer(network, num_classes)
     if name is None:
@@ -208,11 +233,17 @@ def attach_head(
     _replace_last_layer(network, name, head, num_classes, image_shape, adapter_bias)
     try:
         _pass(network, image_shape)
+        besides = else_in_logits(network, name, num_classes, image_shape) if to_train else None
     except Exception as error:
         raise _head_error(
             f"this student does not work with the teacher's last layer in place of its own '{name}' "
             f"({error_summary(error)}): its forward must only call '{name}', or let the student keep its own"
         ) from error
+    if besides is not None:
+        raise _head_error(
+            f"this student's last layer '{name}' does not make its logits alone ({besides}), so that the teacher's "
+            f"layer in its place would not decide them: return the output of '{name}', or let the student keep its own"
+        )
 
 
 def _head_error(text: str) -> ModelError:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from pipeline.private_torch import BatchNormBase
 from pipeline.rules import scale_norm
@@ -50,28 +51,72 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
     """Copy a ReLU network into its positively homogeneous form.
 
     Convolutions and linear layers lose their bias, and batch norms become `ScaleNorm` with the same γ. Other modules
-    stay as they are. The report lists those that break homogeneity or have parameters of their own. It cannot list an
-    activation that a ``forward`` calls as a function; `homogeneity_error` measures that.
+    stay as they are. PyTorch's attention and transformer modules read the biases of their linear layers: those biases
+    become zeros that are no parameters and not saved. Parametrised weights (`weight_norm`, `spectral_norm`, pruning)
+    are weights, and parametrised biases go with their parameters. The report lists the modules that break homogeneity
+    or have parameters of their own. It cannot list an activation that a ``forward`` calls as a function;
+    `homogeneity_error` measures that.
 
     Returns:
         The copy, and the report.
     """
-    model = copy.deepcopy(model)
+    model = copy_of(model)
     norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, BatchNormBase)}
     if model in norms:
         return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
+    read = {layer for module in model.modules() for layer in _layers_whose_bias_is_read(module)}
+    of_weights = _parametrizations(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in norms:
             model.set_submodule(name, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
         elif isinstance(module, _WITH_BIAS):
-            if module.bias is not None:
-                module.register_parameter("bias", None)
+            if module.bias is not None and "bias" not in module._buffers:
+                zeros = torch.zeros_like(module.bias.detach())
                 changed.append(f"{name}: bias removed from {type(module).__name__}")
+                _remove_bias(module)
+                if module in read:
+                    del module.bias
+                    module.register_buffer("bias", zeros, persistent=False)
+        elif module in of_weights:
+            continue
         elif isinstance(module, _NOT_HOMOGENEOUS) or list(module.parameters(recurse=False)):
             could_not.append(f"{name} ({type(module).__name__})")
     return model, BiasFreeReport(tuple(changed), tuple(could_not))
+
+
+def _layers_whose_bias_is_read(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a module whose fast path of evaluation reads their bias, and fails if it is None (pytorch
+    issues 116385 and 143293)."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [module.out_proj]
+    return [module.linear1, module.linear2] if isinstance(module, nn.TransformerEncoderLayer) else []
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Copy a network, also one whose weights a hook computes from others (older weight norms, pruning)."""
+    computed = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed if not value.is_leaf})
+
+
+def _parametrizations(model: nn.Module) -> set[nn.Module]:
+    """Return the modules that compute the weights of layers without an additive term of their own."""
+    layers = [
+        layer for layer in model.modules() if isinstance(layer, _WITH_BIAS) and parametrize.is_parametrized(layer)
+    ]
+    return {part for layer in layers for part in layer.get_submodule("parametrizations").modules()}
+
+
+def _remove_bias(layer: nn.Module) -> None:
+    """Remove the bias of a layer, whether it is a parameter or computed from others."""
+    if parametrize.is_parametrized(layer, "bias"):
+        shared = type(layer)  # with the layer that this one is a copy of, which keeps its bias
+        layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
+        parametrize.remove_parametrizations(layer, "bias")
+    elif "bias_orig" in layer._parameters:
+        prune.remove(layer, "bias")
+    layer.register_parameter("bias", None)
 
 
 def _scale_norm_like(norm: nn.Module) -> ScaleNorm:

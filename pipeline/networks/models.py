@@ -21,12 +21,15 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from options import Message, Option, did_you_mean, first_line
+from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
+from pipeline.networks.trials import kind_of, remedy_for, trial_images, undisturbed
+from pipeline.networks.weight_files import plain_reason
 
 ImageShape = tuple[int, int, int]
 Options = Mapping[str, int | float | bool | str]
+TRIED = (2, 128)  # images in training mode: more where a network does not take a few
 
 
 def architectures() -> list[str]:
@@ -118,8 +121,9 @@ def build_network(
     free_of_biases: bool,
     options: Options | None = None,
     factory: str | None = None,
+    to_train: bool = True,
 ) -> tuple[nn.Module, BiasFreeReport]:
-    """Build a randomly initialised network, and try it once on two random images.
+    """Build a randomly initialised network, and try it once on random images in each mode.
 
     Args:
         arch: one of `architectures`, or ``package.module:function``, a function of the user's own. The function is
@@ -131,6 +135,7 @@ def build_network(
         options: options of the builder: ``width`` and ``depth`` of our own networks, or keywords of torchvision's.
         factory: the name of the user's function once more. A function is imported only if both names are equal, so
             that a file alone cannot run code.
+        to_train: the network is to be trained, so try it in training mode too.
 
     Returns:
         The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
@@ -145,18 +150,45 @@ def build_network(
         network, name = _build(arch, num_classes, image_shape, options or {})
         try:
             if free_of_biases:
+                if any(nn.parameter.is_lazy(buffer) for buffer in network.buffers()):  # which cannot be copied
+                    network.eval()(trial_images(2, image_shape))
                 network, report = bias_free(network)
-            with torch.no_grad():
-                logits = network.eval()(torch.rand(2, *image_shape))
+            logits = _logits_of_two(network, image_shape)
         except Exception as error:
-            raise _not_taken(name, arch, image_shape, error) from error
-    returned = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-    if returned != (2, num_classes):
-        raise ModelError(
-            f"the network of {name} returns {returned} for 2 images and {num_classes} classes: "
-            f"it must return logits of shape {(2, num_classes)}"
-        )
+            if free_of_biases and _works_with_biases(arch, num_classes, image_shape, options or {}):
+                raise _not_bias_free(name, error) from error
+            raise _not_taken(name, arch, image_shape, error, network) from error
+        _check_output(name, logits, 2, num_classes)
+        if to_train:
+            _try_training(name, network, num_classes, image_shape)
     return network.train(), report
+
+
+def _check_output(name: str, output: object, images: int, num_classes: int, mode: str = "") -> None:
+    """Raise ModelError where an output is no tensor of logits (images, num_classes)."""
+    if not isinstance(output, torch.Tensor) or output.shape != (images, num_classes):
+        raise ModelError(
+            f"the network of {name} returns {kind_of(output)} for {images} images and {num_classes} classes{mode}: "
+            f"it must return logits of shape {(images, num_classes)}{remedy_for(output, num_classes)}"
+        )
+
+
+def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: ImageShape) -> None:
+    """Try a network in training mode, and leave it as it was; raise ModelError where it fails or returns no logits."""
+    failure: Exception | None = None
+    for samples in TRIED:
+        try:
+            with undisturbed(network), torch.no_grad():
+                output = network.train()(trial_images(samples, image_shape))
+        except Exception as error:
+            failure = failure or error
+        else:
+            return _check_output(name, output, samples, num_classes, " in training mode, unlike in evaluation mode")
+    assert failure is not None
+    raise ModelError(
+        f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
+        f"{_summary_with_line(failure)}; let its forward work in both modes"
+    ) from failure
 
 
 def is_factory(arch: str) -> bool:
@@ -207,9 +239,8 @@ def call_function(name: str, option: str, what: str) -> Any:
 
 
 def error_summary(error: BaseException) -> str:
-    """Return the type of an error and the first line of its text, cut to 300 characters."""
-    name, reason = type(error).__name__, first_line(error)[:300]
-    return name if reason == name else f"{name}: {reason}"
+    """Return the type of an error and the first line of its text, cut to 300 characters; see `plain_reason`."""
+    return plain_reason(error)
 
 
 def last_layer(network: nn.Module, num_classes: int) -> str | None:
@@ -239,6 +270,10 @@ def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Option
     except Exception as error:
         if (option := _unexpected_keyword(error)) in options:
             raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
+        if is_factory(arch) and option == "num_classes":
+            raise ModelError(
+                f"{name} must take num_classes={num_classes}, with which it is called: {_summary_with_line(error)}"
+            ) from error
         if is_factory(arch) or options:
             raise ModelError(
                 f"{name}{with_options} cannot be built for {num_classes} classes and images of shape {image_shape}: "
@@ -246,7 +281,10 @@ def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Option
             ) from error
         raise _not_taken(name, arch, image_shape, error) from error
     if not isinstance(network, nn.Module):
-        raise ModelError(f"{name}{with_options} returned {type(network).__name__}: it must return an nn.Module")
+        returned, remedy = type(network).__name__, "it must return an nn.Module"
+        if isinstance(network, type) and issubclass(network, nn.Module):
+            returned, remedy = f"the class {network.__name__}", f"it must call it, {network.__name__}(num_classes)"
+        raise ModelError(f"{name}{with_options} returned {returned}: {remedy}")
     return network, name + with_options
 
 
@@ -279,7 +317,8 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
 def _import(name: str, option: str, what: str) -> Callable[..., Any]:
     """Import the function ``package.module:function``; ``option`` and ``what`` are as in `call_function`."""
     module_name, _, function_name = name.partition(":")
-    if not module_name or not function_name.isidentifier():
+    is_path = module_name.endswith(".py") or "/" in module_name or module_name.startswith(".")
+    if not module_name or not function_name.isidentifier() or is_path:
         raise _not_a_function(option, name)
     importlib.invalidate_caches()  # the file may be younger than our last look into its folder
     try:
@@ -296,6 +335,8 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
             f"the {what} '{name}' does not exist: {module_name} has no function '{function_name}'."
             f"{did_you_mean(function_name, functions) or ' Give the name of one that it has.'}"
         )
+    if isinstance(function, nn.Module):
+        raise ModelError(f"the {what} '{name}' is a network and no function: give a function that builds a new one")
     try:
         inspect.signature(function)
     except (ValueError, TypeError) as error:
@@ -304,7 +345,10 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
 
 
 def _not_a_function(option: str, name: str) -> ModelError:
-    return ModelError(Message(Option(option), f" must be package.module:function, got '{name}'"))
+    path, colon, function = name.removesuffix("()").rpartition(":" if ":" in name else ".")
+    module = path.removesuffix(".py").replace("\\", "/").removeprefix("./").strip("/").replace("/", ".")
+    near = f". Did you mean {module}:{function}?" if module and function.isidentifier() and colon else ""
+    return ModelError(Message(Option(option), f" must be package.module:function, got '{name}'{near}"))
 
 
 @contextmanager
@@ -396,12 +440,40 @@ def _unexpected_keyword(error: Exception) -> str | None:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _not_taken(name: str, arch: str, image_shape: ImageShape, error: Exception) -> ModelError:
-    remedy = (
-        "it must take float32 images (N, C, H, W) in [0, 1]"
-        if is_factory(arch)
-        else "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
+@torch.no_grad()
+def _logits_of_two(network: nn.Module, image_shape: ImageShape) -> Any:
+    return network.eval()(torch.rand(2, *image_shape))
+
+
+def _works_with_biases(arch: str, num_classes: int, image_shape: ImageShape, options: Options) -> bool:
+    try:
+        _logits_of_two(_build(arch, num_classes, image_shape, options)[0], image_shape)
+    except Exception:  # the error of the bias-free form tells as much
+        return False
+    return True
+
+
+def _not_bias_free(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        Message(
+            f"{name} does not run in its bias-free form: {_summary_with_line(error)}. With its biases it runs: give ",
+            Option("bias_free", False),
+        )
     )
+
+
+def _not_taken(
+    name: str, arch: str, image_shape: ImageShape, error: Exception, network: nn.Module | None = None
+) -> ModelError:
+    remedy = "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
+    if is_factory(arch):
+        remedy = "it must take float32 images (N, C, H, W) in [0, 1]"
+    for key, parameter in [] if network is None else network.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            remedy = f"return it in float32 on the CPU, where it is converted and moved later: '{key}' is {kind} on "
+            remedy += str(parameter.device)
+            break
     return ModelError(
         f"{name} does not take images of shape {image_shape} (channels, height, width): {_summary_with_line(error)}; "
         f"{remedy}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.networks.models import ImageShape, call_function, error_summary
+from pipeline.networks.weight_files import file_fault, plain_reason
 
 TORCHVISION = "torchvision:"
 FILES = (".pt", ".pth", ".ts", ".pt2")
@@ -137,6 +138,8 @@ def _of_file(path: Path) -> nn.Module:
         content = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise ModelError(f"the segmenter {path} cannot be read ({error.strerror}): give the path of the file") from None
+    if (fault := file_fault(path)) is not None:
+        raise ModelError(f"the segmenter {path} does not load: it is {fault}")
     try:
         if path.suffix == ".pt2":
             exported: Any = torch.export.load(content)
@@ -146,6 +149,6 @@ def _of_file(path: Path) -> nn.Module:
             return torch.jit.load(content, map_location="cpu")
     except Exception as error:  # torch raises many types for a file that is cut or foreign
         raise ModelError(
-            f"the segmenter {path} does not load ({type(error).__name__}): give a file of torch.export.save (.pt2) or "
+            f"the segmenter {path} does not load ({plain_reason(error)}): give a file of torch.export.save (.pt2) or "
             "torch.jit.save, or for weights alone a package.module:function that builds the network and loads them"
         ) from error

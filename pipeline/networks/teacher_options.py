@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from options import Doc, Kind, OptionSet, Separated
+from options import Doc, InsteadOf, Kind, OptionSet, Separated
 from pipeline.errors import ModelError
 
 
@@ -18,15 +18,17 @@ class VisionLanguageOptions(OptionSet):
     HEADING: ClassVar[str] = "Vision-language teacher"
 
     pretrained: Annotated[
-        str | None, Doc("Weights of a clip:ARCH teacher: a tag of open_clip's, or a checkpoint file.")
+        str | None, Doc("Weights of a clip:ARCH teacher: a pretrained tag of open_clip, or a checkpoint file.")
     ] = None
     classes: Annotated[
         tuple[str, ...] | None,
-        Doc("Names of the classes in prompts, in the dataset's order. Default: the dataset's own names."),
+        Doc("Class names for the prompts, in the dataset's order. Default: the dataset's class names."),
         Separated(";"),
     ] = None
     prompt: Annotated[
         tuple[str, ...],
-        Doc("Prompt with {} in place of the class, such as 'a photo of a {}'. Several prompts are averaged."),
+        Doc("Prompt with {} for the class name, such as 'a photo of a {}'. Several prompts are averaged."),
     ] = ()
-    prompts: Annotated[str | Path | None, Doc("Text file with one prompt on each line."), Kind.PATH] = None
+    prompts: Annotated[
+        str | Path | None, Doc("Text file with one prompt per line."), Kind.PATH, InsteadOf("prompt")
+    ] = None

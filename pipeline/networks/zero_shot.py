@@ -26,10 +26,12 @@ from options import Message, Option, Word, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.heads import l2_norm
 from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.weight_files import file_fault, reason_of
 
 PREFIX = "clip:"
 HUB = "hf-hub:"
 CONFIG = "open_clip_config.json"  # in a folder that open_clip's push_to_hf_hub wrote
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")  # endings of files in such a folder
 TEMPLATE = "a photo of a {}"
 NEEDED = ("embed_dim", "vision_cfg", "text_cfg")  # keys of a model's configuration
 MOST_TAGS = 12  # tags that an error lists
@@ -400,19 +402,27 @@ def _errors_of_loading(teacher: ZeroShot, source: str | None = None) -> Iterator
     except ModelError:
         raise
     except Exception as error:
-        reason = error_summary(error)
         if source is None:
-            weights = Option("pretrained", teacher.pretrained)
-            raise ModelError(
-                Message(f"{teacher} does not load with ", weights, f": {reason}; give weights of this model")
-            ) from error
+            files = _weight_files(teacher)
+            with_weights = () if teacher.pretrained is None else (" with ", Option("pretrained", teacher.pretrained))
+            remedy = "" if any(map(file_fault, files)) else "; give weights of this model"
+            reason = reason_of(error, *files)
+            raise ModelError(Message(f"{teacher} does not load", *with_weights, f": {reason}{remedy}")) from error
         raise ModelError(
             Message(
-                f"the weights '{teacher.pretrained}' of {teacher} are not here and cannot be fetched ({reason}): fetch "
-                f"{source} on a machine with a network, and give the file by ",
+                f"the weights '{teacher.pretrained}' of {teacher} are not here and cannot be fetched "
+                f"({error_summary(error)}): fetch {source} on a machine with a network, and give the file by ",
                 Option("pretrained", Word("FILE")),
             )
         ) from error
+
+
+def _weight_files(teacher: ZeroShot) -> list[Path]:
+    """Return the user's own files with the weights of a teacher, as far as there are any."""
+    if teacher.pretrained is not None:
+        return [Path(teacher.pretrained)]
+    folder = Path(teacher.arch)
+    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS) if folder.is_dir() else []
 
 
 def _or_tags(tags: Sequence[str]) -> str:

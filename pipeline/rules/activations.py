@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.rules.elementwise import elementwise
 from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -25,7 +26,16 @@ ACTIVATIONS: set[Any] = {
     torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip, T.clip_,
     torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_,
     torch.clamp_max, torch.clamp_max_, T.clamp_max, T.clamp_max_,
-    F.prelu, torch.prelu, T.prelu,
+    F.prelu, torch.prelu, T.prelu, F.threshold, torch.threshold, torch.threshold_,
+    F.hardshrink, torch.hardshrink, T.hardshrink, F.softshrink, F.tanhshrink, F.softsign,
+    torch.abs, T.abs, T.__abs__, torch.abs_, T.abs_, torch.absolute, T.absolute, T.absolute_,
+}  # fmt: skip
+
+
+BOUNDS: set[Any] = {
+    F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip,
+    T.clip_, torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_, torch.clamp_max, torch.clamp_max_,
+    T.clamp_max, T.clamp_max_,
 }  # fmt: skip
 
 
@@ -33,9 +43,18 @@ ACTIVATIONS: set[Any] = {
 def activation(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Pass g · f(x) / (x + ε·sign(x)): x gets all relevance of f(x) (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
 
-    On a ReLU this is LRP-Flex. If f(0) is not 0, as for a sigmoid, ε bounds the share of a small x.
+    On a ReLU this is LRP-Flex. If f(0) is not 0, as for a sigmoid, ε bounds the share of a small x. A bound of what is
+    bounded already, as in ``F.relu(x).clamp(max=6)``, makes one activation of both, which has ε once.
     """
-    return identity_rule(trace, func, input, args, kwargs, stabiliser=True)
+    continues = func in BOUNDS and trace.is_bounded(input) and _keeps_zero(func, args, kwargs)
+    return identity_rule(trace, func, input, args, kwargs, stabiliser=not continues)
+
+
+def _keeps_zero(func: Any, args: Any, kwargs: Any) -> bool:
+    bounds = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if any(bound.numel() != 1 or bound.is_cuda for bound in bounds):
+        return False
+    return not func(torch.zeros(1), *args, **kwargs).item()
 
 
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,6 +102,25 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
     return input.copy_(output) if inplace else output
+
+
+@rule_for(F.rrelu, torch.rrelu, torch.rrelu_)
+def rrelu(
+    trace: Tracer,
+    func: Any,
+    input: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Apply the rule of a leaky ReLU; in training, with the slopes that this pass draws."""
+    x = input.clone() if inplace or func is torch.rrelu_ else input
+    slope = torch.empty_like(x, requires_grad=False).uniform_(lower, upper) if training else (lower + upper) / 2
+    rule = trace.rules.rule(elementwise)
+    assert rule is not None
+    output = rule(trace, elementwise, x, torch.where(x >= 0, x, x * slope), trace.batch_axis(input))
+    return output if x is input else input.copy_(output)
 
 
 def hardsigmoid_by_gradient(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:

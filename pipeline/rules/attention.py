@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T: Any = torch.Tensor
 
-SOFTMAX: set[Any] = {F.softmax, torch.softmax, T.softmax}
+SOFTMAX: set[Any] = {F.softmax, torch.softmax, T.softmax, F.softmin}
 
 
 @rule_for(*SOFTMAX)

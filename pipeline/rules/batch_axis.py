@@ -7,7 +7,7 @@ image i // r: the windows of an image, or its heads, may be folded into the batc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
@@ -82,6 +82,20 @@ class _Call:
         return (default if value is None else value) % self.input.dim()  # type: ignore[operator]
 
 
+def axis_of_the_written(samples: int, input: Tensor, index: Any, value: Tensor, batch_axis: int | None) -> int | None:
+    """Return the batch axis of a tensor into which a value with a batch axis was written at an index; None if it is
+    unknown."""
+    if batch_axis is None:
+        return None
+    plain = input.detach()
+    part, axes = plain[index], []
+    for axis in range(input.dim()):
+        within = batch_axis_after({id(plain): axis}, samples, T.__getitem__, (plain, index), {}, part)
+        if within is not None and within - part.dim() == batch_axis - value.dim():
+            axes.append(axis)
+    return _agreed(axes)
+
+
 def _agreed(values: list[int]) -> int | None:
     return values[0] if values and len(set(values)) == 1 else None
 
@@ -110,6 +124,23 @@ def _convolution(call: _Call) -> int | None:
 def _kept_but_last(call: _Call) -> int | None:
     """Follow a linear layer."""
     return call.axis if len(call.carrying) == 1 and call.axis < call.input.dim() - 1 else None
+
+
+def _scatter(call: _Call) -> int | None:
+    """Follow the writing at indices of one axis into a tensor of the same number of axes."""
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    return None if axis == call.dim(1) or any(t.dim() != call.output.dim() for t in call.carrying) else axis
+
+
+def _diagonal(call: _Call) -> int | None:
+    pair = [call.get(2 + i, f"dim{1 + i}") for i in (0, 1)]
+    dims = [(i if dim is None else dim) % call.input.dim() for i, dim in enumerate(pair)]
+    return None if call.axis in dims else call.axis - sum(dim < call.axis for dim in dims)
+
+
+def _bilinear(call: _Call) -> int | None:
+    axis = _agreed([call.axes[id(tensor)] for tensor in call.carrying])  # type: ignore[misc]
+    return axis if axis is not None and axis < call.input.dim() - 1 else None
 
 
 def _reshape(call: _Call) -> int | None:
@@ -191,8 +222,14 @@ def _other_axes(position: int) -> Callable[[_Call], int | None]:
 _INDEX = (Integral, slice, type(None), type(Ellipsis), Tensor)
 
 
+def _as_tensor(item: Any) -> Any:
+    """Return a list of numbers, in a tuple of indices, as the tensor that it stands for."""
+    numbers = isinstance(item, list) and item and all(type(value) is int for value in item)
+    return torch.tensor(item) if numbers else item
+
+
 def _getitem(call: _Call) -> int | None:
-    index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
+    index = tuple(map(_as_tensor, call.args[1])) if isinstance(call.args[1], tuple) else (call.args[1],)
     if any(isinstance(item, bool) or not isinstance(item, _INDEX) for item in index):
         return None  # a mask, or a sequence, which indexes like a tensor
     advanced = [item for item in index if isinstance(item, Tensor)]
@@ -280,16 +317,60 @@ def _einsum(call: _Call) -> int | None:
     """Follow the letter of the batch axis in the equation."""
     equation = call.args[0].replace(" ", "")
     operands = call.args[1] if isinstance(call.args[1], tuple | list) else call.args[1:]
-    if "." in equation or "->" not in equation:
-        return None
-    terms, result = equation.split("->")
-    letters = set()
-    for term, operand in zip(terms.split(","), operands, strict=True):
+    inputs, arrow, result = equation.partition("->")
+    terms = [_spelled_out(term, operand.dim()) for term, operand in zip(inputs.split(","), operands, strict=True)]
+    if arrow:
+        result = _spelled_out(result, call.output.dim())
+    else:  # the axes of the ellipsis, then the letters that occur once
+        letters = "".join(terms)
+        dots = sorted({letter for letter in letters if not letter.isalpha()})
+        result = "".join(dots + sorted(letter for letter in set(letters) - set(dots) if letters.count(letter) == 1))
+    names = set()
+    for term, operand in zip(terms, operands, strict=True):
         if id(operand) in call.axes:
             letter = term[call.axes[id(operand)]]  # type: ignore[index]
-            letters.add(letter if term.count(letter) == 1 else "")
-    letter = letters.pop()
-    return result.index(letter) if letter and not letters else None
+            names.add(letter if term.count(letter) == 1 else "")
+    letter = names.pop()
+    return result.index(letter) if letter and not names else None
+
+
+def _spelled_out(term: str, dims: int) -> str:
+    """Replace the ellipsis of a term by one sign for each of its axes, which are aligned at their right ends."""
+    if "..." not in term:
+        return term
+    count = dims - len(term) + 3
+    return term.replace("...", "".join(chr(ord("9") - i) for i in reversed(range(count))))
+
+
+def _tensordot(call: _Call) -> int | None:
+    """Follow the axes that are not summed: those of the first tensor, then those of the second."""
+    left, right, dims = call.input, call.get(1, "other", "b"), call.get(2, "dims")
+    if len(call.carrying) != 1:
+        return None
+    if isinstance(dims, int | None):
+        count = 2 if dims is None else dims
+        summed = [list(range(left.dim() - count, left.dim())), list(range(count))]
+    else:
+        summed = [[int(d) for d in (part if isinstance(part, Sequence) else part.tolist())] for part in dims]
+    kept = [
+        [axis for axis in range(tensor.dim()) if axis not in {dim % tensor.dim() for dim in dims}]
+        for tensor, dims in zip((left, right), summed, strict=True)
+    ]
+    if call.carrying[0] is left:
+        return kept[0].index(call.axes[id(left)])  # type: ignore[arg-type]
+    return len(kept[0]) + kept[1].index(call.axes[id(right)])  # type: ignore[arg-type]
+
+
+def _along(position: int, default: int = -1) -> Callable[[_Call], int | None]:
+    """Follow an operation along one axis, which may vanish, and which must not be the batch axis."""
+
+    def follow(call: _Call) -> int | None:
+        dim = call.dim(position, default)
+        if dim == call.axis or len(call.carrying) != 1:
+            return None
+        return call.axis if call.output.dim() == call.input.dim() else call.axis - (dim < call.axis)
+
+    return follow
 
 
 _FOLLOW: dict[Any, Callable[[_Call], int | None]] = {}
@@ -306,7 +387,7 @@ _enter(
     torch.multiply, T.multiply, torch.div, T.div, T.div_, torch.divide, T.divide, torch.true_divide, T.true_divide,
     T.__truediv__, T.__itruediv__, torch.where, T.where, torch.masked_fill, T.masked_fill, torch.addcmul, T.addcmul,
     torch.maximum, T.maximum, torch.minimum, T.minimum, T.expand, T.expand_as, torch.broadcast_to, T.broadcast_to,
-    torch.clamp, T.clamp, torch.clip, T.clip,
+    torch.fmax, T.fmax, torch.fmin, T.fmin, torch.lerp, T.lerp, torch.clamp, T.clamp, torch.clip, T.clip,
 )  # fmt: skip
 _enter(
     _rows,
@@ -316,11 +397,14 @@ _enter(
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d, F.adaptive_max_pool1d_with_indices,
     F.adaptive_max_pool2d_with_indices, F.adaptive_max_pool3d_with_indices, F.interpolate, F.batch_norm,
     F.group_norm, torch.group_norm, F.instance_norm, F.local_response_norm, F.pixel_shuffle, F.pixel_unshuffle,
-    torch.channel_shuffle, F.unfold, F.fold,
+    torch.channel_shuffle, F.unfold, F.fold, F.max_unpool1d, F.max_unpool2d, F.max_unpool3d, F.grid_sample, F.lp_pool1d,
+    F.lp_pool2d, F.lp_pool3d, F.fractional_max_pool2d, F.fractional_max_pool3d, torch.native_channel_shuffle,
+    F.fractional_max_pool2d_with_indices, F.fractional_max_pool3d_with_indices,
 )  # fmt: skip
 _enter(_convolution, torch.conv1d, torch.conv2d, torch.conv3d)
 _enter(_convolution, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 _enter(_kept_but_last, F.linear)
+_enter(_bilinear, F.bilinear)
 _enter(
     _reshape,
     torch.flatten, T.flatten, torch.unflatten, T.unflatten, torch.reshape, T.reshape, T.view, T.view_as, T.reshape_as,
@@ -329,17 +413,25 @@ _enter(
 _enter(_permute, torch.permute, T.permute)
 _enter(_transpose, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes)
 _enter(_reverse, torch.t, T.t, T.T.__get__)
-_enter(_matrix_transpose, T.mT.__get__)
+_enter(_matrix_transpose, T.mT.__get__, torch.adjoint, T.adjoint)
 _enter(_movedim, torch.movedim, T.movedim, torch.moveaxis, T.moveaxis)
 _enter(_reduce(1), torch.sum, T.sum, torch.mean, T.mean, torch.amax, T.amax, torch.amin, T.amin, torch.max, T.max)
-_enter(_reduce(1), torch.min, T.min, torch.var, T.var, torch.std, T.std)
+_enter(_reduce(1), torch.min, T.min, torch.var, T.var, torch.std, T.std, torch.var_mean, torch.std_mean)
+_enter(_reduce(1), torch.nansum, T.nansum, torch.nanmean, T.nanmean)
 _enter(_reduce(2), torch.norm, T.norm, torch.linalg.vector_norm)
 _enter(_drop, torch.select, T.select, torch.unbind, T.unbind)
 _enter(_other_axis(1), torch.narrow, T.narrow, torch.index_select, T.index_select, torch.gather, T.gather, T.unfold)
 _enter(_other_axis(2, 0), torch.chunk, T.chunk, torch.split, T.split, torch.tensor_split, T.tensor_split)
 _enter(_other_axis(1, -1), F.glu)
 _enter(_other_axes(1), torch.flip, T.flip)
-_enter(_other_axes(2), torch.roll, T.roll)
+_enter(_other_axes(2), torch.roll, T.roll, torch.rot90, T.rot90)
+_enter(
+    _scatter,
+    torch.scatter, T.scatter, T.scatter_, torch.scatter_add, T.scatter_add, T.scatter_add_,
+    torch.index_add, T.index_add, T.index_add_, torch.index_copy, T.index_copy, T.index_copy_,
+    torch.index_fill, T.index_fill, T.index_fill_,
+)  # fmt: skip
+_enter(_diagonal, torch.diagonal, T.diagonal)
 _enter(_getitem, T.__getitem__)
 _enter(_cat, torch.cat, torch.concat, torch.concatenate)
 _enter(_stack, torch.stack)
@@ -350,4 +442,13 @@ _enter(_matmul, torch.matmul, T.matmul, T.__matmul__, torch.mm, T.mm, torch.bmm,
 _enter(_reversed_matmul, T.__rmatmul__)
 _enter(_sum_with_product, torch.addmm, T.addmm, torch.baddbmm, T.baddbmm)
 _enter(_einsum, torch.einsum)
-_enter(lambda call: None, T.rot90, torch.rot90, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)
+_enter(_tensordot, torch.tensordot)
+_enter(_along(2), torch.topk, T.topk, torch.kthvalue, T.kthvalue)
+_enter(_other_axis(2), torch.take_along_dim, T.take_along_dim)
+_enter(_along(1), torch.sort, T.sort, torch.median, T.median, torch.nanmedian, T.nanmedian, torch.mode, T.mode)
+_enter(_along(1), torch.cumsum, T.cumsum, torch.cummax, T.cummax, torch.cummin, T.cummin)
+_enter(_along(2), torch.diff, T.diff)
+_enter(_along(9, 0), torch.msort, T.msort, torch.flipud, T.flipud)
+_enter(_along(9, 1), torch.fliplr, T.fliplr)
+_enter(lambda call: None, torch.hstack, torch.vstack, torch.dstack, torch.addbmm, T.addbmm)
+_enter(lambda call: None, torch.take, T.take, torch.inner, T.inner, torch.outer, T.outer, torch.kron, T.kron, torch.ger)

@@ -134,6 +134,17 @@ def normalize(
     return trace.written_out(written_out, input)
 
 
+@rule_for(F.cosine_similarity)
+def cosine_similarity(trace: Tracer, func: Any, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Treat it as the scalar product of normalised vectors."""
+
+    def written_out(x1: Tensor, x2: Tensor) -> Tensor:
+        x1, x2 = (x / stop_relevance(x).norm(dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
+        return (x1 * x2).sum(dim)
+
+    return trace.written_out(written_out, x1, x2)
+
+
 @rule_for(F.local_response_norm)
 def local_response_norm(
     trace: Tracer, func: Any, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0

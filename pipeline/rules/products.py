@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.rules.linear import StopRelevance
-from pipeline.rules.node import share
-from pipeline.rules.table import rule_for, tensors
+from pipeline.rules.node import node, share, stabilised_quotient
+from pipeline.rules.table import require_constant, rule_for, tensors
 
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
@@ -32,15 +33,22 @@ def shared(trace: Tracer, *factors: Any) -> list[Any]:
 @rule_for(
     torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply, torch.matmul, T.matmul, T.__matmul__,
     T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv,
+    torch.outer, T.outer, torch.ger, T.ger, torch.inner, T.inner, torch.dot, T.dot, torch.kron, T.kron, torch.tensordot,
 )  # fmt: skip
-def product(trace: Tracer, func: Any, input: Any, other: Any = None, **kwargs: Any) -> Any:
+def product(trace: Tracer, func: Any, input: Any, other: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Give half of the relevance to each of two activations (AttnLRP, ICML 2024, eq. 7: uniform rule).
 
     If only one factor depends on the image, the product is linear in it, and it gets all relevance.
     """
-    for name in [name for name in kwargs if name in ("mat2", "vec", "tensor2")]:
+    for name in [name for name in kwargs if name in ("mat2", "vec", "vec2", "tensor", "tensor2", "b")]:
         other = kwargs.pop(name)
-    return func(*shared(trace, input, other), **kwargs)
+    return func(*shared(trace, input, other), *args, **kwargs)
+
+
+@rule_for(F.bilinear)
+def bilinear(trace: Tracer, func: Any, first: Tensor, second: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    require_constant(trace, func, weight, bias)
+    return func(*shared(trace, first, second), weight, bias)
 
 
 @rule_for(T.mul_, T.__imul__)
@@ -50,10 +58,11 @@ def product_in_place(trace: Tracer, func: Any, input: Tensor, other: Any) -> Ten
 
 
 @rule_for(torch.einsum)
-def einsum(trace: Tracer, func: Any, equation: str, *operands: Any) -> Tensor:
-    if len(operands) == 1 and isinstance(operands[0], tuple | list):
-        operands = tuple(operands[0])
-    return func(equation, *shared(trace, *operands))
+def einsum(trace: Tracer, func: Any, *operands: Any) -> Tensor:
+    """See `product`; the operands may be behind an equation, in a sequence, or between their axes as lists."""
+    if len(operands) == 2 and isinstance(operands[1], tuple | list) and isinstance(operands[0], str):
+        operands = (operands[0], *operands[1])
+    return func(*shared(trace, *operands))
 
 
 @rule_for(torch.addmm, T.addmm, torch.baddbmm, T.baddbmm, torch.addbmm, T.addbmm, torch.addcmul, T.addcmul)
@@ -96,11 +105,18 @@ def _stopped(trace: Tracer, value: Any) -> Any:
 def power(trace: Tracer, func: Any, input: Any, exponent: Any) -> Tensor:
     """Pass the fraction 1/p of the gradient p x^p / x, which conserves relevance (Euler's theorem on homogeneous
     functions). For p = 2 that is the uniform rule on x · x. Negative powers are denominators, see `quotient`."""
+    if isinstance(exponent, Tensor) and isinstance(input, Tensor) and not trace.carries(exponent):
+        return node(trace.state, func, _power_by_a_weight, input, exponent)
     if not isinstance(exponent, int | float) or exponent == 0:
         raise trace.unknown(func, f"with the exponent {exponent if isinstance(exponent, int | float) else 'a tensor'}")
     if exponent < 0:
         return StopRelevance.apply(trace.state, func(input, exponent))
     return func(share(trace.state, input, 1 / exponent), exponent)
+
+
+def _power_by_a_weight(g: Tensor, x: Tensor, exponent: Tensor) -> Tensor:
+    """Pass g · x^p / x for a learnt exponent, and nothing if it is negative."""
+    return torch.where(exponent > 0, g * stabilised_quotient(x**exponent, x, x.new_zeros(())), 0).to(x.dtype)
 
 
 @rule_for(torch.square, T.square, torch.var, T.var)
@@ -115,7 +131,24 @@ def square_root(trace: Tracer, func: Any, input: Tensor) -> Tensor:
     return func(share(trace.state, input, 2))
 
 
-@rule_for(torch.norm, T.norm, torch.linalg.vector_norm, torch.linalg.norm, torch.std, T.std)
+@rule_for(torch.var_mean, torch.std_mean)
+def with_mean(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See `of_degree_two` and `of_degree_one`."""
+    spread = func(share(trace.state, input, 1 / 2) if func is torch.var_mean else input, *args, **kwargs)[0]
+    return spread, func(input, *args, **kwargs)[1]
+
+
+@rule_for(
+    torch.norm,
+    T.norm,
+    torch.linalg.vector_norm,
+    torch.linalg.norm,
+    torch.std,
+    T.std,
+    F.lp_pool1d,
+    F.lp_pool2d,
+    F.lp_pool3d,
+)
 def of_degree_one(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Pass the gradient, which conserves the relevance of a positively homogeneous function, see `power`."""
     return func(*args, **kwargs)

@@ -63,6 +63,9 @@ class _ReLU(Function):
         return None, _shared_out(g, a, epsilon).mul_(a).to(a.dtype), None, None
 
 
+RELU: set[Any] = {F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch.Tensor.relu_}
+
+
 @rule_for(F.relu, torch.relu, torch.Tensor.relu)
 def relu(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     return _ReLU.apply(trace.state, input, inplace, trace.batch_axis(input))

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import torch.nn.functional as F
 
     from pipeline import rules
-    from pipeline.rules import activations, attention, batch_norm, gamma, linear, weighted
+    from pipeline.rules import activations, attention, batch_norm, elementwise, gamma, linear, relu, weighted
     from pipeline.rules.table import Rule
 else:
     torch, F = Lazy("torch"), Lazy("torch.nn.functional")
     rules = Lazy("pipeline.rules")
     activations, attention = Lazy("pipeline.rules.activations"), Lazy("pipeline.rules.attention")
     batch_norm, gamma = Lazy("pipeline.rules.batch_norm"), Lazy("pipeline.rules.gamma")
+    elementwise, relu = Lazy("pipeline.rules.elementwise"), Lazy("pipeline.rules.relu")
     linear, weighted = Lazy("pipeline.rules.linear"), Lazy("pipeline.rules.weighted")
 
 
@@ -45,19 +46,25 @@ RULE_SETS: Registry[RuleSet] = Registry("rules", RelevanceError)
 
 @RULE_SETS.defer("flex")
 def flex() -> RuleSet:
-    """LRP-Flex on ReLUs (Bassi et al., arXiv 2407.09788), AttnLRP in transformers (Achtibat et al., ICML 2024)."""
+    """Return LRP-Flex on ReLUs (Bassi et al., arXiv 2407.09788), with AttnLRP in transformers (Achtibat et al., ICML
+    2024).
+    """
     return RuleSet("flex", rules.RULES)
 
 
 @RULE_SETS.defer("cp-lrp")
 def cp_lrp() -> RuleSet:
-    """Flex, with attention weights as constants."""
+    """Return ``flex`` with attention weights as constants, so that relevance flows through the values only, for less
+    noisy maps of transformers (Ali et al., ICML 2022).
+    """
     return RuleSet("cp-lrp", _with(dict.fromkeys(attention.SOFTMAX, attention.constant_softmax)))
 
 
 @RULE_SETS.defer("gradient-x-input")
 def gradient_x_input() -> RuleSet:
-    """The gradient: ε is ignored, no operation is refused, and batch norm is the affine map all the same."""
+    """Return the true gradient everywhere, with batch norm as an affine map, as a baseline that ignores ε and refuses
+    no operation.
+    """
     # the nodes with a second order that PyTorch's own lack, or compute slowly
     nodes: dict[Any, Rule] = {
         linear.stop_relevance: linear.stop,
@@ -74,13 +81,17 @@ def gradient_x_input() -> RuleSet:
 
 @RULE_SETS.defer("epsilon-plus")
 def epsilon_plus() -> RuleSet:
-    """The z⁺ rule in convolutions, the ε rule in linear layers."""
+    """Return the z⁺ rule in convolutions and the ε rule in linear layers, as zennit's ``EpsilonPlus``, for smoother
+    maps of convolutional teachers.
+    """
     return RuleSet("epsilon-plus", _layers(gamma.layer_rule(gamma.z_plus)))
 
 
 @RULE_SETS.defer("gamma")
 def gamma_quarter() -> RuleSet:
-    """The γ rule with γ = 0.25 in convolutions, the ε rule in linear layers."""
+    """Return the γ rule (γ = 0.25) in convolutions and the ε rule in linear layers, for smoother maps of convolutional
+    teachers (Montavon et al., 2019).
+    """
     return RuleSet("gamma", _layers(gamma.layer_rule(gamma.gamma(0.25))))
 
 
@@ -118,13 +129,13 @@ def _transposed() -> tuple[Any, ...]:
 
 def _layers(convolutions: Rule) -> Mapping[Callable[..., Any], Rule]:
     """Return a rule for convolutions with the ε rule for linear layers; these hold the stabilisers."""
-    relu = (F.relu, torch.relu, torch.Tensor.relu, F.relu_, torch.relu_, torch.Tensor.relu_)
     return _with(
         {
             **dict.fromkeys(_convolutions() + _transposed(), convolutions),
             F.linear: gamma.layer_rule(gamma.epsilon),
             **dict.fromkeys((F.batch_norm, batch_norm.joint_batch_norm), gamma.merged_batch_norm),
-            **dict.fromkeys(relu, linear.gradient),
+            **dict.fromkeys(relu.RELU, linear.gradient),
             **dict.fromkeys(activations.ACTIVATIONS, activations.activation_passes),
+            elementwise.elementwise: elementwise.elementwise_passes,
         }
     )

@@ -115,14 +115,17 @@ def _moved(values: Tensor, names: Collection[str], uniforms: np.ndarray, kind: K
 
 @AUGMENTATIONS.add("flip")
 def _flip(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
-    """Left and right exchanged, with probability 0.5. Exact."""
+    """Exchange left and right, with probability 0.5. This is exact."""
     flipped = device.to_device(uniforms[:, _FLIP] < 0.5, values.device)
     return torch.where(flipped.view(-1, 1, 1, 1), values.flip(-1), values)
 
 
 @AUGMENTATIONS.add("shift")
 def _shift(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
-    """Moved by whole pixels, each number of them up to 1/8 of a side being as likely; zeros come in. Exact."""
+    """Move by whole pixels, up to 1/8 of each side, and fill with zeros.
+
+    Each number of pixels is as likely. This is exact.
+    """
     size = np.array(values.shape[2:])
     most = (size * LARGEST_SHIFT).astype(np.int64)
     by = np.floor(uniforms[:, _SHIFT] * (2 * most + 1)).astype(np.int64) - most  # (N, 2): down, to the right
@@ -136,11 +139,11 @@ def _shift(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
 
 @AUGMENTATIONS.add("crop")
 def _crop(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
-    """A box anywhere in the image, of 60 to 100 % of its area and its aspect ratio, resized to the image's size.
+    """Cut out a box of 60 to 100 % of the area, with the image's aspect ratio, and resize it to the image's size.
 
-    Bilinear, masks by the nearest pixel. A resized map has 1/share as many pixels for the box's relevance, with share
-    the box's part of the area: it is multiplied by the share, so that the relevance in the box keeps its sum (up to
-    interpolation) and no sample outweighs another.
+    The box is anywhere in the image. Resizing is bilinear, for masks by the nearest pixel. A resized map has 1/share as
+    many pixels for the box's relevance, with share the box's part of the area: it is multiplied by the share, so that
+    the relevance in the box keeps its sum (up to interpolation) and no sample outweighs another.
     """
     areas, tops, lefts = uniforms[:, _CROP].T
     shares = SMALLEST_CROP + (1 - SMALLEST_CROP) * areas
@@ -172,5 +175,8 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
 
 @AUGMENTATIONS.add(BACKGROUND)
 def _background(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
-    """Return the values as they are: another background is painted behind the object's mask, which moves nothing."""
+    """Move nothing; half of the images get another background outside the dataset's masks.
+
+    `trainer.loop.repainting` paints it.
+    """
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,9 +61,15 @@ def _event_writer(run: RunDir, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
     except ImportError:
-        log.info(f"{run.path}: no TensorBoard events are written, because the package tensorboard is not installed")
+        _note_no_tensorboard()
         return None
     return SummaryWriter(str(run.path / "tensorboard"), purge_step=start + 1)
+
+
+@cache
+def _note_no_tensorboard() -> None:
+    """Log once in a process that it writes no events, however many models it trains."""
+    log.info("no TensorBoard events are written, because the package tensorboard is not installed")
 
 
 @contextmanager

@@ -63,11 +63,13 @@ def heatmap_loss(
 
 @MAP_LOSSES.add("l1")
 def _l1(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return the mean absolute difference of the maps, over the geometric mean of their mean |relevance|."""
     return (student - teacher).abs().mean(VALUES) / _geometric_mean(s, t)
 
 
 @MAP_LOSSES.add("cosine")
 def _cosine(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return 1 − the cosine similarity, which ignores the scale."""
     # Any factor does, so the student's has no gradient. Maps of mean 1 have a norm of at least 1, so that only the
     # norm of a map of zeros is clamped: its gradient points to the teacher's map and is no longer than any other's.
     a, b = _over(student, _not_zero(s.detach())), _over(teacher, _not_zero(t))
@@ -77,17 +79,20 @@ def _cosine(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
 
 @MAP_LOSSES.add("mse")
 def _mse(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return the mean squared difference of the maps, each over the same geometric mean as in ``l1``."""
     return _over(student - teacher, _geometric_mean(s, t)).square().mean(VALUES)
 
 
 @MAP_LOSSES.add("huber")
 def _huber(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return the mean Huber loss (δ = 1) of the maps, each over the same geometric mean as in ``l1``."""
     difference = _over(student - teacher, _geometric_mean(s, t))
     return F.huber_loss(difference, torch.zeros_like(difference), reduction="none").mean(VALUES)
 
 
 @MAP_LOSSES.add("kl")
 def _kl(student: Tensor, teacher: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return the KL divergence of |relevance|, normalised to sum 1, which ignores scale and sign."""
     q, p = (_over(maps.abs(), _not_zero(size)) + KL_FLOOR for maps, size in ((student, s), (teacher, t)))
     q, p = (_over(maps, maps.mean(VALUES)) for maps in (q, p))
     return (p * (p / q).log()).mean(VALUES)  # p and q sum to the number of values, hence the mean

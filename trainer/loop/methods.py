@@ -72,10 +72,11 @@ _LRP = ("flex", "cp-lrp", "epsilon-plus", "gamma")
 @method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
 @method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))
 def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """The student's own map of the same class with the same ε is the teacher's (Bassi et al., arXiv 2407.09788).
+    """Return the difference of the student's map and the stored one, for the class and ε of the draw (Bassi et al.,
+    arXiv 2407.09788).
 
-    What kind of map it is, the store's explainer says. An input gradient is no share of the logit, so the area of
-    a crop has no meaning for it.
+    The store's explainer decides the kind of map. An input gradient is no share of the logit, so the area of a crop has
+    no meaning for it.
     """
     maps = forward.maps(target["target_class"], target["epsilon"], create_graph=torch.is_grad_enabled())
     return compare(maps, target["heatmaps"])
@@ -83,11 +84,12 @@ def explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
 
 @method("complete-lrp", needs=("heatmaps", "teacher_logits"), explainers=_LRP)
 def complete_explanation(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Both maps with the share of the explained logit that they do not see, spread in proportion to |relevance|.
+    """Return the difference of LRP maps that are completed, in proportion to |relevance|, by the share of the logit
+    that they miss.
 
-    What ε absorbs is such a share, and what biases and batch norms add, which is much in a teacher that has them. As
-    both maps then sum to the logit, a student that matches them has the teacher's outputs too, with biases of its own
-    or without. Not from the paper; measured in docs/results/coloured-mnist.md.
+    The missing share is what ε absorbs, and what biases and batch norms add, which is much in a teacher that has them.
+    Both maps then sum to the logit, so a student that matches them has the teacher's outputs too, with biases of its
+    own or without. Not from the paper; measured in docs/results/coloured-mnist.md.
     """
     classes = target["target_class"]
     ours = forward.maps(classes, target["epsilon"], create_graph=torch.is_grad_enabled())
@@ -98,17 +100,27 @@ def complete_explanation(forward: Forward, target: Target, compare: Compare) -> 
 
 
 def _completed(maps: Tensor, logits: Tensor, pooled: int = 1) -> Tensor:
-    """Maps (N, C, h, w) whose sum, times ``pooled``, is the logit (N,), but for maps of zeros."""
+    """Maps (N, C, h, w) whose sum, times ``pooled``, is the logit (N,), but for maps of zeros.
+
+    What completes a map that is almost 0 has no gradient, as its slope, logit / size², overflows.
+    """
     missing = logits - pooled * maps.sum((1, 2, 3))
     size = pooled * maps.abs().sum((1, 2, 3))
-    return maps + maps.abs() * (missing / size.clamp_min(torch.finfo(maps.dtype).tiny)).view(-1, 1, 1, 1)
+    tiny = torch.finfo(maps.dtype).tiny
+    small = (size <= tiny**0.5).view(-1, 1, 1, 1)
+    spread = maps.abs() * (missing / torch.where(small[:, 0, 0, 0], 1, size)).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        factor = missing / size.clamp_min(tiny)
+        constant = maps.abs() * torch.where(factor.isfinite(), factor, 0).view(-1, 1, 1, 1)
+    return maps + torch.where(small, constant, spread)
 
 
 @method("features", needs=("features",))
 def features(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Mean squared difference of what enters the last layer (hints, Romero et al., ICLR 2015).
+    """Return the mean squared difference of the inputs of the last layer (hints, Romero et al., ICLR 2015).
 
-    Raises TrainingError where the student has another number of features.
+    Raises:
+        TrainingError: the student has another number of features.
     """
     ours, theirs = forward.features, target["features"]
     if ours.shape != theirs.shape:
@@ -126,29 +138,33 @@ def features(forward: Forward, target: Target, compare: Compare) -> Tensor:
 
 @method("output", needs=("teacher_logits",))
 def output(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """KL divergence from the teacher's outputs at temperature 3, times 9 (Hinton et al., 2015)."""
+    """Return the KL divergence from the teacher's outputs at temperature 3, times 9 (Hinton et al., 2015)."""
     ours, theirs = (F.log_softmax(logits / TEMPERATURE, 1) for logits in (forward.logits, target["teacher_logits"]))
     return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
 
 @method("erm", needs=("labels",), moves=("flip", "shift", "crop"))
 def erm(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Cross-entropy with the labels: no teacher, and the bias with them."""
+    """Return the cross-entropy with the labels; there is no teacher, and the student learns the bias."""
     return F.cross_entropy(forward.logits, target["labels"], reduction="none")
 
 
 @method("group-dro", needs=("labels", "group_weights"), moves=("flip", "shift", "crop"))
 def group_dro(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Cross-entropy, weighted so that the group with the largest loss counts most (`trainer.loop.groups`)."""
+    """Return the cross-entropy, weighted so that the group with the largest loss counts most (Sagawa et al., ICLR
+    2020).
+
+    A group is a class and a value of ``groups``; `trainer.loop.groups` has the weights.
+    """
     return target["group_weights"] * F.cross_entropy(forward.logits, target["labels"], reduction="none")
 
 
 @method("rrr", needs=("masks",), explains="gradient-x-input", moves=("flip", "shift", "crop"))
 def right_for_the_right_reasons(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Σ of the squared gradient, at the image outside the mask, of Σ_k log p_k (Ross et al., IJCAI 2017, equation 1).
+    """Return the squared gradient of Σ_k log p_k at the image, summed outside the mask (Ross et al., IJCAI 2017).
 
-    The second of its three terms; cross-entropy is the first. Batch norms are the affine maps that they are in
-    evaluation.
+    This is the second of the three terms of equation 1; cross-entropy is the first. Batch norms are the affine maps
+    that they are in evaluation.
     """
     slope = 1 - forward.logits.shape[1] * forward.logits.softmax(1)  # of Σ_k log p_k, at the logits
     gradient = forward.trace.pull_back(slope, 0.0, create_graph=torch.is_grad_enabled())
@@ -157,10 +173,11 @@ def right_for_the_right_reasons(forward: Forward, target: Target, compare: Compa
 
 @method("isnet", needs=("masks",), explains="flex", moves=("flip", "shift", "crop"))
 def background_relevance(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """The heatmap loss of ISNet on LRP-Flex: no relevance outside the mask, neither too much nor too little inside.
+    """Return ISNet's loss of LRP-Flex relevance outside the mask, and of too much or too little of it inside (Bassi et
+    al., Nature Communications 2024).
 
-    Bassi et al., Nature Communications 15, 291 (2024), equations 5 to 10, in the stochastic form of Faster ISNet (arXiv
-    2401.08409): one logit of each sample is explained, chosen at random. Cross-entropy is added to it.
+    Volume 15, article 291, equations 5 to 10, in the stochastic form of Faster ISNet (arXiv 2401.08409): one logit of
+    each sample is explained, chosen at random. Cross-entropy is added to it.
     """
     samples, classes = forward.logits.shape
     chosen = torch.randint(classes, (samples,), device=forward.logits.device)
@@ -204,10 +221,10 @@ def parse_terms(method: str | None, loss: str | None) -> dict[str, float]:
         return dict(SUMS[method])
     terms: dict[str, float] = {}
     for term in (loss if loss is not None else method or "lrp").split(","):
-        name, given, weight = (part.strip() for part in term.partition("="))
+        name, equals, weight = (part.strip() for part in term.partition("="))
         METHODS.check(name)
         try:
-            terms[name] = float(weight) if given else 1.0
+            terms[name] = float(weight) if equals else 1.0
         except ValueError:
             terms[name] = float("nan")
         if not 0 < terms[name] < float("inf"):

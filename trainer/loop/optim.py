@@ -41,21 +41,25 @@ OPTIMIZERS: Registry[Callable[[list[dict[str, Any]], Step], optim.Optimizer]] = 
 
 @OPTIMIZERS.add("adam")
 def _adam(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    """Return Adam (Kingma and Ba, ICLR 2015)."""
     return optim.Adam(groups, step.lr, weight_decay=0, fused=step.fused)
 
 
 @OPTIMIZERS.add("adamw")
 def _adamw(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    """Return AdamW, which is Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019)."""
     return optim.AdamW(groups, step.lr, weight_decay=0, fused=step.fused)
 
 
 @OPTIMIZERS.add("muon")
 def _muon(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    """Return Muon, with orthogonalised momentum for matrices and kernels, and AdamW for other parameters."""
     return muon.Muon(groups, step.lr)
 
 
 @OPTIMIZERS.add("sgd")
 def _sgd(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
+    """Return stochastic gradient descent with the option ``momentum``."""
     return optim.SGD(groups, step.lr, momentum=step.momentum, fused=step.fused)
 
 
@@ -66,6 +70,7 @@ SCHEDULES: Registry[Schedule] = Registry("schedule", TrainingError)
 
 @SCHEDULES.add("one-cycle")
 def _one_cycle(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    """Return a rise from a 25th of the peak, by default for 0.3 of the steps, and a fall to a 250,000th."""
     cycle_momentum = not isinstance(optimizer, optim.SGD | muon.Muon)
     if warmup is None:
         return lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=cycle_momentum)
@@ -77,11 +82,13 @@ def _one_cycle(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | 
 
 @SCHEDULES.add("cosine")
 def _cosine(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    """Return a straight rise in the warm-up steps, by default none, and a fall to 0 along a cosine."""
     return lr_scheduler.LambdaLR(optimizer, lambda step: rate("cosine", step, steps, warmup or 0))
 
 
 @SCHEDULES.add("constant")
 def _constant(optimizer: optim.Optimizer, steps: int, lr: float, warmup: int | None) -> lr_scheduler.LRScheduler:
+    """Return a straight rise in the warm-up steps, by default none, and then the peak."""
     return lr_scheduler.LambdaLR(optimizer, lambda step: rate("constant", step, steps, warmup or 0))
 
 

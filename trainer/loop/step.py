@@ -20,13 +20,15 @@ from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
 from trainer.loop.distributed import Ranks
-from trainer.loop.losses import heatmap_loss
+from trainer.loop.losses import VALUES, heatmap_loss
 from trainer.loop.methods import METHODS
 from trainer.loop.repainting import repaint
 from trainer.settings import PRECISIONS, Settings
 from trainer.stream.stream import Batch, Source, read_block, stored_heatmaps
 
 FLOAT = {name: torch.float64 if name == "float64" else torch.float32 for name in PRECISIONS}  # of parameters
+VANISHED = "vanished"  # beside the losses: 1 for a sample whose map has vanished
+VANISHING = 1e-6  # a student's mean |relevance| over the teacher's, below which its l1 loss exceeds a thousand
 UNCHANGED = {"target_class", "epsilon", "teacher_logits", "features"}  # fields that are only moved to the device
 
 
@@ -47,13 +49,13 @@ def forward_backward(
         batch: the batch of n samples, as `on_device` returns it.
 
     Returns:
-        The loss of each method and each sample, (n,), detached.
+        The loss of each method and each sample, (n,), detached, and `VANISHED` as `losses_of` returns it.
 
     Raises:
         TrainingError: a batch norm sees a single value.
     """
     size = len(batch["images"])
-    losses = {name: batch["images"].new_empty(size) for name in settings.loss}
+    losses = {name: batch["images"].new_empty(size) for name in (*settings.loss, VANISHED)}
     for first in range(min(settings.accumulate, size)):
         rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
         with autocast(), _explain_single_values(settings):
@@ -128,21 +130,29 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
         settings: the methods, and how maps are compared.
 
     Returns:
-        The losses (n,) by the name of the method.
+        The losses (n,) by the name of the method, and under `VANISHED` 1 for each sample whose map is zero or nearly
+        so, and 0 for others, (n,).
     """
-    explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
-    if store is not None and "heatmaps" in batch:
-        explainer = store.explainer.rule
-    forward = Forward(model, batch["images"], explainer, batch.get("masks"))
+    forward = forward_of(model, batch, store, settings)
+    vanished = batch["images"].new_zeros(len(batch["images"]))
 
     def compare(ours: Tensor, theirs: Tensor) -> Tensor:
         assert store is not None
         ours, resolution = ours.to(theirs.dtype), store.storage.resolution
         if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
             ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
+        vanished.copy_(ours.detach().abs().mean(VALUES) < VANISHING * theirs.abs().mean(VALUES))
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
 
-    return {name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}
+    return {**{name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}, VANISHED: vanished}
+
+
+def forward_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> Forward:
+    """Run a batch through the network, with the rules of the explainer that the methods or the store need."""
+    explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
+    if store is not None and "heatmaps" in batch:
+        explainer = store.explainer.rule
+    return Forward(model, batch["images"], explainer, batch.get("masks"))
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -183,7 +193,7 @@ def _explain_single_values(settings: Settings) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith(ONE_VALUE_PER_CHANNEL_MESSAGE):
+        if not str(error).lower().startswith(ONE_VALUE_PER_CHANNEL_MESSAGE.lower()):
             raise
         batch_size, parts = Option("batch_size", settings.batch_size), Option("accumulate", settings.accumulate)
         raise TrainingError(

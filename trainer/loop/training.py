@@ -29,6 +29,7 @@ from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
 from pipeline.networks.segmenters import Segmenter
+from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.clock import Clock, Timed
@@ -38,9 +39,10 @@ from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
-from trainer.loop.step import FLOAT, forward_backward, losses_of, on_device, validate
+from trainer.loop.step import FLOAT, forward_backward, on_device, validate
+from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
-from trainer.run_dir import RunDir
+from trainer.run_dir import Run, RunDir
 from trainer.settings import Runtime, Settings
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
@@ -87,9 +89,9 @@ class Training:
     student_factory: str | None = None
     segmenter: Segmenter | None = None
 
-    def build(self) -> Classifier:
-        """Build the classifier, with random weights."""
-        return build_classifier(self.config, self.student_factory, self.segmenter)
+    def build(self, *, to_train: bool = False) -> Classifier:
+        """Build the classifier, with random weights; ``to_train`` as in `build_classifier`."""
+        return build_classifier(self.config, self.student_factory, self.segmenter, to_train=to_train)
 
 
 @dataclass
@@ -194,17 +196,18 @@ def prepare(training: Training, cleanup: ExitStack) -> State:
     ranks, device_name = cleanup.enter_context(connect(training.runtime.device))
     cleanup.enter_context(_explain_lost_processes(training.out))
     device = pick_device(device_name)
+    cleanup.enter_context(cpu_threads(training.runtime.threads, device))
     batch_samples = _share_batch(training, ranks)
     autocast, precision = choose_precision(settings.precision, device)
     seed_torch(settings.seed, training.purpose)
-    model = training.build()
+    model = training.build(to_train=not Run(Path(training.out)).begun)
     if training.config.head is not None:
         copy_head(model.network, material.head)
     model.to(FLOAT[settings.precision])
     place(model, device)
-    _try_out(model, material, settings, device)
     if ranks.ranks > 1:
         synchronise_batch_norm(model)
+    try_out(training, model, device, autocast, batch_samples)
     optimizer = make_optimizer(
         model, settings.optimizer, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
@@ -445,15 +448,6 @@ def choose_precision(name: str, device: torch.device) -> tuple[Callable[[], Abst
 def seed_torch(*seeds: int) -> None:
     """Seed PyTorch for one purpose, so that a student and its teacher with the same seed start differently."""
     torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))
-
-
-def _try_out(model: Classifier, material: Material, settings: Settings, device: torch.device) -> None:
-    """Pass one sample through network and loss, to raise now where the network has no rule, map or feature for it."""
-    sample = {name: values[:1] for name, values in read_block(material.source, 0, 0).items()}
-    model.eval()
-    with torch.no_grad():
-        losses_of(model, on_device(sample, material.store, settings, device), material.store, settings)
-    model.train()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ They are read every so many steps only, because reading a number from a GPU wait
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch import Tensor
 from options import Message, Option
 from trainer.errors import TrainingError
 from trainer.loop.distributed import Ranks
-from trainer.loop.step import weighted
+from trainer.loop.step import VANISHED, weighted
 from trainer.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 EXPLODED = 1000.0  # times the first loss
 NAMED = 8  # samples that an error names
@@ -28,7 +31,8 @@ class Step:
     """The numbers of a step in this process, which has n of its samples.
 
     losses: the mean loss of each of T methods, (T,). sample_losses: the weighted sum of the losses of each sample,
-    (n,). samples: their indices, int64 (n,). gradient_norm: the norm before clipping, a scalar.
+    (n,). samples: their indices, int64 (n,). gradient_norm: the norm before clipping, a scalar. vanished: 1 for
+    a sample whose map has vanished, else 0, (n,).
     """
 
     number: int
@@ -36,6 +40,14 @@ class Step:
     sample_losses: Tensor
     samples: Tensor
     gradient_norm: Tensor
+    vanished: Tensor
+
+    @property
+    def of_living(self) -> Tensor:
+        """The share of samples whose maps have not vanished, and the sum of their losses over the number of all."""
+        living = 1 - self.vanished.to(self.sample_losses)
+        losses = torch.where(living > 0, self.sample_losses, 0)
+        return torch.stack([living.mean(), losses.mean()])
 
 
 class Watch:
@@ -50,20 +62,22 @@ class Watch:
     def __init__(self, ranks: Ranks, weights: Mapping[str, float], progress: dict[str, Any]):
         self._ranks, self._weights, self._progress = ranks, weights, progress
         self._recent: list[Step] = []
+        self._told = False
 
     def add(self, number: int, losses: Mapping[str, Tensor], samples: Tensor, gradient_norm: Tensor) -> None:
         """Add a step, without reading its numbers.
 
         Args:
             number: the number of the step, from 1.
-            losses: the loss (n,) of each sample, by method.
+            losses: the loss (n,) of each sample, by method, and `VANISHED` as `losses_of` returns it; by default none.
             samples: the index of each sample, int64 (n,).
             gradient_norm: the norm of the gradient before clipping, a scalar.
         """
         losses = {name: values.detach() for name, values in losses.items()}
         means = torch.stack([losses[name].mean() for name in self._weights])
         sample_losses = weighted(losses, self._weights)
-        self._recent.append(Step(number, means, sample_losses, samples, gradient_norm.detach()))
+        vanished = losses.get(VANISHED, torch.zeros_like(sample_losses))
+        self._recent.append(Step(number, means, sample_losses, samples, gradient_norm.detach(), vanished))
 
     def check(self, run: RunDir | None) -> dict[str, float]:
         """Read the numbers of the steps that were added since the last call.
@@ -77,24 +91,40 @@ class Watch:
 
         Raises:
             TrainingError: the loss or the gradient of a step is not finite, or the loss has exploded. The first such
-                step is described in ``failure.json``.
+                step is described in ``failure.json``. A sample whose map has vanished, whose loss is a number without
+                meaning, does not count for the explosion unless half of the step's samples are like it.
         """
         recent, self._recent = self._recent, []
         if not recent:
             return {}
-        numbers = torch.stack([torch.cat([step.losses, step.gradient_norm[None].to(step.losses)]) for step in recent])
-        numbers = self._ranks.mean(numbers).cpu()
-        for step, (*losses, norm) in zip(recent, numbers.tolist(), strict=True):
+        rows = [torch.cat([step.losses, step.gradient_norm[None].to(step.losses), step.of_living]) for step in recent]
+        numbers = self._ranks.mean(torch.stack(rows)).cpu()
+        for step, (*losses, norm, living, of_living) in zip(recent, numbers.tolist(), strict=True):
             loss = sum(weight * loss for weight, loss in zip(self._weights.values(), losses, strict=True))
+            counted = of_living / living if living > 0.5 else loss
             self._progress["loss"] = loss
             if self._progress["first"] is None:
-                self._progress["first"] = loss
-            if not math.isfinite(loss + norm) or loss > EXPLODED * max(self._progress["first"], 1e-3):
+                self._progress["first"] = counted
+            if not math.isfinite(loss + norm) or counted > EXPLODED * max(self._progress["first"], 1e-3):
                 self._fail(step, loss, norm, run)
+            if living < 1 and not self._told:
+                self._tell(step)
         last_step = {"loss": loss, "gradient_norm": norm}
         if len(losses) > 1:
             last_step |= {f"loss_{name}": loss for name, loss in zip(self._weights, losses, strict=True)}
         return last_step
+
+    def _tell(self, step: Step) -> None:
+        """Log once which samples' maps have vanished."""
+        self._told = True
+        parts = self._ranks.gather(step.samples[step.vanished.cpu() > 0].tolist())
+        samples = [str(sample) for part in parts for sample in part]
+        if self._ranks.main:
+            log.warning(
+                f"step {step.number}: the student's heatmaps of {len(samples)} samples are zero (among them "
+                f"{', '.join(samples[:NAMED])}), so that their losses are very large and say nothing: this is harmless "
+                "for a few samples, such as black images"
+            )
 
     def _fail(self, step: Step, loss: float, norm: float, run: RunDir | None) -> None:
         parts = self._ranks.gather((step.samples.tolist(), step.sample_losses.float().cpu().tolist()))

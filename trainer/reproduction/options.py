@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from options import Doc, Ge, Heading, Kind, Le, OptionSet, Separated
+from options import Doc, Ge, Heading, Kind, OptionSet, Separated
+from options.common import Device, Seed
 from trainer.errors import TrainingError
 
 
@@ -15,16 +16,16 @@ class ReproduceOptions(OptionSet):
     """Options of every `reproduce`."""
 
     ERROR = TrainingError
-    HEADING = "Table"
+    HEADING = "Benchmark"
 
     methods: Annotated[
         tuple[str, ...] | None,
         Separated(),
-        Doc("Rows of the table, such as lrp,output; or all. Default: the usual rows of the benchmark."),
+        Doc("Rows of the table, such as lrp,output, or all. Default: the usual rows of the benchmark."),
     ] = None
-    seeds: Annotated[int, Ge(1), Doc("Number of students of each row.")] = 3
+    seeds: Annotated[int, Ge(1), Doc("Number of students in each row. Each has its own seed.")] = 3
     arch: Annotated[
-        str | None, Kind.ARCHITECTURE, Doc("Architecture of teachers and students. Default: that of the profile.")
+        str | None, Kind.ARCHITECTURE, Doc("Architecture of teachers and students. Default: the profile's.")
     ] = None
     out: Annotated[
         str | Path,
@@ -32,27 +33,7 @@ class ReproduceOptions(OptionSet):
         Heading("Files"),
         Doc("Output folder: new, empty, or an earlier reproduction to resume or extend."),
     ]
-    device: Annotated[str, Heading("Run"), Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColouredMnistTableOptions(ReproduceOptions):
-    """Options of the table of COLOURED MNIST."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu", "paper"],
-        Doc("Size of the networks and length of the trainings: hours on a CPU, for a GPU, or as in the paper."),
-    ] = "cpu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FashionTableOptions(ReproduceOptions):
-    """Options of the table of Fashion-on-Textures."""
-
-    profile: Annotated[
-        Literal["cpu", "gpu"],
-        Doc("Size of the images and length of the trainings: 32×32 and hours on a CPU, or 64×64 on a GPU."),
-    ] = "cpu"
+    device: Annotated[Device, Heading("Run")] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +48,7 @@ class QuickstartOptions(OptionSet):
         Heading("Files"),
         Doc("Output folder: new, empty, or an earlier quickstart to resume."),
     ] = "quickstart"
-    seed: Annotated[int, Ge(0), Le(2**63 - 1), Heading("Run"), Doc("Random seed.")] = 0
+    seed: Annotated[Seed, Heading("Run")] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +61,11 @@ class SweepOptions(OptionSet):
         str | Path,
         Kind.FOLDER,
         Heading("Files"),
-        Doc("Output folder, with a folder for each student: new, empty, or an earlier sweep to resume or extend."),
+        Doc("Output folder, with a subfolder for each student: new, empty, or an earlier sweep to resume or extend."),
     ]
     devices: Annotated[
         tuple[str, ...] | None,
         Separated(),
         Heading("Run"),
-        Doc("Devices, such as cuda:0,cuda:1; each trains one student at a time. Default: every GPU, or the CPU."),
+        Doc("Devices, such as cuda:0,cuda:1. Each trains one student at a time. Default: all GPUs, or the CPU."),
     ] = None

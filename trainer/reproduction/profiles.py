@@ -1,6 +1,6 @@
-"""Reproductions as data: benchmarks with the rows of their tables, and profiles with networks and sizes.
+"""Reproductions as data: benchmarks with the rows of their tables, profiles with networks and sizes, and commands.
 
-A new row, profile or benchmark is a new entry here. Not here: how they are made (`reproduce.py`).
+A new row, profile, benchmark or command is a new entry here. Not here: how they are made (`reproduce.py`).
 """
 
 from __future__ import annotations
@@ -8,9 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from data import make_coco_on_places, make_coloured_mnist, make_fashion_on_textures, make_waterbirds
+from data.builders.coco_on_places import CocoAndPlacesSource, make_coco_on_places
+from data.builders.coloured_mnist import make_coloured_mnist
+from data.builders.fashion_on_textures import FashionMnistSource, make_fashion_on_textures
+from data.builders.waterbirds import WaterbirdsSource, make_waterbirds
+from options import Doc, Kind, option_fields
+from trainer.reproduction.options import ReproduceOptions
 
 Published = Mapping[str, float]  # accuracies in %, by test split, and the gap IID − OOD
 Options = Mapping[str, Any]
@@ -304,12 +309,112 @@ ON_TEXTURES = {
         ),
     )
 }
-ON_PLACES = dataclasses.replace(ON_TEXTURES["gpu"], benchmark="coco-on-places")
-WATERBIRDS = Profile(
-    "gpu",
-    benchmark="waterbirds",
-    teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
-    student={"arch": "resnet18", "steps": 12_000, **_MUON, "snapshots": 10},
-    of_row={"erm": {"steps": 4000}, "group-dro": {"steps": 4000}},
-    epsilon_range=_COARSER,
-)
+ON_PLACES = {"gpu": dataclasses.replace(ON_TEXTURES["gpu"], benchmark="coco-on-places")}
+WATERBIRDS = {
+    "gpu": Profile(
+        "gpu",
+        benchmark="waterbirds",
+        teacher={"arch": "resnet18", "bias_free": True, "steps": 4000, "batch_size": 128},
+        student={"arch": "resnet18", "steps": 12_000, **_MUON, "snapshots": 10},
+        of_row={"erm": {"steps": 4000}, "group-dro": {"steps": 4000}},
+        epsilon_range=_COARSER,
+    )
+}
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColouredMnistTableOptions(ReproduceOptions):
+    """Options of the table of COLOURED MNIST."""
+
+    profile: Annotated[
+        Literal["cpu", "gpu", "paper"],
+        Doc(
+            "Size of the networks and length of the trainings. cpu takes hours on a CPU, gpu needs a GPU, paper has "
+            "the paper's settings."
+        ),
+    ] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionTableOptions(FashionMnistSource, ReproduceOptions):
+    """Options of the table of Fashion-on-Textures."""
+
+    profile: Annotated[
+        Literal["cpu", "gpu"],
+        Doc(
+            "Size of the images and length of the trainings. cpu trains on 32×32 pixels for hours on a CPU, gpu trains "
+            "on 64×64 pixels on a GPU."
+        ),
+    ] = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacesTableOptions(CocoAndPlacesSource, ReproduceOptions):
+    """Options of the table of COCO-on-Places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaterbirdsTableOptions(WaterbirdsSource, ReproduceOptions):
+    """Options of the table of Waterbirds, whose teacher needs the masks."""
+
+    masks: Annotated[Any, Kind.PATH, Doc("Folder segmentations of CUB-200-2011.")] = field()
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A command of ``reproduce``.
+
+    Attributes:
+        profiles: the profiles by name; the first one is the default.
+        options: its options, with the paths of the original files.
+        help: its help text.
+        example: the arguments of an example command.
+    """
+
+    profiles: Mapping[str, Profile]
+    options: type[ReproduceOptions]
+    help: str
+    example: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The names of the options that are paths of original files, as the benchmark's ``make`` takes them."""
+        others = {"profile", *(field.name for field in option_fields(ReproduceOptions))}
+        return tuple(field.name for field in option_fields(self.options) if field.name not in others)
+
+
+REPRODUCTIONS = {
+    "coloured-mnist": Reproduction(
+        PROFILES,
+        ColouredMnistTableOptions,
+        "Reproduce the paper's table on COLOURED MNIST.\n\n"
+        "The command makes the dataset, the teacher, the stores and the students of every row. It tests each model and "
+        "draws heatmaps. Run the same command again to resume it; give more methods or seeds to extend the table.",
+        "reproduce coloured-mnist --out TABLE --methods lrp,output --seeds 3",
+    ),
+    "fashion-on-textures": Reproduction(
+        ON_TEXTURES,
+        FashionTableOptions,
+        "Reproduce the table on Fashion-on-Textures.\n\n"
+        "The background tells the class in training. The dataset's masks hide the background from the teacher. The "
+        "table includes rival methods that use masks. "
+        "Run the same command again to resume it; give more methods or seeds to extend the table.",
+        "reproduce fashion-on-textures --out TABLE --profile gpu",
+    ),
+    "coco-on-places": Reproduction(
+        ON_PLACES,
+        PlacesTableOptions,
+        "Reproduce the table on COCO-on-Places.\n\nThe dataset is made from the original files. A GPU is recommended.",
+        "reproduce coco-on-places --coco COCO --places data_256 --out TABLE",
+    ),
+    "waterbirds": Reproduction(
+        WATERBIRDS,
+        WaterbirdsTableOptions,
+        "Reproduce the table on Waterbirds.\n\n"
+        "The dataset is made from the published folder. The table includes GroupDRO. A GPU is recommended.",
+        "reproduce waterbirds --waterbirds FOLDER --masks segmentations --out TABLE",
+    ),
+}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from data import open_dataset
-from options import Message, Option, option_fields
+from options import Call, Message, Option, option_fields
 from options.fields import check
 from options.yaml_file import read_yaml
 from teacher_cache import open_cache
@@ -136,6 +136,7 @@ def train_students(
     *,
     devices: Sequence[str] | None = None,
     echo: Callable[[str], None] = print,
+    spell: Callable[[Option | Call], str] = str,
 ) -> list[dict[str, Any]]:
     """Train students, test each of them, and tabulate them in ``students.json``.
 
@@ -146,6 +147,8 @@ def train_students(
         students: the options of each student by its name, as `plan_sweep` returns them.
         devices: train one student at a time on each; every CUDA device, or the CPU, if None.
         echo: takes a line of progress.
+        spell: spells the options in the error of a student: as in Python by default, as flags for a command line. It
+            is sent to the student's process, so it must be possible to pickle it.
 
     Returns:
         A row for each student: ``name``, ``loss``, ``validation_loss``, ``steps``, ``seconds``, ``seconds_waiting``,
@@ -165,14 +168,18 @@ def train_students(
     _claim(out, plan)
     if devices is None:
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    _train_all(out, plan, devices, echo)
+    _train_all(out, plan, devices, echo, spell)
     rows = [_row(out, name, plan[name]) for name in plan]
     write_json(out / "students.json", rows)
     return rows
 
 
 def _train_all(
-    out: Path, plan: Mapping[str, dict[str, Any]], devices: Sequence[str], echo: Callable[[str], None]
+    out: Path,
+    plan: Mapping[str, dict[str, Any]],
+    devices: Sequence[str],
+    echo: Callable[[str], None],
+    spell: Callable[[Option | Call], str],
 ) -> None:
     """Train the unfinished students, one at a time on each device. Raises TrainingInterrupted."""
     context = multiprocessing.get_context("spawn")
@@ -186,7 +193,7 @@ def _train_all(
                 echo(f"{total - len(waiting)}/{total} {name}, on {device}")
                 _error_file(out, name).unlink(missing_ok=True)
                 options = {**plan[name], "device": device}
-                process = context.Process(target=_train_one, args=(out / name, options, len(devices) > 1))
+                process = context.Process(target=_train_one, args=(out / name, options, len(devices) > 1, spell))
                 process.start()
                 running[name] = process, device
             for name, (process, device) in list(running.items()):
@@ -213,7 +220,7 @@ def _stop(processes: Sequence[Any]) -> None:
         process.join()
 
 
-def _train_one(out: Path, options: dict[str, Any], quiet: bool) -> None:
+def _train_one(out: Path, options: dict[str, Any], quiet: bool, spell: Callable[[Option | Call], str]) -> None:
     """Train a student in this process, which is its own. An error is written to ``OUT.error``."""
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"
@@ -223,7 +230,7 @@ def _train_one(out: Path, options: dict[str, Any], quiet: bool) -> None:
     except KeyboardInterrupt:
         sys.exit(1)
     except Exception as error:
-        _error_file(out.parent, out.name).write_text(str(error) or type(error).__name__)
+        _error_file(out.parent, out.name).write_text(Message(error).spell(spell) or type(error).__name__)
         if not isinstance(error, ValueError | OSError):
             raise
         sys.exit(1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,7 +70,8 @@ def draw(chart: Chart, prefix: str) -> str:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 10, "axes.titlesize": 11}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page draws texts by its own fonts
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         if chart.diagonal:

@@ -23,7 +23,17 @@ from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
 from pipeline.networks.teachers import Teacher, absolute_teacher
 from trainer.loop.methods import METHODS
-from trainer.results.evaluation import Answers, answers, open_tested, score, summary
+from trainer.results.evaluation import (
+    Answers,
+    answers,
+    lacks_masks,
+    no_masks,
+    open_tested,
+    score,
+    summary,
+    tell_untested,
+    untested,
+)
 from trainer.results.options import EPSILON, CompareOptions
 from trainer.results.show import distinct, in_units, own_code, spread
 from trainer.run_dir import RESULT_FILE, STARTS_FILE, Run
@@ -130,9 +140,10 @@ class ModelReport:
         title: its name on the page.
         config: its configuration.
         totals: the top level of the result of `evaluate`.
-        splits: its measurements by split.
+        splits: its measurements by split. A split on which it cannot be tested is missing.
         curve: the losses of its training; None without a training.
         unexplained: why it has no maps; None where it has.
+        untested: why it is not tested on some splits; None where it is tested on all of them.
         origin: all that is recorded of it, for JSON.
     """
 
@@ -142,6 +153,7 @@ class ModelReport:
     splits: dict[str, OnSplit]
     curve: Curve | None
     unexplained: str | None
+    untested: str | None
     origin: dict[str, Any]
 
     @property
@@ -209,7 +221,8 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
 
     Raises:
         DatasetError: there is no such dataset, or the trainings are of different ones.
-        ModelError: a model cannot be loaded, is given twice, or there is none.
+        ModelError: a model cannot be loaded, is given twice, or there is none, or all of them need masks that no test
+            split has.
         RelevanceError: an option is wrong.
     """
     settings = CompareOptions(**options)
@@ -220,12 +233,13 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
         load_teacher(model, dataset.class_names, shape, student_factory=code.student_factory, segmenter=code.segmenter)
         for model, code in own_code(models, settings)
     ]
-    reference = _reference(models, teachers, settings.reference)
+    reference = _reference(models, teachers, settings.reference, dataset)
     device = pick_device(settings.device)
     measuring = _Measuring(dataset, settings.samples, device, compares=reference is not None and len(models) > 1)
     titles = distinct(
         [str(each) if isinstance(each, ZeroShot) else each.name for each in map(_identity, models)], models
     )
+    tell_untested([(title, teacher.model) for title, teacher in zip(titles, teachers, strict=True)], dataset)
     reports: dict[int, ModelReport] = {}
     order = sorted(range(len(models)), key=lambda number: number != reference)  # the reference first
     with tqdm(total=len(models) * len(dataset.test_splits), unit="split", disable=None, desc="report") as bar:
@@ -234,10 +248,11 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
             reports[number] = ModelReport(
                 title=titles[number],
                 config=teachers[number].config,
-                totals=summary({name: on.score for name, on in splits.items()}),
+                totals=_totals(splits, dataset),
                 splits=splits,
                 curve=_curve(models[number], teachers[number].config),
                 unexplained=unexplained,
+                untested=_why_untested(titles[number], teachers[number].model, dataset),
                 origin=_origin(models[number], teachers[number], dataset),
             )
     return measuring.comparison(tuple(reports[number] for number in range(len(models))), reference)
@@ -312,14 +327,32 @@ def _identity(model: Model) -> Path | ZeroShot:
     return model if isinstance(model, ZeroShot) else Path(model).resolve()
 
 
-def _reference(models: Sequence[Model], teachers: Sequence[Teacher], reference: Model | None) -> int | None:
-    """Find the model whose heatmaps the others' are compared with; None without a teacher that is free of bias."""
+def _reference(
+    models: Sequence[Model], teachers: Sequence[Teacher], reference: Model | None, dataset: Dataset
+) -> int | None:
+    """Find the model whose heatmaps the others' are compared with; None without a teacher that is free of bias.
+
+    A teacher that cannot be tested on any split is the reference only if it is asked for.
+    """
     if reference is not None:
         return [_identity(model) for model in models].index(_identity(reference))
     for number, teacher in enumerate(teachers):
+        if all(lacks_masks(teacher.model, split) for split in dataset.test_splits):
+            continue
         if teacher.config.kind == "teacher" and (teacher.config.debias != "none" or not teacher.config.training):
             return number
     return None
+
+
+def _totals(splits: dict[str, OnSplit], dataset: Dataset) -> dict[str, Any]:
+    """Put the scores of all splits together, as `evaluate` does."""
+    tests = dataset.test_splits
+    return summary({each.name: splits[each.name].score if each.name in splits else untested(each) for each in tests})
+
+
+def _why_untested(title: str, model: Classifier, dataset: Dataset) -> str | None:
+    split_names = [split.name for split in dataset.test_splits if lacks_masks(model, split)]
+    return no_masks(title, split_names) if split_names else None
 
 
 def _classes_to_explain(dataset: Dataset) -> tuple[int, ...]:
@@ -337,7 +370,7 @@ class _Samples:
         self.split, self.dataset = split, dataset
         self.labels = np.asarray(split.labels[:]).astype(np.int64)
         self.rows, self.compared_rows = (spread(len(split), many) for many in (samples, COMPARED))
-        self.shown, self.compared = self._read(self.rows), self._read(self.compared_rows)
+        self.gallery, self.compared = self._read(self.rows), self._read(self.compared_rows)
 
     def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         masks = None if self.split.masks is None else np.asarray(self.split.masks.oindex[rows])
@@ -345,9 +378,9 @@ class _Samples:
 
     def report(self, models: Sequence[ModelReport]) -> SplitReport:
         """Describe the split, with the images of the worst cases of all models."""
-        agreements = [model.splits[self.split.name].agreement for model in models]
-        worst = {case.row for agreement in agreements if agreement is not None for case in agreement.worst}
-        images = dict(zip(self.rows.tolist(), self.shown[0], strict=True))
+        measured = [model.splits[self.split.name] for model in models if self.split.name in model.splits]
+        worst = {case.row for on in measured if on.agreement is not None for case in on.agreement.worst}
+        images = dict(zip(self.rows.tolist(), self.gallery[0], strict=True))
         compared = self.compared_rows.tolist()
         images |= {row: self.compared[0][compared.index(row)] for row in worst - set(images)}
         groups = {}
@@ -388,11 +421,15 @@ class _Measuring:
         """Measure a model, which is on the CPU before and after.
 
         Returns:
-            Its measurements by split, and why it has no maps; None where it has.
+            Its measurements by split, but for splits without the masks that it needs, and why it has no maps; None
+            where it has.
         """
         model, splits, unexplained = teacher.model, {}, None
         place(model, self.device)
         for split in self.dataset.test_splits:
+            if lacks_masks(model, split):
+                bar.update()
+                continue
             samples, predictions = self.samples[split.name], answers(model, split, self.device)
             gallery, agreement = _without_maps(samples, predictions), None
             try:
@@ -501,7 +538,7 @@ def _gallery(
     every_class = len(explained) == len(samples.dataset.class_names)
     own = [] if every_class else [samples.labels, predictions.classes]
     classes = np.concatenate([*(each[samples.rows][:, None] for each in own), fixed], 1)
-    maps = explain_samples(model, *samples.shown, classes, device).astype(np.float64)
+    maps = explain_samples(model, *samples.gallery, classes, device).astype(np.float64)
     return tuple(
         Explained(each.says, each.probability, dict(zip(of, map(in_units, of_sample), strict=True)))
         for each, of, of_sample in zip(_without_maps(samples, predictions), classes.tolist(), maps, strict=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -13,11 +14,14 @@ import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from options import Message, Option, takes
-from pipeline import Classifier, RelevanceError, ZeroShot, load_classifier, load_teacher
+from pipeline import Classifier, ModelError, RelevanceError, ZeroShot, load_classifier, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
+from pipeline.networks.weight_files import load_weights
 from trainer.results.options import EPSILON, EvaluateOptions
 from trainer.run_dir import Run
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 512
 EXPLAINED, EXPLAINED_AT_ONCE = 500, 64  # images whose relevance is measured
@@ -37,12 +41,15 @@ def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> di
         Accuracies in %. ``splits`` has, by the name of a split: ``accuracy``, its 95 % Wilson ``interval``,
         ``samples``, the same for each of its ``groups`` (the values of the dataset's bias attribute), its
         ``worst_group``, and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
-        without masks). At the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a split), the
-        worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``, ``kind``, ``arch``, ``debias``.
+        without masks). ``accuracy`` and ``interval`` are None on a split without the masks that a teacher's front
+        needs; the log names it. At the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a
+        split, or its accuracy), the worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``,
+        ``kind``, ``arch``, ``debias``.
 
     Raises:
         DatasetError: there is no dataset, or it has no test split.
-        ModelError: the model cannot be loaded, or does not fit the dataset.
+        ModelError: the model cannot be loaded, or does not fit the dataset, or no test split has the masks that it
+            needs.
     """
     settings = EvaluateOptions(data=data, model=model, **options)
     dataset = open_tested(data)
@@ -53,12 +60,16 @@ def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> di
         student_factory=settings.student_factory,
         segmenter=settings.segmenter,
     )
+    tell_untested([(str(model), teacher.model)], dataset)
     config, device = teacher.config, pick_device(settings.device)
     place(teacher.model, device)
     splits = {}
     for split in dataset.test_splits:
         split.verify()
-        splits[split.name] = score(teacher.model, split, dataset, answers(teacher.model, split, device), device)
+        if lacks_masks(teacher.model, split):
+            splits[split.name] = untested(split)
+        else:
+            splits[split.name] = score(teacher.model, split, dataset, answers(teacher.model, split, device), device)
     return {
         **summary(splits),
         "dataset": dataset.name,
@@ -77,6 +88,43 @@ def open_tested(data: Location) -> Dataset:
     return dataset
 
 
+def lacks_masks(model: Classifier, split: Split) -> bool:
+    """Return whether the model cannot be run on the split, which has no masks."""
+    return model.needs_masks and split.masks is None
+
+
+def tell_untested(models: Sequence[tuple[str, Classifier]], dataset: Dataset) -> None:
+    """Log the test splits on which a model cannot be tested, because they have no masks.
+
+    Args:
+        models: the models with their names.
+        dataset: the dataset of the test splits.
+
+    Raises:
+        ModelError: no model can be tested on any split.
+    """
+    tests = dataset.test_splits
+    lacking = {name: [split.name for split in tests if lacks_masks(model, split)] for name, model in models}
+    if all(len(split_names) == len(tests) for split_names in lacking.values()):
+        raise ModelError(
+            f"{no_masks(' or '.join(lacking), [split.name for split in tests])}, so nothing can be tested: test its "
+            f"student, which needs no masks, or add masks to a test split of {dataset.path} (docs/dataset-layout.md)"
+        )
+    for name, split_names in lacking.items():
+        if split_names:
+            log.warning(
+                f"{no_masks(name, split_names)}, so it is not tested there: test its student, which needs no masks, "
+                f"or add masks to {dataset.path} (docs/dataset-layout.md)"
+            )
+
+
+def no_masks(model: str, split_names: Sequence[str]) -> str:
+    """Write why a model cannot be run on some splits, as the beginning of a sentence."""
+    *others, last = map(repr, split_names)
+    splits = f"splits {', '.join(others)} and {last} have" if others else f"split {last} has"
+    return f"the {splits} no masks, which the front of {model} needs"
+
+
 @dataclass(frozen=True)
 class Answers:
     """A model's predictions: the classes, int64 (N,), and their probabilities by softmax, float64 (N,)."""
@@ -91,6 +139,12 @@ def score(
     """Score the model's predictions on a whole split, as `evaluate` returns it for each split."""
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
     return {**_summary(predictions.classes == np.asarray(split.labels[:]), split, dataset), "on_object": on_object}
+
+
+def untested(split: Split) -> dict[str, Any]:
+    """Return the score, as `score` does, of a model that cannot be run on the split."""
+    unknown: dict[str, Any] = dict.fromkeys(("accuracy", "interval", "worst_group", "on_object"))
+    return {**unknown, "samples": len(split), "groups": []}
 
 
 def summary(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -117,8 +171,9 @@ def bias_warning(result: dict[str, Any]) -> Message | None:
     """
     if result["kind"] != "teacher" or result["iid"] is None:
         return None
-    worst = min(result["splits"], key=lambda name: float(result["splits"][name]["accuracy"]))
-    points_lost = result["iid"] - result["splits"][worst]["accuracy"]
+    accuracies = {name: split["accuracy"] for name, split in result["splits"].items() if split["accuracy"] is not None}
+    worst = min(accuracies, key=lambda name: float(accuracies[name]))
+    points_lost = result["iid"] - accuracies[worst]
     if points_lost <= LARGE_GAP:
         return None
     return Message(
@@ -132,7 +187,7 @@ def bias_warning(result: dict[str, Any]) -> Message | None:
 
 def evaluate_snapshots(
     data: Location, model: str | Path, *, images: int, device: str = "auto"
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict[str, float | None]]:
     """Measure the accuracy of each snapshot of a finished training on a part of each test split.
 
     Args:
@@ -143,7 +198,8 @@ def evaluate_snapshots(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Yields:
-        ``step``, and the accuracy in % on each test split by its name.
+        ``step``, and the accuracy in % on each test split by its name; None where it has no masks, and the model's
+        front needs them.
 
     Raises:
         DatasetError: there is no dataset.
@@ -154,9 +210,15 @@ def evaluate_snapshots(
     torch_device = pick_device(device)
     place(classifier, torch_device)
     for step, path in Run(Path(model)).snapshots.items():
-        classifier.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        point: dict[str, float] = {"step": step}
+        try:
+            load_weights(classifier, path)
+        except ModelError as error:
+            raise ModelError(f"the snapshot {path} does not load ({error}); train the model again") from error
+        point: dict[str, float | None] = {"step": step}
         for split in dataset.test_splits:
+            if lacks_masks(classifier, split):
+                point[split.name] = None
+                continue
             every = max(1, len(split) // images)
             correct = predict(classifier, split, torch_device, every) == np.asarray(split.labels[:])[::every]
             point[split.name] = 100 * float(correct.mean())

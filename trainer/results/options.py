@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from options import Among, Doc, Ge, Heading, Kind, Le, OptionSet
+from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, StudentFactory
 from pipeline import EXPLAINERS, RelevanceError
 
 EPSILON = 0.1  # ε of a map: the middle of the range from which a store draws by default
@@ -16,21 +17,13 @@ TRUE, PREDICTED = "true", "predicted"  # classes to explain that are not a class
 
 @dataclass(frozen=True, kw_only=True)
 class OwnCode(OptionSet):
-    """Code of the user's own that builds networks. It runs only if it is named here."""
+    """The user's own code that builds networks. It runs only if these options name it."""
 
     ERROR = RelevanceError
-    HEADING = "Your own code"
+    HEADING = CUSTOM_CODE
 
-    student_factory: Annotated[
-        str | None, Doc("Function that builds your own network, as MODULE:FUNCTION. Its code is run.")
-    ] = None
-    segmenter: Annotated[
-        str | None,
-        Doc(
-            "Segmenter of a teacher that sees the object alone: torchvision:NAME, a file (.pt2, .pt), or a function "
-            "of your own as MODULE:FUNCTION, whose code is run."
-        ),
-    ] = None
+    student_factory: StudentFactory = None
+    segmenter: SavedSegmenter = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +33,7 @@ class Running(OptionSet):
     ERROR = RelevanceError
     HEADING = "Run"
 
-    device: Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Device = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +42,7 @@ class EvaluateOptions(OwnCode, Running):
 
     HEADING = "Files"
 
-    data: Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL.")]
+    data: DatasetPlace
     model: Annotated[
         Any, Kind.TEACHER, Doc("Folder of a teacher or a student, or clip:ARCH for a vision-language model.")
     ]
@@ -61,7 +54,7 @@ class ShowOptions(OwnCode, Running):
 
     HEADING = "Explanations"
 
-    data: Annotated[Any, Kind.LOCATION, Heading("Files"), Doc("Dataset: a folder or a URL.")]
+    data: Annotated[DatasetPlace, Heading("Files")]
     models: Annotated[
         tuple[Any, ...],
         Kind.TEACHER,
@@ -83,16 +76,17 @@ class ShowOptions(OwnCode, Running):
     samples: Annotated[
         int | Sequence[int],
         Heading("Samples"),
-        Doc("Number of samples, spread evenly over the split; or their indices, from 0 on."),
+        Doc("Number of samples, spread evenly over the split, or a list of their indices, from 0 on."),
     ] = 8
     explain: Annotated[
-        str, Doc("Class to explain: true (the true class), predicted (each model's prediction), or a class by name.")
+        str,
+        Doc("Class to explain: true (the true class), predicted (each model's prediction), or the name of a class."),
     ] = TRUE
     epsilon: Annotated[float, Ge(0), Doc("ε of the models' heatmaps.")] = EPSILON
     explainer: Annotated[
         str,
         Among(EXPLAINERS),
-        Doc("Explainer of the models (docs/engine.md). Heatmaps of a store are shown as stored."),
+        Doc("Explainer for the models (see docs/engine.md). Heatmaps of a store are shown as they are stored."),
     ] = "flex"
 
 
@@ -106,11 +100,13 @@ class CompareOptions(OwnCode, Running):
         Any,
         Kind.TEACHER,
         Doc(
-            "Model with whose heatmaps the others' are compared. Default: the first teacher with a debiasing front, or "
-            "the first vision-language model."
+            "Model to whose heatmaps the heatmaps of the others are compared. Default: the first teacher with a "
+            "debiasing front, or the first vision-language model."
         ),
     ] = None
-    samples: Annotated[int, Ge(1), Le(50), Heading("Samples"), Doc("Samples of each split in the gallery.")] = 6
+    samples: Annotated[
+        int, Ge(1), Le(50), Heading("Samples"), Doc("Number of samples of each split in the gallery.")
+    ] = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +115,7 @@ class ReportOptions(CompareOptions):
 
     HEADING = "Files"
 
-    data: Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL. Default: the dataset of the trainings.")] = (
-        None
-    )
+    data: Annotated[
+        Any, Kind.LOCATION, Doc("Dataset: a folder or a URL. Default: the dataset of the models' trainings.")
+    ] = None
     out: Annotated[str | Path, Kind.FOLDER, Doc("HTML file to write.")]

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ import zarr
 from data import Dataset, Split
 from data.storage import Folder
 from options import Message
-from pipeline import load_classifier
+from pipeline import Classifier, load_classifier
 from pipeline.batch import explain_batch
+from trainer.results.evaluation import lacks_masks
+from trainer.results.fonts import legible
 from trainer.results.options import EPSILON
-from trainer.results.tables import heading
+from trainer.results.tables import MISSING, heading
 from trainer.run_dir import NEW_FOLDER
 
 CPU = torch.device("cpu")
@@ -78,28 +80,46 @@ def heatmap_picture(
     from matplotlib.figure import Figure
 
     loaded = {title: load_classifier(path)[0] for title, path in models.items()}
-    columns = min(10, len(dataset.class_names))
-    rows = len(models) + 1
+    columns, rows = min(10, len(dataset.class_names)), len(models) + 1
     figure = Figure(figsize=(1.15 * columns + 1.4, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
-    for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
-        split = dataset.split(name)
-        picked = _one_per_class(split, columns)
-        labels = np.asarray(split.labels[:])[picked].astype(np.int64)
-        images = rows_of(split.images, picked)
-        masks = None if split.masks is None else rows_of(split.masks, picked)
-        panel.suptitle(f"{name}: image, and relevance for its true class (red for, blue against)", fontsize=10)
-        axes = panel.subplots(rows, len(picked), squeeze=False)
-        _row_title(axes[0, 0], "image")
-        for column, image in enumerate(images.astype(np.float32) / 255):
-            _draw(axes[0, column], Cell(image, dataset.class_names[labels[column]]))
-        for row, (title, model) in enumerate(loaded.items(), start=1):
-            _row_title(axes[row, 0], title)
-            batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
-            for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
-                predicted = int(batch.logits[column].argmax())
-                cell = Cell(heatmap, f"says {dataset.class_names[predicted]}", wrong=predicted != labels[column])
-                _draw(axes[row, column], cell, np.abs(heatmap).max() or 1.0)
-    _save(figure, out)
+    with legible([*dataset.class_names, *split_names, *models], out) as drawable:
+        for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
+            panel.suptitle(
+                f"{drawable(name)}: image, and relevance for its true class (red for, blue against)", fontsize=10
+            )
+            _draw_split(panel, dataset, name, columns, loaded, drawable)
+        _save(figure, out)
+
+
+def _draw_split(
+    panel: Any,
+    dataset: Dataset,
+    split_name: str,
+    columns: int,
+    models: Mapping[str, Classifier],
+    drawable: Callable[[str], str],
+) -> None:
+    """Draw a split's images, one per class, and below them each model's heatmaps."""
+    split, class_names = dataset.split(split_name), [drawable(name) for name in dataset.class_names]
+    picked = _one_per_class(split, columns)
+    labels = np.asarray(split.labels[:])[picked].astype(np.int64)
+    images = rows_of(split.images, picked)
+    masks = None if split.masks is None else rows_of(split.masks, picked)
+    axes = panel.subplots(len(models) + 1, len(picked), squeeze=False)
+    _row_title(axes[0, 0], "image")
+    for column, image in enumerate(images.astype(np.float32) / 255):
+        _draw(axes[0, column], Cell(image, class_names[labels[column]]))
+    for row, (title, model) in enumerate(models.items(), start=1):
+        _row_title(axes[row, 0], drawable(title))
+        if lacks_masks(model, split):
+            for axis in axes[row]:
+                _draw(axis, Cell(None, "no masks"), ratio=images.shape[2] / images.shape[3])
+            continue
+        batch = explain_batch(model, images, masks, labels[:, None], EPSILON, explainer="flex", device=CPU)
+        for column, heatmap in enumerate(batch.maps[:, 0].sum(1)):
+            predicted = int(batch.logits[column].argmax())
+            cell = Cell(heatmap, f"says {class_names[predicted]}", wrong=predicted != labels[column])
+            _draw(axes[row, column], cell, np.abs(heatmap).max() or 1.0)
 
 
 def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
@@ -113,6 +133,18 @@ def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
     Raises:
         FileExistsError: the file exists.
     """
+    below = [cell.below for row in grid.cells for cell in row]
+    texts = [grid.title, grid.unit, *grid.column_titles, *grid.row_titles, *below]
+    with legible(texts, out) as drawable:
+        cells = [[dataclasses.replace(cell, below=drawable(cell.below)) for cell in row] for row in grid.cells]
+        column_titles, row_titles = (list(map(drawable, each)) for each in (grid.column_titles, grid.row_titles))
+        title, unit = drawable(grid.title), drawable(grid.unit)
+        figure = _grid_figure(Grid(cells, column_titles, row_titles, title, grid.limit, unit))
+        _save(figure, out, description)
+
+
+def _grid_figure(grid: Grid) -> Any:
+    """Draw a grid."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
@@ -136,13 +168,13 @@ def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
     for line, row, name in zip(axes, cells, row_titles, strict=True):
         line[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
         for axis, cell in zip(line, row, strict=True):
-            _draw(axis, cell, grid.limit)
+            _draw(axis, cell, grid.limit, height / width)
     scale = ScalarMappable(Normalize(-grid.limit, grid.limit), COLOURS)
     bar = lower.add_axes((0.15, 1 - 0.2 / parts[1], 0.7, 0.13 / parts[1]))
     lower.colorbar(scale, bar, orientation="horizontal", extend="both")
     bar.tick_params(labelsize=8)
     bar.set_xlabel(bar_text, fontsize=8)
-    _save(figure, out, description)
+    return figure
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -150,12 +182,13 @@ def _wrapped(text: str, width: int) -> str:
     return "\n".join(textwrap.fill(line, width) for line in text.split("\n")).replace("$", r"\$")
 
 
-def _draw(axis: Any, cell: Cell, limit: float = 1.0) -> None:
-    """Draw one cell of a grid; a heatmap's colours run from −``limit`` to ``limit``."""
+def _draw(axis: Any, cell: Cell, limit: float = 1.0, ratio: float = 1.0) -> None:
+    """Draw one cell of a grid. A heatmap's colours run from −``limit`` to ``limit``; ``ratio`` is height to width."""
     axis.set_xticks([])
     axis.set_yticks([])
     if cell.content is None:
         axis.spines[:].set_visible(False)
+        axis.set_box_aspect(ratio)
     elif cell.content.ndim == 2:
         axis.imshow(cell.content, cmap=COLOURS, vmin=-limit, vmax=limit)
     elif len(cell.content) == 3:
@@ -177,10 +210,16 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
     which shows the differences near 100 % too.
 
     Args:
-        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split.
+        points: each with the ``title`` of the method, ``seed``, ``step``, and the accuracy in % on each split, or None.
         splits: the test splits.
         out: the file to write; an existing one is overwritten.
     """
+    with legible([*(point["title"] for point in points), *splits], out) as drawable:
+        _save(_curves_figure(points, splits, drawable), out)
+
+
+def _curves_figure(points: Sequence[Mapping[str, Any]], splits: Sequence[str], drawable: Callable[[str], str]) -> Any:
+    """Draw the accuracies of `curves_picture`."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -191,16 +230,16 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
         for index, title in enumerate(titles):
             by_step: dict[int, list[float]] = {}
             for point in points:
-                if point["title"] == title:
+                if point["title"] == title and point[split] is not None:
                     share = min(max(point[split] / 100, ENDS[0]), ENDS[1])  # neither end of a logit axis is finite
                     by_step.setdefault(point["step"], []).append(share)
             steps = sorted(by_step)
             look = {"color": colormaps["tab10"](index % 10), "linestyle": ("-", "--", ":")[index // 10 % 3]}
             means = [statistics.fmean(by_step[step]) for step in steps]
-            axis.plot(steps, means, label=title, marker=".", linewidth=1.6, **look)
+            axis.plot(steps, means, label=drawable(title), marker=".", linewidth=1.6, **look)
             lowest, highest = ([bound(by_step[step]) for step in steps] for bound in (min, max))
             axis.fill_between(steps, lowest, highest, color=look["color"], alpha=0.15, linewidth=0)
-        axis.set_title(heading(split))
+        axis.set_title(drawable(heading(split)))
         axis.set_xlabel("steps")
         axis.set_xlim(left=0)
         axis.set_yscale("logit")
@@ -213,13 +252,14 @@ def curves_picture(points: Sequence[Mapping[str, Any]], splits: Sequence[str], o
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle("As they learn, on a part of the test images; nothing was chosen by it", fontsize=10)
-    _save(figure, out)
+    return figure
 
 
 def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], out: str | Path) -> None:
     """Write a PNG: the accuracy of each method on each group of the splits, means over seeds.
 
-    Groups that are colours are sorted, the darkest first.
+    Groups that are colours are sorted, the darkest first. A split without groups is left out; without any split, no
+    file is written.
 
     Args:
         results: each with the ``title`` of the method and its ``groups``, which have ``split``, ``group`` (a name, or a
@@ -227,6 +267,16 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
         splits: the test splits.
         out: the file to write; an existing one is overwritten.
     """
+    groups = [group["group"] for result in results for group in result["groups"]]
+    splits = [split for split in splits if any(g["split"] == split for result in results for g in result["groups"])]
+    if not splits:
+        return
+    with legible([*(result["title"] for result in results), *splits, *groups], out) as drawable:
+        _save(_groups_figure(results, splits, drawable), out)
+
+
+def _groups_figure(results: Sequence[Mapping[str, Any]], splits: Sequence[str], drawable: Callable[[str], str]) -> Any:
+    """Draw the accuracies of `groups_picture`."""
     from matplotlib.colors import is_color_like, to_rgb
     from matplotlib.figure import Figure
 
@@ -241,8 +291,9 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
     for (swatches, axis), split in zip(axes.T, splits, strict=True):
         groups = list(dict.fromkeys(group for of, group, _ in scores if of == split))
         groups = sorted(groups, key=_luminance) if colours else groups
-        values = np.array([[statistics.fmean(scores[split, group, title]) for group in groups] for title in titles])
-        swatches.set_title(f"{split}: accuracy in % by {'colour' if colours else 'group'}", fontsize=10)
+        of_all = [[scores.get((split, group, title), [np.nan]) for group in groups] for title in titles]
+        values = np.array([[statistics.fmean(of_group) for of_group in of_title] for of_title in of_all])
+        swatches.set_title(f"{drawable(split)}: accuracy in % by {'colour' if colours else 'group'}", fontsize=10)
         if colours:
             swatches.imshow([[to_rgb(colour) for colour in groups]], aspect="auto")
             swatches.set_xticks([])
@@ -252,11 +303,13 @@ def groups_picture(results: Sequence[Mapping[str, Any]], splits: Sequence[str], 
         axis.imshow(values, cmap="YlOrRd_r", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(values):
             ink = "white" if value < 35 else "black"
-            axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
-        axis.set_xticks(range(len(groups)), groups, fontsize=7, rotation=30)
-        axis.set_yticks(range(len(titles)), titles if split == splits[0] else [""] * len(titles), fontsize=9)
+            text = MISSING if np.isnan(value) else f"{value:.1f}"
+            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
+        axis.set_xticks(range(len(groups)), map(drawable, groups), fontsize=7, rotation=30)
+        names = [drawable(title) if split == splits[0] else "" for title in titles]
+        axis.set_yticks(range(len(titles)), names, fontsize=9)
         axis.tick_params(length=0)
-    _save(figure, out)
+    return figure
 
 
 def _luminance(colour: str) -> float:

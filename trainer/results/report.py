@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -148,7 +149,7 @@ class _Page:
         self.compared = self.reference is not None and len(self.models) > 1
         warning = self.reference and bias_warning({**self.reference.totals, "kind": self.reference.config.kind})
         self.warning = warning and str(warning).removeprefix("warning: ")
-        self.erring = max(self.splits, key=lambda split: sum(self._errors(model, split) for model in self.models)).name
+        self.erring = max(self.splits, key=self._errors).name
         maps = [each for model in self.models for on in model.splits.values() for each in _maps_of(on)]
         self.limit = common_limit(maps)
         height, width = next(iter(self.splits[0].images.values())).shape[1:]
@@ -165,8 +166,14 @@ class _Page:
 
     # --- numbers ---
 
-    def _errors(self, model: ModelReport, split: SplitReport) -> float:
-        return 100 - float(model.splits[split.name].score["accuracy"])
+    def _errors(self, split: SplitReport) -> float:
+        """Return the mean error of the models that are tested on a split, in %; -1 without any."""
+        scores = [model.splits[split.name].score for model in self.tested(split)]
+        return 100 - statistics.fmean(score["accuracy"] for score in scores) if scores else -1.0
+
+    def tested(self, split: SplitReport) -> list[ModelReport]:
+        """List the models that are tested on a split."""
+        return [model for model in self.models if split.name in model.splits]
 
     def percent(self, value: float | None, digits: int = 2) -> str:
         return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
@@ -201,7 +208,8 @@ class _Page:
         ]
 
     def agreement(self, model: ModelReport, split: SplitReport) -> Agreement | None:
-        return model.splits[split.name].agreement
+        on = model.splits.get(split.name)
+        return None if on is None else on.agreement
 
     # --- pictures ---
 
@@ -243,9 +251,10 @@ class _Page:
         splits, lines = [split.name for split in self.splits], []
         many = len(self.models)
         for number, model in self._numbered():
-            scores = [model.splits[split].score for split in splits]
-            low, high = np.array([score["interval"] for score in scores]).T
-            x = np.arange(len(splits)) + 0.5 * ((number + 0.5) / many - 0.5)
+            tested = [place for place, split in enumerate(splits) if split in model.splits]
+            scores = [model.splits[splits[place]].score for place in tested]
+            low, high = np.array([score["interval"] for score in scores]).reshape(-1, 2).T
+            x = np.array(tested) + 0.5 * ((number + 0.5) / many - 0.5)
             lines.append(Line(number, x, np.array([score["accuracy"] for score in scores]), low, high))
         return self._draw(
             Chart("accuracy, with 95 % intervals", "", "%", lines, (-0.5, len(splits) - 0.5), (0, 102), _heads(splits))
@@ -280,6 +289,8 @@ class _Page:
     def calibration_chart(self, split: SplitReport) -> Markup:
         lines = []
         for number, model in self._numbered():
+            if split.name not in model.splits:
+                continue
             calibration = model.splits[split.name].calibration
             drawn = calibration.samples >= FEWEST
             x, y = calibration.probability[drawn], calibration.accuracy[drawn]

@@ -6,6 +6,7 @@ Not here: how the picture is drawn (`pictures.py`), and numbers on how good expl
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +30,12 @@ from pipeline.networks.segmenters import TORCHVISION
 from pipeline.networks.teachers import absolute_teacher
 from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_paired
+from trainer.results.evaluation import lacks_masks, no_masks
 from trainer.results.options import PREDICTED, TRUE, OwnCode, ShowOptions
 from trainer.results.pictures import Cell, Grid, grid_picture, rows_of
 from trainer.run_dir import NEW_FOLDER
+
+log = logging.getLogger(__name__)
 
 MOST_SAMPLES, MOST_COLUMNS = 100, 40  # the limits of a PNG of Matplotlib, which is 2¹⁶ pixels high and wide at most
 AT_ONCE = 16  # samples of a batch; fewer where the memory does not hold them
@@ -62,7 +66,8 @@ class Samples:
 def show_explanations(data: Location, out: str | Path, **options: Any) -> dict[str, Any]:
     """Write a PNG: a row for each sample of a split, with its image and the heatmap of each model and each store.
 
-    A store shows the first draw of each sample that it has; the class and the ε are below it. Below each map is the
+    The column of a teacher whose front needs masks is empty where the split has none, and the log says so. A store
+    shows the first draw of each sample that it has; the class and the ε are below it. Below each map is the
     class with the largest logit and its probability by softmax, in bold red where it is not the true class.
 
     Maps are summed over channels. Each is divided by its own mean |relevance|, over the positions that have any: maps
@@ -82,7 +87,8 @@ def show_explanations(data: Location, out: str | Path, **options: Any) -> dict[s
 
     Raises:
         DatasetError: there is no such dataset, split, sample or class.
-        ModelError: a model cannot be loaded, or does not fit the dataset.
+        ModelError: a model cannot be loaded, or does not fit the dataset, or the split lacks the masks that all columns
+            need.
         CacheError: a store is of another dataset or split, or is damaged.
         RelevanceError: an option is wrong, or the explainer cannot explain a model.
         FileExistsError: ``out`` exists.
@@ -93,6 +99,7 @@ def show_explanations(data: Location, out: str | Path, **options: Any) -> dict[s
     samples = _pick(open_dataset(data), settings)
     stores = [_open_store(cache, samples) for cache in settings.caches]
     loaded = [load_shown(model, samples.dataset, code) for model, code in own_code(settings.models, settings)]
+    _tell_empty(loaded, len(stores), samples)
     device = pick_device(settings.device)
     columns = [_model_column(model, samples, settings, device) for model, _ in loaded]
     columns += [_store_column(store, samples) for store in stores]
@@ -227,6 +234,22 @@ def _config(directory: str | Path) -> ModelConfig | None:
         return None
 
 
+def _tell_empty(models: Sequence[tuple[Classifier, str]], stores: int, samples: Samples) -> None:
+    """Log the models whose columns are empty, because the split has no masks. Raises ModelError if all columns are."""
+    dataset, split = samples.dataset, samples.split
+    empty = [title for model, title in models if lacks_masks(model, split)]
+    if not empty:
+        return
+    reason = no_masks(" and ".join(empty), [split.name])
+    if len(empty) < len(models) or stores:
+        log.warning(f"{reason}, so its column is empty: show a split with masks, or add masks to {dataset.path}")
+        return
+    candidates = [*dataset.test_splits, *dataset.splits.values()]
+    masked = [other.name for other in candidates if other.masks is not None]
+    remedy = ["give ", Option("split", masked[0]), ", which has masks, or "] if masked else ["give "]
+    raise ModelError(Message(f"{reason}, so there is no map to show: ", *remedy, "a student, which needs none"))
+
+
 def _open_store(location: Location, samples: Samples) -> Cache:
     """Open a store of the split, complete or not. Raises CacheError."""
     cache, split = open_cache(location), samples.split.name
@@ -249,6 +272,8 @@ def _open_store(location: Location, samples: Samples) -> Cache:
 def _model_column(model: Classifier, samples: Samples, settings: ShowOptions, device: torch.device) -> list[Cell]:
     """Explain the samples by a model, which is on the CPU before and after. Raises RelevanceError, ModelError."""
     split, rows, targets = samples.split, samples.rows, samples.targets
+    if lacks_masks(model, split):
+        return [Cell(None, "no map: the split has no masks")] * len(rows)
 
     def explain(batch: slice) -> tuple[np.ndarray, np.ndarray]:
         explained = explain_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from trainer.reproduction.profiles import Benchmark
 
 Result = Mapping[str, Any]  # a line of results.jsonl
 MISSING = "–"
+TOTALS = ("gap", "worst group", "on object")  # columns behind those of the splits, in this order
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ def summarise(results: Sequence[Result], benchmark: Benchmark) -> list[Line]:
 
 
 def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> Line:
-    first, last = seeds[0], benchmark.tests[-1]
+    first, last = seeds[0], _last_with_masks(methods, benchmark)
     teacher = methods.get(first["teacher"], ())
-    ours = {heading(split): [result[split] for result in seeds] for split in benchmark.tests}
+    ours = {heading(split): _known(seeds, split) for split in benchmark.tests}
     ours["gap"] = [result["gap"] for result in seeds if result.get("gap") is not None]
     ours["worst group"] = [group["accuracy"] for result in seeds if (group := result.get("worst_group"))]
     ours["on object"] = [
@@ -82,16 +84,26 @@ def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benc
         title=first["title"],
         ours={name: measured(values) for name, values in ours.items() if values},
         to_teacher={
-            heading(split): statistics.fmean(result[split] for result in seeds)
-            - statistics.fmean(result[split] for result in teacher)
+            heading(split): statistics.fmean(_known(seeds, split)) - statistics.fmean(_known(teacher, split))
             for split in benchmark.tests
-            if teacher and split != "iid"
+            if split != "iid" and _known(seeds, split) and _known(teacher, split)
         },
         published=_published(first["published"]),
         seconds=statistics.fmean(result["seconds"] for result in seeds),
         note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
         + ("no number quoted" if first["published"] is None else "published numbers as quoted"),
     )
+
+
+def _last_with_masks(methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> str | None:
+    """Find the last test split on which a share of the relevance is measured."""
+    shares = [result.get("on_object", {}) for seeds in methods.values() for result in seeds]
+    return next((split for split in reversed(benchmark.tests) if any(of.get(split) is not None for of in shares)), None)
+
+
+def _known(results: Sequence[Result], split: str) -> list[float]:
+    """List the accuracies on a split, without models that cannot be tested on it."""
+    return [result[split] for result in results if result[split] is not None]
 
 
 def _published(scores: Mapping[str, float] | None) -> dict[str, float]:
@@ -116,7 +128,8 @@ def _columns(lines: Sequence[Line]) -> list[_Columns]:
     """List the columns for which a line has a value."""
 
     def of(title: str, get: Callable[[Line], Mapping[str, Any]], write: Callable[[Any], str]) -> _Columns:
-        names = tuple(dict.fromkeys(name for line in lines for name in get(line)))
+        fullest_first = sorted(map(get, lines), key=len, reverse=True)  # it has the names in their order
+        names = tuple(sorted(dict.fromkeys(itertools.chain(*fullest_first)), key=_place))
         return _Columns(title, names, lambda line: [write(get(line)[n]) if n in get(line) else MISSING for n in names])
 
     columns = (
@@ -125,6 +138,11 @@ def _columns(lines: Sequence[Line]) -> list[_Columns]:
         of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
     )
     return [each for each in columns if each.names]
+
+
+def _place(name: str) -> int:
+    """Return the place of a column: the test splits first, in their order."""
+    return TOTALS.index(name) if name in TOTALS else -1
 
 
 def _seconds(line: Line) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor
 from data import DatasetError, Split
 from options import Call, Message
 from pipeline.device import to_device
-from teacher_cache import Cache, CacheError
+from teacher_cache import PRECISIONS, Cache, CacheError
+from teacher_cache.codec import dequantise
 from trainer.stream import order
 from trainer.stream.memory import free_memory
 
@@ -408,7 +409,7 @@ def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: tor
     """Decode heatmaps on the device.
 
     Like `dequantise` this is the inverse of `teacher_cache.codec.quantise`; on the device half the bytes are moved, and
-    no thread that reads has to cast.
+    no thread that reads has to cast. A precision without a function for tensors is decoded by `dequantise`, on the CPU.
 
     Args:
         heatmaps: as they are stored, (N, C, h, w).
@@ -418,12 +419,14 @@ def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: tor
 
     Returns:
         float32 (N, C, h, w) on the device.
+
+    Raises:
+        CacheError: there is no such precision.
     """
-    maps = to_device(heatmaps, device)
-    maps = maps.view(torch.bfloat16).float() if precision == "bfloat16" else maps.float()
-    if precision == "int8":
-        maps = maps * maps.abs() / 127**2
-    return maps * to_device(scale, device)[:, None, None, None]
+    decode = PRECISIONS.find(precision).dequantise_tensor
+    if decode is None:
+        return to_device(dequantise(heatmaps.numpy(force=True), scale.numpy(force=True), precision), device)
+    return decode(to_device(heatmaps, device)) * to_device(scale, device)[:, None, None, None]
 
 
 def _bytes(fields: Mapping[str, Field]) -> int:

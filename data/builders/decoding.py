@@ -1,0 +1,162 @@
+"""Decode the files of an image folder once, in several processes, to a scratch file of pixels of one size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.builders.folders import RAW, Sample
+from data.builders.pictures import (
+    Fit,
+    NoPictureError,
+    Size,
+    UnreadableError,
+    covered,
+    cut_away,
+    fitted,
+    read_image,
+    read_mask,
+)
+
+BATCH = 16  # files that a process decodes at a time
+PER_PROCESS = 64  # files for which a further process is worth its start
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What was learned of a file.
+
+    Attributes:
+        digest: the SHA-256 of the image file, empty if it cannot be read.
+        problem: why the image or its mask cannot be used; None if they can.
+        picture: whether the file is an image at all, by its content or its suffix.
+        cut: the share of its pixels that cropping cuts away.
+        frames: the number of its frames.
+        dark: see `data.builders.pictures.Picture`.
+        object: the share of the mask's pixels that are object.
+        read_by: see `data.builders.pictures.Mask`.
+    """
+
+    digest: str = ""
+    problem: str | None = None
+    picture: bool = True
+    cut: float = 0.0
+    frames: int = 1
+    dark: bool = False
+    object: float | None = None
+    read_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Pixels of every file, in files that are removed when the dataset is written.
+
+    Attributes:
+        folder: a temporary folder.
+        samples: number of files.
+        size: height and width in pixels.
+    """
+
+    folder: Path
+    samples: int
+    size: Size
+
+    def images(self) -> np.memmap:
+        """Open the images, uint8 (N, 3, height, width)."""
+        return self._open("images", 3)
+
+    def masks(self) -> np.memmap:
+        """Open the masks, uint8 (N, 1, height, width)."""
+        return self._open("masks", 1)
+
+    def _open(self, name: str, channels: int) -> np.memmap:
+        path = self.folder / name
+        return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(self.samples, channels, *self.size))
+
+
+class _Files:
+    """The files as a dataset of `torch.utils.data`: decoding one writes its pixels, and returns what was learned."""
+
+    def __init__(self, samples: Sequence[Sample], scratch: Scratch, fit: Fit):
+        self.samples, self.scratch, self.fit = samples, scratch, fit
+        self.images, self.masks = scratch.images(), scratch.masks()
+
+    def __getstate__(self) -> tuple[Sequence[Sample], Scratch, Fit]:
+        return self.samples, self.scratch, self.fit  # another process opens the files itself
+
+    def __setstate__(self, state: tuple[Sequence[Sample], Scratch, Fit]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> Decoded:
+        return _decode(self.samples[row], self, row)
+
+
+def decode_all(
+    samples: Sequence[Sample], scratch: Scratch, fit: Fit, advance: Callable[[int], object]
+) -> list[Decoded]:
+    """Decode every file and its mask to row i of the scratch files.
+
+    Args:
+        samples: the files.
+        scratch: where the pixels go.
+        fit: how images that have another shape are fitted.
+        advance: is told how many more files are decoded.
+
+    Returns:
+        What was learned of each file.
+    """
+    from torch.utils.data import DataLoader
+
+    processes = min(os.cpu_count() or 1, len(samples) // PER_PROCESS)
+    loader: Any = DataLoader(
+        _Files(samples, scratch, fit),  # type: ignore[arg-type]
+        batch_size=BATCH,
+        num_workers=processes if processes > 1 else 0,
+        collate_fn=list,
+        prefetch_factor=4 if processes > 1 else None,
+    )
+    decoded: list[Decoded] = []
+    for batch in loader:
+        decoded += batch
+        advance(len(batch))
+    return decoded
+
+
+def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
+    size, fit = files.scratch.size, files.fit
+    digest = ""
+    suffix = sample.path.suffix.lower()
+    try:
+        if suffix in RAW:
+            return Decoded(picture=False)
+        picture = read_image(sample.path)
+        image = picture.image
+        with open(sample.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        files.images[row] = fitted(image, size, fit).transpose(2, 0, 1)
+        learned = Decoded(digest, cut=cut_away(image, size), frames=picture.frames, dark=picture.dark)
+        if sample.mask is None:
+            return learned
+        mask = read_mask(sample.mask)
+        height, width = mask.covers.shape
+        if (width, height) != image.size:
+            problem = f"it is {image.width}×{image.height}, its mask {sample.mask} {width}×{height}"
+            return replace(learned, problem=problem)
+        files.masks[row, 0] = covered(mask.covers, size, fit)
+        return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)
+    except NoPictureError as error:
+        return Decoded(digest, str(error), picture=suffix in Image.registered_extensions())
+    except UnreadableError as error:
+        return Decoded(digest, str(error))
+    except OSError as error:
+        return Decoded(digest, f"it cannot be read: {error.strerror or error}")

@@ -1,0 +1,221 @@
+"""The files of an image folder: images by class, their masks, and their groups. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import csv
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from data.errors import DatasetError
+from options import Message, Option
+
+Echo = Callable[[str], object]
+Bad = dict[tuple[str, Path], str]  # split and image → why it cannot be used
+
+SYSTEM = {  # names, in lower case, of what programs leave beside a user's files; a dot at the start says so too
+    "__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
+    "system volume information", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+RAW = {  # photographs as the sensor saw them; Pillow opens some, but decodes only their small preview
+    ".3fr", ".arw", ".cr2", ".cr3", ".dng", ".erf", ".iiq", ".kdc", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw",
+    ".rw2", ".srw", ".x3f",
+}  # fmt: skip
+MASK_ENDS = ("", "_mask", "-mask")  # what a mask may have after the image's name
+DELIMITERS = (",", ";", "\t")  # of a CSV file, as spreadsheet programs write them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image file.
+
+    Attributes:
+        path: the file.
+        name: its path below the folder of the split, with slashes.
+        label: its class.
+        mask: the file of its mask, if its split has masks.
+        group: the name of its group, if its split has groups.
+    """
+
+    path: Path
+    name: str
+    label: int
+    mask: Path | None = None
+    group: str | None = None
+
+
+def is_system(name: str) -> bool:
+    """Return whether a program, not the user, made a file or folder of this name, such as ``.ipynb_checkpoints``."""
+    return name.startswith(".") or name.casefold() in SYSTEM
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def find_classes(train: Path) -> list[str]:
+    """Return the names of the classes, which are the folders in ``train``, sorted.
+
+    Raises:
+        DatasetError: There are none, or a name cannot be printed.
+    """
+    folders = _class_folders(train) if train.is_dir() else []
+    if not folders:
+        raise DatasetError(Message(Option("train", str(train)), " must be a folder with a folder for each class"))
+    for name in folders:
+        check_name(name, f"the folder of a class in {train}")
+    return folders
+
+
+def check_name(name: str, role: str) -> None:
+    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        printable = name.encode("unicode_escape").decode()
+        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_system(entry.name))
+
+
+def find_files(folder: Path, classes: Sequence[str], echo: Echo) -> list[Sample]:
+    """Return every file of a split that may be an image, by class, folder and name.
+
+    Folders below those of the classes count too. A link to a folder is followed once for each class, and never to a
+    folder above it. Files and folders that programs leave behind are ignored (`is_system`).
+
+    Raises:
+        DatasetError: The folder is missing, has a class that ``classes`` lacks, or has no file.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"there is no folder {folder}: give a folder with a folder for each class")
+    if unknown := sorted(set(_class_folders(folder)) - set(classes)):
+        raise DatasetError(f"{folder} has a class '{unknown[0]}' that training does not have: {', '.join(classes)}")
+    samples = [
+        Sample(path, path.relative_to(folder).as_posix(), label)
+        for label, name in enumerate(classes)
+        for path in sorted(_walk(folder / name, {os.path.realpath(folder)}, echo), key=_order)
+    ]
+    if not samples:
+        raise DatasetError(f"{folder} has no images in folders by class")
+    return samples
+
+
+def _order(path: Path) -> tuple[str, str]:
+    return str(path.parent), path.name
+
+
+def _walk(folder: Path, above: set[str], echo: Echo) -> Iterator[Path]:
+    """Yield the files below a folder. ``above`` are the real paths of folders that links do not lead to again."""
+    real = os.path.realpath(folder)
+    if real in above:
+        echo(f"{folder} links to a folder that is read anyway, and is not followed")
+        return
+    above.add(real)
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:  # a split need not have every class
+        return
+    for entry in entries:
+        if is_system(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk(Path(entry.path), above, echo)
+        else:
+            yield Path(entry.path)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def with_masks(samples: Sequence[Sample], split: str, masks: Path, bad: Bad) -> list[Sample]:
+    """Add the masks of a split, if it has any; note in ``bad`` which images have none or several.
+
+    A mask lies at the place of its image below ``masks/SPLIT``, or below ``masks`` if no split has a folder there. Its
+    name is that of the image, with or without the image's suffix, and may end in ``_mask``; any suffix follows.
+    """
+    places = _mask_files(masks / split if (masks / split).is_dir() else masks)
+    pairs = [(sample, [path for key in _mask_names(sample.name) for path in places.get(key, ())]) for sample in samples]
+    if not any(paths for _, paths in pairs):
+        return list(samples)
+    for sample, paths in pairs:
+        if not paths:
+            place = (masks / split if (masks / split).is_dir() else masks) / PurePosixPath(sample.name).with_suffix("")
+            bad[split, sample.path] = f"there is no mask {place} with the suffix of an image"
+        elif len(paths) > 1:
+            bad[split, sample.path] = f"there are {len(paths)} masks: {', '.join(map(str, paths))}"
+    return [replace(sample, mask=paths[0]) if len(paths) == 1 else sample for sample, paths in pairs]
+
+
+def _mask_names(name: str) -> list[str]:
+    """Return the paths that a mask may have without its suffix, for an image of this path."""
+    path = PurePosixPath(name)
+    stems = dict.fromkeys((str(path.with_suffix("")), name))
+    return [stem + end for stem in stems for end in MASK_ENDS]
+
+
+def _mask_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files below a folder by their path without suffix."""
+    files: dict[str, list[Path]] = {}
+    if folder.is_dir():
+        for path in sorted(_walk(folder, set(), lambda note: None)):
+            files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+    return files
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """Read the groups of images from a CSV file with the columns ``path`` and ``group``.
+
+    Commas, semicolons or tabs separate the columns, as spreadsheet programs write them.
+
+    Returns:
+        The name of the group by ``SPLIT/CLASS/FILE``.
+
+    Raises:
+        DatasetError: The file is missing, is not such a file, or names an image twice.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header = file.readline()
+            delimiter = max(DELIMITERS, key=header.count)
+            names = [name.strip().casefold() for name in next(csv.reader([header], delimiter=delimiter), [])]
+            if missing := sorted({"path", "group"} - set(names)):
+                raise DatasetError(f"{path} has no column '{missing[0]}': its first line must name 'path' and 'group'")
+            table: dict[str, str] = {}
+            reader = csv.DictReader(file, names, delimiter=delimiter)
+            for row in reader:
+                image, group = _name(row["path"] or ""), (row["group"] or "").strip()
+                line = reader.line_num + 1  # the reader does not see the header
+                if image in table:
+                    raise DatasetError(f"{path}, line {line}: {image} is there twice")
+                if not group:
+                    raise DatasetError(f"{path}, line {line}: {image} has no group")
+                check_name(group, f"a group in {path}, line {line},")
+                table[image] = group
+            return table
+    except FileNotFoundError:
+        raise DatasetError(
+            Message(Option("groups", str(path)), " does not exist: give a CSV file with the columns path and group")
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path} is not a CSV file in UTF-8 ({error}): save it as one") from None
+
+
+def _name(path: str) -> str:
+    """Return a path as `Sample.name` spells it: with slashes, and nothing before the split."""
+    return PurePosixPath(path.strip().replace("\\", "/")).as_posix()
+
+
+def with_groups(samples: Sequence[Sample], split: str, groups: Mapping[str, str], bad: Bad) -> list[Sample]:
+    """Add the groups of a split, if it has any; note in ``bad`` which images have none."""
+    names = {sample: groups.get(f"{split}/{sample.name}") for sample in samples}
+    if not any(names.values()):
+        return list(samples)
+    for sample, group in names.items():
+        if group is None:
+            bad[split, sample.path] = f"it has no row {split}/{sample.name} in the file of groups"
+    return [replace(sample, group=names[sample]) for sample in samples]

@@ -1,0 +1,111 @@
+"""The CPU threads of PyTorch: how many, and a word on a busy machine."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+import pipeline.threads
+from cli import main
+from pipeline import RelevanceError, cache_explanations
+from pipeline.caching.options import CachingOptions
+from pipeline.threads import cpu_threads, machine_load, usable_cores
+from trainer import train_student
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "device", "busy"),
+    [(5.2, None, "cpu", True), (2.0, None, "cpu", False), (5.2, 2, "cpu", False), (5.2, None, "cuda", False)],
+)
+def test_a_machine_with_more_work_than_cores_is_told_once(
+    monkeypatch, caplog, two_threads, load, threads, device, busy
+):
+    monkeypatch.setattr(pipeline.threads, "machine_load", lambda: load)
+    monkeypatch.setattr(pipeline.threads, "usable_cores", lambda: 2)
+    with cpu_threads(threads, torch.device(device)):
+        pass
+    expected = "this machine is busy (load 5.2, 2 cores): the 2 threads of PyTorch wait for each other"
+    assert [expected in message for message in caplog.messages] == [True] * busy
+    assert ("give threads=1" in caplog.text) == busy
+
+
+def test_one_thread_waits_for_nobody(monkeypatch, caplog):
+    monkeypatch.setattr(pipeline.threads, "machine_load", lambda: 100.0)
+    with cpu_threads(None, CPU):
+        assert torch.get_num_threads() == 1
+    assert not caplog.messages
+
+
+def test_the_number_of_threads_holds_until_the_end_of_the_work_and_no_longer(two_threads):
+    seen = []
+
+    def fail() -> None:
+        with cpu_threads(1, CPU):
+            seen.append(torch.get_num_threads())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen == [1]
+    assert torch.get_num_threads() == 2
+
+
+def test_a_system_that_tells_no_load_is_not_busy(monkeypatch):
+    monkeypatch.delattr(os, "getloadavg")
+    assert machine_load() == 0.0
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == os.cpu_count()
+
+
+def test_a_training_and_a_store_take_the_number_of_threads(dataset, teacher, tmp_path):
+    train_student(dataset, None, tmp_path / "s", method="erm", steps=1, threads=2)
+    assert json.loads((tmp_path / "s" / "starts.jsonl").read_text())["threads"] == 2
+    cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1, threads=2)
+    assert torch.get_num_threads() == 1
+    with pytest.raises(RelevanceError, match="threads=2 or scheduler, not both"):
+        CachingOptions(data="d", teacher="t", out="o", threads=2, scheduler="tcp://a:1")
+
+
+def test_another_number_of_threads_resumes_a_training_and_older_config_files_are_read(dataset, tmp_path):
+    options = {"method": "erm", "steps": 2, "checkpoint_steps": 1}
+    train_student(dataset, None, tmp_path / "s", **options, threads=1)
+    for name in ("result.json", "checkpoints/step-000000002.pt"):
+        (tmp_path / "s" / name).unlink()
+    train_student(dataset, None, tmp_path / "s", **options, threads=2)
+    written = yaml.safe_load((tmp_path / "s" / "config.yaml").read_text())
+    assert written.pop("threads") == 1
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({**written, "out": str(tmp_path / "again")}))
+    result = CliRunner().invoke(main, ["train-student", "--config", str(tmp_path / "old.yaml")])
+    assert result.exit_code == 0, result.output
+
+
+def test_the_command_line_names_the_flag(dataset, tmp_path, monkeypatch, two_threads, capfd):
+    monkeypatch.setattr(pipeline.threads, "machine_load", lambda: 100.0)
+    arguments = [
+        "train-student",
+        "--data",
+        str(dataset),
+        "--method",
+        "erm",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    result = CliRunner().invoke(main, arguments)
+    assert "give --threads 1\n" in result.output + capfd.readouterr().err
