@@ -24,7 +24,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.common import concurrent_map
 from zarr.core.sync import sync
-from zarr.storage import FsspecStore, LocalStore, WrapperStore
+from zarr.storage import FsspecStore, LocalStore, StorePath, WrapperStore
 
 Location = str | Path | Store  # a path, an fsspec URL (s3://bucket/name), or a Zarr store
 T = TypeVar("T")
@@ -189,7 +189,10 @@ def open_store(location: Location, *, writable: bool = False) -> Storage:
     """
     location = absolute(location)
     if isinstance(location, Store):
-        return location if isinstance(location, Storage) else Adapter(location)
+        if isinstance(location, Storage):
+            return location
+        sync(StorePath.open(location, ""))  # a ZipStore reads nothing before it is opened
+        return Adapter(location)
     if "://" in (text := str(location)):
         return _remote(text, writable)
     return Folder(Path(text), read_only=not writable)
