@@ -22,7 +22,9 @@ class MetadataError(ValueError):
 def no_group(store: Storage) -> str:
     """Tell what is at a location that has no metadata of a Zarr format 3 group."""
     if any(store.read(key) is not None for key in (".zgroup", ".zarray", ".zmetadata")):
-        return f"it is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}` (pip install 'zarr[cli]')"
+        return (
+            f"it is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}` (pip install 'zarr[cli]')"
+        )
     if store.folder is not None and store.folder.is_file():
         return "it is a file, so unpack it, or give Python's zarr.storage.ZipStore if it is a ZIP file"
     return "there is no Zarr group"
@@ -31,7 +33,9 @@ def no_group(store: Storage) -> str:
 def refuse_format_2(store: Storage, path: str) -> None:
     """Raise MetadataError if there is an array of Zarr format 2 at a path of a store."""
     if store.read(f"{path}/.zarray") is not None:
-        raise MetadataError(f"{path} is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}/{path}`")
+        raise MetadataError(
+            f"{path} is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}/{path}`"
+        )
 
 
 def read_group(key: str, raw: bytes) -> dict[str, Any]:

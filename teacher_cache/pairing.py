@@ -51,6 +51,18 @@ def check_paired(cache: Cache, dataset: Dataset, split: str) -> None:
         )
 
 
+def check_explains(cache: Cache) -> None:
+    """Raise CacheError if every map of a complete store is zero. Scales are read up to the first one above zero."""
+    if not any(scale.any() for scale in cache.scales()):
+        raise CacheError(
+            Message(
+                f"every map of the store {cache.path} is zero, so there is nothing to learn from: check that the images "
+                "are not black and that the teacher's logits depend on them, then make another store with ",
+                Call("cache_explanations"),
+            )
+        )
+
+
 def check_same_teacher(train: Cache, validation: Cache) -> None:
     """Raise CacheError unless two stores explain one teacher in the same way, and the second is intact."""
     for field in ("rule", "epsilon_low", "epsilon_high", "class_policy"):

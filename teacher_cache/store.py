@@ -233,6 +233,20 @@ class Cache:
         copies = {name: rows[name].copy() for name in ("epsilon", *self.sample_fields)}
         return Shard(maps, rows["target_class"].astype(np.int64), **copies)
 
+    def scales(self) -> Iterator[np.ndarray]:
+        """Read and check the ``scale`` of every shard in order, without its maps. A scale of zero is a map of zeros.
+
+        Yields:
+            float32 (n, D) of each shard.
+
+        Raises:
+            CacheError: As for `read_draw`.
+        """
+        for shard in range(self.info.shards):
+            with self._reading(shard) as record:
+                scale = self._rows("scale", shard, record)
+            yield scale
+
     @contextmanager
     def _reading(self, shard: int) -> Iterator[np.ndarray]:
         """Yield the checksums of the commit record, uint32, and turn damage found inside into a CacheError."""

@@ -239,6 +239,36 @@ def test_black_images_have_maps_of_zeros_and_stop_nothing(tmp_path, monkeypatch,
     assert maps[20:].any()
 
 
+@pytest.mark.parametrize(("black", "told"), [(2, None), (3, r"3 of 200 maps .* \(1\.5%, of samples 0, 1, 2\)")])
+def test_more_than_a_hundredth_of_maps_that_are_zero_is_told(tmp_path, caplog, black, told):
+    images = np.random.default_rng(0).integers(0, 256, (200, 3, 8, 8), dtype=np.uint8)
+    images[:black] = 0
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=images, labels=np.arange(200) % 2)
+        writer.finish(class_names=["a", "b"])
+    train_teacher(tmp_path / "d.zarr", tmp_path / "t", debias="none", steps=2, batch_size=8)
+    cache_explanations(tmp_path / "d.zarr", tmp_path / "t", tmp_path / "c.zarr", draws=1)
+    warnings = [text for text in caplog.messages if "are zero" in text]
+    assert len(warnings) == (told is not None)
+    assert told is None or re.search(told, warnings[0])
+
+
+def test_a_store_in_which_every_map_is_zero_is_refused_by_both_stages(tmp_path):
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        for split in ("train", "validation"):
+            writer.write_split(split, images=np.zeros((24, 3, 8, 8), np.uint8), labels=np.arange(24) % 2)
+        writer.finish(class_names=["a", "b"])
+    train_teacher(tmp_path / "d.zarr", tmp_path / "t", debias="none", steps=2, batch_size=8)
+    for _ in range(2):  # the second time, every shard is there
+        with pytest.raises(RelevanceError, match=r"every map of the store .*c\.zarr is zero.* images are black"):
+            cache_explanations(tmp_path / "d.zarr", tmp_path / "t", tmp_path / "c.zarr", draws=2)
+    with pytest.raises(
+        CacheError, match=r"every map of the store .*c\.zarr is zero, so there is nothing to learn from"
+    ):
+        train_student(tmp_path / "d.zarr", tmp_path / "c.zarr", tmp_path / "s", steps=1)
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_store_is_where_the_system_finds_its_path(dataset, teacher, tmp_path, monkeypatch):
     """Behind a link ".." is another folder than the text says; and a path means the same when the process moves on."""
     (tmp_path / "far" / "away").mkdir(parents=True)

@@ -15,7 +15,7 @@ from pipeline import ModelConfig
 from pipeline.networks.heads import HeadSpec
 from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, open_cache
-from teacher_cache.pairing import check_same_teacher, open_paired
+from teacher_cache.pairing import check_explains, check_same_teacher, open_paired
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.groups import groups_of
@@ -134,6 +134,8 @@ def _open_stores(
         raise TrainingError(Message(_method_option(terms), " needs ", Option("cache"), ": make a store with ", remedy))
     explained = open_paired(options.cache, dataset, "train")
     _check_holds(explained, dataset, terms)
+    if "heatmaps" in needed:
+        check_explains(explained)
     debias = explained.info.teacher.debias
     if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
         raise TrainingError(
@@ -149,6 +151,8 @@ def _open_stores(
     check_same_teacher(explained, validation)
     _check_masks(dataset, needed, Option("mask_target", True), "validation")
     _check_holds(validation, dataset, terms)
+    if "heatmaps" in needed:
+        check_explains(validation)
     return explained, validation
 
 

@@ -6,6 +6,7 @@ One task computes one shard, on threads of this process or on the workers of a D
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
 import threading
 import time
@@ -59,12 +60,15 @@ from teacher_cache import (
     plan_storage,
 )
 
+log = logging.getLogger(__name__)
+
 # While one thread computes, the other reads and writes; more would keep more shards in memory and compute no faster.
 THREADS = 2
 # Tasks given to Dask's threads at once. The more there are, the more each costs: 0.5 ms of 1,000, 0.8 ms of 10,000,
 # and 100,000, as many as ImageNet has shards, did not end in five minutes, as measured with tasks that do nothing.
 AT_ONCE = 1000
 LOOKED_AT = 16  # samples that are explained before anything is written
+ZEROS_ACCEPTED = 0.01  # share of a store's maps that may be zero without a warning
 SHARED_PAUSE = 1.0  # seconds between two looks at what the others still do
 # A network file system may show one machine what another one wrote only after its attribute cache expired (NFS: 60 s).
 PAUSES_BEFORE_MISSED = (0, 1, 4, 15, 45)  # seconds
@@ -120,7 +124,7 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         What was computed.
 
     Raises:
-        DatasetError, ModelError, CacheError, RelevanceError: an input or option is wrong.
+        DatasetError, ModelError, CacheError, RelevanceError: an input or option is wrong, or every map is zero.
         FileExistsError: ``out`` holds something else.
         ClusterError: the Dask cluster cannot be used, or was lost.
     """
@@ -157,6 +161,7 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
                 if client is not None:
                     on_every_worker(client, forget, job)
     _check_all_there(out, PAUSES_BEFORE_MISSED if computed and asked.scheduler is not None else (0,))
+    _check_zeros(open_cache(out))
     return CacheSummary(str(out), info.dataset.samples, info.shards, computed)
 
 
@@ -347,6 +352,33 @@ def _check_all_there(out: Location, pauses: Sequence[float]) -> None:
             " that all machines share; the same command computes what is missing",
         )
     )
+
+
+def _check_zeros(cache: Cache) -> None:
+    """Warn if many maps of a complete store are zero; raise RelevanceError if all are."""
+    zero = np.concatenate([scale == 0 for scale in cache.scales()])  # (N, D)
+    reasons = (
+        "the images are black, or their masks are empty, or the teacher's logits do not depend on them (train it again, "
+        "with a smaller ",
+        Option("lr"),
+        "), or ",
+        Option("epsilon_range"),
+        " is far above its activations",
+    )
+    if zero.all():
+        raise RelevanceError(
+            Message(f"every map of the store {cache.path} is zero, so there is nothing to learn from: ", *reasons)
+        )
+    if zero.mean() > ZEROS_ACCEPTED:
+        samples = np.flatnonzero(zero.any(1))
+        log.warning(
+            Message(
+                f"{zero.sum():,} of {zero.size:,} maps of the store {cache.path} are zero ({zero.mean():.1%}, of samples "
+                f"{', '.join(map(str, samples[:5]))}{', …' if len(samples) > 5 else ''}), and students learn nothing "
+                "from them: ",
+                *reasons,
+            )
+        )
 
 
 @dataclass(frozen=True)
