@@ -56,8 +56,8 @@ def check_explains(cache: Cache) -> None:
     if not any(scale.any() for scale in cache.scales()):
         raise CacheError(
             Message(
-                f"every map of the store {cache.path} is zero, so there is nothing to learn from: check that the images "
-                "are not black and that the teacher's logits depend on them, then make another store with ",
+                f"every map of the store {cache.path} is zero, so there is nothing to learn from: check that the "
+                "images are not black and that the teacher's logits depend on them, then make another store with ",
                 Call("cache_explanations"),
             )
         )

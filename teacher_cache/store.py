@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from data.storage import ROOT, Location, Storage, open_store
+from data.storage import AT_ONCE, ROOT, Location, Storage, open_store
 from options import Call, Message, Option
 from teacher_cache import codec
 from teacher_cache.codec import Compression, DamageError
@@ -242,18 +242,26 @@ class Cache:
         Raises:
             CacheError: As for `read_draw`.
         """
-        for shard in range(self.info.shards):
-            with self._reading(shard) as record:
-                scale = self._rows("scale", shard, record)
-            yield scale
+        for first in range(0, self.info.shards, AT_ONCE):
+            shards = range(first, min(first + AT_ONCE, self.info.shards))
+            records = self.store.read_many([self._key("commits", shard) for shard in shards])
+            files = self.store.read_many([self._key("scale", shard) for shard in shards])
+            for shard, raw_record, raw in zip(shards, records, files, strict=True):
+                with self._checking(shard, raw_record) as record:
+                    scale = self._decode_rows("scale", shard, record, raw)
+                yield scale
+
+    def _reading(self, shard: int) -> AbstractContextManager[np.ndarray]:
+        """Read the commit record of a shard. The rest is as for `_checking`."""
+        return self._checking(shard, self.store.read(self._key("commits", shard)))
 
     @contextmanager
-    def _reading(self, shard: int) -> Iterator[np.ndarray]:
+    def _checking(self, shard: int, raw_record: bytes | None) -> Iterator[np.ndarray]:
         """Yield the checksums of the commit record, uint32, and turn damage found inside into a CacheError."""
         start, stop = self.info.shard_range(shard)
         where = f"shard {shard} of {self.path} (samples {start} to {stop - 1})"
         try:
-            record = self._record(self.store.read(self._key("commits", shard)))
+            record = self._record(raw_record)
             if record is None:
                 raise CacheError(Message(f"{where} is not there yet: ", CONTINUE))
             if record[0] != self.info.identity(shard):
@@ -272,8 +280,11 @@ class Cache:
 
     def _rows(self, name: str, shard: int, record: np.ndarray) -> np.ndarray:
         """Read and check one of the ``rows`` of a shard, (n, columns)."""
+        return self._decode_rows(name, shard, record, self.store.read(self._key(name, shard)))
+
+    def _decode_rows(self, name: str, shard: int, record: np.ndarray, raw: bytes | None) -> np.ndarray:
+        """Check the file of one of the ``rows`` of a shard and decode it, (n, columns)."""
         start, stop = self.info.shard_range(shard)
-        raw = self.store.read(self._key(name, shard))
         if raw is None:
             raise DamageError(f"its '{name}' is missing")
         values = codec.unseal(raw, int(record[self.info.rows.index(name)])).view(self._dtype(name))

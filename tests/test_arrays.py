@@ -81,7 +81,7 @@ def change(path: Path, **changes: Any) -> None:
 )
 def test_images_with_other_axes_are_refused_with_the_transposition(tmp_path, make, shape, remedy):
     labels = np.arange(20 if 20 in shape else 0) % 2
-    with pytest.raises(DatasetError, match="the split 'train' .* 'images' is uint8") as refused:
+    with pytest.raises(DatasetError, match=r"the split 'train' .* 'images' is uint8") as refused:
         open_dataset(make(tmp_path / "d.zarr", images=np.zeros(shape, np.uint8), labels=labels))
     assert remedy in str(refused.value)
     assert str(tuple(shape)) in str(refused.value)

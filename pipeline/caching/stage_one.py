@@ -358,8 +358,8 @@ def _check_zeros(cache: Cache) -> None:
     """Warn if many maps of a complete store are zero; raise RelevanceError if all are."""
     zero = np.concatenate([scale == 0 for scale in cache.scales()])  # (N, D)
     reasons = (
-        "the images are black, or their masks are empty, or the teacher's logits do not depend on them (train it again, "
-        "with a smaller ",
+        "the images are black, or their masks are empty, or the teacher's logits do not depend on them (train it "
+        "again, with a smaller ",
         Option("lr"),
         "), or ",
         Option("epsilon_range"),
@@ -373,9 +373,9 @@ def _check_zeros(cache: Cache) -> None:
         samples = np.flatnonzero(zero.any(1))
         log.warning(
             Message(
-                f"{zero.sum():,} of {zero.size:,} maps of the store {cache.path} are zero ({zero.mean():.1%}, of samples "
-                f"{', '.join(map(str, samples[:5]))}{', …' if len(samples) > 5 else ''}), and students learn nothing "
-                "from them: ",
+                f"{zero.sum():,} of {zero.size:,} maps of the store {cache.path} are zero ({zero.mean():.1%}, of "
+                f"samples {', '.join(map(str, samples[:5]))}{', …' if len(samples) > 5 else ''}), and students learn "
+                "nothing from them: ",
                 *reasons,
             )
         )
