@@ -15,6 +15,7 @@ from data.errors import DatasetError
 
 FEW_CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGB with alpha
 LARGE = 8  # pixels: no image of so many channels and with so few columns is likely
+LONG = 8  # times the width: (N, 12, 1000, 1) are rather signals of 12 channels than images of 12 × 1000 pixels
 CONVERTED = {"images": "iu", "labels": "b", "groups": "b", "masks": "biu"}  # kinds of dtypes without a loss
 SAMPLED = 64  # rows that are read to describe values that are refused
 
@@ -155,20 +156,21 @@ def doubtful_axes(shape: tuple[int, ...]) -> bool:
 def _images_remedy(images: Any, labels: tuple[int, ...]) -> str | None:
     """Tell how to mend images that do not fit the layout; None if they do."""
     shape = tuple(images.shape)
+    if shape[:1] == (0,):
+        return "the split has no samples: leave it out, or add some"
     if len(shape) == 3:
         return "add the axis of the channels: images[:, None] of grey images"
     if len(shape) != 4:
         return "give them four axes: images.reshape(N, C, H, W)"
-    if shape[0] == 0:
-        return "the split has no samples: leave it out, or add some"
     if 0 in shape:
         return "the images have no pixels: make them again"
     if labels == shape[3:] and labels != shape[:1]:
         axes = (3, 2, 0, 1) if shape[2] in FEW_CHANNELS else (3, 0, 1, 2)
         return f"the samples are the last axis, so transpose them: images.transpose{axes}"
-    if doubtful_axes(shape) and min(shape[1:3]) >= LARGE:
+    short, long = sorted(shape[1:3])
+    if doubtful_axes(shape) and short >= LARGE and long <= LONG * short:
         return "the channels are the last axis, so transpose them: images.transpose(0, 3, 1, 2)"
-    if images.dtype == np.uint8:
+    if np.dtype(images.dtype) == np.uint8:
         return None
     kind = np.dtype(images.dtype).kind
     if kind == "f":
@@ -214,7 +216,7 @@ def _masks_remedy(masks: Any, expected: tuple[int, ...]) -> str | None:
     shape = tuple(masks.shape)
     samples, _, height, width = expected
     if shape == expected:
-        if masks.dtype == np.uint8:
+        if np.dtype(masks.dtype) == np.uint8:
             return None
         if np.dtype(masks.dtype).kind in "biu":
             return "convert them: (masks != 0).astype(np.uint8)"

@@ -106,6 +106,7 @@ def test_the_transposition_that_is_advised_makes_a_dataset(tmp_path):
         ((20, 2, 28, 28), False),
         ((20, 13, 32, 32), False),  # a satellite's bands
         ((20, 6, 6, 3), True),
+        ((20, 12, 1000, 1), True),  # signals of 12 electrodes
         ((20, 13, 4, 4), True),
     ],
 )
@@ -155,9 +156,20 @@ class Column:
         return self.values[::-1][rows]
 
 
+class NamedDtype:
+    """As some storage libraries have it: the dtype is a name."""
+
+    def __init__(self, values: np.ndarray):
+        self.values, self.shape, self.dtype = values, values.shape, str(values.dtype)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return self.values[rows]
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
+        {"images": NamedDtype(IMAGES), "labels": NamedDtype(LABELS), "masks": NamedDtype(MASKS)},
         {"images": torch.from_numpy(IMAGES), "labels": torch.from_numpy(LABELS)},
         {"images": torch.from_numpy(IMAGES).requires_grad_(False).to(memory_format=torch.channels_last)},
         {"images": list(torch.from_numpy(IMAGES)), "labels": list(torch.from_numpy(LABELS))},
@@ -177,7 +189,7 @@ class Column:
         {"masks": MASKS.astype(np.int64)},
         {"masks": MASKS.astype(bool).tolist()},
     ],
-    ids=[str(number) for number in range(18)],
+    ids=[str(number) for number in range(19)],
 )
 def test_tensors_lists_booleans_and_other_integers_make_the_dataset_that_arrays_make(tmp_path, arrays):
     expected = {"images": IMAGES, "labels": LABELS, "groups": LABELS, "masks": MASKS}
@@ -214,6 +226,7 @@ def test_integer_labels_keep_their_dtype(tmp_path):
         ({"images": TensorDataset(torch.from_numpy(IMAGES))}, "is a TensorDataset, .*of a PyTorch Dataset"),
         ({"images": iter(IMAGES)}, "which has no shape, dtype and slices of rows"),
         ({"images": None}, "is a NoneType"),
+        ({"images": [], "labels": []}, "the split has no samples: leave it out, or add some"),
         ({"labels": np.eye(2)[LABELS]}, r"one-hot vectors.* labels.argmax\(1\)"),
         ({"labels": np.eye(2, dtype=int)[LABELS]}, r"one-hot vectors"),
         ({"labels": LABELS[:, None]}, r"labels\[:, 0\]"),
