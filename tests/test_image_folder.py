@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import shutil
+import unicodedata
 from logging.handlers import BufferingHandler
 from pathlib import Path
 
@@ -326,18 +327,18 @@ def test_an_image_that_is_trained_and_tested_on_is_told(photos):
     (photos / "far" / "cat" / "copy.png").write_bytes((photos / "train" / "cat" / "5.png").read_bytes())
     sizes, notes = make(photos)
     assert sizes["ood"] == 7
-    assert notes == ["ood: 1 images are also trained on, cat/copy.png first: its accuracy will be too high"]
+    assert notes == ["ood: images that are also trained on: 1, such as cat/copy.png; its accuracy will be too high"]
 
 
 def test_an_image_in_training_and_validation_or_in_two_classes_is_told(photos):
     _, notes = make(photos, tests={}, validation=photos / "train")
-    assert notes == ["validation: 20 images are also trained on, cat/0.png first: it cannot select the weights"]
+    assert notes == ["validation: images that are also trained on: 20, such as cat/0.png; it cannot select the weights"]
     shutil.rmtree(photos.parent / "d")
     shutil.copy(photos / "train" / "cat" / "3.png", photos / "train" / "dog" / "copy.png")
     _, notes = make(photos, tests={})
     assert notes == [
-        f"1 images are in two classes, {photos}/train/cat/3.png and {photos}/train/dog/copy.png first: one of the "
-        "labels is wrong"
+        f"images in two classes, one of which is wrong: 1, such as {photos}/train/cat/3.png and "
+        f"{photos}/train/dog/copy.png"
     ]
 
 
@@ -387,6 +388,8 @@ def test_every_picture_that_pillow_opens_is_taken_and_other_files_are_counted_by
         ):
             image.save(photos / "train" / "cat" / f"x{number}.{name}", kind)
         image.save(photos / "train" / "cat" / f"without{number}", "PNG")
+    shade(5).save(photos / "train" / "dog" / "scan.eps")
+    shade(5).save(photos / "train" / "dog" / "scan.pdf")
     for name in ("a.txt", "b.txt", "c.xml", "clip.mov", "d.dng", "LICENSE"):
         (photos / "train" / "dog" / name).write_text("no picture")
     save(photos / "train" / "dog" / "raw.tif", shade(1)).rename(photos / "train" / "dog" / "raw.NEF")
@@ -394,7 +397,7 @@ def test_every_picture_that_pillow_opens_is_taken_and_other_files_are_counted_by
     assert sizes["train"] + sizes["validation"] == 20 + 12
     (note,) = notes
     assert note.startswith("train: left out 2 .txt, ")
-    for counted in ("1 without suffix", "1 .xml", "1 .mov", "1 .dng", "1 .nef"):
+    for counted in ("1 without suffix", "1 .xml", "1 .mov", "1 .dng", "1 .nef", "1 .eps", "1 .pdf"):
         assert counted in note
 
 
@@ -403,7 +406,7 @@ def test_the_first_of_several_frames_is_used_and_told(photos):
     first.save(photos / "far" / "cat" / "two.tif", save_all=True, append_images=[second])
     _, notes = make(photos)
     assert images(photos, "ood")[3, 0].min() == 200
-    assert notes == [f"1 files have several frames, {photos}/far/cat/two.tif first: the first frame of each is used"]
+    assert notes == [f"files with several frames, of which the first is used: 1, such as {photos}/far/cat/two.tif"]
 
 
 @pytest.mark.parametrize("name", [b"chat\xe9", b"a\nb"])
@@ -418,6 +421,22 @@ def test_class_names_in_any_script_are_taken(photos):
         os.rename(photos / "train" / old, photos / "train" / new)
     make(photos, tests={})
     assert open_dataset(photos.parent / "d").class_names == ("बिल्ली", "狗")
+
+
+def test_names_are_the_same_in_both_forms_of_unicode(photos):
+    for folder, form in (("train", "NFC"), ("far", "NFD"), ("masks/train", "NFD")):
+        for name in ("café", "thé"):
+            for number in range(3):
+                image = mask(0, 16) if folder.startswith("masks") else shade(number, len(folder), len(name))
+                save(photos / "u" / folder / unicodedata.normalize(form, name) / f"{number}.png", image)
+    sizes = make_image_folder(
+        photos.parent / "d", photos / "u/train", {"ood": photos / "u/far"}, size=SIZE, masks=photos / "u/masks"
+    )
+    assert sizes == {"train": 4, "validation": 2, "ood": 6}
+    assert open_dataset(photos.parent / "d").class_names == ("café", "thé")
+    save(photos / "u/train" / unicodedata.normalize("NFD", "thé") / "9.png", shade(9))
+    with pytest.raises(DatasetError, match="two folders for the class 'thé', in two forms of Unicode"):
+        make_image_folder(photos.parent / "e", photos / "u/train", {}, size=SIZE)
 
 
 # --- masks and groups in some splits --------------------------------------------------------------------------------
@@ -469,8 +488,8 @@ def test_the_share_of_object_and_masks_of_all_or_no_object_are_told(masked):
     _, notes = make(masked, masks=masked / "masks")
     assert notes == [
         "masks: 26 read, 26 by brightness; on average the object covers 50.0 % of an image",
-        f"1 of 26 masks have all object: {full}",
-        f"1 of 26 masks have no object: {empty}",
+        f"masks that have all object: 1 of 26, {full}",
+        f"masks that have no object: 1 of 26, {empty}",
     ]
 
 

@@ -155,8 +155,13 @@ def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
         files.masks[row, 0] = covered(mask.covers, size, fit)
         return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)
     except NoPictureError as error:
-        return Decoded(digest, str(error), picture=suffix in Image.registered_extensions())
+        return Decoded(digest, str(error), picture=error.kind is None and _is_of_images(suffix))
     except UnreadableError as error:
         return Decoded(digest, str(error))
     except OSError as error:
         return Decoded(digest, f"it cannot be read: {error.strerror or error}")
+
+
+def _is_of_images(suffix: str) -> bool:
+    """Return whether Pillow opens files of this suffix, so that one that it cannot open is damaged."""
+    return Image.registered_extensions().get(suffix) in Image.OPEN

@@ -54,18 +54,23 @@ def is_system(name: str) -> bool:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
+def same_letters(name: str) -> str:
+    """Return a name in Unicode's form NFC; macOS writes the letter é as two characters, other systems as one."""
+    return unicodedata.normalize("NFC", name)
+
+
 def find_classes(train: Path) -> list[str]:
     """Return the names of the classes, which are the folders in ``train``, sorted.
 
     Raises:
         DatasetError: There are none, or a name cannot be printed.
     """
-    folders = _class_folders(train) if train.is_dir() else []
-    if not folders:
+    names = sorted(_class_folders(train)) if train.is_dir() else []
+    if not names:
         raise DatasetError(Message(Option("train", str(train)), " must be a folder with a folder for each class"))
-    for name in folders:
+    for name in names:
         check_name(name, f"the folder of a class in {train}")
-    return folders
+    return names
 
 
 def check_name(name: str, role: str) -> None:
@@ -75,8 +80,18 @@ def check_name(name: str, role: str) -> None:
         raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_system(entry.name))
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of the classes by name; raise DatasetError for two that look alike."""
+    folders: dict[str, Path] = {}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.is_dir() and not is_system(entry.name):
+            name = same_letters(entry.name)
+            if name in folders:
+                raise DatasetError(
+                    f"{folder} has two folders for the class '{name}', in two forms of Unicode: merge them"
+                )
+            folders[name] = Path(entry.path)
+    return folders
 
 
 def find_files(folder: Path, classes: Sequence[str], echo: Echo) -> list[Sample]:
@@ -90,12 +105,14 @@ def find_files(folder: Path, classes: Sequence[str], echo: Echo) -> list[Sample]
     """
     if not folder.is_dir():
         raise DatasetError(f"there is no folder {folder}: give a folder with a folder for each class")
-    if unknown := sorted(set(_class_folders(folder)) - set(classes)):
+    folders = _class_folders(folder)
+    if unknown := sorted(set(folders) - set(classes)):
         raise DatasetError(f"{folder} has a class '{unknown[0]}' that training does not have: {', '.join(classes)}")
     samples = [
-        Sample(path, path.relative_to(folder).as_posix(), label)
+        Sample(path, same_letters(path.relative_to(folder).as_posix()), label)
         for label, name in enumerate(classes)
-        for path in sorted(_walk(folder / name, {os.path.realpath(folder)}, echo), key=_order)
+        if name in folders  # a split need not have every class
+        for path in sorted(_walk(folders[name], {os.path.realpath(folder)}, echo), key=_order)
     ]
     if not samples:
         raise DatasetError(f"{folder} has no images in folders by class")
@@ -113,11 +130,7 @@ def _walk(folder: Path, above: set[str], echo: Echo) -> Iterator[Path]:
         echo(f"{folder} links to a folder that is read anyway, and is not followed")
         return
     above.add(real)
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:  # a split need not have every class
-        return
-    for entry in entries:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if is_system(entry.name):
             continue
         if entry.is_dir():
@@ -160,7 +173,7 @@ def _mask_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     if folder.is_dir():
         for path in sorted(_walk(folder, set(), lambda note: None)):
-            files.setdefault(path.relative_to(folder).with_suffix("").as_posix(), []).append(path)
+            files.setdefault(same_letters(path.relative_to(folder).with_suffix("").as_posix()), []).append(path)
     return files
 
 
@@ -207,7 +220,7 @@ def read_groups(path: Path) -> dict[str, str]:
 
 def _name(path: str) -> str:
     """Return a path as `Sample.name` spells it: with slashes, and nothing before the split."""
-    return PurePosixPath(path.strip().replace("\\", "/")).as_posix()
+    return same_letters(PurePosixPath(path.strip().replace("\\", "/")).as_posix())
 
 
 def with_groups(samples: Sequence[Sample], split: str, groups: Mapping[str, str], bad: Bad) -> list[Sample]:

@@ -277,11 +277,11 @@ def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
             f"cuts away {100 * sum(cut) / len(cut):.0f} % of their pixels, and the fit pad or stretch keeps them"
         )
     if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
-        echo(f"{len(frames)} files have several frames, {frames[0]} first: the first frame of each is used")
+        echo(f"files with several frames, of which the first is used: {len(frames)}, such as {frames[0]}")
     if dark := [sample.path for _, sample, learned in used if learned.dark]:
         echo(
-            f"{len(dark)} images use less than a sixteenth of their 16 bits, {dark[0]} first, and become nearly black: "
-            "scale their values to 0 … 65535 if they should not"
+            f"images that use less than a sixteenth of their 16 bits and become nearly black: {len(dark)}, such as "
+            f"{dark[0]}; scale their values to 0 … 65535 if they should be brighter"
         )
 
 
@@ -297,7 +297,7 @@ def _tell_masks(used: Used, echo: Echo) -> None:
     for what, value in (("all object", 1.0), ("no object", 0.0)):
         if paths := [str(path) for path, learned in masks if learned.object == value]:
             more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-            echo(f"{len(paths)} of {len(masks)} masks have {what}: {', '.join(paths[:NAMED])}{more}")
+            echo(f"masks that have {what}: {len(paths)} of {len(masks)}, {', '.join(paths[:NAMED])}{more}")
 
 
 def _tell_copies(used: Used, echo: Echo) -> None:
@@ -318,9 +318,9 @@ def _tell_copies(used: Used, echo: Echo) -> None:
             in_two_classes.append(" and ".join(str(sample.path) for _, sample in same[:2]))
     for name, leaks in splits.items():
         result = "it cannot select the weights" if name == "validation" else "its accuracy will be too high"
-        echo(f"{name}: {len(leaks)} images are also trained on, {leaks[0]} first: {result}")
+        echo(f"{name}: images that are also trained on: {len(leaks)}, such as {leaks[0]}; {result}")
     if in_two_classes:
-        echo(f"{len(in_two_classes)} images are in two classes, {in_two_classes[0]} first: one of the labels is wrong")
+        echo(f"images in two classes, one of which is wrong: {len(in_two_classes)}, such as {in_two_classes[0]}")
 
 
 # --- their pixels -----------------------------------------------------------------------------------------------------

@@ -42,7 +42,11 @@ class UnreadableError(ValueError):
 
 
 class NoPictureError(UnreadableError):
-    """A file is of a format that is not an image."""
+    """A file is not an image. ``kind`` is its format, or None if that is unknown."""
+
+    def __init__(self, text: str, kind: str | None = None):
+        super().__init__(text)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -120,13 +124,15 @@ def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
             warnings.simplefilter("ignore")  # of odd metadata
             with Image.open(path) as image:
                 if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
-                    raise NoPictureError(f"{path.name} is not an image, but {image.format}")
+                    raise NoPictureError(f"{path.name} is not an image, but {image.format}", image.format)
                 image.load()
                 return use(image)
     except FileNotFoundError:
         raise UnreadableError(f"{path.name} is no longer there") from None
+    except NoPictureError:
+        raise
     except UnreadableError as error:
-        raise type(error)(str(error) if path.name in str(error) else f"{path.name} {error}") from None
+        raise UnreadableError(f"{path.name} {error}") from None
     except UnidentifiedImageError:
         raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
     except (MemoryError, Exception) as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files

@@ -211,6 +211,25 @@ def attach_head(
         ModelError: the network does not end in a linear layer or a 1×1 convolution, lacks the pooling to replace, fails
             with another module in that place, or computes other logits than that layer.
     """
+    name = _replaceable_layer(network, head, num_classes, image_shape)
+    _replace_last_layer(network, name, head, num_classes, image_shape, adapter_bias)
+    try:
+        _pass(network, image_shape)
+        besides = else_in_logits(network, name, num_classes, image_shape) if to_train else None
+    except Exception as error:
+        raise _head_error(
+            f"this student does not work with the teacher's last layer in place of its own '{name}' "
+            f"({error_summary(error)}): its forward must only call '{name}', or let the student keep its own"
+        ) from error
+    if besides is not None:
+        raise _head_error(
+            f"this student's last layer '{name}' does not make its logits alone ({besides}), so that the teacher's "
+            f"layer in its place would not decide them: return the output of '{name}', or let the student keep its own"
+        )
+
+
+def _replaceable_layer(network: nn.Module, head: HeadSpec, num_classes: int, image_shape: ImageShape) -> str:
+    """Return the name of the last layer, or raise ModelError if the teacher's layer cannot replace it."""
     name = last_layer(network, num_classes)
     if name is None:
         raise _head_error(
@@ -230,20 +249,7 @@ def attach_head(
             "this student ends in a 1×1 convolution, but the teacher's last layer takes features that are pooled and "
             "then normalised: choose another network, such as small-cnn or resnet18, or let the student keep its own"
         )
-    _replace_last_layer(network, name, head, num_classes, image_shape, adapter_bias)
-    try:
-        _pass(network, image_shape)
-        besides = else_in_logits(network, name, num_classes, image_shape) if to_train else None
-    except Exception as error:
-        raise _head_error(
-            f"this student does not work with the teacher's last layer in place of its own '{name}' "
-            f"({error_summary(error)}): its forward must only call '{name}', or let the student keep its own"
-        ) from error
-    if besides is not None:
-        raise _head_error(
-            f"this student's last layer '{name}' does not make its logits alone ({besides}), so that the teacher's "
-            f"layer in its place would not decide them: return the output of '{name}', or let the student keep its own"
-        )
+    return name
 
 
 def _head_error(text: str) -> ModelError:
