@@ -178,6 +178,7 @@ def open_dataset(location: Location) -> Dataset:
     attributes = root["attributes"]
     _check_attributes(path, attributes)
     class_names, group_names = attributes["class_names"], tuple(attributes.get("group_names", []))
+    _tell_one_class(path, class_names)
     return Dataset(
         path=path,
         name=str(attributes.get("name", Path(path).stem)),
@@ -217,6 +218,11 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
 def _check_distinct(path: str, class_names: Sequence[str]) -> None:
     if twice := [name for name, count in Counter(class_names).items() if count > 1]:
         raise DatasetError(f"the dataset {path} has several classes called {twice[0]!r}: give each its own name")
+
+
+def _tell_one_class(path: str, class_names: Sequence[str]) -> None:
+    if len(class_names) == 1:
+        warn_once(f"the dataset {path} has one class, so nothing can be learnt from it: add another class")
 
 
 def _open_splits(
@@ -557,8 +563,7 @@ class DatasetWriter:
         """
         class_names, group_names = attributes["class_names"], attributes.get("group_names") or ()
         _check_distinct(self.path, class_names)
-        if len(class_names) == 1:
-            warn_once(f"the dataset {self.path} has one class, so nothing can be learnt from it: add another class")
+        _tell_one_class(self.path, class_names)
         for name, ranges in self._ranges.items():
             where = f"the split '{name}' for {self.path}"
             _check_labels(where, *ranges["labels"], len(class_names))

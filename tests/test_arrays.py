@@ -274,17 +274,18 @@ def test_images_of_zeros_and_ones_are_told_to_be_nearly_black(tmp_path, caplog):
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", ["written", "opened"])
+@pytest.mark.parametrize("make", [write, write_plainly], ids=["written", "opened"])
 def test_two_classes_of_one_name_are_refused(tmp_path, make):
     names = {"class_names": ["cat", "cat"]}
     with pytest.raises(DatasetError, match="has several classes called 'cat': give each its own name"):
-        write(tmp_path / "d.zarr", names) if make == "written" else open_dataset(
-            write_plainly(tmp_path / "d.zarr", names)
-        )
+        open_dataset(make(tmp_path / "d.zarr", names))
 
 
 def test_one_class_is_told_and_cannot_be_trained_on(tmp_path, caplog):
     path = write(tmp_path / "d.zarr", {"class_names": ["only"]}, labels=LABELS * 0)
+    assert "has one class, so nothing can be learnt from it" in caplog.text
+    caplog.clear()
+    open_dataset(write_plainly(tmp_path / "foreign.zarr", {"class_names": ["only"]}, labels=LABELS * 0))
     assert "has one class, so nothing can be learnt from it" in caplog.text
     with pytest.raises(DatasetError, match="has one class, 'only', so there is nothing to tell apart"):
         train_teacher(path, tmp_path / "t", steps=1)
