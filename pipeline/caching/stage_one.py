@@ -160,8 +160,7 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
                 forget(job)
                 if client is not None:
                     on_every_worker(client, forget, job)
-    _check_all_there(out, PAUSES_BEFORE_MISSED if computed and asked.scheduler is not None else (0,))
-    _check_zeros(open_cache(out))
+    _check_zeros(_open_complete(out, PAUSES_BEFORE_MISSED if computed and asked.scheduler is not None else (0,)))
     return CacheSummary(str(out), info.dataset.samples, info.shards, computed)
 
 
@@ -335,14 +334,15 @@ def run_on_threads(task: Callable[[int], int], shards: Sequence[int], done: Call
             compute([one(shard) for shard in shards[first : first + AT_ONCE]], scheduler="threads", pool=pool)
 
 
-def _check_all_there(out: Location, pauses: Sequence[float]) -> None:
-    """Raise CacheError unless this process sees every shard committed, if need be after some pauses in seconds."""
+def _open_complete(out: Location, pauses: Sequence[float]) -> Cache:
+    """Open the store. Raise CacheError unless every shard is committed, if need be after some pauses in seconds."""
     missed: list[int] = []
     for pause in pauses:
         time.sleep(pause)
-        missed = np.flatnonzero(~open_cache(out).committed()).tolist()
+        cache = open_cache(out)
+        missed = np.flatnonzero(~cache.committed()).tolist()
         if not missed:
-            return
+            return cache
     raise CacheError(
         Message(
             f"every shard was computed and written, but {len(missed)} of them, shard {missed[0]} first, are not in the "
