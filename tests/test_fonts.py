@@ -25,7 +25,8 @@ def only_own_fonts(monkeypatch):
     own = [entry for entry in font_manager.fontManager.ttflist if "mpl-data" in entry.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Matplotlib's own libraries
         yield
 
 

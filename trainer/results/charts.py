@@ -71,7 +71,8 @@ def draw(chart: Chart, prefix: str) -> str:
 
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.size": 10, "axes.titlesize": 11}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the page draws texts by its own fonts
+        for message in ("Glyph .* missing from", "Matplotlib currently does not support"):
+            warnings.filterwarnings("ignore", message, UserWarning)  # the page draws texts by its own fonts
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         if chart.diagonal:
