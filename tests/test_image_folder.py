@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -474,6 +475,15 @@ def test_a_mask_may_be_named_as_annotation_tools_name_it(masked, name):
     make(masked, masks=masked / "masks")
     masks = {s: open_dataset(masked.parent / "d").split(s) for s in ("train", "validation")}
     assert sum(int((split.masks[:] > 0).all((1, 2, 3)).sum()) for split in masks.values()) == 1
+
+
+def test_a_mask_that_is_not_an_image_makes_its_image_bad_and_does_not_leave_it_out(masked):
+    (masked / "masks" / "train" / "cat" / "0.png").unlink()
+    shade(0).save(masked / "masks" / "train" / "cat" / "0.eps")
+    state = torch.get_rng_state()
+    with pytest.raises(DatasetError, match=r"1 file cannot be used, .*\n.*cat/0\.png: 0\.eps is not an image, but EPS"):
+        make(masked, masks=masked / "masks")
+    assert torch.equal(torch.get_rng_state(), state), "and the caller's random numbers are as they were"
 
 
 def test_two_masks_of_an_image_are_an_error(masked):

@@ -115,6 +115,7 @@ def decode_all(
     Returns:
         What was learned of each file.
     """
+    import torch
     from torch.utils.data import DataLoader
 
     processes = min(os.cpu_count() or 1, len(samples) // PER_PROCESS)
@@ -124,6 +125,7 @@ def decode_all(
         num_workers=processes if processes > 1 else 0,
         collate_fn=list,
         prefetch_factor=4 if processes > 1 else None,
+        generator=torch.Generator(),  # else the loader draws a seed from the caller's random state
     )
     decoded: list[Decoded] = []
     for batch in loader:
@@ -147,7 +149,10 @@ def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
         learned = Decoded(digest, cut=cut_away(image, size), frames=picture.frames, dark=picture.dark)
         if sample.mask is None:
             return learned
-        mask = read_mask(sample.mask)
+        try:
+            mask = read_mask(sample.mask)
+        except UnreadableError as error:  # the image is one all the same
+            return replace(learned, problem=str(error))
         height, width = mask.covers.shape
         if (width, height) != image.size:
             problem = f"it is {image.width}×{image.height}, its mask {sample.mask} {width}×{height}"

@@ -135,7 +135,7 @@ def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise UnreadableError(f"{path.name} {error}") from None
     except UnidentifiedImageError:
         raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
-    except (MemoryError, Exception) as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files
+    except Exception as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files
         reason = str(error).replace(str(path), path.name) or type(error).__name__
         raise UnreadableError(f"{path.name} cannot be read: {reason}") from None
 
@@ -219,13 +219,16 @@ def _object(image: Image.Image, soft: bool) -> Mask:
 def _kind(image: Image.Image) -> str:
     """Return the format of a file that is open; TIFF says how it is compressed, and WebP whether it is lossless."""
     kind, compression = str(image.format), str(image.info.get("compression", ""))
-    if (
-        kind == "WEBP" and b"VP8L" in Path(str(getattr(image, "filename", ""))).read_bytes()[:4096]
-    ):  # the chunk of lossless pixels
+    if kind == "WEBP" and _is_lossless_webp(Path(str(getattr(image, "filename", "")))):
         return "WEBP without loss"
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF of {compression.removeprefix('tiff_').upper()}"
     return kind
+
+
+def _is_lossless_webp(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return b"VP8L" in file.read(4096)  # the chunk of lossless pixels
 
 
 def _bright(values: np.ndarray, top: float, kind: str, soft: bool) -> np.ndarray:
