@@ -472,6 +472,7 @@ def test_masks_without_one_of_a_training_image_and_groups_without_any_are_refuse
 def test_a_mask_may_be_named_as_annotation_tools_name_it(masked, name):
     (masked / "masks" / "train" / "cat" / "0.png").unlink()
     save(masked / "masks" / "train" / "cat" / name, mask(0, 16).point(lambda value: 255 * value))
+    (masked / "masks" / "train" / "cat" / "1.json").write_text("{}")  # labelme's, beside the mask
     make(masked, masks=masked / "masks")
     masks = {s: open_dataset(masked.parent / "d").split(s) for s in ("train", "validation")}
     assert sum(int((split.masks[:] > 0).all((1, 2, 3)).sum()) for split in masks.values()) == 1

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from data.builders.folders import RAW, Sample
+from data.builders.folders import RAW, Sample, is_of_images
 from data.builders.pictures import (
     Fit,
     NoPictureError,
@@ -160,13 +159,8 @@ def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
         files.masks[row, 0] = covered(mask.covers, size, fit)
         return replace(learned, object=float(mask.covers.mean()), read_by=mask.read_by)
     except NoPictureError as error:
-        return Decoded(digest, str(error), picture=error.kind is None and _is_of_images(suffix))
+        return Decoded(digest, str(error), picture=error.kind is None and is_of_images(suffix))
     except UnreadableError as error:
         return Decoded(digest, str(error))
     except OSError as error:
         return Decoded(digest, f"it cannot be read: {error.strerror or error}")
-
-
-def _is_of_images(suffix: str) -> bool:
-    """Return whether Pillow opens files of this suffix, so that one that it cannot open is damaged."""
-    return Image.registered_extensions().get(suffix) in Image.OPEN

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from PIL import Image
+
 from data.errors import DatasetError
 from options import Message, Option
 
@@ -49,6 +51,11 @@ class Sample:
 def is_system(name: str) -> bool:
     """Return whether a program, not the user, made a file or folder of this name, such as ``.ipynb_checkpoints``."""
     return name.startswith(".") or name.casefold() in SYSTEM
+
+
+def is_of_images(suffix: str) -> bool:
+    """Return whether Pillow opens files of this suffix, so that one that it cannot open is damaged."""
+    return Image.registered_extensions().get(suffix.lower()) in Image.OPEN
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -169,10 +176,12 @@ def _mask_names(name: str) -> list[str]:
 
 
 def _mask_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the files below a folder by their path without suffix."""
+    """Return the images below a folder by their path without suffix; annotation tools write other files beside them."""
     files: dict[str, list[Path]] = {}
     if folder.is_dir():
         for path in sorted(_walk(folder, set(), lambda note: None)):
+            if path.suffix and not is_of_images(path.suffix):
+                continue
             files.setdefault(same_letters(path.relative_to(folder).with_suffix("").as_posix()), []).append(path)
     return files
 
