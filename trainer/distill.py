@@ -12,6 +12,7 @@ import numpy as np
 from data import Dataset, Location, open_dataset
 from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
+from pipeline.networks.debias import hides_background
 from pipeline.networks.heads import HeadSpec
 from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, open_cache
@@ -137,7 +138,7 @@ def _open_stores(
     if "heatmaps" in needed:
         check_explains(explained)
     debias = explained.info.teacher.debias
-    if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
+    if BACKGROUND in settings.augment and not hides_background(debias) and not settings.mask_target:
         raise TrainingError(
             Message(
                 Option("augment", BACKGROUND), " needs a teacher that does not see the background, and this one does (",

@@ -8,6 +8,7 @@ from typing import Any
 from data import Location, Split, open_dataset
 from options import Message, Option, takes
 from pipeline import ModelConfig
+from pipeline.networks.debias import needs_masks
 from pipeline.networks.models import OWN
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
@@ -76,7 +77,8 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
 def _check_front(options: TeacherOptions, split: Split) -> None:
     """Raise TrainingError where the front or an augmentation needs masks that are missing, or a segmenter."""
     needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
-    needing += [Option("debias", "mask")] if options.debias == "mask" else []
+    if needs_masks(options.debias) and options.debias != "segmenter":
+        needing.append(Option("debias", options.debias))
     if needing and split.masks is None:
         raise TrainingError(Message(needing[0], f" needs 'masks' in the train split of {options.data}, which has none"))
     if (options.debias == "segmenter") != (options.segmenter is not None):

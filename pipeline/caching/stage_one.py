@@ -289,7 +289,7 @@ def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: tor
     images = np.asarray(split.images[:LOOKED_AT])
     masks = None if split.masks is None else np.asarray(split.masks[:LOOKED_AT])
     first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), device)
-    visible = masks if info.teacher.debias == "mask" else None
+    visible = masks if model.needs_masks else None
     if model.segmenter is not None:
         visible = model.segmenter(as_input(images, device)).cpu().numpy()
     seen = images if visible is None else images * (visible != 0)

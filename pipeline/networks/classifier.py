@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data.storage import Folder
 from options import Message, Option
 from pipeline.errors import ModelError
-from pipeline.networks.debias import DEBIAS, MASKED
+from pipeline.networks.debias import DEBIAS, needs_masks
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.models import ImageShape, build_network, check_factory
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
     @property
     def needs_masks(self) -> bool:
         """Whether the front needs the masks of a dataset."""
-        return self.debias in MASKED and self.segmenter is None
+        return needs_masks(self.debias) and self.segmenter is None
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         if self.segmenter is not None:
