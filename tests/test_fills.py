@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from data import DatasetWriter
-from pipeline import EXPLAINERS, Forward, cache_explanations, explain
+from pipeline import EXPLAINERS, Forward, RelevanceError, cache_explanations, explain
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.debias import DEBIAS, hides_background, needs_masks
 from teacher_cache import open_cache
@@ -131,7 +131,7 @@ def test_the_heatmap_of_the_object_accounts_for_the_whole_logit_with_every_fill_
 def test_gradients_are_finite_where_an_image_is_all_object_or_none(front):
     images = torch.rand(2, 3, 7, 9, requires_grad=True)
     masks = torch.stack([torch.zeros(1, 7, 9), torch.ones(1, 7, 9)])
-    DEBIAS[front](images, masks).square().sum().backward()
+    DEBIAS[front](images, masks).sum().backward()
     assert images.grad is not None
     assert images.grad.isfinite().all()
 
@@ -176,10 +176,9 @@ def test_a_training_without_the_masks_that_its_fill_needs_is_refused_by_its_name
 
 
 @pytest.mark.parametrize("front", ["mask", *OF_OBJECT])
-def test_maps_of_zeros_are_no_fault_of_a_teacher_that_sees_nothing_but_black(tmp_path, front, caplog):
+def test_maps_of_zeros_are_said_to_be_no_fault_of_a_teacher_that_sees_nothing_but_black(tmp_path, front):
     data = scenes(tmp_path / "data.zarr")
     black = scenes(tmp_path / "black.zarr", brightness=0)
     train_teacher(data, tmp_path / "t", debias=front, steps=2, batch_size=8)
-    with pytest.raises(Exception, match="all maps|every map|zero") as raised:
+    with pytest.raises(RelevanceError, match="the images are black, or their masks are empty"):
         cache_explanations(black, tmp_path / "t", tmp_path / "c.zarr", draws=1)
-    assert "every heatmap of samples" not in str(raised.value)

@@ -200,7 +200,8 @@ class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
         Heading("Debiasing"),
         Doc(
             "Debiasing front of the teacher. grayscale hides hue and brightness, mask and segmenter hide the "
-            "background, none trains the ERM baseline."
+            "background, mask-mean and mask-blur fill it with the object's colours, mask-background-mean and "
+            "mask-background-blur with its own, none trains the ERM baseline."
         ),
     ] = "grayscale"
     segmenter: Annotated[

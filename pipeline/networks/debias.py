@@ -136,7 +136,7 @@ def none(images: Tensor, masks: Tensor | None) -> Tensor:
 
 
 def _mean(images: Tensor, part: Tensor) -> Tensor:
-    """Return the mean (N, C, 1, 1) of the pixels where ``part``, (N, 1, H, W) in {0, 1}, is 1; 0 where it nowhere is."""
+    """Return the mean (N, C, 1, 1) of the pixels where ``part``, (N, 1, H, W), is 1, not 0; 0 if there are none."""
     return _divided((images * part).sum(dim=(2, 3), keepdim=True), part.sum(dim=(2, 3), keepdim=True))
 
 
