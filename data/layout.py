@@ -220,7 +220,7 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
         )
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
-        problem = f"class_names {class_names!r}" if "class_names" in attributes else "no attribute 'class_names'"
+        problem = f"class_names {class_names!r}" if class_names else "no attribute 'class_names'"
         raise DatasetError(f"the dataset {path} has {problem}: make it a list of names, such as ['cat', 'dog']")
     _check_names(path, class_names)
     group_names = attributes.get("group_names", [])
