@@ -15,6 +15,7 @@ import math
 import os
 import re
 import socket
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,16 @@ import zarr
 
 from data.arrays import as_arrays, check_arrays, doubtful_axes
 from data.errors import DatasetError
-from data.metadata import MetadataError, no_group, open_array, read_group, refuse_format_2
+from data.metadata import (
+    MetadataError,
+    axes_by_name,
+    no_group,
+    open_array,
+    read_group,
+    refuse_encoded,
+    refuse_format_2,
+    refuse_lost,
+)
 from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
 from options import Call, Message, Option, first_line
 
@@ -170,7 +180,9 @@ def open_dataset(location: Location) -> Dataset:
     path, store = str(location), open_store(location)
     raw = store.read(ROOT)
     if raw is None:
-        raise DatasetError(Message(f"no dataset at {path}: {no_group(store)}; ", REMEDY))
+        if problem := no_group(store):
+            raise DatasetError(f"no dataset at {path}: {problem}")
+        raise DatasetError(Message(f"no dataset at {path}: there is no Zarr group; ", REMEDY))
     try:
         root = read_group(ROOT, raw)
     except MetadataError as error:
@@ -208,16 +220,28 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
         )
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
-        raise DatasetError(f"the dataset {path} has no attribute 'class_names', a list of names: add it")
-    _check_distinct(path, class_names)
+        problem = f"class_names {class_names!r}" if class_names else "no attribute 'class_names'"
+        raise DatasetError(f"the dataset {path} has {problem}: make it a list of names, such as ['cat', 'dog']")
+    _check_names(path, class_names)
     group_names = attributes.get("group_names", [])
     if not (isinstance(group_names, list) and all(isinstance(name, str) for name in group_names)):
         raise DatasetError(f"the dataset {path} has group_names {group_names!r}: make it a list of names")
+    for name in group_names:
+        check_name(name, f"a group of the dataset {path}")
 
 
-def _check_distinct(path: str, class_names: Sequence[str]) -> None:
+def _check_names(path: str, class_names: Sequence[str]) -> None:
     if twice := [name for name, count in Counter(class_names).items() if count > 1]:
         raise DatasetError(f"the dataset {path} has several classes called {twice[0]!r}: give each its own name")
+    for name in class_names:
+        check_name(name, f"a class of the dataset {path}")
+
+
+def check_name(name: str, role: str) -> None:
+    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        printable = name.encode("unicode_escape").decode()
+        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
 def _tell_one_class(path: str, class_names: Sequence[str]) -> None:
@@ -230,13 +254,16 @@ def _open_splits(
 ) -> dict[str, Split]:
     """Open and check every split. The known ones come first."""
     splits = {}
-    for name, documents in _metadata_of_groups(store, root).items():
+    try:
+        groups = _metadata_of_groups(store, root)
+    except MetadataError as error:
+        raise DatasetError(f"{path} cannot be opened: {error}") from None
+    for name, documents in groups.items():
         where = f"the split '{name}' of {path}"
         try:
             group = read_group(f"{name}/{ROOT}", documents.pop(ROOT))
             arrays = {key: open_array(store, f"{name}/{key}", raw) for key, raw in documents.items()}
-            for key in {"images", "labels"} - set(arrays):
-                refuse_format_2(store, f"{name}/{key}")
+            refuse_format_2(store, [f"{name}/{key}" for key in ARRAYS if key not in arrays])
         except MetadataError as error:
             raise DatasetError(f"{where} cannot be opened: {error}") from None
         splits[name] = _open_split(where, name, group["attributes"], arrays, classes, group_names)
@@ -245,6 +272,10 @@ def _open_splits(
     shapes = {split.image_shape for split in splits.values()}
     if len(shapes) > 1:
         raise DatasetError(f"the splits of {path} have images of different shapes {sorted(shapes)}")
+    first: dict[str, str] = {}
+    for name, split in splits.items():
+        if (other := first.setdefault(split.fingerprint, name)) != name:
+            warn_once(f"the splits '{other}' and '{name}' of {path} hold the same samples: give each its own")
     order = ["train", "validation", "iid", "ood", "shift"]
     names = sorted(splits, key=lambda name: (order.index(name) if name in order else len(order), name))
     return {name: splits[name] for name in names}
@@ -259,11 +290,14 @@ def _metadata_of_groups(store: Storage, root: Mapping[str, Any]) -> dict[str, di
     names = sorted({*store.names(), *(key.split("/")[0] for key in consolidated)} - {ROOT})
     keys = [(name, key) for name in names for key in (ROOT, *ARRAYS)]
     documents = store.read_many([f"{name}/{key}" if key == ROOT else f"{name}/{key}/{ROOT}" for name, key in keys])
-    groups: dict[str, dict[str, bytes]] = {}
+    by_name: dict[str, dict[str, bytes]] = {name: {} for name in names}
     for (name, key), raw in zip(keys, documents, strict=True):
-        if raw is not None and (key == ROOT or name in groups) and not (key == ROOT and _is_array(raw)):
-            groups.setdefault(name, {})[key] = raw
-    return groups
+        if raw is not None:
+            by_name[name][key] = raw
+    for name, own in by_name.items():
+        if ROOT not in own:
+            refuse_lost(store, name, own)
+    return {name: own for name, own in by_name.items() if ROOT in own and not _is_array(own[ROOT])}
 
 
 def _is_array(raw: bytes) -> bool:
@@ -275,6 +309,7 @@ def _is_array(raw: bytes) -> bool:
 def _open_split(
     where: str, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, Any], classes: int, group_names: int
 ) -> Split:
+    _check_meaning(where, arrays)
     _check_arrays(where, arrays)
     labels, digest = arrays["labels"], attributes.get("fingerprint") or None
     try:
@@ -283,8 +318,12 @@ def _open_split(
             warn_once(f"{where}: {problem}")
         if digest is None:
             digest = fingerprint(arrays)
-            if missing := _missing_chunks(arrays["images"]):
-                warn_once(f"{where}: {missing}, and are read as {arrays['images'].fill_value}")
+            for array in arrays.values():
+                if missing := _missing_chunks(array):
+                    warn_once(
+                        f"{where}: {missing}, and are read as {array.fill_value}. Zarr leaves out chunks that hold "
+                        "nothing else: if these do not, write them again"
+                    )
     except UnreadableError as error:
         raise DatasetError(f"{where} is damaged: {error}") from None
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(digest))
@@ -326,6 +365,24 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
             f"{where}: 'images' is {shape}, which means {shape[1]} channels and {shape[3]} columns of pixels; if the "
             "channels are the last axis, write images.transpose(0, 3, 1, 2)"
         )
+
+
+def _check_meaning(where: str, arrays: Mapping[str, Any]) -> None:
+    """Raise DatasetError if metadata say that an array means other values, or has other axes; warn of x before y."""
+    for name, array in arrays.items():
+        try:
+            refuse_encoded(name, array)
+        except MetadataError as error:
+            raise DatasetError(f"{where}: {error}") from None
+        if name in ("images", "masks") and (named := axes_by_name(array)):
+            names, axes = named
+            text = (
+                f"{where}: '{name}' has the dimensions {', '.join(names)}, expected samples, channels, rows, columns: "
+                f"transpose them, {name}.transpose{axes}, or correct these names"
+            )
+            if axes != (0, 1, 3, 2):
+                raise DatasetError(text)
+            warn_once(text)
 
 
 def _range(ids: Any) -> tuple[int, int]:
@@ -412,9 +469,12 @@ def _rows(array: Any, start: int, stop: int) -> Any:
 
 
 def _missing_chunks(array: zarr.Array) -> str | None:
-    """Tell how many chunks of an array are not stored, and are read as its fill value; None if all are."""
-    missing = array.nchunks - array.nchunks_initialized
-    return f"{missing} of {array.nchunks} chunks of '{array.path}' are missing" if missing else None
+    """Tell how many files of an array are not stored, and are read as its fill value; None if all are."""
+    file = array.shards or array.chunks  # a file holds a chunk, or a shard of several
+    files = math.prod(-(-size // rows) for size, rows in zip(array.shape, file, strict=True))
+    missing = files - array.nchunks_initialized * math.prod(array.chunks) // math.prod(file)
+    kind = "shards" if array.shards else "chunks"
+    return f"{missing} of {files} {kind} of '{array.path}' are missing" if missing else None
 
 
 def _chunk_rows(array: Any) -> tuple[int, ...]:
@@ -522,6 +582,7 @@ class DatasetWriter:
         if name in self._ranges:
             raise DatasetError(f"the split '{name}' for {self.path} is written already: give each its own name")
         where = f"the split '{name}' for {self.path}"
+        _check_meaning(where, arrays)
         arrays = as_arrays(where, arrays)
         _check_arrays(where, arrays)
         self._check_ours()
@@ -562,7 +623,7 @@ class DatasetWriter:
                 or another process took the location over.
         """
         class_names, group_names = attributes["class_names"], attributes.get("group_names") or ()
-        _check_distinct(self.path, class_names)
+        _check_names(self.path, class_names)
         _tell_one_class(self.path, class_names)
         for name, ranges in self._ranges.items():
             where = f"the split '{name}' for {self.path}"

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from data.errors import DatasetError
+from data.layout import check_name
 from options import Message, Option
 
 Echo = Callable[[str], object]
@@ -78,13 +79,6 @@ def find_classes(train: Path) -> list[str]:
     for name in names:
         check_name(name, f"the folder of a class in {train}")
     return names
-
-
-def check_name(name: str, role: str) -> None:
-    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        printable = name.encode("unicode_escape").decode()
-        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
