@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from cli import main
 from data import DatasetError, DatasetWriter, add_fingerprints, open_dataset
 from data.layout import fingerprint, warn_once
 from data.storage import open_store
@@ -447,3 +449,51 @@ def test_a_wrong_fingerprint_is_refused_and_kept(tmp_path):
     change(path / "train" / "zarr.json", attributes={"note": "mine"})
     add_fingerprints(path)
     assert json.loads((path / "train" / "zarr.json").read_text())["attributes"]["note"] == "mine"
+
+
+def test_a_dataset_that_is_read_whole_at_every_start_names_the_command_that_ends_it(tmp_path, capfd):
+    path = write_plainly(tmp_path / "d.zarr")
+    train = ["train-teacher", "--data", str(path), "--steps", "1", "--batch-size", "4"]
+    told = f"add one with python cli.py add-fingerprints --data {path}\n"
+    before = CliRunner().invoke(main, [*train, "--out", str(tmp_path / "t")])
+    assert (before.output + capfd.readouterr().err).count(told) == 1
+    added = CliRunner().invoke(main, ["add-fingerprints", "--data", str(path)])
+    digest = fingerprint({"images": IMAGES, "labels": LABELS})
+    assert added.output == f"{path}: train {digest[:12]}…\n", added.output
+    after = CliRunner().invoke(main, [*train, "--out", str(tmp_path / "u")])
+    assert after.exit_code == 0
+    assert "add-fingerprints" not in after.output + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_fingerprint_is_replaced(tmp_path, empty):
+    path = write_plainly(tmp_path / "d.zarr")
+    change(path / "train" / "zarr.json", attributes={"fingerprint": empty})
+    expected = add_fingerprints(path)
+    assert json.loads((path / "train" / "zarr.json").read_text())["attributes"] == {"fingerprint": expected["train"]}
+
+
+def test_a_dataset_that_cannot_be_written_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    def read_whole(*arguments: Any) -> None:
+        raise AssertionError("the dataset is read whole")
+
+    monkeypatch.setattr("data.layout.fingerprint", read_whole)
+    path = write_plainly(tmp_path / "d.zarr")
+    with pytest.raises(OSError, match="is read-only: open it for writing, or copy the dataset first"):
+        add_fingerprints(zarr.storage.LocalStore(path, read_only=True))
+
+    def deny(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "train"))
+
+    monkeypatch.setattr("data.storage.Folder.write", deny)
+    result = CliRunner().invoke(main, ["add-fingerprints", "--data", str(path)])
+    assert (result.exit_code, result.output) == (1, f"Error: {path / 'train'}: Permission denied\n")
+
+
+def test_a_dataset_that_is_being_written_gets_no_fingerprint(tmp_path):
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=IMAGES, labels=LABELS)
+        result = CliRunner().invoke(main, ["add-fingerprints", "--data", str(tmp_path / "d.zarr")])
+        writer.finish(class_names=["a", "b"])
+    assert result.exit_code == 1
+    assert "was not finished, or is still being written" in result.output
