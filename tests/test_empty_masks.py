@@ -57,7 +57,7 @@ def student(data: Path, out: Path, use: str) -> float:
 @every_use
 def test_masks_without_any_object_are_refused_with_the_option_that_needs_them(tmp_path, use):
     data = dataset(tmp_path / "d.zarr", empty=SAMPLES)
-    option = {"background": "augment='background'", "rrr": "method='rrr'", "isnet": "method='isnet'"}
+    option = {"background": "augment='background'", "rrr": r"method=erm\+rrr", "isnet": r"method=erm\+isnet"}
     needs = option.get(use, "mask_target=True")
     with pytest.raises(TrainingError, match=f"every mask of the train split of .* is empty.* for {needs}: correct"):
         student(data, tmp_path, use)
