@@ -56,7 +56,7 @@ def write_plainly(path: Path, attributes: dict[str, Any] | None = None, **arrays
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """All messages, except that a foreign dataset has no fingerprint, which is true of each that `write_plainly` makes."""
+    """All messages, except that a dataset has no fingerprint, which is true of each that `write_plainly` makes."""
     return [message for message in caplog.messages if "has no fingerprint" not in message]
 
 

@@ -103,7 +103,7 @@ class Watch:
             loss = sum(weight * loss for weight, loss in zip(self._weights.values(), losses, strict=True))
             counted = of_living / living if living > 0.5 else loss
             self._progress["loss"] = loss
-            if not self._progress["first"]:  # a loss of 0, as of a batch whose target maps are all zero, is no measure
+            if self._progress["first"] is None:
                 self._progress["first"] = counted
             if not math.isfinite(loss + norm) or counted > EXPLODED * max(self._progress["first"], 1e-3):
                 self._fail(step, loss, norm, run)
