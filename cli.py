@@ -184,6 +184,25 @@ def make_data() -> None:
 
 
 @main.command(
+    name="add-fingerprints",
+    heading=DATA_AND_TEACHER,
+    example="add-fingerprints --data DATA.zarr",
+)
+@options(under(FILES, click.option("--data", required=True, type=Location(), help="Dataset: a folder or a URL.")))
+def add_fingerprints_command(data: str) -> None:
+    """Add fingerprints to a dataset.
+
+    Use it once for a dataset that another program wrote. Without fingerprints, every command reads the whole dataset
+    when it starts. The command reads each split once and writes the attribute 'fingerprint' of its group, and nothing
+    else. It compares fingerprints that are there already with the arrays.
+    """
+    from data import add_fingerprints
+
+    fingerprints = add_fingerprints(data)
+    click.echo(f"{data}: " + ", ".join(f"{split} {digest[:12]}…" for split, digest in fingerprints.items()))
+
+
+@main.command(
     name="train-teacher",
     heading=DATA_AND_TEACHER,
     example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",

@@ -55,6 +55,7 @@ WRITTEN = re.compile(
 )
 ANOTHER = Message("choose another ", Option("out"))
 REMEDY = Message("build one with ", Call("make_image_folder", command="make-data"))
+Lacking = Callable[[str], None]  # called with the name of a split without a fingerprint, before the split is read whole
 
 
 class UnreadableError(DatasetError):
@@ -165,7 +166,7 @@ class Dataset:
 
 
 def open_dataset(location: Location) -> Dataset:
-    """Open and check a dataset in our layout. Images are not read.
+    """Open and check a dataset in our layout. Images are not read, except those of a split without a fingerprint.
 
     Args:
         location: A folder, an fsspec URL, or a Zarr store.
@@ -177,7 +178,23 @@ def open_dataset(location: Location) -> Dataset:
         DatasetError: There is no dataset, it is damaged, or its arrays do not fit together.
         OSError: The location cannot be read.
     """
-    path, store = str(location), open_store(location)
+    return _open(location, open_store(location), functools.partial(_tell_whole_read, str(location)))
+
+
+@functools.cache
+def _tell_whole_read(path: str, split: str) -> None:
+    """Tell that a split without a fingerprint is read whole, but only once in a process."""
+    log.warning(
+        Message(
+            f"the split '{split}' of {path} has no fingerprint, so all of it is read whenever the dataset is opened: "
+            "add one with ",
+            Call("add_fingerprints", {"data": path}),
+        )
+    )
+
+
+def _open(location: Location, store: Storage, lacks_fingerprint: Lacking) -> Dataset:
+    path = str(location)
     raw = store.read(ROOT)
     if raw is None:
         if problem := no_group(store):
@@ -197,7 +214,7 @@ def open_dataset(location: Location) -> Dataset:
         class_names=tuple(class_names),
         bias_attribute=attributes.get("bias_attribute"),
         group_names=group_names,
-        splits=_open_splits(path, store, root, len(class_names), len(group_names)),
+        splits=_open_splits(path, store, root, len(class_names), len(group_names), lacks_fingerprint),
     )
 
 
@@ -250,7 +267,7 @@ def _tell_one_class(path: str, class_names: Sequence[str]) -> None:
 
 
 def _open_splits(
-    path: str, store: Storage, root: Mapping[str, Any], classes: int, group_names: int
+    path: str, store: Storage, root: Mapping[str, Any], classes: int, group_names: int, lacks_fingerprint: Lacking
 ) -> dict[str, Split]:
     """Open and check every split. The known ones come first."""
     splits = {}
@@ -266,7 +283,8 @@ def _open_splits(
             refuse_format_2(store, [f"{name}/{key}" for key in ARRAYS if key not in arrays])
         except MetadataError as error:
             raise DatasetError(f"{where} cannot be opened: {error}") from None
-        splits[name] = _open_split(where, name, group["attributes"], arrays, classes, group_names)
+        digest = group["attributes"].get("fingerprint") or None
+        splits[name] = _open_split(where, name, digest, arrays, classes, group_names, lacks_fingerprint)
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}
@@ -307,16 +325,23 @@ def _is_array(raw: bytes) -> bool:
 
 
 def _open_split(
-    where: str, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, Any], classes: int, group_names: int
+    where: str,
+    name: str,
+    digest: str | None,
+    arrays: Mapping[str, Any],
+    classes: int,
+    group_names: int,
+    lacks_fingerprint: Lacking,
 ) -> Split:
     _check_meaning(where, arrays)
     _check_arrays(where, arrays)
-    labels, digest = arrays["labels"], attributes.get("fingerprint") or None
+    labels = arrays["labels"]
     try:
         _check_labels(where, *_range(labels), classes)
         if "groups" in arrays and group_names and (problem := _without_name(*_range(arrays["groups"]), group_names)):
             warn_once(f"{where}: {problem}")
         if digest is None:
+            lacks_fingerprint(name)
             digest = fingerprint(arrays)
             for array in arrays.values():
                 if missing := _missing_chunks(array):
@@ -329,30 +354,41 @@ def _open_split(
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(digest))
 
 
-def add_fingerprints(location: Location) -> dict[str, str]:
+def add_fingerprints(data: Location) -> dict[str, str]:
     """Give every split of a foreign dataset its fingerprint, so that it is not read whole whenever it is opened.
 
-    A fingerprint that is there is compared with the arrays.
+    A fingerprint that is there is compared with the arrays. Nothing else in the dataset changes.
 
     Args:
-        location: A folder, an fsspec URL, or a Zarr store.
+        data: A folder, an fsspec URL, or a Zarr store.
 
     Returns:
         The fingerprint of each split by name.
 
     Raises:
-        DatasetError: There is no dataset, it is damaged, or a fingerprint is that of other arrays.
+        DatasetError: There is no dataset, it is being written or damaged, or a fingerprint is that of other arrays.
         OSError: The location cannot be read or written.
     """
-    dataset, store = open_dataset(location), open_store(location, writable=True)
+    store = open_store(data, writable=True)
+    lacking = []
+
+    def check_writable(split: str) -> None:  # before the split is read, which may take long
+        lacking.append(split)
+        key = f"{split}/{ROOT}"
+        if store.read_only:
+            raise OSError(f"{data} is read-only: open it for writing, or copy the dataset first")
+        store.write(key, store.read(key) or b"")
+
+    dataset = _open(data, store, check_writable)
     for name, split in dataset.splits.items():
+        if name not in lacking:
+            split.verify()
+            log.info(f"the split '{name}' of {data} has its fingerprint already, and its arrays match")
+    for name in lacking:
         key = f"{name}/{ROOT}"
         group = read_group(key, store.read(key) or b"")
-        if "fingerprint" in group["attributes"]:
-            split.verify()
-        else:
-            group["attributes"]["fingerprint"] = split.fingerprint
-            store.write(key, json.dumps(group, indent=2).encode())
+        group["attributes"]["fingerprint"] = dataset.splits[name].fingerprint
+        store.write(key, json.dumps(group, indent=2).encode())
     return {name: split.fingerprint for name, split in dataset.splits.items()}
 
 

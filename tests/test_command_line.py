@@ -97,7 +97,8 @@ def test_every_option_is_explained_and_its_default_shown(path):
 def test_the_commands_are_listed_as_they_are_used_under_headings():
     output = run("--help").output
     listed = [line.split()[0] for line in output[output.index("Data and teacher:") :].splitlines() if line[:2] == "  "]
-    assert listed[:5] == ["make-data", "train-teacher", "cache-explanations", "inspect-cache", "train-student"]
+    first = ["make-data", "add-fingerprints", "train-teacher", "cache-explanations", "inspect-cache", "train-student"]
+    assert listed[:6] == first
     assert set(main.commands) <= set(listed)
     assert all(
         f"\n{command.heading}:\n" in output and command.heading != "Commands" for command in main.commands.values()

@@ -20,6 +20,7 @@ from teacher_cache.pairing import check_explains, check_same_teacher, open_paire
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.groups import groups_of
+from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
@@ -114,6 +115,11 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
+    if "masks" in batch_fields:
+        background = Option("augment", BACKGROUND)
+        check_objects(train_split, dataset.path, reason if "masks" in needed else background)
+    if "masks" in needed and validation is not None:
+        check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
 
 

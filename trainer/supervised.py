@@ -13,6 +13,7 @@ from pipeline.networks.models import OWN
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
+from trainer.loop.masks import check_objects
 from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
@@ -49,6 +50,8 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     _check_front(chosen, split)
     segmenter = None if chosen.segmenter is None else build_segmenter(chosen.segmenter, split.image_shape)
     split.verify()
+    if needing := _needing_masks(chosen):
+        check_objects(split, dataset.path, needing[0])
     config = ModelConfig(
         kind="teacher",
         arch=chosen.arch,
@@ -74,12 +77,16 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     return train(training)
 
 
+def _needing_masks(options: TeacherOptions) -> list[Option]:
+    """Return the options that need masks."""
+    needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
+    by_front = needs_masks(options.debias) and options.debias != "segmenter"
+    return needing + ([Option("debias", options.debias)] if by_front else [])
+
+
 def _check_front(options: TeacherOptions, split: Split) -> None:
     """Raise TrainingError where the front or an augmentation needs masks that are missing, or a segmenter."""
-    needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
-    if needs_masks(options.debias) and options.debias != "segmenter":
-        needing.append(Option("debias", options.debias))
-    if needing and split.masks is None:
+    if (needing := _needing_masks(options)) and split.masks is None:
         raise TrainingError(Message(needing[0], f" needs 'masks' in the train split of {options.data}, which has none"))
     if (options.debias == "segmenter") != (options.segmenter is not None):
         if options.segmenter is None:

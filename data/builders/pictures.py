@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -118,15 +119,27 @@ def read_mask(path: Path, *, soft: bool = False) -> Mask:
 
 
 def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """Open a file, and turn whatever Pillow raises on it into an UnreadableError."""
+    """Open a file, decode its pixels, and turn whatever Pillow raises on it into an UnreadableError.
+
+    ``use`` is our own code on decoded pixels, so its mistakes stay what they are. Pillow's conversions there raise
+    OSError and ValueError.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as opened:
+        warnings.simplefilter("ignore")  # of odd metadata
+        with _blaming(path, Exception):  # Pillow and its plug-ins raise exceptions of any type on damaged files
+            image = opened.enter_context(Image.open(path))
+            if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
+                raise NoPictureError(f"{path.name} is not an image, but {image.format}", image.format)
+            image.load()
+        with _blaming(path, OSError, ValueError):
+            return use(image)
+
+
+@contextlib.contextmanager
+def _blaming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into an UnreadableError that names the file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            with Image.open(path) as image:
-                if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
-                    raise NoPictureError(f"{path.name} is not an image, but {image.format}", image.format)
-                image.load()
-                return use(image)
+        yield
     except FileNotFoundError:
         raise UnreadableError(f"{path.name} is no longer there") from None
     except NoPictureError:
@@ -135,7 +148,7 @@ def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
         raise UnreadableError(f"{path.name} {error}") from None
     except UnidentifiedImageError:
         raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
-    except Exception as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files
+    except kinds as error:
         reason = str(error).replace(str(path), path.name) or type(error).__name__
         raise UnreadableError(f"{path.name} cannot be read: {reason}") from None
 
@@ -149,11 +162,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _frames(image: Image.Image) -> int:
+    """Count the frames, for which Pillow reads on in the file."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception as error:  # of any type, on a damaged file
+        raise UnreadableError(f"cannot be read: {str(error) or type(error).__name__}") from None
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _as_shown(image: Image.Image) -> Picture:
-    frames, dark = getattr(image, "n_frames", 1), False
+    frames, dark = _frames(image), False
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut values off at 255
         values = _finite(image)
