@@ -7,6 +7,7 @@ python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -28,7 +29,7 @@ from terminal.options import options_of
 from terminal.spelling import spell, speller, text_of
 from terminal.types import LocalFolder, Location, TeacherName
 from trainer.reproduction.options import QuickstartOptions, SweepOptions
-from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions, WriteOptions
+from trainer.results.options import EvaluateOptions, PredictOptions, ReportOptions, ShowOptions, WriteOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class Commands(Group):
                 click.echo(str(interrupt), err=True)
             raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads the output any more, so click ends in silence
+                raise
             if isinstance(error, FileExistsError) and error.errno is None:
                 raise click.ClickException(text_of(error, ctx.meta.get(COMMAND))) from None
             where = f"{error.filename}: " if error.filename else ""
@@ -464,7 +467,14 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     example="predict --model STUDENT photos --out predictions.csv",
 )
 @click.argument("images", metavar="FILE|FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
-@options(options_of(WriteOptions, {**METAVARS, "out": {"required": False, "metavar": "FILE.csv"}}, without=("images",)))
+@options(
+    options_of(PredictOptions, METAVARS, without=("images",)),
+    options_of(
+        WriteOptions,
+        {"out": {"required": False, "metavar": "FILE.csv"}},
+        without=tuple(field.name for field in option_fields(PredictOptions)),
+    ),
+)
 def predict_command(images: tuple[Path, ...], out: Path | None, probabilities: bool, **options: Any) -> None:
     """Predict the class of image files.
 

@@ -14,8 +14,8 @@ import tempfile
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -40,8 +40,9 @@ from pipeline.caching.batches import Batches
 from pipeline.device import as_input, pick_device, place
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import versions
+from trainer.results.fonts import legible
 from trainer.results.options import PredictOptions, WriteOptions
-from trainer.results.pictures import Cell, Grid, grid_picture
+from trainer.results.pictures import Cell, Grid, draw_grid
 from trainer.results.show import UNIT, common_limit, in_units
 from trainer.run_dir import NEW_FOLDER, Run
 
@@ -132,7 +133,11 @@ def write_predictions(model: str | Path, images: Any, out: str | Path, **options
     plan, unreadable, rows = _plan(settings), {}, 0
     each = plan.config.class_names if settings.probabilities else ()
     last = [] if pictures is None else [PICTURE]
-    with _new(out, pictures) as (file, folder), tqdm(total=len(plan.files), unit="image", disable=None) as bar:
+    with ExitStack() as stack:
+        file, folder = stack.enter_context(_new(out, pictures))
+        bar = stack.enter_context(tqdm(total=len(plan.files), unit="image", disable=None))
+        names = [] if pictures is None else [*plan.config.class_names, *(_title(path) for path in plan.files)]
+        drawable = stack.enter_context(legible(names, pictures or out))
         table = csv.writer(file, lineterminator="\n")
         table.writerow([PATH, CLASS, PROBABILITY, *(f"{PROBABILITY} of {name}" for name in each), *last])
         for prediction in _predictions(plan, bar):
@@ -142,7 +147,7 @@ def write_predictions(model: str | Path, images: Any, out: str | Path, **options
             rows += 1
             if pictures is not None:
                 name = f"{rows:06}-{printable(prediction.path.stem)[:STEM]}.png"
-                _draw(prediction, plan, folder / name)
+                _draw(prediction, plan, folder / name, drawable)
                 last = [f"{pictures.name}/{name}"]
             several = [prediction.probabilities[name] for name in each]
             table.writerow([prediction.path, prediction.class_name, prediction.probability, *several, *last])
@@ -341,7 +346,7 @@ def _none_readable(unreadable: dict[Path, str]) -> str:
     return "\n".join(["no image can be read, so nothing is written: give others:", *lines, *more])
 
 
-def _draw(prediction: Prediction, plan: _Plan, out: Path) -> None:
+def _draw(prediction: Prediction, plan: _Plan, out: Path, drawable: Callable[[str], str]) -> None:
     """Write a PNG of an image and its heatmap side by side."""
     assert prediction.image is not None
     assert prediction.heatmap is not None
@@ -359,10 +364,14 @@ def _draw(prediction: Prediction, plan: _Plan, out: Path) -> None:
     }  # fmt: skip
     grid = Grid(
         cells=[[Cell(prediction.image.astype(np.float32) / 255), Cell(heatmap, says)]],
-        column_titles=["image", f"{settings.explainer}{epsilon}"],
+        column_titles=["image", f"relevance by {settings.explainer}{epsilon}"],
         row_titles=[""],
-        title=printable(prediction.path.name),
+        title=_title(prediction.path),
         limit=common_limit([heatmap]),
         unit=UNIT,
     )
-    grid_picture(grid, out, json.dumps(record))
+    draw_grid(grid, out, json.dumps(record), drawable)
+
+
+def _title(path: Path) -> str:
+    return printable(path.name)
