@@ -364,7 +364,7 @@ def _draw(prediction: Prediction, plan: _Plan, out: Path, drawable: Callable[[st
     }  # fmt: skip
     grid = Grid(
         cells=[[Cell(prediction.image.astype(np.float32) / 255), Cell(heatmap, says)]],
-        column_titles=["image", f"relevance by {settings.explainer}{epsilon}"],
+        column_titles=["image", f"map by {settings.explainer}{epsilon}"],
         row_titles=[""],
         title=_title(prediction.path),
         limit=common_limit([heatmap]),
