@@ -227,7 +227,8 @@ def test_a_file_that_was_named_is_not_left_out_in_silence(erm, photos, tmp_path,
 def test_files_of_one_name_in_two_folders_are_two_rows_and_a_file_named_twice_is_one(erm, tmp_path):
     one, two = save(picture(3), tmp_path / "a" / "1.png"), save(picture(4), tmp_path / "b" / "1.png")
     shutil.copy(one, tmp_path / "b" / "2.png")
-    rows = list(predict(erm, [tmp_path / "b", two, tmp_path / "a", tmp_path / "a" / ".." / "a" / "1.png", one]))
+    again = tmp_path / "a" / ".." / "b"
+    rows = list(predict(erm, [tmp_path / "b", two, again, tmp_path / "a", again / ".." / "a" / "1.png", one]))
     assert [row.path for row in rows] == [two, tmp_path / "b" / "2.png", one]
     assert rows[1].probabilities == pytest.approx(rows[2].probabilities)
 
@@ -555,19 +556,18 @@ def test_a_wrong_call_is_refused_with_the_remedy_and_leaves_nothing(world, monke
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), MemoryError])
-@pytest.mark.parametrize("place", ["draw_grid", "_check_free"])
-def test_a_run_that_ends_early_leaves_nothing(erm, photos, tmp_path, monkeypatch, error, place):
-    calls, real = [], getattr(module, place)
+@pytest.mark.parametrize("step", ["drawing", "writing"])
+def test_a_run_that_ends_early_leaves_nothing(erm, photos, tmp_path, monkeypatch, error, step):
+    real, out = module.Folder.write, tmp_path / "p.csv"
 
-    def failing(*arguments: object) -> None:
-        calls.append(arguments)
-        if len(calls) == 2:
+    def write(folder: object, key: str, value: object, **options: object) -> bool:
+        if key.startswith("000002") if step == "drawing" else key == "p.csv":
             raise error
-        real(*arguments)
+        return real(folder, key, value, **options)
 
-    monkeypatch.setattr(module, place, failing)
+    monkeypatch.setattr(module.Folder, "write", write)
     with pytest.raises((KeyboardInterrupt, OSError, MemoryError)):
-        write_predictions(erm, photos / "zero", tmp_path / "p.csv", explain=True)
+        write_predictions(erm, photos / "zero", out, explain=True)
     assert listed(tmp_path) == []
 
 

@@ -328,7 +328,6 @@ def _new(out: Path, pictures: Path | None) -> Iterator[tuple[TextIO, Path]]:
         ) as file:
             yield file, unfinished
             file.flush()
-            _check_free(out, pictures)
             if pictures is not None:
                 unfinished = unfinished.rename(pictures)
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
