@@ -7,6 +7,7 @@ python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -28,11 +29,12 @@ from terminal.options import options_of
 from terminal.spelling import spell, speller, text_of
 from terminal.types import LocalFolder, Location, TeacherName
 from trainer.reproduction.options import QuickstartOptions, SweepOptions
-from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
+from trainer.results.options import EvaluateOptions, PredictOptions, ReportOptions, ShowOptions, WriteOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
 if TYPE_CHECKING:
     from data.builders.registry import Builder
+    from trainer import Prediction
     from trainer.reproduction.profiles import Reproduction
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
@@ -104,6 +106,8 @@ class Commands(Group):
                 click.echo(str(interrupt), err=True)
             raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads the output any more, so click ends in silence
+                raise
             if isinstance(error, FileExistsError) and error.errno is None:
                 raise click.ClickException(text_of(error, ctx.meta.get(COMMAND))) from None
             where = f"{error.filename}: " if error.filename else ""
@@ -474,6 +478,58 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+
+
+@main.command(
+    name="predict",
+    heading=RESULTS,
+    example="predict --model STUDENT photos --out predictions.csv",
+)
+@click.argument("images", metavar="FILE|FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options(
+    options_of(PredictOptions, METAVARS, without=("images",)),
+    options_of(
+        WriteOptions,
+        {"out": {"required": False, "metavar": "FILE.csv"}},
+        without=tuple(field.name for field in option_fields(PredictOptions)),
+    ),
+)
+def predict_command(images: tuple[Path, ...], out: Path | None, probabilities: bool, **options: Any) -> None:
+    """Predict the class of image files.
+
+    The images are files of any format, or lie in folders at any depth. Without --out, the command prints a line for
+    each image, with the probability of the class. Files that cannot be read are listed and left out, and the exit code
+    is then 1.
+    """
+    from trainer import predict, write_predictions
+    from trainer.results.prediction import printable
+
+    if out is not None and str(out) != "-":
+        summary = write_predictions(images=images, out=out, probabilities=probabilities, **options)
+        unreadable = summary["unreadable"]
+        beside = f", with pictures in {summary['pictures']}" if summary["pictures"] else ""
+        click.echo(f"{out}: {summary['images']} image{'s' * (summary['images'] != 1)}{beside}")
+    elif options["explain"]:
+        raise click.UsageError("--explain draws a picture for each image: give --out, beside which they lie.")
+    else:
+        unreadable = {}
+        for prediction in predict(images=images, **options):
+            if prediction.problem is not None:
+                unreadable[prediction.path] = prediction.problem
+            else:
+                click.echo(printable(_prediction_line(prediction, probabilities)))
+    for path, problem in unreadable.items():
+        click.echo(f"{printable(path)}: {printable(problem)}", err=True)
+    if unreadable:
+        click.echo(f"{len(unreadable)} file{'s' * (len(unreadable) > 1)} cannot be read", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
+    width = min(30, max(map(len, prediction.probabilities)))
+    line = f"{prediction.class_name:<{width}} {100 * (prediction.probability or 0):6.2f} %  {prediction.path}"
+    every = ", ".join(f"{name} {100 * value:.2f} %" for name, value in prediction.probabilities.items())
+    return f"{line}  ({every})" if probabilities else line
 
 
 @main.command(

@@ -218,6 +218,31 @@ def _open(location: Location, store: Storage, lacks_fingerprint: Lacking) -> Dat
     )
 
 
+def read_builder(location: Location, fingerprint: str) -> dict[str, Any] | None:
+    """Read what made a dataset, its attribute ``builder``. No array is read.
+
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+        fingerprint: Fingerprint of one of its splits.
+
+    Returns:
+        The attribute, empty if there is none; None if the dataset is gone, or no split has the fingerprint.
+    """
+    try:
+        store = open_store(location)
+        if (raw := store.read(ROOT)) is None:
+            return None
+        root = read_group(ROOT, raw)
+        for name, documents in _metadata_of_groups(store, root).items():
+            attributes = read_group(f"{name}/{ROOT}", documents[ROOT])["attributes"]
+            if attributes.get("fingerprint") == fingerprint:
+                builder = root["attributes"].get("builder")
+                return builder if isinstance(builder, dict) else {}
+    except (OSError, MetadataError):
+        pass
+    return None
+
+
 def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
     """Raise DatasetError unless the attributes are those of a finished dataset that this program reads."""
     if attributes.get("kind") != KIND:

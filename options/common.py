@@ -6,13 +6,14 @@ A dataclass may add further notes: ``seed: Annotated[Seed, Heading("Explanations
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from typing_extensions import Doc
 
 from options.fields import Kind
 
+Fit = Literal["crop", "pad", "stretch"]  # how images of another aspect ratio are fitted
 CUSTOM_CODE = "Custom code"  # heading of the options that run code of the user
 
 DatasetPlace = Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL.")]  # a `data.Location`, without Zarr

@@ -3,17 +3,21 @@ from .errors import TrainingError
 from .loop.losses import heatmap_loss
 from .results.evaluation import evaluate
 from .results.pictures import heatmap_picture
+from .results.prediction import Prediction, predict, write_predictions
 from .results.report import write_report
 from .results.show import show_explanations
 from .supervised import train_teacher
 
 __all__ = [
+    "Prediction",
     "TrainingError",
     "evaluate",
     "heatmap_loss",
     "heatmap_picture",
+    "predict",
     "show_explanations",
     "train_student",
     "train_teacher",
+    "write_predictions",
     "write_report",
 ]

@@ -13,7 +13,6 @@ import numpy as np
 
 from data.builders.folders import RAW, Sample, is_of_images
 from data.builders.pictures import (
-    Fit,
     NoPictureError,
     Size,
     UnreadableError,
@@ -23,6 +22,7 @@ from data.builders.pictures import (
     read_image,
     read_mask,
 )
+from options.common import Fit
 
 BATCH = 16  # files that a process decodes at a time
 PER_PROCESS = 64  # files for which a further process is worth its start

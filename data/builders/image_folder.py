@@ -29,10 +29,11 @@ from data.builders.folders import (
     with_groups,
     with_masks,
 )
-from data.builders.pictures import Fit, Size
+from data.builders.pictures import Size
 from data.builders.registry import HOW, BuilderOptions, Seeded, builder
 from data.errors import DatasetError
 from options import Doc, Gt, Heading, Kind, Lt, Message, Option
+from options.common import Fit
 
 if TYPE_CHECKING:
     from data.storage import Location

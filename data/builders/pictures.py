@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data.builders.rows import OPAQUE
 from data.errors import DatasetError
+from options.common import Fit
 
 T = TypeVar("T")
-Fit = Literal["crop", "pad", "stretch"]
 Size = tuple[int, int]  # height and width in pixels
 
 LABELS = 32  # values that a mask of labels may have, whatever lies beside them
@@ -26,6 +26,7 @@ INVISIBLE = 16  # opacity, of 255, up to which nothing is seen; a lossy file of 
 LOSSY = ("JPEG", "MPO", "TIFF of JPEG")
 MAYBE_LOSSY = ("WEBP", "AVIF", "JPEG2000", "HEIF", "JXL", "TIFF of WEBP")
 NO_PICTURES = ("MPEG", "PDF", "EPS", "WMF")  # formats that Pillow opens without decoding them, or by other programs
+SQUEEZED = ("make-data coco-on-places", "make-data waterbirds")  # use `open_squeezed`
 TURNS = {  # EXIF's orientation → how the pixels are turned upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -318,6 +319,16 @@ def fitted(image: Image.Image, size: Size, fit: Fit) -> np.ndarray:
         return np.asarray(canvas)
     box = _middle(image, size) if fit == "crop" else None
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def fit_of(builder: Mapping[str, Any]) -> Fit | None:
+    """Return how a dataset's images were fitted, by its attribute ``builder``; None if that is unknown."""
+    fit, command = builder.get("fit"), builder.get("command")
+    if fit in get_args(Fit):
+        return cast(Fit, fit)
+    if command in SQUEEZED:
+        return "stretch"
+    return "crop" if command == "make-data image-folder" else None  # which records any other fit
 
 
 def _middle(image: Image.Image, size: Size) -> tuple[int, int, int, int]:

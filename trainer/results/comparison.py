@@ -297,7 +297,7 @@ def recorded_data(models: Sequence[Model]) -> Location:
                     ", the dataset to compare them on",
                 )
             )
-    locations = [data for path in configs for data in _recorded(path)]
+    locations = [data for path in configs for data in Run(path).datasets]
     for data in dict.fromkeys(locations):
         try:
             if open_dataset(data).split("train").fingerprint == fingerprint:
@@ -312,14 +312,6 @@ def recorded_data(models: Sequence[Model]) -> Location:
             ", the dataset to compare on",
         )
     )
-
-
-def _recorded(run: Path) -> list[str]:
-    """List where the dataset may be: the path of the last start, also relative to the parent of the run folder."""
-    data = Run(run).starts[-1].get("data") if Run(run).starts else None
-    if not isinstance(data, str):
-        return []
-    return [data] if "://" in data or Path(data).is_absolute() else [data, str(run.absolute().parent / data)]
 
 
 def _identity(model: Model) -> Path | ZeroShot:
