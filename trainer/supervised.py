@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from data import Location, Split, open_dataset
-from options import Message, Option, takes
-from pipeline import ModelConfig
-from pipeline.networks.models import OWN
+from options import Message, Option, renamed, takes
+from pipeline import ModelConfig, ModelError
+from pipeline.networks.checkpoints import checkpoint_file
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
@@ -16,6 +16,7 @@ from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
+from trainer.start import network_of, own_bias_free
 from trainer.stream.stream import labelled_source
 
 
@@ -48,11 +49,21 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     _check_front(chosen, split)
     segmenter = None if chosen.segmenter is None else build_segmenter(chosen.segmenter, split.image_shape)
     split.verify()
+    factory, weights = Option("teacher_factory", chosen.teacher_factory), Option("weights", chosen.weights)
+    network = network_of(chosen, factory, weights, split.image_shape)
+    if chosen.freeze_backbone:
+        if network["start"] is None and chosen.teacher_factory is None:
+            raise TrainingError(
+                Message(
+                    Option("freeze_backbone", True), " would train the last layer on top of random weights: give ",
+                    Option("weights"), " too",
+                )
+            )  # fmt: skip
+        network["start"] = {**(network["start"] or {}), "frozen": True}
     config = ModelConfig(
+        **network,
         kind="teacher",
-        arch=chosen.arch,
-        arch_options=chosen.arch_options or {},
-        bias_free=chosen.arch in OWN if chosen.bias_free is None else chosen.bias_free,
+        bias_free=own_bias_free(network["arch"], weights) if chosen.bias_free is None else chosen.bias_free,
         debias=chosen.debias,
         segmenter=chosen.segmenter,
         class_names=dataset.class_names,
@@ -69,8 +80,13 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
         record=chosen.record(),
         purpose=TEACHER,
         segmenter=segmenter,
+        student_factory=chosen.teacher_factory,
+        weights=None if chosen.weights is None else checkpoint_file(chosen.weights),
     )
-    return train(training)
+    try:
+        return train(training)
+    except ModelError as error:
+        raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
 
 
 def _check_front(options: TeacherOptions, split: Split) -> None:

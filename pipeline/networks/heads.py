@@ -152,6 +152,12 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
     return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}
 
 
+def head_parameters(network: nn.Module, classes: int) -> list[str]:
+    """Return the names of the parameters of the last layer; none without one."""
+    name = last_layer(network, classes)
+    return [] if name is None else [f"{name}.{key}" for key in network.get_submodule(name).state_dict()]
+
+
 def decisive_head(network: nn.Module, classes: int, image_shape: ImageShape) -> dict[str, np.ndarray]:
     """Return `head_arrays` of a teacher on the CPU; nothing, with a log line, if it does not make the logits alone."""
     head, name = head_arrays(network, classes), last_layer(network, classes)
