@@ -20,6 +20,7 @@ from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm, copy_of
 from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.outputs import as_returned
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
 TOLERANCE = 1e-3  # relative to the largest logit, as other kernels round differently
@@ -81,11 +82,12 @@ def save_plain(path: str | Path, model: Classifier) -> None:
     """Write the `plain` network atomically, for ``torch.load(path, weights_only=False)``, on the CPU.
 
     Loading it needs PyTorch, torchvision for an architecture of torchvision's, and the module of a user's own classes.
+    A network of the user's own returns what its forward returns, such as a dictionary with the logits.
 
     Raises:
         ModelError: as in `plain`, or the network cannot be pickled.
     """
-    network = plain(model).cpu()
+    network = as_returned(plain(model).cpu())
     buffer = io.BytesIO()
     try:
         torch.save(network, buffer)

@@ -73,6 +73,8 @@ def plain_reason(error: BaseException) -> str:
     text, name = str(error), type(error).__name__
     if "in loading state_dict for" in text:
         return _misfit(text)
+    if "TorchScript archive" in text and "constants.pkl" not in text:
+        return "it is a TorchScript archive, whose code would run: save the state_dict() of the network alone"
     if "weights_only" in text or "Weights only load" in text:
         of_class = re.search(r"GLOBAL ([\w.]+)", text)
         if of_class is None:
