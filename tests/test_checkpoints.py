@@ -224,7 +224,7 @@ def test_the_weights_of_our_own_trainings_load_and_bias_free_ones_stay_bias_free
     assert report.prefix == "network."
     if not bias:
         assert "biases and means are zero" in "\n".join(report.lines())
-        assert_same(bias_free(fresh)[0], network, tolerance=1e-5)
+        assert report.unexpected == ()
         exact = build_network("small-cnn", 3, (3, 16, 16), free_of_biases=True)[0]
         load_checkpoint(exact, tmp_path, 3)
         assert_same(exact, network)
@@ -313,7 +313,17 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another architecture": (state_of("mobilenet"), r"of another network than ResNet: .*give weights of this arch"),
     "a deeper network": (
         lambda folder: written(folder, torchvision.models.resnet34(num_classes=3).state_dict()),
-        "of another network than ResNet",
+        r"of another network than ResNet: it has more layers than the network, such as 'layer1.2.conv1.weight'",
+    ),
+    "a deeper network in a checkpoint": (
+        lambda folder: written(
+            folder, {"model": prefixed(torchvision.models.resnet34(num_classes=3).state_dict(), "module.")}
+        ),
+        r"it has more layers than the network, such as 'module.layer1.2.conv1.weight'",
+    ),
+    "biases that the network lacks": (
+        state_of("resnet18", **{"conv1.bias": torch.ones(64)}),
+        r"it has 'conv1.bias', which the network's layer 'conv1' lacks",
     ),
     "a wider network": (
         lambda folder: written(folder, torchvision.models.wide_resnet50_2(num_classes=3).state_dict()),
@@ -355,7 +365,7 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "TorchScript": (script, r"is a TorchScript archive, .* save the state_dict\(\)"),
     "a pointer": (raw(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n"), "is a Git LFS pointer"),
     "a web page": (raw(b"<!DOCTYPE html><html></html>"), "is a web page"),
-    "an archive of something else": (raw(zip_of("a.txt")), "is damaged, or no file of weights"),
+    "an archive of something else": (raw(zip_of("a.txt")), "is a zip archive and no file of torch.save"),
     "an optimizer": (
         lambda folder: written(folder, torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1).state_dict()),
         "holds no tensors by name",
@@ -385,6 +395,20 @@ def test_a_file_that_does_not_fit_gets_one_clear_error_and_changes_nothing(tmp_p
     assert str(tmp_path) in str(caught.value)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     assert "code of the file" not in capsys.readouterr().out
+
+
+def test_a_deeper_network_of_our_own_is_not_taken_for_a_shallower_one(tmp_path):
+    for arch in ("small-cnn", "small-resnet"):
+        deep = build_network(arch, 3, (3, 16, 16), free_of_biases=False, options={"depth": 3})[0]
+        network = build_network(arch, 3, (3, 16, 16), free_of_biases=False)[0]
+        with pytest.raises(ModelError, match="it has more layers than the network"):
+            load_checkpoint(network, written(tmp_path, deep.state_dict()), 3)
+
+
+def test_biases_do_not_get_lost_in_a_bias_free_network_without_norms(tmp_path):
+    vgg = torchvision.models.vgg11(num_classes=3)
+    with pytest.raises(ModelError, match="the network is bias-free: let it keep its biases"):
+        load_checkpoint(bias_free(vgg)[0], written(tmp_path, vgg.state_dict()), 3)
 
 
 def test_positions_of_another_image_size_are_named_and_not_interpolated(tmp_path):

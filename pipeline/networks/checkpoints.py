@@ -110,8 +110,10 @@ def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> Checkpo
     for name, target in loading.targets.items():
         if not _of(name, last.names):
             loading.take(name, target)
-    if loading.wrong or loading.lacking or not loading.values:
-        raise _of_another_network(path, network, loading, fit)
+    unexpected = [name for name in fit.tensors if name not in fit.names.values() and name not in loading.moments]
+    more = _more_than(network, fit, unexpected, last_layer(network, num_classes))
+    if loading.wrong or loading.lacking or not loading.values or more:
+        raise _of_another_network(path, network, loading, unexpected, more)
     network.load_state_dict(loading.values, strict=False)
     return CheckpointReport(
         file=path.name,
@@ -123,7 +125,7 @@ def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> Checkpo
         new_classes=num_classes,
         changed=tuple(loading.changes()),
         missing=(*(name for name in loading.targets if _of(name, last.names) and name not in fit.names), *loading.left),
-        unexpected=tuple(name for name in fit.tensors if name not in fit.names.values()),
+        unexpected=tuple(unexpected),
         other_shapes=tuple(name for name in loading.targets if _of(name, last.names) and name in fit.names),
     )
 
@@ -248,7 +250,8 @@ class _Fit:
     """
 
     keys: tuple[str, ...]
-    prefix: str
+    prefix: str  # without wrappers
+    added: str  # in front of the names, in the network
     tensors: dict[str, Tensor]
     names: dict[str, str]
     fitting: int
@@ -322,7 +325,7 @@ def _fits(own: dict[str, Tensor], keys: tuple[str, ...], tensors: dict[str, Tens
                 if target is not None:
                     names[target] = of_file[name]
             fitting = sum(_same_shape(own[name], tensors[key]) for name, key in names.items())
-            yield _Fit(keys, prefix, tensors, names, fitting)
+            yield _Fit(keys, prefix, more, tensors, names, fitting)
 
 
 def _prefixes(names: Iterable[str], least: float) -> list[str]:
@@ -404,6 +407,7 @@ class _Loading:
     wrong: dict[str, str] = field(default_factory=dict)  # what differs, by name
     lacking: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)  # buffers that the constructor computes
+    moments: list[str] = field(default_factory=list)  # names in the file that stand for variances
     zeros: int = 0
     casts: dict[str, int] = field(default_factory=dict)
     first_layers: list[str] = field(default_factory=list)
@@ -448,10 +452,11 @@ class _Loading:
         weight = self.fit.names.get(f"{module}.weight")
         if id(own) in self._shared:
             return  # it is a tensor of the file by another name
-        moment = None if weight is None else self.fit.tensors.get(weight.removesuffix("weight") + SECOND_MOMENT)
-        if kind == "running_var" and moment is not None:
-            self.values[name] = moment.to(own.dtype)
-        elif (kind == "running_mean" and moment is not None) or (
+        moment = f"{(weight or '').removesuffix('weight')}{SECOND_MOMENT}"
+        if kind == "running_var" and moment in self.fit.tensors:
+            self.values[name] = self.fit.tensors[moment].to(own.dtype)
+            self.moments.append(moment)
+        elif (kind == "running_mean" and moment in self.fit.tensors) or (
             kind == "bias" and weight is not None and (self._is_bias_free or module == self.last)
         ):
             self.values[name] = torch.zeros_like(own.detach())
@@ -491,11 +496,52 @@ def _dtype(value: Tensor) -> str:
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def _of_another_network(path: Path, network: nn.Module, loading: _Loading, fit: _Fit) -> ModelError:
-    """Return the error for a file in which more than the last layer is missing or has another shape."""
-    unexpected = [name for name in fit.tensors if name not in fit.names.values()]
+def _more_than(network: nn.Module, fit: _Fit, unexpected: list[str], last: str | None) -> str:
+    """Say what makes a file one of a larger network, of which the network is a part; empty if nothing does.
+
+    Layers beside others of a numbered series are no auxiliary heads, nor is a bias of a layer that lacks it.
+    """
+    modules = {_unwrapped(name): module for name, module in network.named_modules()}
+    own = {_unwrapped(name) for name in _tensors(network)}
+    with_parameters = {name for name in modules if any(_of(tensor, [name]) for tensor in own)}
+    series = {(name.rpartition(".")[0], _stem(name)) for name in with_parameters if name and not _holds(name, last)}
+    for key in unexpected:
+        name = _unwrapped(key).removeprefix(fit.prefix)
+        module, _, kind = (fit.added + name).rpartition(".")
+        if module in with_parameters and kind in ("weight", "bias", *STATISTICS) and f"{module}.weight" in own:
+            return f"it has '{key}', which the network's layer '{module}' lacks"
+        parts = module.split(".")
+        prefixes = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+        first = next((prefix for prefix in prefixes if prefix not in modules), None)
+        if first is not None and (first.rpartition(".")[0], _stem(first)) in series and not _holds(first, last):
+            return f"it has more layers than the network, such as '{key}'"
+    return ""
+
+
+def _stem(name: str) -> str | None:
+    """Return the last part of a name without its number; None if it has none."""
+    part = name.rpartition(".")[2]
+    stem = part.rstrip("0123456789_")
+    return stem if stem != part else None
+
+
+def _holds(name: str, last: str | None) -> bool:
+    """Return whether a module stands beside the last layer, or is above it."""
+    return last is not None and (last == name or _of(last, [name]) or _is_beside(name, last))
+
+
+def _is_beside(name: str, last: str) -> bool:
+    parent = last.rpartition(".")[0]
+    return bool(parent) and name.rpartition(".")[0] == parent
+
+
+def _of_another_network(
+    path: Path, network: nn.Module, loading: _Loading, unexpected: list[str], more: str
+) -> ModelError:
+    """Return the error for a file in which more than the last layer is missing, has another shape or is too much."""
+    fit = loading.fit
     total, parts, remedy = len(loading.targets), [], "give weights of this architecture"
-    if not fit.names:
+    if not loading.values and not loading.wrong:
         parts.append(f"none of its {len(fit.tensors)} names is one of the network's")
     elif loading.lacking:
         first = loading.lacking[0]
@@ -516,6 +562,10 @@ def _of_another_network(path: Path, network: nn.Module, loading: _Loading, fit: 
             remedy += "not interpolated"
         elif not loading.lacking and loading.wrong.keys() <= _first_layers(network):
             remedy = "only 3 channels become 1, and 1 becomes 3: give images of the channels that the file takes"
+    if more and not parts:
+        parts.append(more)
+        if ".bias'" in more or "running_" in more:
+            remedy = "the file has biases, and the network is bias-free: let it keep its biases"
     return ModelError(
         f"the weights {path} are of another network than {type(network).__name__}: {'; '.join(parts)}; {remedy}"
     )
