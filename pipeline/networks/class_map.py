@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from options import Message, Option, did_you_mean, first_line
 from pipeline.errors import ModelError
-from pipeline.networks.models import ImageShape, last_layer
+from pipeline.networks.layers import last_layer
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.trials import else_in_logits
 from pipeline.rules import stop_relevance
 

@@ -26,7 +26,8 @@ from pipeline.errors import ModelError
 from pipeline.networks.debias import DEBIAS, MASKED
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
-from pipeline.networks.models import ImageShape, build_network, check_factory, last_layer
+from pipeline.networks.layers import last_layer
+from pipeline.networks.models import ImageShape, build_network, check_factory
 from pipeline.networks.preprocessing import Preprocess, PreprocessSpec
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
 from pipeline.networks.weight_files import load_weights

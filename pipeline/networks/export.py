@@ -20,7 +20,9 @@ from pipeline.networks.classifier import Classifier, ModelConfig, load_classifie
 from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm, copy_of
-from pipeline.networks.models import ImageShape, build_network, error_summary, last_layer
+from pipeline.networks.layers import last_layer
+from pipeline.networks.models import ImageShape, build_network, error_summary
+from pipeline.networks.outputs import as_returned
 from pipeline.networks.sources import HF_CONFIG, hf_config_of
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
@@ -141,11 +143,12 @@ def save_plain(path: str | Path, model: Classifier) -> None:
     """Write the `plain` network atomically, for ``torch.load(path, weights_only=False)``, on the CPU.
 
     Loading it needs PyTorch, torchvision for an architecture of torchvision's, and the module of a user's own classes.
+    A network of the user's own returns what its forward returns, such as a dictionary with the logits.
 
     Raises:
         ModelError: as in `plain`, or the network cannot be pickled.
     """
-    network = plain(model).cpu()
+    network = as_returned(plain(model).cpu())
     buffer = io.BytesIO()
     try:
         torch.save(network, buffer)

@@ -1,6 +1,6 @@
-"""Networks by name or by a function of the user's own, and their last layer.
+"""Networks by name or by a function of the user's own.
 
-Not here: the debiasing front of a network (`debias.py`), and the layers that replace its last one (`heads.py`).
+Not here: the debiasing front of a network (`debias.py`), and its last layer (`layers.py`, `heads.py`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
+from pipeline.networks.layers import take_channels
+from pipeline.networks.outputs import logits_of, take_logits
 from pipeline.networks.sources import SOURCES, ImageShape, has_source, split_name
 from pipeline.networks.trials import kind_of, remedy_for, trial_images, undisturbed
 from pipeline.networks.weight_files import plain_reason
+from pipeline.private_torch import BatchNormBase
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +141,7 @@ def build_network(
             ``function(num_classes=..., **options)``, with ``image_shape`` if it has a parameter of that name, and with
             ``pretrained=False`` if it has a parameter of that name and its weights are loaded afterwards
             (``weights``, or without ``to_train``). It returns an `nn.Module` that maps images, float32 (N, C, H, W) in
-            [0, 1], to logits (N, num_classes).
+            [0, 1], to logits (N, num_classes), or to an output that holds them, see `logits_of`.
         num_classes: number of logits.
         image_shape: (C, H, W) of what the network takes.
         free_of_biases: convert the network to its bias-free form, see `bias_free`.
@@ -175,14 +178,18 @@ def build_network(
             if free_of_biases and _works_with_biases(arch, num_classes, image_shape, options or {}):
                 raise _not_bias_free(name, error) from error
             raise _not_taken(name, arch, image_shape, error, network) from error
-        _check_output(name, logits, 2, num_classes)
+        _take_output(name, network, logits, 2, num_classes)
         if to_train:
             _try_training(name, network, num_classes, image_shape)
     return network.train(), report
 
 
-def _check_output(name: str, output: object, images: int, num_classes: int, mode: str = "") -> None:
-    """Raise ModelError where an output is no tensor of logits (images, num_classes)."""
+def _take_output(name: str, network: nn.Module, output: object, images: int, num_classes: int, mode: str = "") -> None:
+    """Let a network whose output holds its logits return them; raise ModelError where there are none."""
+    if not isinstance(output, torch.Tensor):
+        with suppress(ModelError):  # the error below tells more
+            output = logits_of(output, num_classes)
+            take_logits(network, num_classes)
     if not isinstance(output, torch.Tensor) or output.shape != (images, num_classes):
         raise ModelError(
             f"the network of {name} returns {kind_of(output)} for {images} images and {num_classes} classes{mode}: "
@@ -200,7 +207,8 @@ def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: 
         except Exception as error:
             failure = failure or error
         else:
-            return _check_output(name, output, samples, num_classes, " in training mode, unlike in evaluation mode")
+            mode = " in training mode, unlike in evaluation mode"
+            return _take_output(name, network, output, samples, num_classes, mode)
     assert failure is not None
     raise ModelError(
         f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
@@ -271,23 +279,7 @@ def looks_trained(network: nn.Module) -> bool:
     return False
 
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-
-def last_layer(network: nn.Module, num_classes: int) -> str | None:
-    """Return the name of the last `nn.Linear` or 1×1 `nn.Conv2d` with ``num_classes`` outputs; None without any."""
-    names = [name for name, module in network.named_modules() if name and outputs_of_last_layer(module) == num_classes]
-    return names[-1] if names else None
-
-
-def outputs_of_last_layer(module: nn.Module) -> int | None:
-    """Return the number of outputs of an `nn.Linear` or a plain 1×1 `nn.Conv2d`; None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d):
-        plain = (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        return module.out_channels if plain else None
-    return None
+_NORMS = (BatchNormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def _build(
@@ -325,6 +317,8 @@ def _build(
         if isinstance(network, type) and issubclass(network, nn.Module):
             returned, remedy = f"the class {network.__name__}", f"it must call it, {network.__name__}(num_classes)"
         raise ModelError(f"{name}{with_options} returned {returned}: {remedy}")
+    if image_shape[0] == 1 and not is_factory(arch) and arch not in OWN:
+        take_channels(network, 1, image_shape[1:])
     return network, name + with_options
 
 

@@ -22,6 +22,7 @@ from pipeline.networks.checkpoints import checkpoint_file, classes_in
 from pipeline.networks.class_map import ClassMap, Given, map_classes, resolve_class_map
 from pipeline.networks.homogeneous import copy_of
 from pipeline.networks.models import ImageShape, build_network, error_summary, is_factory
+from pipeline.networks.outputs import logits_of, take_logits
 from pipeline.networks.preprocessing import PreprocessSpec
 from pipeline.networks.sources import (
     IMAGENET_CLASSES,
@@ -139,7 +140,7 @@ def _network(teacher: OwnTeacher, num_classes: int, input_shape: ImageShape) -> 
     """Return the network in evaluation mode, and the number of its logits."""
     if isinstance(teacher.network, nn.Module):
         network = copy_of(teacher.network).cpu().float()
-        return network, _outputs(network, input_shape, str(teacher))
+        return network, _take_logits(network, num_classes, input_shape, str(teacher))
     arch, options = teacher.network, {}
     weights = None if teacher.weights is None else checkpoint_file(teacher.weights)
     if arch.startswith(HF):
@@ -167,17 +168,20 @@ def _network(teacher: OwnTeacher, num_classes: int, input_shape: ImageShape) -> 
     return build(classes, weights=weights, to_train=False), classes
 
 
-def _outputs(network: nn.Module, input_shape: ImageShape, name: str) -> int:
-    """Return the number of logits of a module that the user gives."""
+def _take_logits(network: nn.Module, num_classes: int, input_shape: ImageShape, name: str) -> int:
+    """Let a module that the user gives return its logits alone, and return their number."""
     try:
         with torch.no_grad():
-            logits = network.eval()(trial_images(2, input_shape))
+            logits: object = network.eval()(trial_images(2, input_shape))
     except Exception as error:
         raise ModelError(
             f"the network {name} does not take images of shape {input_shape} (channels, height, width): "
             f"{error_summary(error)}; it must take float32 images (N, C, H, W) in [0, 1]"
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    if not isinstance(logits, Tensor):
+        logits = logits_of(logits, num_classes)
+        take_logits(network, logits.shape[-1])
+    if logits.dim() != 2:
         raise ModelError(f"the network {name} returns {kind_of(logits)} for 2 images: it must return logits (2, K)")
     return logits.shape[1]
 
