@@ -199,7 +199,7 @@ def test_a_teacher_of_ones_own_teaches_a_student_that_goes_home(way, dataset, tm
         teachers_images = Preprocess(dataclasses.replace(spec, size=(32, 32)))(teachers_images)
     with torch.no_grad():
         logits = network.eval()(teachers_images)
-    stored = open_cache(cache).read_shard(0).logits[:8]
+    stored = open_cache(cache).read_shard(0).teacher_logits[:8]
     torch.testing.assert_close(torch.from_numpy(stored), getattr(logits, "logits", logits), rtol=1e-4, atol=1e-4)
     runner(
         "train-student",
