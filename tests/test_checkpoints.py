@@ -1,4 +1,4 @@
-"""Files of weights as people have them, loaded into networks of any library, and what is said of those that do not fit."""
+"""Files of weights as people have them, loaded into networks of any library, and errors for those that do not fit."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def test_a_checkpoint_as_libraries_write_it_loads(tmp_path, name, how):
     path = written(tmp_path, WRAPPED[how](source))
     report = load_checkpoint(network, path, 3)
     assert_same(network, source, tolerance=1e-2 if how == "half" else 1e-6)
-    assert report.replaced == () and report.classes == 3
+    assert report.replaced == ()
+    assert report.classes == 3
     assert "weights.pth" in report.lines()[0]
 
 
@@ -140,7 +141,8 @@ def test_a_backbone_alone_loads_into_a_network_with_a_prefix_of_its_own(tmp_path
     source, network = trained(Backbone(3)), Backbone(2)
     last = network.classifier[1].weight.clone()
     report = load_checkpoint(network, written(tmp_path, prefixed(source.resnet.state_dict(), prefix)), 2)
-    assert report.replaced == ("classifier.1",) and report.classes is None
+    assert report.replaced == ("classifier.1",)
+    assert report.classes is None
     assert "replaced: 'classifier.1' (missing in the file, 2 here)" in "\n".join(report.lines())
     assert network.classifier[1].weight.equal(last)
     assert network.resnet.conv1.weight.equal(source.resnet.conv1.weight)
@@ -175,7 +177,8 @@ def test_a_last_layer_for_other_classes_keeps_its_random_weights_and_is_named(tm
     path = written(tmp_path, source.state_dict())
     assert classes_in(network, path, 2) == 7
     report = load_checkpoint(network, path, 2)
-    assert report.replaced == (last,) and report.classes == 7
+    assert report.replaced == (last,)
+    assert report.classes == 7
     assert f"replaced: '{last}' (7 classes in the file, 2 here)" in "\n".join(report.lines())
     assert network.get_submodule(last).weight.equal(before)
     first = next(iter(source.state_dict()))
@@ -189,7 +192,8 @@ def test_auxiliary_classifiers_are_replaced_with_the_last_layer_and_may_be_too_m
     source = trained(build(7, True))
     path = written(tmp_path, source.state_dict())
     report = load_checkpoint(build(7, False), path, 7)
-    assert all(name.startswith("aux") for name in report.unexpected) and report.unexpected
+    assert all(name.startswith("aux") for name in report.unexpected)
+    assert report.unexpected
     assert "unexpected in the file, not loaded: 'aux1.conv.conv.weight'" in "\n".join(report.lines())
     assert load_checkpoint(build(2, True), path, 2).replaced == ("aux1.fc2", "aux2.fc2", "fc")
 
@@ -391,7 +395,8 @@ def test_a_file_that_does_not_fit_gets_one_clear_error_and_changes_nothing(tmp_p
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(ModelError, match=message) as caught:
         load_checkpoint(network, write(tmp_path), 3)
-    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
     assert all(value.equal(before[name]) for name, value in network.state_dict().items())
     assert "code of the file" not in capsys.readouterr().out
