@@ -10,9 +10,9 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -446,6 +446,18 @@ def forget(job: Job) -> None:
     _opened.pop(job, None)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out the notes on networks that are loaded, but no warning."""
+    logger = logging.getLogger("pipeline.networks")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _open(job: Job) -> _Opened:
     """Open dataset, teacher and store, and check that they are the job's: another machine may see another disk.
 
@@ -455,7 +467,8 @@ def _open(job: Job) -> _Opened:
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
-        teacher = _load(job.teacher, job.info.teacher.class_names, shape, job.teacher_factory, job.segmenter)
+        with _quietly():  # all was said when the store was planned
+            teacher = _load(job.teacher, job.info.teacher.class_names, shape, job.teacher_factory, job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
         raise type(error)(Message(error, f" ({here}; {remedy})")) from error

@@ -122,7 +122,8 @@ def build_own(teacher: OwnTeacher, class_names: Sequence[str], image_shape: Imag
     network = network.eval().requires_grad_(False)
     if preprocessing is not None:
         log.info(f"images are {preprocessing} for {teacher}")
-    specification = (str(teacher), teacher.debias, preprocessing, class_map)
+    name = HF if str(teacher).startswith(HF) else str(teacher)  # a folder may lie elsewhere on another machine
+    specification = (name, teacher.debias, preprocessing, class_map)
     record = {"teacher": str(teacher)}
     if teacher.weights is not None:
         record["weights"] = Path(teacher.weights).name
