@@ -22,7 +22,7 @@ import click
 from options import Message, option_fields, overridden
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.formats import ExportOptions
-from pipeline.networks.teacher_options import VisionLanguageOptions
+from pipeline.networks.teacher_options import OwnTeacherOptions, VisionLanguageOptions
 from terminal import inline_picture
 from terminal.help import ARGUMENTS, COMMAND, Choice, Command, Group, LazyGroup, instead_of, options, under
 from terminal.options import options_of
@@ -43,19 +43,23 @@ FILES, OUTPUT = "Files", "Output"  # headings of options
 DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explanations", "Stage two: students"
 RESULTS, EVERYTHING = "Results", "Whole experiments"
 
-OF_CLIP = options_of(
-    VisionLanguageOptions,
-    {
-        "pretrained": {"metavar": "TAG|FILE"},
-        "classes": {"metavar": "'A; B; …'"},
-        "prompt": {"metavar": "TEMPLATE", "multiple": True},
-    },
-)
+OF_TEACHERS = [
+    *options_of(OwnTeacherOptions),
+    *options_of(
+        VisionLanguageOptions,
+        {
+            "pretrained": {"metavar": "TAG|FILE"},
+            "classes": {"metavar": "'A; B; …'"},
+            "prompt": {"metavar": "TEMPLATE", "multiple": True},
+        },
+    ),
+]
 
 # flags that are not the Python name with dashes
 FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
 METAVARS: dict[str, dict[str, Any]] = {
     "student_factory": {"metavar": "MODULE:FUNCTION"},
+    "teacher_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
     "loss": {"metavar": "METHOD=WEIGHT,…"},
 }
@@ -65,12 +69,16 @@ def _teacher(name: str | None, options: dict[str, Any]) -> Any:
     """Return the teacher of this name, or None, and remove its own options from ``options``."""
     from pipeline import parse_teacher
 
-    own = {field.name: options.pop(field.name) for field in option_fields(VisionLanguageOptions)}
+    of_clip, own = (
+        {field.name: options.pop(field.name) for field in option_fields(kind)}
+        for kind in (VisionLanguageOptions, OwnTeacherOptions)
+    )
     if name is not None:
-        return parse_teacher(name, VisionLanguageOptions(**own))
-    for key, value in own.items():
-        if value:
-            raise click.UsageError(f"--{key} needs a --teacher clip:ARCH, and there is none.")
+        return parse_teacher(name, VisionLanguageOptions(**of_clip), OwnTeacherOptions(**own))
+    for kind, values in (("clip:ARCH", of_clip), ("NAME", own)):
+        for key, value in values.items():
+            if value:
+                raise click.UsageError(f"--{key.replace('_', '-')} needs a --teacher {kind}, and there is none.")
     return None
 
 
@@ -251,20 +259,23 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
         CachingOptions,
         {
             **METAVARS,
+            "teacher": {"required": False},
             "resolution": {"type": Choice([1, 2, 4])},
             "draws": {"show_default": "4; 1 for attention"},
             "scheduler": {"metavar": "ADDRESS"},
         },
     ),
-    OF_CLIP,
+    OF_TEACHERS,
 )
-def cache_explanations_command(teacher: str, **options: Any) -> None:
+def cache_explanations_command(teacher: str | None, **options: Any) -> None:
     """Write a teacher's heatmaps to a store.
 
     This is stage one: the teacher runs over a split once. Run the same command again to resume an interrupted run.
     """
     from pipeline import cache_explanations
 
+    if teacher is None and (teacher := options.pop("teacher_factory")) is None:
+        raise click.UsageError("Missing option '--teacher'.")
     done = cache_explanations(teacher=_teacher(teacher, options), **options)
     earlier = done.shards - done.computed_shards
     click.echo(
@@ -439,11 +450,11 @@ def train_students_command(
             click.option(
                 "--teacher",
                 type=TeacherName(),
-                help="Teacher, or a vision-language model clip:ARCH, instead of --model.",
+                help="Teacher, the name of your own network, or clip:ARCH, instead of --model.",
             ),
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
 )
 def evaluate_command(data: str, model: str | None, teacher: str | None, as_json: bool, **options: Any) -> None:
@@ -560,10 +571,12 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
     under(
         FILES,
         click.option(
-            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first column."
+            "--teacher",
+            type=TeacherName(),
+            help="Teacher, the name of your own network, or clip:ARCH, as the first column.",
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
     under(
         "Samples",
         instead_of(
@@ -625,10 +638,12 @@ def show_explanations_command(
     under(
         FILES,
         click.option(
-            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first model."
+            "--teacher",
+            type=TeacherName(),
+            help="Teacher, the name of your own network, or clip:ARCH, as the first model.",
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
 )
 @click.pass_context
 def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:

@@ -20,7 +20,7 @@ from options.fields import (
     takes,
 )
 from options.lazy import Lazy
-from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined
+from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined, renamed
 from options.registry import Registry
 
 __all__ = [
@@ -47,5 +47,6 @@ __all__ = [
     "joined",
     "option_fields",
     "overridden",
+    "renamed",
     "takes",
 ]

@@ -24,6 +24,14 @@ Seed = Annotated[int, Ge(0), Le(2**63 - 1), Doc("Random seed.")]
 StudentFactory = Annotated[
     str | None, Doc("Function that builds your own network, as MODULE:FUNCTION. Its code is run.")
 ]
+TeacherFactory = Annotated[
+    str | None, Doc("Function that builds the teacher's network, as MODULE:FUNCTION. Its code is run.")
+]
+Weights = Annotated[
+    str | Path | None,
+    Kind.PATH,
+    Doc("Weights to start from: a file (.pt, .pth, .safetensors) or a Hugging Face folder. Default: random ones."),
+]
 SavedSegmenter = Annotated[
     str | None,
     Doc("Segmenter that the teacher was trained with, if it is a file or MODULE:FUNCTION. Its code is run."),

@@ -35,12 +35,12 @@ class LocalFolder(click.Path):
 
 
 class TeacherName(LocalFolder):
-    """A folder, or the name of a vision-language model."""
+    """A folder, or the name of a network such as timm:resnet18, clip:RN50 or package.module:function."""
 
-    name = "folder or clip:ARCH"
+    name = "folder or name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
+        return value if ":" in str(value) and "://" not in str(value) else super().convert(value, param, ctx)
 
 
 class Bytes(click.ParamType):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
-from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, Threads
+from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, TeacherFactory, Threads, Weights
 from pipeline.networks.debias import DEBIAS
+from pipeline.networks.teacher_options import PreprocessingOptions
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
@@ -33,12 +34,14 @@ class Network(OptionSet):
     HEADING: ClassVar[str] = "Network"
 
     arch: Annotated[
-        str, Kind.ARCHITECTURE, Doc("Architecture: small-cnn, small-resnet, or the name of a torchvision model.")
+        str,
+        Kind.ARCHITECTURE,
+        Doc("Architecture: small-cnn, small-resnet, the name of a torchvision model, timm:NAME, or hf:FOLDER."),
     ] = "small-cnn"
     arch_options: Annotated[dict[str, Any] | None, Doc("Option of the architecture, such as width=64. Repeatable.")] = (
         None
     )
-    bias_free: Annotated[bool | None, Doc("Remove every additive term from the network.")] = None
+    bias_free: Annotated[bool | None, Doc("Remove every additive term from the network, such as its biases.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +189,7 @@ class _Trained(OptionSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
+class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, Runtime):
     """The options of ``train-teacher``."""
 
     ERROR: ClassVar[type[Exception]] = TrainingError
@@ -212,10 +215,15 @@ class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
             "MODULE:FUNCTION. The code of a file or function is run."
         ),
     ] = None
+    weights: Annotated[Weights, Heading("Network")] = None
+    freeze_backbone: Annotated[
+        bool, Heading("Network"), Doc("Train the last layer alone, on top of the weights to start from.")
+    ] = False
+    teacher_factory: Annotated[TeacherFactory, Heading("Network"), InsteadOf("arch")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
+class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length, Learning, Runtime):
     """The options of ``train-student``."""
 
     ERROR: ClassVar[type[Exception]] = TrainingError
@@ -257,6 +265,10 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
         ),
     ] = "frozen"
     student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
+    init: Annotated[Weights, Heading("Network")] = None
+    teacher_weights: Annotated[
+        bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
+    ] = False
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from data import Location, Split, open_dataset
-from options import Message, Option, takes
-from pipeline import ModelConfig
+from options import Message, Option, renamed, takes
+from pipeline import ModelConfig, ModelError
+from pipeline.networks.checkpoints import checkpoint_file
 from pipeline.networks.debias import needs_masks
-from pipeline.networks.models import OWN
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
@@ -18,6 +18,7 @@ from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
+from trainer.start import network_of, own_bias_free
 from trainer.stream.stream import labelled_source
 
 
@@ -52,11 +53,11 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     split.verify()
     if needing := _needing_masks(chosen):
         check_objects(split, dataset.path, needing[0])
+    network, bias_free = _network(chosen, split)
     config = ModelConfig(
+        **network,
         kind="teacher",
-        arch=chosen.arch,
-        arch_options=chosen.arch_options or {},
-        bias_free=chosen.arch in OWN if chosen.bias_free is None else chosen.bias_free,
+        bias_free=bias_free,
         debias=chosen.debias,
         segmenter=chosen.segmenter,
         class_names=dataset.class_names,
@@ -73,8 +74,29 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
         record=chosen.record(),
         purpose=TEACHER,
         segmenter=segmenter,
+        student_factory=chosen.teacher_factory,
+        weights=None if chosen.weights is None else checkpoint_file(chosen.weights),
     )
-    return train(training)
+    try:
+        return train(training)
+    except ModelError as error:
+        raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
+
+
+def _network(options: TeacherOptions, split: Split) -> tuple[dict[str, Any], bool]:
+    """Return the fields of a `ModelConfig` that describe the network, and whether it is bias-free."""
+    factory, weights = Option("teacher_factory", options.teacher_factory), Option("weights", options.weights)
+    network = network_of(options, factory, weights, split.image_shape)
+    if options.freeze_backbone:
+        if network["start"] is None and options.teacher_factory is None:
+            raise TrainingError(
+                Message(
+                    Option("freeze_backbone", True), " would train the last layer on top of random weights: give ",
+                    Option("weights"), " too",
+                )
+            )  # fmt: skip
+        network["start"] = {**(network["start"] or {}), "frozen": True}
+    return network, own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
 
 
 def _needing_masks(options: TeacherOptions) -> list[Option]:

@@ -14,9 +14,10 @@ import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from options import Message, Option, takes
-from pipeline import Classifier, ModelError, RelevanceError, ZeroShot, load_classifier, load_teacher
+from pipeline import Classifier, ModelError, RelevanceError, load_classifier, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
+from pipeline.networks.teachers import Brought
 from pipeline.networks.weight_files import load_weights
 from trainer.results.options import EPSILON, EvaluateOptions
 from trainer.run_dir import Run
@@ -30,7 +31,7 @@ LARGE_GAP = 5.0  # points; a teacher that loses more is called biased
 
 
 @takes(EvaluateOptions)
-def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> dict[str, Any]:
+def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dict[str, Any]:
     """Measure the accuracy of a model on every test split, which are all splits but train and validation.
 
     Args:
