@@ -56,6 +56,7 @@ METAVARS: dict[str, dict[str, Any]] = {
     "student_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
     "loss": {"metavar": "METHOD=WEIGHT,…"},
+    "mask_box": {"metavar": "X0,Y0,X1,Y1"},
     "class_weights": {"metavar": "none|balanced|W,W,…"},
 }
 

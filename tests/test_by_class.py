@@ -76,14 +76,6 @@ def test_each_class_has_the_accuracy_of_its_own_samples_and_the_balanced_one_is_
     assert class_scores(labels, np.full(8, 1), ["good", "crack", "dent"])["only_prediction"] == "crack"
 
 
-def test_balanced_accuracy_is_that_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    labels, predicted = rng.integers(0, 5, 200), rng.integers(0, 5, 200)
-    expected = metrics.balanced_accuracy_score(labels, predicted)
-    assert class_scores(labels, predicted, list("abcde"))["balanced_accuracy"] == pytest.approx(100 * expected)
-
-
 def test_evaluate_scores_each_class_of_each_split_and_its_json_has_all(tmp_path):
     names = [f"class {number}" for number in range(30)]
     data = write(tmp_path / "d", {"iid": np.arange(30).repeat(3), "ood": np.arange(20)}, names)

@@ -63,11 +63,10 @@ def weights_of(run) -> dict[str, torch.Tensor]:
 
 
 def test_balanced_weights_are_those_of_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.utils.class_weight")
     labels = np.repeat(np.arange(3), COUNTS)
-    expected = sklearn.compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert class_weights("balanced", labels, NAMES) == pytest.approx(expected)
-    assert class_weights(("balanced",), labels, NAMES) == pytest.approx([110 / (3 * n) for n in COUNTS])
+    expected = [len(labels) / (3 * samples) for samples in COUNTS]  # compute_class_weight("balanced", …)
+    for option in ("balanced", ("balanced",)):
+        assert class_weights(option, labels, NAMES) == pytest.approx(expected)
 
 
 def test_a_class_without_training_samples_does_not_change_the_weights_of_the_others():
@@ -152,7 +151,7 @@ def test_balanced_weights_find_the_rare_class_that_a_plain_teacher_neglects(tmp_
     data = write(tmp_path / "d", counts=(190, 10))
     recalls = []
     for name in ("none", "balanced"):
-        train(data, tmp_path / name, class_weights=name, steps=12, batch_size=100, lr=1e-3)
+        train(data, tmp_path / name, class_weights=name, steps=20, batch_size=100)
         score = evaluate(data, tmp_path / name, device="cpu")["splits"]["ood"]
         recalls.append(score["classes"][1]["accuracy"])
     assert recalls[1] > recalls[0] + 20

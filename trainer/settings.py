@@ -129,9 +129,9 @@ class Settings(Comparison, Learning):
         class_weights: tuple[float, ...] | None = None,
     ) -> Settings:
         """Take the settings out of a command's options. The other arguments are what the options mean."""
-        meant = {"loss": loss, "steps": steps, "class_weights": class_weights}
-        names = {field.name for field in dataclasses.fields(cls)} - set(meant)
-        return cls(**meant, **{n: getattr(options, n) for n in names if hasattr(options, n)})
+        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
+        others = {n: getattr(options, n) for n in names if hasattr(options, n)}
+        return cls(loss=loss, steps=steps, class_weights=class_weights, **others)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON. ``class_weights`` is left out if there are none, as in earlier versions."""
