@@ -178,13 +178,13 @@ class _Page:
         """List the models that are tested on a split."""
         return [model for model in self.models if split.name in model.splits]
 
-    def warnings(self) -> list[tuple[str, str]]:
+    def warnings(self) -> list[tuple[ModelReport, str]]:
         """List the models that say one class for all images of a split, each with the warning."""
-        of_all = [(model.title, one_class_warning(model.totals)) for model in self.models]
-        return [(title, str(warning).removeprefix("warning: ")) for title, warning in of_all if warning is not None]
+        of_all = [(model, one_class_warning(model.totals)) for model in self.models]
+        return [(model, str(warning).removeprefix("warning: ")) for model, warning in of_all if warning is not None]
 
     def by_class(self, split: SplitReport) -> tuple[list[tuple[str, int, list[dict[str, Any]]]], int]:
-        """List the name, the number of samples, and the scores by each model of the classes of a split.
+        """List the name, the number of samples, and the scores by each model of the classes of a tested split.
 
         Returns:
             All classes in the order of the labels; of more than 20, those with the lowest accuracies, the worst first.
@@ -193,7 +193,7 @@ class _Page:
         models = self.tested(split)
         scores = {model.title: classes_of(model.splits[split.name].score) for model in models}
         by_name = [{score["class"]: score for score in of_model} for of_model in scores.values()]
-        names = [] if not by_name else list(by_name[0])
+        names = list(by_name[0])
         listed = names if len(names) <= LISTED_CLASSES else worst_first(scores)[:LISTED_CLASSES]
         rows = [(name, by_name[0][name]["samples"], [of_model[name] for of_model in by_name]) for name in listed]
         return rows, len(names) - len(listed)
