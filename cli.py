@@ -62,6 +62,8 @@ METAVARS: dict[str, dict[str, Any]] = {
     "teacher_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
     "loss": {"metavar": "METHOD=WEIGHT,…"},
+    "mask_box": {"metavar": "X0,Y0,X1,Y1"},
+    "class_weights": {"metavar": "none|balanced|W,W,…"},
 }
 
 
@@ -231,8 +233,15 @@ def train_teacher_command(**options: Any) -> None:
 
     result = train_teacher(**options)
     if _main_process():
-        click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
+        click.echo(
+            f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}"
+            + (_kept(result) if result["validation_loss"] is not None else "")
+        )
         _echo_bias_free(result["bias_free"])
+
+
+def _kept(result: dict[str, Any]) -> str:
+    return f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
 
 
 def _time(result: dict[str, Any]) -> str:
@@ -366,7 +375,7 @@ def train_student_command(**options: Any) -> None:
             + (
                 "; no --validation-cache, so the last weights are kept"
                 if result["validation_loss"] is None
-                else f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
+                else _kept(result)
             )
         )
 
@@ -460,19 +469,22 @@ def train_students_command(
 def evaluate_command(data: str, model: str | None, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Test a model on every test split.
 
-    The command prints the accuracy on each split, the worst group, and the gap IID − OOD, with 95 % intervals. If the
-    dataset has masks, the command also prints how much of the relevance lies on the object. It warns you of a teacher
-    that is less accurate where the bias changes, because its students will learn the bias too. A split has no accuracy
-    if it lacks the masks that the teacher's front needs.
+    The command prints the accuracy on each split and of each class, the worst group, and the gap IID − OOD, with 95 %
+    intervals. Of more than 12 classes, it prints the worst five, and --json has all of them. If the dataset has masks,
+    the command also prints how much of the relevance lies on the object. It warns you of a teacher that is less
+    accurate where the bias changes, because its students will learn the bias too, and of a model that says one class
+    for every image. A split has no accuracy if it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
+    from trainer.results.by_class import class_table, one_class_warning
     from trainer.results.evaluation import bias_warning
 
     if (model is None) == (teacher is None):
         raise click.UsageError("give either --model or --teacher.")
     result = evaluate(data, _teacher(str(teacher or model), options), **options)
-    if warning := bias_warning(result):
-        click.echo(warning.spell(spell), err=True)
+    for warning in (bias_warning(result), one_class_warning(result)):
+        if warning is not None:
+            click.echo(warning.spell(spell), err=True)
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -489,6 +501,8 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+    if table := class_table(result["splits"], "give --json"):
+        click.echo(f"\n{table}")
 
 
 @main.command(

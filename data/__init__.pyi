@@ -2,6 +2,7 @@ from .builders.coco_on_places import make_coco_on_places
 from .builders.coloured_mnist import make_coloured_mnist
 from .builders.fashion_on_textures import make_fashion_on_textures
 from .builders.image_folder import make_image_folder
+from .builders.masked import make_masked
 from .builders.waterbirds import make_waterbirds
 from .errors import DatasetError
 from .layout import Dataset, DatasetWriter, Split, add_fingerprints, open_dataset
@@ -18,6 +19,7 @@ __all__ = [
     "make_coloured_mnist",
     "make_fashion_on_textures",
     "make_image_folder",
+    "make_masked",
     "make_waterbirds",
     "open_dataset",
 ]

@@ -125,10 +125,11 @@ def test_a_model_that_needs_no_masks_is_tested_everywhere_and_on_the_object_wher
 def test_evaluate_prints_a_dash_for_a_split_without_masks_and_names_it_once(partly, models):
     said = run("evaluate", "--data", partly, "--teacher", models["masked"])
     assert said.exit_code == 0, said.output
-    iid, ood, shift = said.stdout.splitlines()
+    (iid, ood, shift), by_class = said.stdout.splitlines()[:3], said.stdout.splitlines()[3:]
     assert re.match(r"iid +\d+\.\d\d %  \[", iid)
     assert ood.split() == ["ood", "–", "not", "tested", "on", str(SAMPLES), "samples", "without", "masks"]
     assert shift.split()[:2] == ["shift", "–"]
+    assert by_class[1].split() == ["by", "class,", "in", "%", "iid"]
     assert len(lines_about("have no masks", said.stderr)) == 1
     as_json = run("evaluate", "--data", partly, "--teacher", models["masked"], "--json")
     assert json.loads(as_json.stdout)["splits"]["ood"]["accuracy"] is None

@@ -115,21 +115,32 @@ class Comparison(OptionSet):
 class Settings(Comparison, Learning):
     """What decides the weights, besides data, store and network; ``config.json`` has it under ``training``.
 
-    loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps.
+    loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps. class_weights: the
+    weight of each class in the loss of the method erm; None for no weights.
     """
 
     loss: Mapping[str, float]
     steps: int
+    class_weights: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, options: OptionSet, loss: Mapping[str, float], steps: int) -> Settings:
-        """Take the settings out of a command's options. ``loss`` and ``steps`` are those that the options mean."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps"}
-        return cls(loss=loss, steps=steps, **{n: getattr(options, n) for n in names if hasattr(options, n)})
+    def of(
+        cls,
+        options: OptionSet,
+        loss: Mapping[str, float],
+        steps: int,
+        class_weights: tuple[float, ...] | None = None,
+    ) -> Settings:
+        """Take the settings out of a command's options. The other arguments are what the options mean."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
+        others = {n: getattr(options, n) for n in names if hasattr(options, n)}
+        return cls(loss=loss, steps=steps, class_weights=class_weights, **others)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
+        """Return plain values, for JSON. ``class_weights`` is left out if there are none, as in earlier versions."""
+        plain = {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
+        weights = plain.pop("class_weights")
+        return plain if weights is None else {**plain, "class_weights": list(weights)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +231,23 @@ class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, 
         bool, Heading("Network"), Doc("Train the last layer alone, on top of the weights to start from.")
     ] = False
     teacher_factory: Annotated[TeacherFactory, Heading("Network"), InsteadOf("arch")] = None
+    class_weights: Annotated[
+        str | tuple[str | float, ...] | None,
+        Heading("Training"),
+        Separated(),
+        Doc(
+            "Weight of each class in the loss, for unbalanced data: none, balanced (samples / (classes · samples of "
+            "the class)), or a number for each class in the dataset's order, such as 1,3.5."
+        ),
+    ] = None
+    validation: Annotated[
+        bool,
+        Heading("Training"),
+        Doc(
+            "Keep the weights with the lowest loss on the validation split, which is computed five times. Default: "
+            "keep the last weights."
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

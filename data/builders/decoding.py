@@ -41,6 +41,7 @@ class Decoded:
         dark: see `data.builders.pictures.Picture`.
         object: the share of the mask's pixels that are object.
         read_by: see `data.builders.pictures.Mask`.
+        size: height and width of the image; None if it cannot be read.
     """
 
     digest: str = ""
@@ -51,6 +52,7 @@ class Decoded:
     dark: bool = False
     object: float | None = None
     read_by: str | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Scratch:
         """Open the images, uint8 (N, 3, height, width)."""
         return self._open("images", 3)
 
-    def masks(self) -> np.memmap:
+    def masks(self) -> np.ndarray:
         """Open the masks, uint8 (N, 1, height, width)."""
         return self._open("masks", 1)
 
@@ -145,7 +147,13 @@ def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
         with open(sample.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files.images[row] = fitted(image, size, fit).transpose(2, 0, 1)
-        learned = Decoded(digest, cut=cut_away(image, size), frames=picture.frames, dark=picture.dark)
+        learned = Decoded(
+            digest,
+            cut=cut_away(image, size),
+            frames=picture.frames,
+            dark=picture.dark,
+            size=(image.height, image.width),
+        )
         if sample.mask is None:
             return learned
         try:

@@ -29,6 +29,7 @@ from data.builders.folders import (
     with_groups,
     with_masks,
 )
+from data.builders.one_mask import MaskedScratch, OneMask, OneMaskOptions, one_mask
 from data.builders.pictures import Size
 from data.builders.registry import HOW, BuilderOptions, Seeded, builder
 from data.errors import DatasetError
@@ -45,7 +46,7 @@ Splits = dict[str, list[Sample]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderOptions(BuilderOptions, Seeded):
+class ImageFolderOptions(BuilderOptions, Seeded, OneMaskOptions):
     """The options of ``make-data image-folder``."""
 
     train: Annotated[Any, Kind.PATH, Doc("Folder of the training images, with a folder for each class.")]
@@ -109,8 +110,8 @@ def make_image_folder(
     The images lie in folders by class, as torchvision's ImageFolder reads them. The classes are the folders of the
     training images. Images become uint8 (N, 3, height, width): in colour, upright, with transparent pixels in black.
     Masks are images too, at the same place below MASKS/SPLIT, or below MASKS if there is no such folder. The object is
-    what an image viewer shows. The file of groups names an image as SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split
-    may lack masks or groups. More is in docs/own-images.md.
+    what an image viewer shows. Or one mask or box holds for all images. The file of groups names an image as
+    SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split may lack masks or groups. More is in docs/own-images.md.
 
     Returns:
         The number of samples of each split.
@@ -124,6 +125,7 @@ def make_image_folder(
         raise DatasetError(
             f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
         )
+    mask = one_mask(chosen, chosen.shape, chosen.fit)
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
     classes = find_classes(folders["train"])
@@ -136,12 +138,15 @@ def make_image_folder(
         scratch = Scratch(Path(folder), len(files), chosen.shape)
         learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
         splits = _only_images(splits, learned, folders, echo)
+        bad |= {key: why for key, one in learned.items() if mask and (why := mask.misfit(one.size))}
         splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
         used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
         _tell_images(used, chosen, echo)
         _tell_masks(used, echo)
         _tell_copies(used, echo)
+        if mask is not None:
+            splits, scratch = _with_one_mask(splits, scratch, mask, echo)
         if chosen.validation is None:
             splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
@@ -174,6 +179,14 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) ->
             masks = Option("masks", str(chosen.masks))
             raise DatasetError(Message(masks, f" has no mask of a training image, such as {place} for {first.path}"))
     return splits
+
+
+def _with_one_mask(splits: Splits, scratch: Scratch, mask: OneMask, echo: Echo) -> tuple[Splits, Scratch]:
+    """Give every sample the same mask."""
+    echo(mask.note)
+    path = Path(str(mask.option.value))
+    splits = {name: [replace(sample, mask=path) for sample in part] for name, part in splits.items()}
+    return splits, MaskedScratch(scratch.folder, scratch.samples, scratch.size, mask)
 
 
 def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
@@ -372,6 +385,7 @@ def _write(
             writer.write_split(name, **arrays)
         attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
         recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
+        recorded |= chosen.mask_record()
         writer.finish(
             name=Path(str(chosen.out)).stem,
             class_names=class_names,

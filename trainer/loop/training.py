@@ -78,7 +78,8 @@ class Training:
 
     out: the folder of the run. config: describes the classifier. record: the options as the user gave them, for
     ``config.yaml``. purpose: `TEACHER` or `STUDENT`, a part of the seed of the initial weights. student_factory,
-    segmenter: code and a network that the classifier is built with. weights: the file that it starts from.
+    segmenter: code and a network that the classifier is built with. weights: the file that it starts from. notes: what
+    the log tells when the training starts, but not when it is resumed.
     """
 
     out: str | Path
@@ -91,6 +92,7 @@ class Training:
     student_factory: str | None = None
     segmenter: Segmenter | None = None
     weights: Path | None = None
+    notes: tuple[Message, ...] = ()
 
     def build(self, *, to_train: bool = False) -> Classifier:
         """Build the classifier, with random weights, or those that it starts from if it is to be trained."""
@@ -272,6 +274,8 @@ def _note_start(state: State, run: RunDir) -> None:
         f"{how['device']}, {processes} process{'es' * (processes > 1)} of {how['threads']} threads, {state.precision}"
         + (f"; resumes after step {first} of {training.settings.steps}" if first else "")
     )
+    for note in () if first else training.notes:
+        log.warning(note)
 
 
 def start(state: State, cleanup: ExitStack) -> Loop:

@@ -583,7 +583,9 @@ def loss_name(config: ModelConfig) -> str:
     name = " + ".join(each if weight == 1 else f"{weight:g}·{each}" for each, weight in terms.items())
     maps = any(each in METHODS and METHODS[each].explainers for each in terms)
     how = [config.training.get("map_loss", "l1"), *([] if config.training.get("pyramid", True) else ["flat"])]
-    return name + (f" ({', '.join(how)})" if maps and how != ["l1"] else "")
+    how = how if maps and how != ["l1"] else []
+    how += ["class weights"] if config.training.get("class_weights") else []
+    return name + (f" ({', '.join(how)})" if how else "")
 
 
 def _curve(model: Model, config: ModelConfig) -> Curve | None:
