@@ -14,10 +14,10 @@ from torch import nn
 from options import Message, Option
 from pipeline import ModelError
 from pipeline.networks.checkpoints import checkpoint_file, is_bias_free_file
-from pipeline.networks.models import OWN, ImageShape, build_network, is_factory, looks_trained
+from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
 from pipeline.networks.own_teachers import tensor_hashes
 from pipeline.networks.preprocessing import choose_preprocessing
-from pipeline.networks.sources import preprocessing_of, read_hf_config
+from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
 from trainer.errors import TrainingError
 from trainer.settings import StudentOptions, TeacherOptions
 

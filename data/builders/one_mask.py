@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from data.builders.decoding import Scratch
-from data.builders.pictures import Fit, Size, UnreadableError, covered, read_mask
+from data.builders.pictures import Size, UnreadableError, covered, read_mask
 from data.errors import DatasetError
 from options import Doc, InsteadOf, Kind, Message, Option, OptionSet, Separated
+from options.common import Fit
 
 Keeps = Literal["inside", "outside"]
 

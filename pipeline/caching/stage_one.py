@@ -38,7 +38,6 @@ from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import Classifier, versions
 from pipeline.networks.heads import decisive_head, head_arrays, head_parameters
-from pipeline.networks.models import ImageShape
 from pipeline.networks.own_teachers import BACKBONE, tensor_hashes
 from pipeline.networks.segmenters import FILES
 from pipeline.networks.teachers import Brought, Teacher, absolute_teacher, as_teacher, load_teacher

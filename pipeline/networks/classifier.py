@@ -27,9 +27,10 @@ from pipeline.networks.debias import DEBIAS, needs_masks
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.layers import last_layer
-from pipeline.networks.models import ImageShape, build_network, check_factory
+from pipeline.networks.models import build_network, check_factory
 from pipeline.networks.preprocessing import Preprocess, PreprocessSpec
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import load_weights
 from pipeline.rules import stop_relevance
 

@@ -21,9 +21,9 @@ from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm, copy_of
 from pipeline.networks.layers import last_layer
-from pipeline.networks.models import ImageShape, build_network, error_summary
+from pipeline.networks.models import build_network, error_summary
 from pipeline.networks.outputs import as_returned
-from pipeline.networks.sources import HF_CONFIG, hf_config_of
+from pipeline.networks.sources import HF_CONFIG, ImageShape, hf_config_of
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
 TOLERANCE = 1e-3  # relative to the largest logit, as other kernels round differently
@@ -68,7 +68,8 @@ def plain(model: Classifier, *, preprocessed: bool = False) -> nn.Module:
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if name and module in norms:
             network.set_submodule(name, norms[module])
-    network = norms.get(network, network)
+    if isinstance(network, ScaleNorm):
+        network = norms[network]
     if model.preprocess is None or preprocessed:
         return network
     assert model.image_shape is not None  # a classifier with a preprocessing has one

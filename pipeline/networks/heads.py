@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.layers import last_layer, outputs_of_last_layer
-from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.models import error_summary
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.trials import else_in_logits
 
 log = logging.getLogger(__name__)

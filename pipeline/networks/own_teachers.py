@@ -21,11 +21,12 @@ from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import checkpoint_file, classes_in
 from pipeline.networks.class_map import ClassMap, Given, map_classes, resolve_class_map
 from pipeline.networks.homogeneous import copy_of
-from pipeline.networks.models import ImageShape, build_network, error_summary, is_factory
+from pipeline.networks.models import build_network, error_summary, is_factory
 from pipeline.networks.outputs import logits_of, take_logits
 from pipeline.networks.preprocessing import PreprocessSpec
 from pipeline.networks.sources import (
     IMAGENET_CLASSES,
+    ImageShape,
     class_names_of,
     has_source,
     imagenet_classes,

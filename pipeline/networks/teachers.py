@@ -22,10 +22,10 @@ from pipeline.networks.classifier import (
     load_classifier,
     weights_sha256,
 )
-from pipeline.networks.models import ImageShape, is_factory
+from pipeline.networks.models import is_factory
 from pipeline.networks.own_teachers import HF, OwnTeacher, build_own, class_map_of
 from pipeline.networks.preprocessing import choose_preprocessing
-from pipeline.networks.sources import has_source, preprocessing_of
+from pipeline.networks.sources import ImageShape, has_source, preprocessing_of
 from pipeline.networks.teacher_options import OwnTeacherOptions, VisionLanguageOptions
 from pipeline.networks.zero_shot import PREFIX, ZeroShot, build_zero_shot
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from options import Message, Option, Word, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.heads import l2_norm
-from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.models import error_summary
 from pipeline.networks.preprocessing import SHORTEST, Preprocess, PreprocessSpec
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import file_fault, reason_of
 
 PREFIX = "clip:"
