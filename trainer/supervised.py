@@ -133,8 +133,8 @@ def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
     if needs_masks(options.debias) and options.debias != "segmenter" and split.masks is None:
         raise TrainingError(
             Message(
-                Option("debias", options.debias), f" needs 'masks' in the validation split of {dataset.path}, which has "
-                "none: add them, or leave ", Option("validation", True), " out",
+                Option("debias", options.debias), f" needs 'masks' in the validation split of {dataset.path}, which "
+                "has none: add them, or leave ", Option("validation", True), " out",
             )
         )  # fmt: skip
     split.verify()

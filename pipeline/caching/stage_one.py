@@ -40,6 +40,7 @@ from pipeline.networks.classifier import Classifier, versions
 from pipeline.networks.heads import decisive_head, head_arrays, head_parameters
 from pipeline.networks.own_teachers import BACKBONE, tensor_hashes
 from pipeline.networks.segmenters import FILES
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.teachers import Brought, Teacher, absolute_teacher, as_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
 from pipeline.threads import cpu_threads
