@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from data.builders.decoding import Decoded, Scratch, decode_all
+from data.builders.decoding import Decoded, Files, Scratch, decode_all
 from data.builders.folders import (
     Bad,
     Echo,
@@ -133,7 +133,7 @@ def make_image_folder(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
         bar = stack.enter_context(tqdm(total=2 * len(files), unit="image", desc="decoding", disable=None))
         scratch = Scratch(Path(folder), len(files), chosen.shape)
-        learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
+        learned = dict(zip(files, decode_all(Files([*files.values()], scratch, chosen.fit), bar.update), strict=True))
         splits = _only_images(splits, learned, folders, echo)
         splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
