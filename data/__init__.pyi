@@ -2,6 +2,7 @@ from .builders.coco_on_places import make_coco_on_places
 from .builders.coloured_mnist import make_coloured_mnist
 from .builders.fashion_on_textures import make_fashion_on_textures
 from .builders.image_folder import make_image_folder
+from .builders.torch_datasets import from_arrays, from_torch
 from .builders.waterbirds import make_waterbirds
 from .errors import DatasetError
 from .layout import Dataset, DatasetWriter, Split, add_fingerprints, open_dataset
@@ -14,6 +15,8 @@ __all__ = [
     "Location",
     "Split",
     "add_fingerprints",
+    "from_arrays",
+    "from_torch",
     "make_coco_on_places",
     "make_coloured_mnist",
     "make_fashion_on_textures",

@@ -31,6 +31,8 @@ from data.builders.registry import HOW, BuilderOptions, Seeded, builder
 from data.builders.samples import (
     Key,
     Splits,
+    check_tests,
+    height_and_width,
     split_off_validation,
     tell_copies,
     tell_images,
@@ -83,20 +85,12 @@ class ImageFolderOptions(BuilderOptions, Seeded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-            raise DatasetError(
-                Message(
-                    Option("size"),
-                    f" must be a number of pixels, or height and width, each at least 1, got {self.size}",
-                )
-            )
+        height_and_width(self.size)
 
     @property
     def shape(self) -> Size:
         """Height and width of the images, in pixels."""
-        height, width = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
-        return height, width
+        return height_and_width(self.size)
 
 
 @builder(
@@ -123,10 +117,7 @@ def make_image_folder(
         DatasetError: An option is wrong, or files cannot be used; the error lists them.
     """
     chosen = ImageFolderOptions(out=out, train=train, tests=tests, **options)
-    if reserved := {"train", "validation"} & set(tests):
-        raise DatasetError(
-            f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
-        )
+    check_tests(tests)
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
     classes = find_classes(folders["train"])

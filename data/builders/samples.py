@@ -6,7 +6,7 @@ Builders of datasets that the user brings share it, so that the same images give
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,28 @@ LISTED = 20  # bad samples in an error
 NAMED = 5  # samples in a note
 Splits = dict[str, list[Sample]]
 Key = tuple[str, Path]  # split and path of a sample
+
+
+def height_and_width(size: Any) -> Size:
+    """Return the option ``size`` as height and width in pixels.
+
+    Raises:
+        DatasetError: It is neither one number of pixels nor two.
+    """
+    sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise DatasetError(
+            Message(Option("size"), f" must be a number of pixels, or height and width, each at least 1, got {size}")
+        )
+    return sides
+
+
+def check_tests(names: Iterable[str]) -> None:
+    """Raise DatasetError for a test that is called as another split."""
+    if reserved := {"train", "validation"} & set(names):
+        raise DatasetError(
+            f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
+        )
 
 
 def without_bad(splits: Splits, problems: Mapping[Key, object], skip: bool, echo: Echo, what: str = "file") -> Splits:
@@ -76,7 +98,7 @@ def split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
 
 # --- notes ------------------------------------------------------------------------------------------------------------
 
-Used = list[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
+Used = Sequence[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
 
 
 def tell_images(used: Used, size: Size, fit: Fit, echo: Echo) -> None:
