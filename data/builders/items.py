@@ -161,6 +161,8 @@ def read_item(items: Any, number: int, keys: Keys) -> Parts:
     """
     try:
         item = items[number]
+    except ItemError:
+        raise
     except Exception as error:  # of the user's own code
         raise ItemError(f"reading it raised {type(error).__name__}: {first_line(error)}") from error
     values = _parts_of(item, keys)
