@@ -227,7 +227,9 @@ def _samples(
     if misfits := [(key, item) for key, item in rows.items() if item.misfit]:
         _refuse_sizes(misfits, len(rows), chosen.skip_bad)
     usable = {key: item for key, item in rows.items() if key not in problems}
-    classes = _class_names(chosen, sources, [item.label for (name, _), item in usable.items() if name == "train"])
+    classes = _class_names(
+        chosen, sources["train"].classes, {place: item for (name, place), item in usable.items() if name == "train"}
+    )
     number_of = {name: number for number, name in enumerate(classes)}
     samples: Splits = {name: [] for name in sources}
     groups = _Groups(chosen, sources)
@@ -270,30 +272,38 @@ def _refuse_sizes(misfits: list[tuple[tuple[str, Path], Item]], count: int, skip
         )  # fmt: skip
 
 
-def _class_names(chosen: ItemsOptions, sources: Mapping[str, Source], labels: Sequence[int | str | None]) -> list[str]:
+def _class_names(chosen: ItemsOptions, of_dataset: Sequence[str] | None, training: Mapping[Path, Item]) -> list[str]:
     """Return the names of the classes: those that were chosen, those of the dataset, or the labels of training."""
-    known = chosen.class_names or sources["train"].classes
-    of_dataset = sources["train"].classes
     if chosen.class_names and of_dataset is not None and len(chosen.class_names) != len(of_dataset):
         raise DatasetError(
             Message(
                 Option("class_names"), f" has {len(chosen.class_names)} names, and the dataset has {len(of_dataset)} "
-                f"classes ({', '.join(of_dataset)}): give one for each",
+                f"classes ({_listed(of_dataset)}): give one for each",
             )
         )  # fmt: skip
-    if known is None and any(isinstance(label, str) for label in labels):
-        known = sorted({same_letters(label) for label in labels if isinstance(label, str)})
-    if known is None:
-        highest = max((label for label in labels if isinstance(label, int)), default=-1)
-        if highest >= max(2, len(labels)):
-            raise DatasetError(
-                f"the labels of train run to {highest}, and it has {len(labels)} items: number the classes from 0"
-            )
-        known = [str(number) for number in range(highest + 1)]
-    names = [same_letters(name) for name in known]
+    names = [same_letters(name) for name in chosen.class_names or of_dataset or _labels(training)]
     for name in names:
         check_name(name, "a class")
     return names
+
+
+def _labels(training: Mapping[Path, Item]) -> list[str]:
+    """Return the labels of training as names of classes: sorted if they are names, otherwise all up to the highest."""
+    places = {type(item.label): place for place, item in training.items()}
+    if len(places) > 1:
+        name, number = places[str], places[int]
+        raise DatasetError(
+            f"the label of {name} is a name, {training[name].label!r}, and that of {number} a number, "
+            f"{training[number].label}: give all labels in one way"
+        )
+    if str in places:
+        return sorted({same_letters(str(item.label)) for item in training.values()})
+    highest = max((int(item.label or 0) for item in training.values()), default=-1)
+    if highest >= max(2, len(training)):
+        raise DatasetError(
+            f"the labels of train run to {highest}, and it has {len(training)} items: number the classes from 0"
+        )
+    return [str(number) for number in range(highest + 1)]
 
 
 def _number(
@@ -318,8 +328,8 @@ def _number(
         if not 0 <= label < len(names if own is None else own):
             raise ItemError(
                 Message(
-                    f"its label is {label}, and the {len(own or names)} classes have the numbers 0 to "
-                    f"{len(own or names) - 1}: correct it, or give all ",
+                    f"its label is {label}, and classes have the numbers 0 to {len(own or names) - 1}: correct it, or "
+                    "give all ",
                     Option("class_names"),
                 )
             )

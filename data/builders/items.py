@@ -193,7 +193,9 @@ def _parts_of(item: Any, keys: Keys) -> dict[str, Any]:
                     else f"it is a tuple of {len(item)}: return (image, label), or a dictionary"
                 )
         return {part: item[position] for part, position in positions.items() if position is not None}
-    raise ItemError(f"it is a {_type(item)}: return (image, label), or a dictionary with the keys image and label")
+    raise ItemError(
+        f"it is of type {_type(item)}: return (image, label), or a dictionary with the keys image and label"
+    )
 
 
 def _key_of(part: str, key: Key, item: Mapping[Any, Any]) -> Any:
@@ -207,7 +209,7 @@ def _key_of(part: str, key: Key, item: Mapping[Any, Any]) -> Any:
     remedy = (
         ("its key is ", Option(part))
         if key is None
-        else (f"{key!r} is not one of them{did_you_mean(str(key), map(str, item))}",)
+        else (f"{key!r} is not one of them.{did_you_mean(str(key), map(str, item))}",)
     )
     raise ItemError(Message(f"it has no {part}, but {names}: ", *remedy))
 
@@ -244,7 +246,7 @@ def _name_or_number(value: Any, part: str) -> int | str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return f"a {_type(value)}" if len(text) > 40 else text
+    return f"of type {_type(value)}" if len(text) > 40 else text
 
 
 def _type(value: Any) -> str:
@@ -283,7 +285,7 @@ def _source(value: Any, part: str) -> Source:
         except (ValueError, TypeError, RuntimeError) as error:  # such as a sparse tensor, or bfloat16
             raise ItemError(f"its {part} cannot be made a NumPy array ({first_line(error)}): convert it") from None
         return _image_of(_channels_last(array, part, first=is_tensor), part)
-    raise ItemError(f"its {part} is a {_type(value)}: give a PIL image, an array or a tensor")
+    raise ItemError(f"its {part} is of type {_type(value)}: give a PIL image, an array or a tensor")
 
 
 def _channels_last(array: np.ndarray, part: str, first: bool) -> np.ndarray:

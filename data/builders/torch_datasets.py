@@ -137,7 +137,7 @@ def _named(train: Any, validation: Any, tests: Any) -> dict[str, Any]:
     """Return the splits by name."""
     if not isinstance(tests, Mapping):
         raise DatasetError(
-            Message(Option("tests"), f" is a {type(tests).__name__}: give a dictionary such as {{'ood': …}}")
+            Message(Option("tests"), f" is of type {type(tests).__name__}: give a dictionary such as {{'ood': …}}")
         )
     check_tests(tests)
     return {"train": train, **({} if validation is None else {"validation": validation}), **tests}
@@ -155,7 +155,7 @@ def _check_map_style(name: str, dataset: Any) -> None:
     has_length = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping)
     if isinstance(dataset, IterableDataset) or not has_length:
         raise DatasetError(
-            f"{name} is a {type(dataset).__name__}, which does not give an item for a number: give a map-style "
+            f"{name} is of type {type(dataset).__name__}, which does not give an item for a number: give a map-style "
             "Dataset, or list(dataset) if it fits in memory"
         )
 
@@ -225,7 +225,7 @@ class _Arrays:
         if not isinstance(arrays, Mapping) or not {"images", "labels"} <= set(arrays) <= set(ARRAYS):
             keys = f" with {', '.join(map(str, arrays))}" if isinstance(arrays, Mapping) else ""
             raise DatasetError(
-                f"{name} is a {type(arrays).__name__}{keys}: give (images, labels), or a dictionary with images, "
+                f"{name} is of type {type(arrays).__name__}{keys}: give (images, labels), or a dictionary with images, "
                 "labels and optionally masks and groups"
             )
         self.arrays = {key: _rows(name, key, values) for key, values in arrays.items() if values is not None}
@@ -251,7 +251,7 @@ def _rows(name: str, key: str, values: Any) -> Any:
         )
     if hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping | str):
         return values
-    raise DatasetError(f"{name}: {key} is a {type(values).__name__}: give an array, a tensor or a list")
+    raise DatasetError(f"{name}: {key} is of type {type(values).__name__}: give an array, a tensor or a list")
 
 
 def _decode_on_threads(decoder: Decoder[Any], advance: Callable[[int], object]) -> list[Any]:
