@@ -176,6 +176,31 @@ def test_a_dataset_of_huggingface_equals_the_same_images_in_folders(photos):
         assert open_dataset(out).group_names == GROUPS
 
 
+def test_a_table_of_huggingface_is_a_dataset_of_pytorch_too(photos):
+    pytest.importorskip("datasets")
+    expected = of_folders(photos)
+    train, ood = hf_dataset(photos).rename_column("photo", "image").values()
+    from_torch(photos.parent / "d", train, {"ood": ood}, size=SIZE, group="place")
+    assert fingerprints(photos.parent / "d") == expected
+    assert open_dataset(photos.parent / "d").group_names == GROUPS
+
+
+@pytest.mark.parametrize("library", ["datasets", "webdataset"])
+def test_files_are_decoded_in_several_processes_with_the_same_result(photos, library, monkeypatch):
+    pytest.importorskip(library)
+    if library == "datasets":
+        hf_dataset(photos).save_to_disk(photos.parent / "hf")
+        make = functools.partial(data.make_hf, dataset=photos.parent / "hf", size=SIZE)
+    else:
+        write_shards(photos, "train")
+        make = functools.partial(data.make_webdataset, shards=photos.parent / "train-{0..2}.tar", size=SIZE)
+    make(photos.parent / "here")
+    monkeypatch.setattr(decoding, "PER_PROCESS", 4)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    make(photos.parent / "there")
+    assert fingerprints(photos.parent / "here") == fingerprints(photos.parent / "there")
+
+
 def hf_dataset(photos: Path) -> Any:
     from datasets import ClassLabel, Dataset, DatasetDict, Features
     from datasets import Image as ImageFeature
@@ -510,7 +535,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a size of zero": (GOOD, {"size": 0}, r"size must be a number of pixels"),
     "two lists of classes": (two_lists_of_classes(), {}, r"datasets whose classes differ"),
     "names for other classes": (
-        torchvision.datasets.FakeData(8, (3, 8, 8), 2), {"class_names": ("a",)}, r"its label is 1, .* 0 to 0: correct it",
+        torchvision.datasets.FakeData(8, (3, 8, 8), 2), {"class_names": ("a",)}, r"its label is 1, .* 0 to 0",
     ),
 }  # fmt: skip
 
