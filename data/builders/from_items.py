@@ -20,8 +20,8 @@ from tqdm import tqdm
 from data.builders.decoding import Scratch, decode_all
 from data.builders.folders import Echo, Sample, check_name, same_letters
 from data.builders.items import Item, ItemError, Items, Keys, Parts, read_item
-from data.builders.pictures import Fit, Size
-from data.builders.registry import HOW, BuilderOptions, Seeded
+from data.builders.pictures import Size
+from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded
 from data.builders.samples import (
     Splits,
     height_and_width,
@@ -40,7 +40,7 @@ COMPARED = 64  # items of a split that are read twice
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemsOptions(BuilderOptions, Seeded):
+class ItemsOptions(BuilderOptions, Fitted, Seeded):
     """The options of datasets that are made of items."""
 
     size: Annotated[
@@ -51,14 +51,6 @@ class ItemsOptions(BuilderOptions, Seeded):
             "Size of the images in pixels: 64, or height and width as 64x96. Default: that of the images, if all agree."
         ),
     ] = None
-    fit: Annotated[
-        Fit,
-        Heading(HOW),
-        Doc(
-            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
-            "the aspect ratio."
-        ),
-    ] = "crop"
     validation_share: Annotated[
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if there is no split.")
     ] = 0.1
@@ -68,7 +60,6 @@ class ItemsOptions(BuilderOptions, Seeded):
     group_names: Annotated[
         tuple[str, ...] | None, Separated(), Heading(HOW), Doc("Names of the groups, in the order of their numbers.")
     ] = None
-    bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out items that cannot be used.")] = False
 
     def __post_init__(self) -> None:

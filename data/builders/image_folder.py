@@ -26,8 +26,8 @@ from data.builders.folders import (
     with_groups,
     with_masks,
 )
-from data.builders.pictures import Fit, Size
-from data.builders.registry import HOW, BuilderOptions, Seeded, builder
+from data.builders.pictures import Size
+from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded, builder
 from data.builders.samples import (
     Key,
     Splits,
@@ -50,7 +50,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderOptions(BuilderOptions, Seeded):
+class ImageFolderOptions(BuilderOptions, Fitted, Seeded):
     """The options of ``make-data image-folder``."""
 
     train: Annotated[Any, Kind.PATH, Doc("Folder of the training images, with a folder for each class.")]
@@ -67,18 +67,9 @@ class ImageFolderOptions(BuilderOptions, Seeded):
     validation_share: Annotated[
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
     ] = 0.1
-    bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
     size: Annotated[
         Any, Kind.IMAGE_SIZE, Heading(HOW), Doc("Size of the images in pixels: 64, or height and width as 64x96.")
     ]
-    fit: Annotated[
-        Fit,
-        Heading(HOW),
-        Doc(
-            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
-            "the aspect ratio."
-        ),
-    ] = "crop"
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
         False
     )

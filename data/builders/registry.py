@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from data.builders.pictures import Fit
 from data.errors import DatasetError
 from options import Doc, Ge, Kind, OptionSet, Registry, takes
 from options.common import Seed
@@ -100,3 +101,19 @@ class Sized(OptionSet):
     HEADING: ClassVar[str] = HOW
 
     size: ImageSize = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted(OptionSet):
+    """The options of a dataset of the user's own images, which may have any shape."""
+
+    HEADING: ClassVar[str] = HOW
+
+    fit: Annotated[
+        Fit,
+        Doc(
+            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
+            "the aspect ratio."
+        ),
+    ] = "crop"
+    bias_attribute: Annotated[str, Doc("Name of the attribute whose values are the groups.")] = "group"

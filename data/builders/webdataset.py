@@ -171,8 +171,8 @@ def _index(split: str, shards: Sequence[Path], advance: Callable[[int], object])
                 place = f"{shard}/{sample['__key__']}"
                 if place in samples:
                     raise DatasetError(
-                        f"{place} is there twice: pack the files of a sample one after the other, as tar --sort=name "
-                        "does"
+                        f"{place} is there twice: give each shard once, and pack the files of a sample one after "
+                        "the other"
                     )
                 samples[place] = {suffix: file for suffix, file in sample.items() if isinstance(file, _Member)}
         except (tarfile.TarError, EOFError) as error:
