@@ -496,7 +496,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no label key": ([{"image": GOOD[0][0]}], {}, r"train\[0\].*it has no label, but image: its key is label"),
     "misspelt key": ([{"image": 1, "lable": 0}], {"label": "label"}, r"'label' is not one of them\. Did you mean lab"),
     "label too large": (image_of(GOOD[0][0], 2), {"class_names": CLASSES}, r"train\[7\]: its label is 2, .* 0 to 1"),
-    "label below 0": (image_of(GOOD[0][0], -1), {}, r"train\[7\]: its label is -1, and classes have the numbers 0"),
+    "label below 0": (image_of(GOOD[0][0], -1), {}, r"train\[7\]: its label is -1, .*leave items without a label out"),
     "label far off": (image_of(GOOD[0][0], 10**6), {}, r"labels of train run to 1000000, and it has 12 items"),
     "label half": (image_of(GOOD[0][0], 0.5), {}, r"train\[7\].*its label is 0.5, and must be a whole number"),
     "label none": (image_of(GOOD[0][0], None), {}, r"train\[7\].*its label is None"),
@@ -690,7 +690,9 @@ def test_columns_of_hf_that_are_not_clear_are_one_error(hf, tmp_path):
     assert "no column of images, but text, label" in run("hf", tmp_path / "none", "--out", out)
     save(tmp_path / "unlabelled", classes, [0, 1] * 5 + [-1, None])
     error = run("hf", tmp_path / "unlabelled", "--out", out)
-    assert "train[10]: its label is -1" in error or "train[11]" in error
+    assert "2 items cannot be used" in error
+    assert "train[10]: its label is -1, and classes have the numbers 0 to 1: leave items without a label out" in error
+    assert "train[11]: its label is None" in error
     assert not out.exists()
 
 

@@ -317,13 +317,10 @@ def _number(
     names = list(number_of)
     if isinstance(label, int):
         if not 0 <= label < len(names if own is None else own):
-            raise ItemError(
-                Message(
-                    f"its label is {label}, and classes have the numbers 0 to {len(own or names) - 1}: correct it, or "
-                    "give all ",
-                    Option("class_names"),
-                )
-            )
+            text = f"its label is {label}, and classes have the numbers 0 to {len(own or names) - 1}: "
+            if label < 0:  # as public test splits have it
+                raise ItemError(f"{text}leave items without a label out")
+            raise ItemError(Message(text, "correct it, or give all ", Option("class_names")))
         if own is None or training is None or list(own) == list(training):
             return label
         if own[label] in training:  # such as a folder that lacks a class
