@@ -30,6 +30,7 @@ LOGGER = logging.getLogger(__name__)
 MISSING = 'the library datasets, which reads datasets of Hugging Face, is not installed: pip install -e ".[hf]"'
 TRAIN, VALIDATION = ("train", "training"), ("validation", "valid", "val", "dev")
 SHARD = re.compile(r"(.+?)(?:[-_.]\d+(?:-of-\d+(?:-\w+)?)?)?")  # train-00000-of-00002, train_0, train
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
 PARTS = ("image", "label", "mask", "group")
 
 
@@ -100,6 +101,8 @@ def _opened(folder: Path) -> Iterator[Mapping[str, Any]]:
         raise DatasetError(Message(Option("dataset", str(folder)), " does not exist: give the folder of a dataset"))
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     files = {} if saved else _parquet_files(folder)
+    if cut := [path for path in sorted(folder.rglob("*.arrow")) if saved and not _has_end(path)]:
+        raise DatasetError(f"{cut[0]} cannot be read (it has no end): save or download it again")
     with tempfile.TemporaryDirectory(prefix="hf-") as cache:
         try:
             with _silent_without_terminal():
@@ -112,6 +115,13 @@ def _opened(folder: Path) -> Iterator[Mapping[str, Any]]:
             reason = first_line(error.__cause__ or error)
             raise DatasetError(f"{folder} cannot be read ({reason}): save or download it again") from error
         yield splits
+
+
+def _has_end(path: Path) -> bool:
+    """Return whether an Arrow file is whole. Arrow itself reads one that ends after some of its batches."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(END)))
+        return file.read() == END
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
