@@ -137,9 +137,25 @@ class NamedFolder(click.ParamType):
     """NAME=DIR."""
 
     name, pairs = "name=folder", True
+    form, example = "NAME=DIR", "ood=images/ood"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        name, equals, folder = value.partition("=")
-        if not (name and equals and folder):
-            self.fail(f"'{value}' is no NAME=DIR: give one such as ood=images/ood", param, ctx)
-        return name, Path(folder)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            self.fail(f"'{value}' is no {self.form}: give one such as {self.example}", param, ctx)
+        return name, self.meaning(text)
+
+    def meaning(self, text: str) -> Any:
+        """Return the value of the text after the name."""
+        return Path(text)
+
+
+class NamedSplit(NamedFolder):
+    """NAME=SPLIT."""
+
+    name = "name=split"
+    form, example = "NAME=SPLIT", "ood=test"
+
+    def meaning(self, text: str) -> str:
+        """Return the name of the split."""
+        return text

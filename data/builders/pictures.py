@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -52,6 +53,22 @@ class NoPictureError(UnreadableError):
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """An image file in memory.
+
+    Attributes:
+        name: its name, for errors.
+        data: its bytes.
+    """
+
+    name: str
+    data: bytes
+
+
+Source = Path | Encoded | Image.Image  # an image file, or an image that is opened or decoded already
+
+
+@dataclass(frozen=True)
 class Picture:
     """A decoded image.
 
@@ -79,13 +96,13 @@ class Mask:
     read_by: str
 
 
-def read_image(path: Path) -> Picture:
-    """Decode an image file as an image viewer shows it.
+def read_image(source: Source) -> Picture:
+    """Decode an image as an image viewer shows it.
 
     Transparent pixels become black. Grey values of more than 8 bits are scaled by `_top`.
 
     Args:
-        path: the file.
+        source: the image.
 
     Returns:
         The image.
@@ -94,11 +111,11 @@ def read_image(path: Path) -> Picture:
         NoPictureError: The file is not an image.
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(path, _as_shown)
+    return _decoded(source, _as_shown)
 
 
-def read_mask(path: Path, *, soft: bool = False) -> Mask:
-    """Decode a mask file. The object is where an image viewer shows something.
+def read_mask(source: Source, *, soft: bool = False) -> Mask:
+    """Decode a mask. The object is where an image viewer shows something.
 
     1. If the opacity varies, the object is where the mask is more than half opaque.
     2. A palette of greys is read by its colours. In another palette, black is the background, or the number 0 if no
@@ -107,7 +124,7 @@ def read_mask(path: Path, *, soft: bool = False) -> Mask:
        other values are the object. Everything else is soft or lossy: the object is brighter than half of the range.
 
     Args:
-        path: the file.
+        source: the mask.
         soft: read brightness by the last rule, even if it looks like labels.
 
     Returns:
@@ -116,42 +133,58 @@ def read_mask(path: Path, *, soft: bool = False) -> Mask:
     Raises:
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(path, lambda image: _object(image, soft))
+    return _decoded(source, lambda image: _object(image, soft, _kind(image, source)))
 
 
-def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """Open a file, decode its pixels, and turn whatever Pillow raises on it into an UnreadableError.
+def _decoded(source: Source, use: Callable[[Image.Image], T]) -> T:
+    """Open an image, decode its pixels, and turn whatever Pillow raises on it into an UnreadableError.
 
     ``use`` is our own code on decoded pixels, so its mistakes stay what they are. Pillow's conversions there raise
     OSError and ValueError.
     """
     with warnings.catch_warnings(), contextlib.ExitStack() as opened:
         warnings.simplefilter("ignore")  # of odd metadata
-        with _blaming(path, Exception):  # Pillow and its plug-ins raise exceptions of any type on damaged files
-            image = opened.enter_context(Image.open(path))
+        with _blaming(source, Exception):  # Pillow and its plug-ins raise exceptions of any type on damaged files
+            image = opened.enter_context(_opened(source))
             if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
-                raise NoPictureError(f"{path.name} is not an image, but {image.format}", image.format)
+                raise NoPictureError(f"{_name(source)} is not an image, but {image.format}", image.format)
             image.load()
-        with _blaming(path, OSError, ValueError):
+        with _blaming(source, OSError, ValueError):
             return use(image)
 
 
+def _name(source: Source) -> str:
+    return "the image" if isinstance(source, Image.Image) else source.name
+
+
 @contextlib.contextmanager
-def _blaming(path: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into an UnreadableError that names the file."""
+def _blaming(source: Source, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into an UnreadableError that names the image."""
     try:
         yield
     except FileNotFoundError:
-        raise UnreadableError(f"{path.name} is no longer there") from None
+        raise UnreadableError(f"{_name(source)} is no longer there") from None
     except NoPictureError:
         raise
     except UnreadableError as error:
-        raise UnreadableError(f"{path.name} {error}") from None
+        raise UnreadableError(f"{_name(source)} {error}") from None
     except UnidentifiedImageError:
-        raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
+        raise NoPictureError(f"{_name(source)} cannot be read: cannot identify image file") from None
     except kinds as error:
-        reason = str(error).replace(str(path), path.name) or type(error).__name__
-        raise UnreadableError(f"{path.name} cannot be read: {reason}") from None
+        reason = str(error) or type(error).__name__
+        if isinstance(source, Path):
+            reason = reason.replace(str(source), source.name)
+        raise UnreadableError(f"{_name(source)} cannot be read: {reason}") from None
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """Open a file, and close it afterwards. An image that is open already stays open."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    with Image.open(source if isinstance(source, Path) else BytesIO(source.data)) as image:
+        yield image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -210,8 +243,7 @@ def _top(values: np.ndarray) -> float:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def _object(image: Image.Image, soft: bool) -> Mask:
-    kind = _kind(image)
+def _object(image: Image.Image, soft: bool, kind: str) -> Mask:
     image = _upright(image)
     if image.has_transparency_data and not (image.mode.startswith("I") or image.mode == "F"):
         opacity = np.asarray(image.convert("RGBA").getchannel("A"))
@@ -238,19 +270,25 @@ def _object(image: Image.Image, soft: bool) -> Mask:
     return Mask(_bright(values if values.ndim == 2 else values.max(2), OPAQUE, kind, soft), "brightness")
 
 
-def _kind(image: Image.Image) -> str:
+def _kind(image: Image.Image, source: Source) -> str:
     """Return the format of a file that is open; TIFF says how it is compressed, and WebP whether it is lossless."""
     kind, compression = str(image.format), str(image.info.get("compression", ""))
-    if kind == "WEBP" and _is_lossless_webp(Path(str(getattr(image, "filename", "")))):
+    if kind == "WEBP" and b"VP8L" in _head(source):  # the chunk of lossless pixels
         return "WEBP without loss"
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF of {compression.removeprefix('tiff_').upper()}"
     return kind
 
 
-def _is_lossless_webp(path: Path) -> bool:
+def _head(source: Source) -> bytes:
+    """Return the first bytes of an image file; none if the image was opened elsewhere, and not from a file."""
+    if isinstance(source, Encoded):
+        return source.data[:4096]
+    path = source if isinstance(source, Path) else Path(str(getattr(source, "filename", "")))
+    if not path.is_file():
+        return b""
     with open(path, "rb") as file:
-        return b"VP8L" in file.read(4096)  # the chunk of lossless pixels
+        return file.read(4096)
 
 
 def _bright(values: np.ndarray, top: float, kind: str, soft: bool) -> np.ndarray:
@@ -378,7 +416,7 @@ def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
 
     Arguments and errors are those of `open_squeezed`.
     """
-    covers = _published(path, remedy, lambda image: _object(image, soft=True).covers)
+    covers = _published(path, remedy, lambda image: _object(image, soft=True, kind="").covers)
     return covered(covers, (size, size), "stretch")[None]
 
 
