@@ -18,7 +18,6 @@ from PIL import Image
 from data.builders.decoding import Decoded, Scratch
 from data.builders.pictures import (
     Encoded,
-    Fit,
     Mask,
     Picture,
     Source,
