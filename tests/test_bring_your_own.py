@@ -128,6 +128,19 @@ def test_the_mean_is_a_bias_so_that_maps_equal_those_of_the_network_with_the_nor
     torch.testing.assert_close(heatmaps, same, rtol=1e-6, atol=1e-7)
 
 
+def test_saturated_pixels_keep_their_relevance_where_interpolation_exceeds_the_range():
+    """Strokes of 1 on 0, as binary digits: bicubic interpolation exceeds 1 on all of them."""
+    torch.manual_seed(0)
+    images = torch.zeros(1, 3, 28, 28)
+    images[:, 0, 4:24, 12:16] = 1
+    spec = PreprocessSpec((0.5,), (0.25,), (32, 32), "bicubic").for_channels(3)
+    network = _used(torchvision.models.resnet18(num_classes=2))
+    classifier = Classifier(network, image_shape=(3, 28, 28), preprocessing=spec).eval()
+    assert classifier.preprocess(images).max() <= 2
+    _, heatmaps = explain(classifier, images, torch.tensor([0]), epsilon=0.1)
+    assert heatmaps[:, 0, 4:24, 12:16].count_nonzero() > 70
+
+
 def test_a_masked_pixel_has_no_relevance_behind_preprocessing():
     network = torchvision.models.resnet18(num_classes=2)
     classifier = Classifier(network, "mask", image_shape=(3, 32, 32), preprocessing=IMAGENET).eval()

@@ -223,7 +223,10 @@ def _interpolate(images: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _clip(images: Tensor) -> Tensor:
-    """Cut values to [0, 1] with the gradient of `torch.clamp`, which for relevance would be an activation with ε."""
-    constant = stop_relevance(images)
-    inside = ((constant >= 0) & (constant <= 1)).to(images.dtype)
-    return images * inside + constant.clamp(0, 1) * (1 - inside)
+    """Cut values to [0, 1] by a constant, with the gradient of the identity.
+
+    Interpolation exceeds [0, 1] a little wherever an image is saturated. The gradient of `torch.clamp` is 0 there, and
+    white strokes would have no relevance.
+    """
+    values = stop_relevance(images).detach()
+    return images + (values.clamp(0, 1) - values)
