@@ -15,7 +15,6 @@ import math
 import os
 import re
 import socket
-import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ import numpy as np
 import zarr
 
 from data.arrays import as_arrays, check_arrays, doubtful_axes
-from data.errors import DatasetError
+from data.errors import DatasetError, check_name
 from data.metadata import (
     MetadataError,
     axes_by_name,
@@ -277,13 +276,6 @@ def _check_names(path: str, class_names: Sequence[str]) -> None:
         raise DatasetError(f"the dataset {path} has several classes called {twice[0]!r}: give each its own name")
     for name in class_names:
         check_name(name, f"a class of the dataset {path}")
-
-
-def check_name(name: str, role: str) -> None:
-    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        printable = name.encode("unicode_escape").decode()
-        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
 def _tell_one_class(path: str, class_names: Sequence[str]) -> None:

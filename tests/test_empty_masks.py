@@ -82,6 +82,6 @@ def test_a_mask_teacher_refuses_masks_without_any_object(tmp_path):
     assert not (tmp_path / "t").exists()
 
 
-def test_ordinary_masks_are_not_talked_about(tmp_path, caplog):
+def test_nothing_is_said_of_ordinary_objects(tmp_path, caplog):
     student(dataset(tmp_path / "d.zarr"), tmp_path, "rrr")
     assert "mask" not in caplog.text

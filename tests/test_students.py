@@ -318,7 +318,8 @@ def wrong(num_classes):
 def pair(num_classes):
     class Pair(Tiny):
         def forward(self, x):
-            return super().forward(x), x
+            logits = super().forward(x)
+            return logits, 2 * logits
 
     return Pair(num_classes)
 

@@ -11,8 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from data.errors import DatasetError
-from data.layout import check_name
+from data.errors import DatasetError, check_name
 from options import Message, Option
 
 Echo = Callable[[str], object]

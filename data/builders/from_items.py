@@ -32,8 +32,7 @@ from data.builders.samples import (
     without_bad,
     write_samples,
 )
-from data.errors import DatasetError
-from data.layout import check_name
+from data.errors import DatasetError, check_name
 from options import Doc, Gt, Heading, Kind, Lt, Message, Option, Separated
 
 LOGGER = logging.getLogger(__name__)

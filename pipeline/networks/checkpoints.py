@@ -513,7 +513,8 @@ def _more_than(network: nn.Module, fit: _Fit, unexpected: list[str], last: str |
         parts = module.split(".")
         prefixes = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
         first = next((prefix for prefix in prefixes if prefix not in modules), None)
-        if first is not None and (first.rpartition(".")[0], _stem(first)) in series and not _holds(first, last):
+        numbered = first is not None and _stem(first) is not None and (first.rpartition(".")[0], _stem(first)) in series
+        if first is not None and numbered and not _holds(first, last):
             return f"it has more layers than the network, such as '{key}'"
     return ""
 
