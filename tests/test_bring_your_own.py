@@ -460,6 +460,8 @@ def test_a_training_with_a_teacher_factory_is_cached_with_it(dataset, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        ({"network": "resnet18", "weights": "w.pth", "debias": "greyscale"}, "unknown debias 'greyscale'"),
+        ({"network": "resnet18", "weights": "w.pth", "debias": "segmenter"}, "is a front of trained teachers"),
         ({"network": "resnet18"}, "has random weights, and a teacher must know its classes: give weights"),
         ({"network": "timm:resnet1b"}, "has no network 'resnet1b'"),
         ({"network": "hf:nowhere"}, "hf:nowhere is no folder of a Hugging Face model"),

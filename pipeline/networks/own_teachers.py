@@ -20,6 +20,7 @@ from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import checkpoint_file, classes_in
 from pipeline.networks.class_map import ClassMap, Given, map_classes, resolve_class_map
+from pipeline.networks.debias import DEBIAS
 from pipeline.networks.homogeneous import copy_of
 from pipeline.networks.models import build_network, error_summary, is_factory
 from pipeline.networks.outputs import logits_of, take_logits
@@ -37,6 +38,7 @@ from pipeline.networks.trials import kind_of, trial_images
 
 log = logging.getLogger(__name__)
 HF = "hf:"
+SEGMENTER = "segmenter"
 BACKBONE = "backbone"  # in a store's record of its origin: `tensor_hashes` of the teacher, with commas
 HASH_DIGITS = 10
 
@@ -111,6 +113,14 @@ def build_own(teacher: OwnTeacher, class_names: Sequence[str], image_shape: Imag
     Raises:
         ModelError: the network cannot be built, has no weights, does not take the images, or its classes do not map.
     """
+    DEBIAS.find(teacher.debias)
+    if teacher.debias == SEGMENTER:
+        raise ModelError(
+            Message(
+                Option("debias", SEGMENTER), " is a front of trained teachers: give ", Option("debias", "mask"),
+                " and masks in the dataset, or train a teacher with it",
+            )
+        )  # fmt: skip
     preprocessing = _preprocessing(teacher, image_shape[0])
     input_shape = image_shape if preprocessing is None else preprocessing.input_shape(image_shape)
     network, classes = _network(teacher, len(class_names), input_shape)
