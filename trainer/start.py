@@ -15,14 +15,13 @@ from options import Message, Option
 from pipeline import ModelError
 from pipeline.networks.checkpoints import checkpoint_file, is_bias_free_file
 from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
-from pipeline.networks.own_teachers import tensor_hashes
+from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
 from trainer.errors import TrainingError
 from trainer.settings import StudentOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
-HF = "hf:"
 
 
 def network_of(

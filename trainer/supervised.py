@@ -116,8 +116,12 @@ def _network(options: TeacherOptions, split: Split) -> tuple[dict[str, Any], boo
 def _needing_masks(options: TeacherOptions) -> list[Option]:
     """Return the options that need masks."""
     needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
-    by_front = needs_masks(options.debias) and options.debias != "segmenter"
-    return needing + ([Option("debias", options.debias)] if by_front else [])
+    return needing + ([Option("debias", options.debias)] if _front_needs_masks(options) else [])
+
+
+def _front_needs_masks(options: TeacherOptions) -> bool:
+    """Return whether the front needs the dataset's masks; the front ``segmenter`` makes its own."""
+    return needs_masks(options.debias) and options.debias != "segmenter"
 
 
 def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
@@ -130,7 +134,7 @@ def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
             )
         )  # fmt: skip
     split = dataset.split("validation")
-    if needs_masks(options.debias) and options.debias != "segmenter" and split.masks is None:
+    if _front_needs_masks(options) and split.masks is None:
         raise TrainingError(
             Message(
                 Option("debias", options.debias), f" needs 'masks' in the validation split of {dataset.path}, which "

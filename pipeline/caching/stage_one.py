@@ -10,9 +10,9 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from pipeline.caching.options import DRAWS, CachingOptions
 from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
+from pipeline.log_level import log_level
 from pipeline.networks.classifier import Classifier, versions
 from pipeline.networks.heads import decisive_head, head_arrays, head_parameters
 from pipeline.networks.own_teachers import BACKBONE, tensor_hashes
@@ -446,18 +447,6 @@ def forget(job: Job) -> None:
     _opened.pop(job, None)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Leave out the notes on networks that are loaded, but no warning."""
-    logger = logging.getLogger("pipeline.networks")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _open(job: Job) -> _Opened:
     """Open dataset, teacher and store, and check that they are the job's: another machine may see another disk.
 
@@ -467,7 +456,7 @@ def _open(job: Job) -> _Opened:
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
-        with _quietly():  # all was said when the store was planned
+        with log_level("pipeline.networks", logging.WARNING):  # notes were logged when the store was planned
             teacher = _load(job.teacher, job.info.teacher.class_names, shape, job.teacher_factory, job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:

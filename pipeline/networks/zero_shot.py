@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from options import Message, Option, Word, did_you_mean
 from pipeline.errors import ModelError
+from pipeline.log_level import log_level
 from pipeline.networks.heads import l2_norm
 from pipeline.networks.models import error_summary
 from pipeline.networks.preprocessing import SHORTEST, Preprocess, PreprocessSpec
@@ -224,7 +225,8 @@ _HASHED = ("size", "mode", "resize_mode", "fill")  # attributes of `Preprocess`,
 
 def _load(teacher: ZeroShot) -> tuple[nn.Module, Tokenizer]:
     """Load the open_clip model and its tokenizer, on the CPU in float32; no code of a checkpoint runs."""
-    with warnings.catch_warnings(), _quiet(), tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings(), log_level(None, logging.CRITICAL), tempfile.TemporaryDirectory() as folder:
+        # open_clip logs "initialized randomly" before it loads weights
         warnings.simplefilter("ignore", UserWarning)  # about the activation, which we choose by the tag
         if teacher.arch.startswith(HUB) or Path(teacher.arch).is_dir():
             return _load_with_own_weights(teacher)
@@ -329,18 +331,6 @@ def _plain_checkpoint(file: Path, folder: Path) -> Path:
 
 
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # values beside the weights in OpenAI's archives
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's log, which reports "initialized randomly" before weights are loaded."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 def _config(arch: str, tag: str) -> dict[str, Any]:
