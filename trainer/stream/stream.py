@@ -342,8 +342,8 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
     Args:
         split: the samples that the store explains.
         cache: the store.
-        needs: fields besides ``images``: ``heatmaps``, ``teacher_logits`` and ``features`` of the store, ``labels``
-            and ``masks`` of the split. ``heatmaps`` are, of each draw, the maps as they are stored, ``scale``,
+        needs: fields besides ``images``: ``heatmaps``, ``teacher_logits`` and ``features`` of the store, ``labels``,
+            ``groups`` and ``masks`` of the split. ``heatmaps`` are the stored maps of each draw, with ``scale``,
             ``target_class`` and ``epsilon``; without them the source has a single draw, of no fields.
 
     Returns:
@@ -351,11 +351,11 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
 
     Raises:
         CacheError: the store has no features.
-        DatasetError: the split has no masks.
+        DatasetError: the split has no masks or groups.
         ValueError: a need that neither has.
     """
     arrays = {"images": split.images}
-    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "masks"}:
+    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "groups", "masks"}:
         raise ValueError(f"no store and no split has {', '.join(sorted(unknown))}")
     if "features" in needs and "features" not in cache.sample_fields:
         raise CacheError(
@@ -366,10 +366,13 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
         )
     if "labels" in needs:
         arrays["labels"] = split.labels
-    if "masks" in needs:
-        if split.masks is None:
-            raise DatasetError(f"the split '{split.name}' has no 'masks', which are needed: add them to the dataset")
-        arrays["masks"] = split.masks
+    for name in ("groups", "masks"):
+        if name in needs:
+            if (array := getattr(split, name)) is None:
+                raise DatasetError(
+                    f"the split '{split.name}' has no '{name}', which are needed: add them to the dataset"
+                )
+            arrays[name] = array
     source = of_split = _of_split(arrays, cache.info.storage.shard_samples)
     stored = {name: kind for name, kind in cache.sample_fields.items() if name in needs}
 
