@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from data import open_dataset
-from pipeline import cache_explanations
+from pipeline import cache_explanations, synchronise_batch_norm
 from teacher_cache import CacheError, layout, open_cache
 from tests import ranks
 from tests.test_examples import EXAMPLES, environment
@@ -321,6 +321,7 @@ def _step_in_ddp(data: Path, cache: Path, out: Path) -> None:
     rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     student = build_student(cache)
+    synchronise_batch_norm(student)
     part = next(iter(ExplainedStream(data, cache, batch_size=16)))
     assert len(part["ids"]) == 8
     DistillationLoss(cache)(DistributedDataParallel(student), part).backward()
