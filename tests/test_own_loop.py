@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from data import open_dataset
-from pipeline import cache_explanations, synchronise_batch_norm
+from pipeline import cache_explanations
 from teacher_cache import CacheError, layout, open_cache
 from tests import ranks
 from tests.test_examples import EXAMPLES, environment
@@ -300,6 +300,15 @@ def test_a_validation_without_gradients_has_the_loss_of_evaluation_mode(sharded,
     assert not student.training
 
 
+def test_the_loss_leaves_the_mode_of_every_module_as_it_is(sharded, batch):
+    student = build_student(sharded).train()
+    norm = next(module for module in student.modules() if hasattr(module, "running_second_moment"))
+    norm.eval()  # as a loop that freezes norms does
+    modes = [module.training for module in student.modules()]
+    DistillationLoss(sharded)(student, batch)
+    assert [module.training for module in student.modules()] == modes
+
+
 def test_a_float64_student_computes_in_float64(sharded, batch):
     assert DistillationLoss(sharded)(build_student(sharded).double(), batch).dtype == torch.float64
 
@@ -321,7 +330,7 @@ def _step_in_ddp(data: Path, cache: Path, out: Path) -> None:
     rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     student = build_student(cache)
-    synchronise_batch_norm(student)
+    student.eval()  # norms then see each sample alone
     part = next(iter(ExplainedStream(data, cache, batch_size=16)))
     assert len(part["ids"]) == 8
     DistillationLoss(cache)(DistributedDataParallel(student), part).backward()
@@ -329,10 +338,10 @@ def _step_in_ddp(data: Path, cache: Path, out: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_in_ddp_have_the_gradient_of_one(dataset, sharded, batch, tmp_path):
+def test_two_processes_in_ddp_have_the_gradient_of_one_in_evaluation_mode(dataset, sharded, batch, tmp_path):
     assert ranks.run(2, _step_in_ddp, dataset, sharded, tmp_path) == [0, 0]
     torch.manual_seed(0)
-    student = build_student(sharded)
+    student = build_student(sharded).eval()
     DistillationLoss(sharded)(student, batch).backward()
     for rank in range(2):
         gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
