@@ -121,8 +121,8 @@ class DistillationLoss(nn.Module):
     def forward(self, student: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Compute the loss of a batch.
 
-        In training mode and with gradients it can be differentiated; in evaluation mode or without gradients it is
-        what validation needs. Autocast to bfloat16 works.
+        The student can be in evaluation mode, and gradients can then be off, for validation. Autocast to bfloat16
+        works.
 
         Args:
             student: images (N, C, H, W) in [0, 1] → logits (N, K), possibly in DistributedDataParallel. It decides the
@@ -133,7 +133,8 @@ class DistillationLoss(nn.Module):
             The mean of the weighted losses of the samples, ().
 
         Raises:
-            TrainingError: the batch lacks a field or was changed, or the student computes in half precision.
+            TrainingError: the batch lacks a field or was changed, the student computes in half precision, or it is in
+                training mode and gradients are off.
             ModelError, RelevanceError: the student returns no logits, or has an operation without a rule.
         """
         device, settings = self._placed(student)
@@ -152,6 +153,11 @@ class DistillationLoss(nn.Module):
 
     def _placed(self, student: nn.Module) -> tuple[torch.device, Settings]:
         """Return the device of the student, and the settings in its precision."""
+        if student.training and not torch.is_grad_enabled():
+            raise TrainingError(
+                "gradients are off (torch.no_grad or torch.inference_mode), and the student is in training mode: turn "
+                "them on to train, or call student.eval() to validate"
+            )
         first = next((parameter for parameter in student.parameters() if parameter.is_floating_point()), None)
         if first is None:
             raise TrainingError("the student has no parameter to learn: give the network, and not its output")

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Collection, Generator, Iterator, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -23,7 +25,7 @@ from teacher_cache.pairing import check_explains, open_paired
 from trainer.errors import TrainingError
 from trainer.stream import order
 from trainer.stream.memory import free_memory
-from trainer.stream.stream import Batch, Share, Source, explained_source, read_block, stream
+from trainer.stream.stream import Batch, Share, Slots, Source, explained_source, row_bytes, stream
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,9 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
     - ``teacher_logits`` float32 (K,) and ``features`` float32 (F,), of the store;
     - ``ids`` int64 (), the index of the sample in the split.
 
+    Several indices give a batch: ``dataset[[3, 1, 4]]``. A DataLoader is fastest with them: ``DataLoader(dataset,
+    batch_size=None, sampler=BatchSampler(RandomSampler(dataset), 128, drop_last=True))``.
+
     It works with every sampler, `torch.utils.data.DistributedSampler` too, and with workers that fork or spawn. Each
     worker keeps decoded shards within its memory budget. A shuffled order needs all of them in each epoch: where they
     do not fit, `ExplainedStream` is faster.
@@ -122,62 +127,99 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
     ):
         super().__init__(data, cache, split, fields, seed)
         self.memory_budget = memory_budget
-        self._blocks: OrderedDict[tuple[int, int], Batch] = OrderedDict()
-        self._budget: int | None = None
+        self._tables: tuple[int, list[Slots]] | None = None  # process, decoded shards
+        self._lock = Lock()  # threads may share the dataset
 
     def __len__(self) -> int:
         return self.samples
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: SupportsIndex | Sequence[int] | Tensor | np.ndarray) -> Batch:
+        """Return a sample, or for several indices their batch, with one copy: the fastest way to a shuffled batch."""
+        if isinstance(index, Sequence) or getattr(index, "ndim", 0):
+            return self._gather(index)
+        return {name: values[0] for name, values in self._gather([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Return the samples of a batch; each shard is looked up once."""
-        samples = np.asarray(indices, np.int64).reshape(-1)
-        if outside := [index for index in samples.tolist() if not -self.samples <= index < self.samples]:
+        """Return the samples of a batch, for a DataLoader that collates them."""
+        batch = self._gather(indices)
+        rows = zip(*(values.unbind(0) for values in batch.values()), strict=True)
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+
+    def _gather(self, indices: Any) -> Batch:
+        """Copy samples from the slots of their shards, and read those shards that are in no slot."""
+        samples = np.asarray(indices).reshape(-1)
+        if samples.dtype.kind not in "iu" and samples.size:
+            raise TypeError(f"indices of samples are integers, and these are {samples.dtype}")
+        samples = samples.astype(np.int64)
+        outside = samples[(samples < -self.samples) | (samples >= self.samples)]
+        if outside.size:
             raise IndexError(f"there is no sample {outside[0]}: the split has {self.samples}, counted from 0")
-        samples = samples % self.samples
-        block_of, row_of = np.divmod(samples, self.source.block_samples)
-        batch: Batch = {}
-        for block in np.unique(block_of).tolist():
-            positions = np.flatnonzero(block_of == block)
-            rows = torch.from_numpy(row_of[positions])
-            for name, values in self._block(block).items():
-                if name not in batch:
-                    batch[name] = values.new_empty((len(samples), *values.shape[1:]))
-                batch[name][torch.from_numpy(positions)] = values.index_select(0, rows)
-        batch["ids"] = torch.from_numpy(samples)
-        return [dict(zip(batch, row, strict=True)) for row in zip(*(v.unbind(0) for v in batch.values()), strict=True)]
+        samples %= self.samples
+        kinds = {**self.source.fields, **self.source.draw_fields}
+        batch = {name: np.empty((len(samples), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+        with self._lock:
+            tables, epoch = self._slots(), self.epoch
+            blocks = np.unique(samples // self.source.block_samples)
+            most = min(table.slots for table in tables)  # blocks at a time
+            for first in range(0, len(blocks), most):
+                chosen = np.isin(samples // self.source.block_samples, blocks[first : first + most])
+                part = np.flatnonzero(chosen)
+                for table in tables:
+                    rows = self._read(table, order.Window(epoch, samples[part]))
+                    for name, array in table.arrays.items():
+                        batch[name][part] = array.take(rows, axis=0, mode="clip")
+        return {name: torch.from_numpy(values) for name, values in batch.items()} | {"ids": torch.from_numpy(samples)}
 
-    def _block(self, block: int) -> Batch:
-        """Return a decoded shard in this epoch's draw, from memory where it is there."""
-        key = block, order.draw_of_block(block, self.source.draws, self.seed, self.epoch)
-        if key in self._blocks:
-            self._blocks.move_to_end(key)
-            return self._blocks[key]
-        values = read_block(self.source, *key)
-        size = sum(value.nbytes for value in values.values())
-        if self._budget is None:
-            self._budget = self._bytes_of_blocks(size * self.source.blocks)
-        while self._blocks and size * (len(self._blocks) + 1) > self._budget:
-            self._blocks.popitem(last=False)
-        self._blocks[key] = values
-        return values
+    def _read(self, table: Slots, window: order.Window) -> np.ndarray:
+        """Return the rows of samples in a table, after reading the blocks that it lacks."""
+        try:
+            with ThreadPoolExecutor(2, thread_name_prefix="explained") as pool:
+                held = table.hold(window, pool)
+                for read in held.reads:
+                    read.result()
+        except BaseException:
+            self._tables = None  # a slot may have part of a block
+            raise
+        table.release(held.keys)
+        return held.rows
 
-    def _bytes_of_blocks(self, needed: int) -> int:
+    def _slots(self) -> list[Slots]:
+        """Return the tables of decoded shards of this process."""
+        if self._tables is None or self._tables[0] != os.getpid():
+            source = self.source
+            sizes = [source.slot_rows * row_bytes(fields) for fields in (source.fields, source.draw_fields)]
+            needed, budget = source.blocks * sum(sizes), self._bytes_of_slots()
+            if budget < needed:
+                log.warning(
+                    f"{self.cache}: an epoch needs {needed / 2**20:,.0f} MiB of decoded shards in each worker, and the "
+                    f"memory budget is {budget / 2**20:,.0f} MiB: a shuffled order decodes shards again and again, so "
+                    "use ExplainedStream"
+                )
+            shared = max(1, min(source.blocks, budget // sum(sizes)))
+            drawn = max(shared, min(source.blocks * source.draws, (budget - shared * sizes[0]) // max(1, sizes[1])))
+            tables = [
+                Slots(source, source.fields, source.read, shared, lambda block, epoch: (block,)),
+                Slots(source, source.draw_fields, source.read_draw, drawn, self._block_and_draw),
+            ]
+            self._tables = os.getpid(), [table for table in tables if table.arrays]
+        return self._tables[1]
+
+    def _block_and_draw(self, block: int, epoch: int) -> tuple[int, int]:
+        return block, order.draw_of_block(block, self.source.draws, self.seed, epoch)
+
+    def _bytes_of_slots(self) -> int:
+        if self.memory_budget is not None:
+            return self.memory_budget
         worker = get_worker_info()
         sharing = (worker.num_workers if worker else 1) * (dist.get_world_size() if _distributed() else 1)
-        budget = free_memory() // 2 // sharing if self.memory_budget is None else self.memory_budget
-        if budget < needed:
-            log.warning(
-                f"{self.cache}: an epoch needs {needed / 2**20:,.0f} MiB of decoded shards in each worker, and the "
-                f"memory budget is {budget / 2**20:,.0f} MiB: a shuffled order decodes shards again and again, so use "
-                "ExplainedStream"
-            )
-        return budget
+        return free_memory() // (2 * sharing)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_blocks": OrderedDict(), "_budget": None}
+        return {**super().__getstate__(), "_tables": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = Lock()
 
 
 class ExplainedStream(_Explained, IterableDataset[Batch]):

@@ -66,7 +66,7 @@ class Source:
     @property
     def window_samples(self) -> int:
         """The samples of a window, within which the order is shuffled."""
-        return order.window_samples(_bytes(self.fields) + _bytes(self.draw_fields), self.block_samples)
+        return order.window_samples(row_bytes(self.fields) + row_bytes(self.draw_fields), self.block_samples)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 
     left, counts = memory_budget, []
     tables = ((source.fields, source.blocks), (source.draw_fields, source.blocks * source.draws))
     least = [min(2 * window_blocks, most) for _, most in tables]
-    sizes = [max(1, source.slot_rows * _bytes(fields)) for fields, _ in tables]
+    sizes = [max(1, source.slot_rows * row_bytes(fields)) for fields, _ in tables]
     left -= sum(count * size for count, size in zip(least, sizes, strict=True))
     for (_, most), count, size in zip(tables, least, sizes, strict=True):
         more = min(max(0, left // size), most - count)
@@ -432,5 +432,5 @@ def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: tor
     return decode(to_device(heatmaps, device)) * to_device(scale, device)[:, None, None, None]
 
 
-def _bytes(fields: Mapping[str, Field]) -> int:
+def row_bytes(fields: Mapping[str, Field]) -> int:
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields.values())
