@@ -27,7 +27,7 @@ if __name__ == "__main__":
     dataset = ExplainedStream(
         options.data, options.cache, batch_size=options.batch_size, fields=["heatmaps"], seed=options.seed
     )
-    loader = DataLoader(dataset, batch_size=None, num_workers=1)
+    loader = DataLoader(dataset, batch_size=None)
     learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learnt, lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=options.steps)

@@ -37,7 +37,7 @@ if __name__ == "__main__":
     student = build_student(options.cache, timm.create_model(options.model, num_classes=10), bias_free_form=True)
     loss = DistillationLoss(options.cache)
     dataset = ExplainedStream(options.data, options.cache, batch_size=options.batch_size, fields=["heatmaps"])
-    loader = DataLoader(dataset, batch_size=None, num_workers=1)
+    loader = DataLoader(dataset, batch_size=None)
     optimizer = create_optimizer_v2(student, opt="adam", lr=4e-3, weight_decay=0.0)
     schedule, epochs = create_scheduler_v2(  # in optimizer steps, of which each "epoch" here is one
         optimizer, sched="cosine", num_epochs=options.steps, warmup_epochs=options.steps // 4, warmup_lr=1e-4
