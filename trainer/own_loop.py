@@ -140,7 +140,7 @@ class DistillationLoss(nn.Module):
         self._check(batch)
         fields = {name: batch[name] for name in self._needed}
         position = self._next_position(len(fields["images"])) if settings.augment and student.training else None
-        model = Classifier(student).train(student.training)  # which takes masks, and does nothing with them
+        model = Classifier(student)  # which takes masks, and does nothing with them; the student keeps its modes
         losses = losses_of(model, on_device(fields, self.store, settings, device, position), self.store, settings)
         self.parts = {name: values.detach().mean() for name, values in losses.items()}
         return weighted(losses, settings.loss).mean()
