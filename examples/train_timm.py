@@ -19,7 +19,7 @@ from trainer import DistillationLoss, ExplainedStream, build_student
 
 @timm.models.register_model
 def small_cnn(pretrained: bool = False, num_classes: int = 10, in_chans: int = 3, **_: object) -> torch.nn.Module:
-    return build_network("small-cnn", num_classes, (in_chans, 28, 28))[0]
+    return build_network("small-cnn", num_classes, (in_chans, 28, 28), free_of_biases=False)[0]
 
 
 if __name__ == "__main__":

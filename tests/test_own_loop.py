@@ -325,23 +325,38 @@ def test_augmentation_moves_image_and_heatmap_together_in_training_mode_only(sha
     assert torch.equal(resumed(student, batch), loss(student, batch))
 
 
-def _compare_in_ddp(data: Path, cache: Path) -> None:
+def _refused_in_ddp(data: Path, cache: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    student, part = (
+        DistributedDataParallel(build_student(cache)),
+        next(iter(ExplainedStream(data, cache, batch_size=16))),
+    )
+    with pytest.raises(TrainingError, match=r"pass student\.module and average"):
+        DistillationLoss(cache)(student, part)
+    torch.distributed.destroy_process_group()
+
+
+def test_a_student_in_ddp_is_one_clear_error(dataset, sharded):
+    assert ranks.run(1, _refused_in_ddp, dataset, sharded) == [0]
+
+
+def _average_by_hand(data: Path, cache: Path) -> None:
     torch.distributed.init_process_group("gloo")
     whole = next(iter(ExplainedStream(data, cache, batch_size=16, share=(0, 1))))
     part = next(iter(ExplainedStream(data, cache, batch_size=16)))
-    assert len(part["ids"]) == 8
     torch.manual_seed(0)
     student, loss = build_student(cache).eval(), DistillationLoss(cache)  # in evaluation norms see each sample alone
     learnt = [parameter for parameter in student.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(loss(student, whole), learnt)
-    loss(DistributedDataParallel(student), part).backward()
-    for parameter, gradient in zip(learnt, expected, strict=True):
-        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+    for averaged, one in zip(torch.autograd.grad(loss(student, part), learnt), expected, strict=True):
+        averaged = averaged.contiguous()
+        torch.distributed.all_reduce(averaged)
+        assert torch.allclose(averaged / 2, one, atol=1e-5)
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_in_ddp_have_the_gradient_of_one_in_evaluation_mode(dataset, sharded):
-    assert ranks.run(2, _compare_in_ddp, dataset, sharded) == [0, 0]
+def test_gradients_that_two_processes_average_are_those_of_one(dataset, sharded):
+    assert ranks.run(2, _average_by_hand, dataset, sharded) == [0, 0]
 
 
 def test_a_student_has_the_teachers_last_layer_frozen_and_a_network_of_ones_own_is_copied(sharded):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from data import Location
 from options import Call, Message, Option
@@ -125,15 +126,15 @@ class DistillationLoss(nn.Module):
         what validation needs. Autocast to bfloat16 works.
 
         Args:
-            student: images (N, C, H, W) in [0, 1] → logits (N, K), possibly in DistributedDataParallel. It decides the
-                device; floats are float64 for a float64 student, and float32 for others.
+            student: images (N, C, H, W) in [0, 1] → logits (N, K), not in DistributedDataParallel. It decides
+                the device; floats are float64 for a float64 student, and float32 for others.
             batch: the fields of N samples, as they are stored, on any device.
 
         Returns:
             The mean of the weighted losses of the samples, ().
 
         Raises:
-            TrainingError: the batch lacks a field or was changed, or the student computes in half precision.
+            TrainingError: the batch lacks a field or was changed, or the student is in DDP or in half precision.
             ModelError, RelevanceError: the student returns no logits, or has an operation without a rule.
         """
         device, settings = self._placed(student)
@@ -152,6 +153,12 @@ class DistillationLoss(nn.Module):
 
     def _placed(self, student: nn.Module) -> tuple[torch.device, Settings]:
         """Return the device of the student, and the settings in its precision."""
+        if isinstance(student, DistributedDataParallel):
+            # measured: its gradients can differ from those of one process with the whole batch
+            raise TrainingError(
+                "the student is in DistributedDataParallel, whose gradients of this loss are not reliable: pass "
+                "student.module and average the gradients after backward, or use train_student under torchrun"
+            )
         first = next((parameter for parameter in student.parameters() if parameter.is_floating_point()), None)
         if first is None:
             raise TrainingError("the student has no parameter to learn: give the network, and not its output")
