@@ -359,9 +359,8 @@ def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
               f"{cache.info.storage.codec}\n")  # fmt: skip
         print(timing_table(rivals, speeds, size), flush=True)
         print(f"\nFrom disk, with no file in memory: {from_disk} × the memory map's samples/s, one epoch.")
-        print(
-            f"\nBatches with images, in a loop of the user's own:\n\n{compare(str(data), str(path), rounds, batch_size)}"
-        )
+        loops = compare(str(data), str(path), rounds, batch_size)
+        print(f"\nBatches with images, in a loop of the user's own:\n\n{loops}")
         if steps:
             student = work / f"{kind}-student"
             shutil.rmtree(student, ignore_errors=True)

@@ -228,8 +228,8 @@ class ExplainedStream(_Explained, IterableDataset[Batch]):
     Give it to a `torch.utils.data.DataLoader` with ``batch_size=None``, or iterate over it. One iteration is one epoch;
     `set_epoch` comes first. With the same seed and batch size the batches are those of `train_student`. They have the
     fields of `ExplainedDataset`, with N = ``batch_size / ranks`` on the first axis. What an epoch has beyond whole
-    batches is left out. It reads ahead in threads, so a DataLoader without workers is fastest. Each worker yields its part
-    of the batches, and the order stays, but each decodes all shards.
+    batches is left out. It reads ahead in threads, so a DataLoader without workers is fastest. Each worker yields its
+    part of the batches, and the order stays, but each decodes all shards.
 
     Args:
         data: as in `ExplainedDataset`.
