@@ -135,7 +135,7 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
 
     def __getitem__(self, index: SupportsIndex | Sequence[int] | Tensor | np.ndarray) -> Batch:
         """Return a sample, or for several indices their batch, with one copy: the fastest way to a shuffled batch."""
-        if isinstance(index, Sequence) or getattr(index, "ndim", 0):
+        if isinstance(index, Sequence) or (isinstance(index, Tensor | np.ndarray) and index.ndim):
             return self._gather(index)
         return {name: values[0] for name, values in self._gather([index]).items()}
 
