@@ -7,6 +7,7 @@ python cli.py train-student --data DATA.zarr --cache CACHE.zarr --out RUN_DIR
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -21,18 +22,19 @@ import click
 from options import Message, option_fields, overridden
 from pipeline.caching.options import CachingOptions
 from pipeline.networks.formats import ExportOptions
-from pipeline.networks.teacher_options import VisionLanguageOptions
+from pipeline.networks.teacher_options import OwnTeacherOptions, VisionLanguageOptions
 from terminal import inline_picture
 from terminal.help import ARGUMENTS, COMMAND, Choice, Command, Group, LazyGroup, instead_of, options, under
 from terminal.options import options_of
 from terminal.spelling import spell, speller, text_of
 from terminal.types import LocalFolder, Location, TeacherName
 from trainer.reproduction.options import QuickstartOptions, SweepOptions
-from trainer.results.options import EvaluateOptions, ReportOptions, ShowOptions
+from trainer.results.options import EvaluateOptions, PredictOptions, ReportOptions, ShowOptions, WriteOptions
 from trainer.settings import StudentOptions, TeacherOptions
 
 if TYPE_CHECKING:
     from data.builders.registry import Builder
+    from trainer import Prediction
     from trainer.reproduction.profiles import Reproduction
 
 # Packages that import PyTorch are imported inside the commands, so that --help and wrong options answer at once.
@@ -41,21 +43,27 @@ FILES, OUTPUT = "Files", "Output"  # headings of options
 DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explanations", "Stage two: students"
 RESULTS, EVERYTHING = "Results", "Whole experiments"
 
-OF_CLIP = options_of(
-    VisionLanguageOptions,
-    {
-        "pretrained": {"metavar": "TAG|FILE"},
-        "classes": {"metavar": "'A; B; …'"},
-        "prompt": {"metavar": "TEMPLATE", "multiple": True},
-    },
-)
+OF_TEACHERS = [
+    *options_of(OwnTeacherOptions),
+    *options_of(
+        VisionLanguageOptions,
+        {
+            "pretrained": {"metavar": "TAG|FILE"},
+            "classes": {"metavar": "'A; B; …'"},
+            "prompt": {"metavar": "TEMPLATE", "multiple": True},
+        },
+    ),
+]
 
 # flags that are not the Python name with dashes
 FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
 METAVARS: dict[str, dict[str, Any]] = {
     "student_factory": {"metavar": "MODULE:FUNCTION"},
+    "teacher_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "SPEC"},
     "loss": {"metavar": "METHOD=WEIGHT,…"},
+    "mask_box": {"metavar": "X0,Y0,X1,Y1"},
+    "class_weights": {"metavar": "none|balanced|W,W,…"},
 }
 
 
@@ -63,12 +71,16 @@ def _teacher(name: str | None, options: dict[str, Any]) -> Any:
     """Return the teacher of this name, or None, and remove its own options from ``options``."""
     from pipeline import parse_teacher
 
-    own = {field.name: options.pop(field.name) for field in option_fields(VisionLanguageOptions)}
+    of_clip, own = (
+        {field.name: options.pop(field.name) for field in option_fields(kind)}
+        for kind in (VisionLanguageOptions, OwnTeacherOptions)
+    )
     if name is not None:
-        return parse_teacher(name, VisionLanguageOptions(**own))
-    for key, value in own.items():
-        if value:
-            raise click.UsageError(f"--{key} needs a --teacher clip:ARCH, and there is none.")
+        return parse_teacher(name, VisionLanguageOptions(**of_clip), OwnTeacherOptions(**own))
+    for kind, values in (("clip:ARCH", of_clip), ("NAME", own)):
+        for key, value in values.items():
+            if value:
+                raise click.UsageError(f"--{key.replace('_', '-')} needs a --teacher {kind}, and there is none.")
     return None
 
 
@@ -104,6 +116,8 @@ class Commands(Group):
                 click.echo(str(interrupt), err=True)
             raise click.exceptions.Exit(128 + signum) from None
         except OSError as error:
+            if error.errno == errno.EPIPE:  # nobody reads the output any more, so click ends in silence
+                raise
             if isinstance(error, FileExistsError) and error.errno is None:
                 raise click.ClickException(text_of(error, ctx.meta.get(COMMAND))) from None
             where = f"{error.filename}: " if error.filename else ""
@@ -184,6 +198,25 @@ def make_data() -> None:
 
 
 @main.command(
+    name="add-fingerprints",
+    heading=DATA_AND_TEACHER,
+    example="add-fingerprints --data DATA.zarr",
+)
+@options(under(FILES, click.option("--data", required=True, type=Location(), help="Dataset: a folder or a URL.")))
+def add_fingerprints_command(data: str) -> None:
+    """Add fingerprints to a dataset.
+
+    Use it once for a dataset that another program wrote. Without fingerprints, every command reads the whole dataset
+    when it starts. The command reads each split once and writes the attribute 'fingerprint' of its group, and nothing
+    else. It compares fingerprints that are there already with the arrays.
+    """
+    from data import add_fingerprints
+
+    fingerprints = add_fingerprints(data)
+    click.echo(f"{data}: " + ", ".join(f"{split} {digest[:12]}…" for split, digest in fingerprints.items()))
+
+
+@main.command(
     name="train-teacher",
     heading=DATA_AND_TEACHER,
     example="train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER",
@@ -200,8 +233,15 @@ def train_teacher_command(**options: Any) -> None:
 
     result = train_teacher(**options)
     if _main_process():
-        click.echo(f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}")
+        click.echo(
+            f"{options['out']}: loss {result['loss']:.4f} after {result['steps']} steps, {_time(result)}"
+            + (_kept(result) if result["validation_loss"] is not None else "")
+        )
         _echo_bias_free(result["bias_free"])
+
+
+def _kept(result: dict[str, Any]) -> str:
+    return f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
 
 
 def _time(result: dict[str, Any]) -> str:
@@ -228,20 +268,23 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
         CachingOptions,
         {
             **METAVARS,
+            "teacher": {"required": False},
             "resolution": {"type": Choice([1, 2, 4])},
             "draws": {"show_default": "4; 1 for attention"},
             "scheduler": {"metavar": "ADDRESS"},
         },
     ),
-    OF_CLIP,
+    OF_TEACHERS,
 )
-def cache_explanations_command(teacher: str, **options: Any) -> None:
+def cache_explanations_command(teacher: str | None, **options: Any) -> None:
     """Write a teacher's heatmaps to a store.
 
     This is stage one: the teacher runs over a split once. Run the same command again to resume an interrupted run.
     """
     from pipeline import cache_explanations
 
+    if teacher is None and (teacher := options.pop("teacher_factory")) is None:
+        raise click.UsageError("Missing option '--teacher'.")
     done = cache_explanations(teacher=_teacher(teacher, options), **options)
     earlier = done.shards - done.computed_shards
     click.echo(
@@ -332,7 +375,7 @@ def train_student_command(**options: Any) -> None:
             + (
                 "; no --validation-cache, so the last weights are kept"
                 if result["validation_loss"] is None
-                else f"; weights of step {result['kept_step']} kept, validation loss {result['validation_loss']:.4f}"
+                else _kept(result)
             )
         )
 
@@ -416,29 +459,32 @@ def train_students_command(
             click.option(
                 "--teacher",
                 type=TeacherName(),
-                help="Teacher, or a vision-language model clip:ARCH, instead of --model.",
+                help="Teacher, the name of your own network, or clip:ARCH, instead of --model.",
             ),
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
     under(OUTPUT, click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")),
 )
 def evaluate_command(data: str, model: str | None, teacher: str | None, as_json: bool, **options: Any) -> None:
     """Test a model on every test split.
 
-    The command prints the accuracy on each split, the worst group, and the gap IID − OOD, with 95 % intervals. If the
-    dataset has masks, the command also prints how much of the relevance lies on the object. It warns you of a teacher
-    that is less accurate where the bias changes, because its students will learn the bias too. A split has no accuracy
-    if it lacks the masks that the teacher's front needs.
+    The command prints the accuracy on each split and of each class, the worst group, and the gap IID − OOD, with 95 %
+    intervals. Of more than 12 classes, it prints the worst five, and --json has all of them. If the dataset has masks,
+    the command also prints how much of the relevance lies on the object. It warns you of a teacher that is less
+    accurate where the bias changes, because its students will learn the bias too, and of a model that says one class
+    for every image. A split has no accuracy if it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
+    from trainer.results.by_class import class_table, one_class_warning
     from trainer.results.evaluation import bias_warning
 
     if (model is None) == (teacher is None):
         raise click.UsageError("give either --model or --teacher.")
     result = evaluate(data, _teacher(str(teacher or model), options), **options)
-    if warning := bias_warning(result):
-        click.echo(warning.spell(spell), err=True)
+    for warning in (bias_warning(result), one_class_warning(result)):
+        if warning is not None:
+            click.echo(warning.spell(spell), err=True)
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -455,6 +501,60 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
+    if table := class_table(result["splits"], "give --json"):
+        click.echo(f"\n{table}")
+
+
+@main.command(
+    name="predict",
+    heading=RESULTS,
+    example="predict --model STUDENT photos --out predictions.csv",
+)
+@click.argument("images", metavar="FILE|FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options(
+    options_of(PredictOptions, METAVARS, without=("images",)),
+    options_of(
+        WriteOptions,
+        {"out": {"required": False, "metavar": "FILE.csv"}},
+        without=tuple(field.name for field in option_fields(PredictOptions)),
+    ),
+)
+def predict_command(images: tuple[Path, ...], out: Path | None, probabilities: bool, **options: Any) -> None:
+    """Predict the class of image files.
+
+    The images are files of any format, or lie in folders at any depth. Without --out, the command prints a line for
+    each image, with the probability of the class. Files that cannot be read are listed and left out, and the exit code
+    is then 1.
+    """
+    from trainer import predict, write_predictions
+    from trainer.results.prediction import printable
+
+    if out is not None and str(out) != "-":
+        summary = write_predictions(images=images, out=out, probabilities=probabilities, **options)
+        unreadable = summary["unreadable"]
+        beside = f", with pictures in {summary['pictures']}" if summary["pictures"] else ""
+        click.echo(f"{out}: {summary['images']} image{'s' * (summary['images'] != 1)}{beside}")
+    elif options["explain"]:
+        raise click.UsageError("--explain draws a picture for each image: give --out, beside which they lie.")
+    else:
+        unreadable = {}
+        for prediction in predict(images=images, **options):
+            if prediction.problem is not None:
+                unreadable[prediction.path] = prediction.problem
+            else:
+                click.echo(printable(_prediction_line(prediction, probabilities)))
+    for path, problem in unreadable.items():
+        click.echo(f"{printable(path)}: {printable(problem)}", err=True)
+    if unreadable:
+        click.echo(f"{len(unreadable)} file{'s' * (len(unreadable) > 1)} cannot be read", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
+    width = min(30, max(map(len, prediction.probabilities)))
+    line = f"{prediction.class_name:<{width}} {100 * (prediction.probability or 0):6.2f} %  {prediction.path}"
+    every = ", ".join(f"{name} {100 * value:.2f} %" for name, value in prediction.probabilities.items())
+    return f"{line}  ({every})" if probabilities else line
 
 
 @main.command(
@@ -485,10 +585,12 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     under(
         FILES,
         click.option(
-            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first column."
+            "--teacher",
+            type=TeacherName(),
+            help="Teacher, the name of your own network, or clip:ARCH, as the first column.",
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
     under(
         "Samples",
         instead_of(
@@ -550,10 +652,12 @@ def show_explanations_command(
     under(
         FILES,
         click.option(
-            "--teacher", type=TeacherName(), help="Teacher, or a vision-language model clip:ARCH, as the first model."
+            "--teacher",
+            type=TeacherName(),
+            help="Teacher, the name of your own network, or clip:ARCH, as the first model.",
         ),
     ),
-    OF_CLIP,
+    OF_TEACHERS,
 )
 @click.pass_context
 def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: str | None, **options: Any) -> None:

@@ -130,7 +130,10 @@ def check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
     """
     for required in ("images", "labels"):
         if required not in arrays:
-            raise DatasetError(f"{where} has no array '{required}' (docs/dataset-layout.md)")
+            raise DatasetError(
+                f"{where} has no array '{required}': add it, or move the group out of the dataset "
+                "(docs/dataset-layout.md)"
+            )
     images = arrays["images"]
     shape = tuple(images.shape)
     expected = {"images": "uint8 (N, C, H, W)"}

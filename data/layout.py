@@ -15,6 +15,7 @@ import math
 import os
 import re
 import socket
+import unicodedata
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,16 @@ import zarr
 
 from data.arrays import as_arrays, check_arrays, doubtful_axes
 from data.errors import DatasetError
-from data.metadata import MetadataError, no_group, open_array, read_group, refuse_format_2
+from data.metadata import (
+    MetadataError,
+    axes_by_name,
+    no_group,
+    open_array,
+    read_group,
+    refuse_encoded,
+    refuse_format_2,
+    refuse_lost,
+)
 from data.storage import PARTIAL, ROOT, Location, Storage, open_store, process_runs
 from options import Call, Message, Option, first_line
 
@@ -45,6 +55,7 @@ WRITTEN = re.compile(
 )
 ANOTHER = Message("choose another ", Option("out"))
 REMEDY = Message("build one with ", Call("make_image_folder", command="make-data"))
+Lacking = Callable[[str], None]  # called with the name of a split without a fingerprint, before the split is read whole
 
 
 class UnreadableError(DatasetError):
@@ -155,7 +166,7 @@ class Dataset:
 
 
 def open_dataset(location: Location) -> Dataset:
-    """Open and check a dataset in our layout. Images are not read.
+    """Open and check a dataset in our layout. Images are not read, except those of a split without a fingerprint.
 
     Args:
         location: A folder, an fsspec URL, or a Zarr store.
@@ -167,10 +178,28 @@ def open_dataset(location: Location) -> Dataset:
         DatasetError: There is no dataset, it is damaged, or its arrays do not fit together.
         OSError: The location cannot be read.
     """
-    path, store = str(location), open_store(location)
+    return _open(location, open_store(location), functools.partial(_tell_whole_read, str(location)))
+
+
+@functools.cache
+def _tell_whole_read(path: str, split: str) -> None:
+    """Tell that a split without a fingerprint is read whole, but only once in a process."""
+    log.warning(
+        Message(
+            f"the split '{split}' of {path} has no fingerprint, so all of it is read whenever the dataset is opened: "
+            "add one with ",
+            Call("add_fingerprints", {"data": path}),
+        )
+    )
+
+
+def _open(location: Location, store: Storage, lacks_fingerprint: Lacking) -> Dataset:
+    path = str(location)
     raw = store.read(ROOT)
     if raw is None:
-        raise DatasetError(Message(f"no dataset at {path}: {no_group(store)}; ", REMEDY))
+        if problem := no_group(store):
+            raise DatasetError(f"no dataset at {path}: {problem}")
+        raise DatasetError(Message(f"no dataset at {path}: there is no Zarr group; ", REMEDY))
     try:
         root = read_group(ROOT, raw)
     except MetadataError as error:
@@ -185,8 +214,33 @@ def open_dataset(location: Location) -> Dataset:
         class_names=tuple(class_names),
         bias_attribute=attributes.get("bias_attribute"),
         group_names=group_names,
-        splits=_open_splits(path, store, root, len(class_names), len(group_names)),
+        splits=_open_splits(path, store, root, len(class_names), len(group_names), lacks_fingerprint),
     )
+
+
+def read_builder(location: Location, fingerprint: str) -> dict[str, Any] | None:
+    """Read what made a dataset, its attribute ``builder``. No array is read.
+
+    Args:
+        location: A folder, an fsspec URL, or a Zarr store.
+        fingerprint: Fingerprint of one of its splits.
+
+    Returns:
+        The attribute, empty if there is none; None if the dataset is gone, or no split has the fingerprint.
+    """
+    try:
+        store = open_store(location)
+        if (raw := store.read(ROOT)) is None:
+            return None
+        root = read_group(ROOT, raw)
+        for name, documents in _metadata_of_groups(store, root).items():
+            attributes = read_group(f"{name}/{ROOT}", documents[ROOT])["attributes"]
+            if attributes.get("fingerprint") == fingerprint:
+                builder = root["attributes"].get("builder")
+                return builder if isinstance(builder, dict) else {}
+    except (OSError, MetadataError):
+        pass
+    return None
 
 
 def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
@@ -208,16 +262,28 @@ def _check_attributes(path: str, attributes: Mapping[str, Any]) -> None:
         )
     class_names = attributes.get("class_names")
     if not (isinstance(class_names, list) and class_names and all(isinstance(c, str) for c in class_names)):
-        raise DatasetError(f"the dataset {path} has no attribute 'class_names', a list of names: add it")
-    _check_distinct(path, class_names)
+        problem = f"class_names {class_names!r}" if class_names else "no attribute 'class_names'"
+        raise DatasetError(f"the dataset {path} has {problem}: make it a list of names, such as ['cat', 'dog']")
+    _check_names(path, class_names)
     group_names = attributes.get("group_names", [])
     if not (isinstance(group_names, list) and all(isinstance(name, str) for name in group_names)):
         raise DatasetError(f"the dataset {path} has group_names {group_names!r}: make it a list of names")
+    for name in group_names:
+        check_name(name, f"a group of the dataset {path}")
 
 
-def _check_distinct(path: str, class_names: Sequence[str]) -> None:
+def _check_names(path: str, class_names: Sequence[str]) -> None:
     if twice := [name for name, count in Counter(class_names).items() if count > 1]:
         raise DatasetError(f"the dataset {path} has several classes called {twice[0]!r}: give each its own name")
+    for name in class_names:
+        check_name(name, f"a class of the dataset {path}")
+
+
+def check_name(name: str, role: str) -> None:
+    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        printable = name.encode("unicode_escape").decode()
+        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
 
 
 def _tell_one_class(path: str, class_names: Sequence[str]) -> None:
@@ -226,25 +292,33 @@ def _tell_one_class(path: str, class_names: Sequence[str]) -> None:
 
 
 def _open_splits(
-    path: str, store: Storage, root: Mapping[str, Any], classes: int, group_names: int
+    path: str, store: Storage, root: Mapping[str, Any], classes: int, group_names: int, lacks_fingerprint: Lacking
 ) -> dict[str, Split]:
     """Open and check every split. The known ones come first."""
     splits = {}
-    for name, documents in _metadata_of_groups(store, root).items():
+    try:
+        groups = _metadata_of_groups(store, root)
+    except MetadataError as error:
+        raise DatasetError(f"{path} cannot be opened: {error}") from None
+    for name, documents in groups.items():
         where = f"the split '{name}' of {path}"
         try:
             group = read_group(f"{name}/{ROOT}", documents.pop(ROOT))
             arrays = {key: open_array(store, f"{name}/{key}", raw) for key, raw in documents.items()}
-            for key in {"images", "labels"} - set(arrays):
-                refuse_format_2(store, f"{name}/{key}")
+            refuse_format_2(store, [f"{name}/{key}" for key in ARRAYS if key not in arrays])
         except MetadataError as error:
             raise DatasetError(f"{where} cannot be opened: {error}") from None
-        splits[name] = _open_split(where, name, group["attributes"], arrays, classes, group_names)
+        digest = group["attributes"].get("fingerprint") or None
+        splits[name] = _open_split(where, name, digest, arrays, classes, group_names, lacks_fingerprint)
     if not splits:
         raise DatasetError(f"the dataset {path} has no splits: it needs at least a group 'train'")
     shapes = {split.image_shape for split in splits.values()}
     if len(shapes) > 1:
         raise DatasetError(f"the splits of {path} have images of different shapes {sorted(shapes)}")
+    first: dict[str, str] = {}
+    for name, split in splits.items():
+        if (other := first.setdefault(split.fingerprint, name)) != name:
+            warn_once(f"the splits '{other}' and '{name}' of {path} hold the same samples: give each its own")
     order = ["train", "validation", "iid", "ood", "shift"]
     names = sorted(splits, key=lambda name: (order.index(name) if name in order else len(order), name))
     return {name: splits[name] for name in names}
@@ -259,11 +333,14 @@ def _metadata_of_groups(store: Storage, root: Mapping[str, Any]) -> dict[str, di
     names = sorted({*store.names(), *(key.split("/")[0] for key in consolidated)} - {ROOT})
     keys = [(name, key) for name in names for key in (ROOT, *ARRAYS)]
     documents = store.read_many([f"{name}/{key}" if key == ROOT else f"{name}/{key}/{ROOT}" for name, key in keys])
-    groups: dict[str, dict[str, bytes]] = {}
+    by_name: dict[str, dict[str, bytes]] = {name: {} for name in names}
     for (name, key), raw in zip(keys, documents, strict=True):
-        if raw is not None and (key == ROOT or name in groups) and not (key == ROOT and _is_array(raw)):
-            groups.setdefault(name, {})[key] = raw
-    return groups
+        if raw is not None:
+            by_name[name][key] = raw
+    for name, own in by_name.items():
+        if ROOT not in own:
+            refuse_lost(store, name, own)
+    return {name: own for name, own in by_name.items() if ROOT in own and not _is_array(own[ROOT])}
 
 
 def _is_array(raw: bytes) -> bool:
@@ -273,47 +350,70 @@ def _is_array(raw: bytes) -> bool:
 
 
 def _open_split(
-    where: str, name: str, attributes: Mapping[str, Any], arrays: Mapping[str, Any], classes: int, group_names: int
+    where: str,
+    name: str,
+    digest: str | None,
+    arrays: Mapping[str, Any],
+    classes: int,
+    group_names: int,
+    lacks_fingerprint: Lacking,
 ) -> Split:
+    _check_meaning(where, arrays)
     _check_arrays(where, arrays)
-    labels, digest = arrays["labels"], attributes.get("fingerprint") or None
+    labels = arrays["labels"]
     try:
         _check_labels(where, *_range(labels), classes)
         if "groups" in arrays and group_names and (problem := _without_name(*_range(arrays["groups"]), group_names)):
             warn_once(f"{where}: {problem}")
         if digest is None:
+            lacks_fingerprint(name)
             digest = fingerprint(arrays)
-            if missing := _missing_chunks(arrays["images"]):
-                warn_once(f"{where}: {missing}, and are read as {arrays['images'].fill_value}")
+            for array in arrays.values():
+                if missing := _missing_chunks(array):
+                    warn_once(
+                        f"{where}: {missing}, and are read as {array.fill_value}. Zarr leaves out chunks that hold "
+                        "nothing else: if these do not, write them again"
+                    )
     except UnreadableError as error:
         raise DatasetError(f"{where} is damaged: {error}") from None
     return Split(name, arrays["images"], labels, arrays.get("groups"), arrays.get("masks"), str(digest))
 
 
-def add_fingerprints(location: Location) -> dict[str, str]:
+def add_fingerprints(data: Location) -> dict[str, str]:
     """Give every split of a foreign dataset its fingerprint, so that it is not read whole whenever it is opened.
 
-    A fingerprint that is there is compared with the arrays.
+    A fingerprint that is there is compared with the arrays. Nothing else in the dataset changes.
 
     Args:
-        location: A folder, an fsspec URL, or a Zarr store.
+        data: A folder, an fsspec URL, or a Zarr store.
 
     Returns:
         The fingerprint of each split by name.
 
     Raises:
-        DatasetError: There is no dataset, it is damaged, or a fingerprint is that of other arrays.
+        DatasetError: There is no dataset, it is being written or damaged, or a fingerprint is that of other arrays.
         OSError: The location cannot be read or written.
     """
-    dataset, store = open_dataset(location), open_store(location, writable=True)
+    store = open_store(data, writable=True)
+    lacking = []
+
+    def check_writable(split: str) -> None:  # before the split is read, which may take long
+        lacking.append(split)
+        key = f"{split}/{ROOT}"
+        if store.read_only:
+            raise OSError(f"{data} is read-only: open it for writing, or copy the dataset first")
+        store.write(key, store.read(key) or b"")
+
+    dataset = _open(data, store, check_writable)
     for name, split in dataset.splits.items():
+        if name not in lacking:
+            split.verify()
+            log.info(f"the split '{name}' of {data} has its fingerprint already, and its arrays match")
+    for name in lacking:
         key = f"{name}/{ROOT}"
         group = read_group(key, store.read(key) or b"")
-        if "fingerprint" in group["attributes"]:
-            split.verify()
-        else:
-            group["attributes"]["fingerprint"] = split.fingerprint
-            store.write(key, json.dumps(group, indent=2).encode())
+        group["attributes"]["fingerprint"] = dataset.splits[name].fingerprint
+        store.write(key, json.dumps(group, indent=2).encode())
     return {name: split.fingerprint for name, split in dataset.splits.items()}
 
 
@@ -326,6 +426,24 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
             f"{where}: 'images' is {shape}, which means {shape[1]} channels and {shape[3]} columns of pixels; if the "
             "channels are the last axis, write images.transpose(0, 3, 1, 2)"
         )
+
+
+def _check_meaning(where: str, arrays: Mapping[str, Any]) -> None:
+    """Raise DatasetError if metadata say that an array means other values, or has other axes; warn of x before y."""
+    for name, array in arrays.items():
+        try:
+            refuse_encoded(name, array)
+        except MetadataError as error:
+            raise DatasetError(f"{where}: {error}") from None
+        if name in ("images", "masks") and (named := axes_by_name(array)):
+            names, axes = named
+            text = (
+                f"{where}: '{name}' has the dimensions {', '.join(names)}, expected samples, channels, rows, columns: "
+                f"transpose them, {name}.transpose{axes}, or correct these names"
+            )
+            if axes != (0, 1, 3, 2):
+                raise DatasetError(text)
+            warn_once(text)
 
 
 def _range(ids: Any) -> tuple[int, int]:
@@ -412,9 +530,12 @@ def _rows(array: Any, start: int, stop: int) -> Any:
 
 
 def _missing_chunks(array: zarr.Array) -> str | None:
-    """Tell how many chunks of an array are not stored, and are read as its fill value; None if all are."""
-    missing = array.nchunks - array.nchunks_initialized
-    return f"{missing} of {array.nchunks} chunks of '{array.path}' are missing" if missing else None
+    """Tell how many files of an array are not stored, and are read as its fill value; None if all are."""
+    file = array.shards or array.chunks  # a file holds a chunk, or a shard of several
+    files = math.prod(-(-size // rows) for size, rows in zip(array.shape, file, strict=True))
+    missing = files - array.nchunks_initialized * math.prod(array.chunks) // math.prod(file)
+    kind = "shards" if array.shards else "chunks"
+    return f"{missing} of {files} {kind} of '{array.path}' are missing" if missing else None
 
 
 def _chunk_rows(array: Any) -> tuple[int, ...]:
@@ -522,6 +643,7 @@ class DatasetWriter:
         if name in self._ranges:
             raise DatasetError(f"the split '{name}' for {self.path} is written already: give each its own name")
         where = f"the split '{name}' for {self.path}"
+        _check_meaning(where, arrays)
         arrays = as_arrays(where, arrays)
         _check_arrays(where, arrays)
         self._check_ours()
@@ -562,7 +684,7 @@ class DatasetWriter:
                 or another process took the location over.
         """
         class_names, group_names = attributes["class_names"], attributes.get("group_names") or ()
-        _check_distinct(self.path, class_names)
+        _check_names(self.path, class_names)
         _tell_one_class(self.path, class_names)
         for name, ranges in self._ranges.items():
             where = f"the split '{name}' for {self.path}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import zarr
 from zarr.storage import StorePath
 
@@ -13,29 +17,108 @@ from options import first_line
 
 ARRAY_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
 MIGRATE = "zarr migrate v3"  # a command of Zarr's own, which writes metadata beside the old one and copies no chunk
+UNSCALED = 1.0, 1 / 255  # scales of images that mean what the layout means: values 0 to 255, or 0 to 1 after decoding
+AXES = {
+    1: ("c", "channel", "channels", "band", "bands", "rgb"),
+    2: ("y", "h", "height", "row", "rows", "lat", "latitude"),
+    3: ("x", "w", "width", "col", "cols", "column", "columns", "lon", "longitude"),
+}  # names that people give to the axes of images (N, C, H, W)
 
 
 class MetadataError(ValueError):
     """A document of metadata cannot be read. The text begins with its key."""
 
 
-def no_group(store: Storage) -> str:
-    """Tell what is at a location that has no metadata of a Zarr format 3 group."""
+def no_group(store: Storage) -> str | None:
+    """Tell what is at a location that has no metadata of a Zarr format 3 group, with the remedy; None for nothing."""
     if any(store.read(key) is not None for key in (".zgroup", ".zarray", ".zmetadata")):
-        return (
-            f"it is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}` (pip install 'zarr[cli]')"
-        )
+        return f"it is {_format_2(store)}"
     if store.folder is not None and store.folder.is_file():
         return "it is a file, so unpack it, or give Python's zarr.storage.ZipStore if it is a ZIP file"
-    return "there is no Zarr group"
+    return None
 
 
-def refuse_format_2(store: Storage, path: str) -> None:
-    """Raise MetadataError if there is an array of Zarr format 2 at a path of a store."""
-    if store.read(f"{path}/.zarray") is not None:
+def refuse_format_2(store: Storage, paths: Iterable[str]) -> None:
+    """Raise MetadataError if there is a group or an array of Zarr format 2 at one of these paths of a store."""
+    places = [(path, f"{path}/{document}") for path in paths for document in (".zgroup", ".zarray")]
+    for (path, _), raw in zip(places, store.read_many([key for _, key in places]), strict=True):
+        if raw is not None:
+            raise MetadataError(f"{path} is {_format_2(store, path)}")
+
+
+def _format_2(store: Storage, path: str = "") -> str:
+    """Tell how to convert a group or an array of Zarr format 2. Zarr's command ends in a traceback of two of them."""
+    first = "remove its .zmetadata, and " if store.read(f"{path}/.zmetadata".lstrip("/")) is not None else ""
+    return (
+        f"of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}{path and '/'}{path}` (pip install "
+        f"'zarr[cli]'). Before that, {first}write 0 for each fill_value that is null in its .zarray files"
+    )
+
+
+def refuse_lost(store: Storage, name: str, arrays: Iterable[str]) -> None:
+    """Raise MetadataError if a name in the root that is no group of Zarr format 3 holds what was meant as a split.
+
+    Args:
+        store: The store.
+        name: The name.
+        arrays: The names of the arrays of a split that are there.
+    """
+    for array in arrays:
         raise MetadataError(
-            f"{path} is of Zarr format 2, so convert it with `{MIGRATE} {store.folder or store}/{path}`"
+            f'{name}/{ROOT} is missing beside {name}/{array}: write {{"zarr_format": 3, "node_type": "group"}} to it'
         )
+    refuse_format_2(store, [name])
+    place = store.folder and store.folder / name
+    if place and place.is_symlink() and not place.exists():
+        raise MetadataError(f"{name} is a link to {place.readlink()}, which does not exist: mend or remove the link")
+
+
+def refuse_encoded(name: str, array: Any) -> None:
+    """Raise MetadataError if attributes of the CF conventions say that the values are others than those stored.
+
+    xarray and netCDF tools write them, and decode the values when they read. Nothing here does.
+
+    Args:
+        name: Name of the array, in the layout.
+        array: The array. Those without ``attrs`` have no such attributes.
+    """
+    attributes, dtype = getattr(array, "attrs", {}), getattr(array, "dtype", None)
+    encoded = {key: attributes[key] for key in ("scale_factor", "add_offset", "_Unsigned") if key in attributes}
+    scale, offset = _number(encoded.get("scale_factor", 1)), _number(encoded.get("add_offset", 0))
+    scales = UNSCALED if name == "images" else UNSCALED[:1]
+    is_scaled = offset != 0 or not any(math.isclose(scale, unit, rel_tol=1e-6) for unit in scales)
+    is_unsigned = {"true": True, "false": False}.get(str(encoded.get("_Unsigned")).strip("b'\"").lower())
+    if is_scaled or (is_unsigned is not None and is_unsigned != (np.dtype(dtype).kind == "u")):
+        raise MetadataError(
+            f"'{name}' is {dtype} with the attributes {encoded}, by which other values are meant than are stored: "
+            "write these values, without the attributes"
+        )
+
+
+def _number(value: Any) -> float:
+    """Convert the value of an attribute, which may be a list of one; NaN if it is no number."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(np.asarray(value).item())
+    return math.nan
+
+
+def axes_by_name(array: Any) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+    """Compare the names of the axes of images or masks with (N, C, H, W).
+
+    Args:
+        array: An array of Zarr or xarray. Others have no names.
+
+    Returns:
+        The names, and the transposition that puts the axes in order; None if they are in order, or have other names.
+    """
+    names = getattr(getattr(array, "metadata", None), "dimension_names", None) or getattr(array, "dims", None)
+    names = names or getattr(array, "attrs", {}).get("_ARRAY_DIMENSIONS")
+    if not isinstance(names, list | tuple) or len(names) != 4:
+        return None
+    places = [next((axis for axis, words in AXES.items() if str(name).lower() in words), 0) for name in names]
+    if sorted(places) != [0, 1, 2, 3] or places == [0, 1, 2, 3]:
+        return None
+    return tuple(str(name) for name in names), tuple(places.index(axis) for axis in range(4))
 
 
 def read_group(key: str, raw: bytes) -> dict[str, Any]:

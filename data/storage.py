@@ -32,6 +32,7 @@ PARTIAL = ".partial"
 VANISHED = "the folder being written to has vanished"
 AT_ONCE = 64  # concurrent requests to a remote store
 ROOT = "zarr.json"  # key of the root group's metadata
+WRITABLE = "give a folder, or a URL that takes writes, such as s3://bucket/name"
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # the errors that mean "no such key"
 
 
@@ -445,7 +446,10 @@ class Remote(Storage, FsspecStore):
         return await self._try(super().exists(key))
 
     async def set(self, key: str, value: Buffer, byte_range: tuple[int, int] | None = None) -> None:
-        await self._try(super().set(key, value, byte_range), writes=True)
+        try:
+            await self._try(super().set(key, value, byte_range), writes=True)
+        except NotImplementedError:
+            raise OSError(f"{self.url}: its protocol does not write; {WRITABLE}") from None
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key unless it exists.
@@ -527,6 +531,8 @@ def _reason(error: Exception) -> str:
 
 def _remedy(error: Exception) -> str:
     kind = type(error).__name__
+    if getattr(error, "status", None) in (405, 501):  # of a web server that knows no PUT
+        return WRITABLE
     if isinstance(error, PermissionError) or "Credentials" in kind or "Token" in kind:
         return (
             "check the credentials (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role) and "

@@ -116,7 +116,11 @@ def _images(name: str, builder: Builder) -> str:
 
 def _required(name: str, builder: Builder) -> str:
     return code(
-        [f"--{field.name}" for field in option_fields(builder.options) if field.required and field.name != "out"]
+        [
+            field.positional or f"--{field.name}"
+            for field in option_fields(builder.options)
+            if field.required and field.name != "out"
+        ]
     )
 
 

@@ -14,13 +14,14 @@ from options.fields import (
     Kind,
     OptionField,
     OptionSet,
+    Positional,
     Separated,
     option_fields,
     overridden,
     takes,
 )
 from options.lazy import Lazy
-from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined
+from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined, renamed
 from options.registry import Registry
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Option",
     "OptionField",
     "OptionSet",
+    "Positional",
     "Registry",
     "Separated",
     "Word",
@@ -47,5 +49,6 @@ __all__ = [
     "joined",
     "option_fields",
     "overridden",
+    "renamed",
     "takes",
 ]

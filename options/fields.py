@@ -43,6 +43,7 @@ class Kind(Enum):
     SIZE = "a number of bytes"
     BATCH_SIZE = "a number of samples, or auto"
     NAMED_FOLDERS = "folders by name"
+    NAMED_SPLITS = "splits by name"
     IMAGE_SIZE = "a number of pixels, or height and width"
 
 
@@ -72,6 +73,13 @@ class InsteadOf:
 
 
 @dataclass(frozen=True)
+class Positional:
+    """The value is an argument of a command, without a flag. ``metavar`` stands for it in the help."""
+
+    metavar: str
+
+
+@dataclass(frozen=True)
 class Heading:
     """The heading of one field, if it is not the ``HEADING`` of the class."""
 
@@ -94,6 +102,7 @@ class OptionField:
     kind: Kind | None = None
     separator: str | None = None
     instead_of: str | None = None  # the name of another option; a command takes one of the two
+    positional: str | None = None  # the metavar, of a `Positional`
 
     @property
     def required(self) -> bool:
@@ -171,6 +180,7 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),
         instead_of=next((note.other for note in notes if isinstance(note, InsteadOf)), None),
+        positional=next((note.metavar for note in notes if isinstance(note, Positional)), None),
     )
 
 

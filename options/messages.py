@@ -7,7 +7,7 @@ them as flags by `Message.spell`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -96,6 +96,17 @@ def joined(pieces: Iterable[object], separator: str) -> Message:
     """Return the pieces with a separator between them."""
     with_separators = [part for piece in pieces for part in (separator, piece)]
     return Message(*with_separators[1:])
+
+
+def renamed(error: BaseException, names: Mapping[str, str]) -> Message:
+    """Return the text of an error with other names of options, for a function that has them under these names."""
+    pieces = Message(error).pieces
+    return Message(
+        *(
+            Option(names.get(piece.name, piece.name), piece.value) if isinstance(piece, Option) else piece
+            for piece in pieces
+        )
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ from .networks.classifier import Classifier, ModelConfig, load_classifier
 from .networks.export import export_model, plain, save_plain
 from .networks.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from .networks.models import architectures, build_network
+from .networks.own_teachers import OwnTeacher
+from .networks.preprocessing import PreprocessSpec
 from .networks.processes import LostProcess
 from .networks.synchronised import synchronise_batch_norm
 from .networks.teachers import load_teacher, parse_teacher
@@ -25,6 +27,8 @@ __all__ = [
     "LostProcess",
     "ModelConfig",
     "ModelError",
+    "OwnTeacher",
+    "PreprocessSpec",
     "RelevanceError",
     "RuleSet",
     "ScaleNorm",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.explainers import EXPLAINERS
-from pipeline.networks.models import last_layer
+from pipeline.networks.layers import last_layer
 from pipeline.networks.trials import kind_of
 from pipeline.relevance import Trace
 

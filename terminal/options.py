@@ -20,6 +20,7 @@ from terminal.types import (
     Location,
     NameAndValue,
     NamedFolder,
+    NamedSplit,
     Names,
     TeacherName,
 )
@@ -64,6 +65,10 @@ KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
     Kind.BATCH_SIZE: BatchSize,
     Kind.IMAGE_SIZE: ImageSize,
 }
+NAMED: Mapping[Kind | None, Callable[[], click.ParamType]] = {
+    Kind.NAMED_FOLDERS: NamedFolder,
+    Kind.NAMED_SPLITS: NamedSplit,
+}
 
 
 def options_of(
@@ -87,6 +92,9 @@ def options_of(
     decorators = []
     for field in option_fields(options):
         if field.name not in without:
+            if field.positional is not None:
+                decorators.append(click.argument(field.name, metavar=field.positional, type=_type(field)))
+                continue
             flag = flags.get(field.name) or _flag(field)
             arguments = {"help": field.doc, **_arguments(field), **changes.get(field.name, {})}
             option = click.option(flag, field.name, **arguments)
@@ -107,17 +115,17 @@ def _arguments(field: OptionField) -> dict[str, Any]:
     if bool in field.types:
         return arguments | ({"is_flag": True} if field.default is False else {})
     if any(get_origin(one) in (dict, Mapping) for one in field.types):
-        if field.kind is Kind.NAMED_FOLDERS:
-            return {"multiple": True, "type": NamedFolder(), "callback": _folders_by_name}
+        if field.kind in NAMED:
+            return {"multiple": True, "type": NAMED[field.kind](), "callback": _by_name}
         return {"multiple": True, "type": NameAndValue(), "callback": lambda ctx, param, pairs: dict(pairs)}
     return arguments | {"type": _type(field)}
 
 
-def _folders_by_name(ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    """Return the folders by name, or refuse a name that is given twice."""
+def _by_name(ctx: click.Context, param: click.Parameter, pairs: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Return the values by name, or refuse a name that is given twice."""
     names = [name for name, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise click.BadParameter(f"{twice[0]} is given twice: give each folder its own name", ctx, param)
+        raise click.BadParameter(f"{twice[0]} is given twice: give each its own name", ctx, param)
     return dict(pairs)
 
 

@@ -35,12 +35,12 @@ class LocalFolder(click.Path):
 
 
 class TeacherName(LocalFolder):
-    """A folder, or the name of a vision-language model."""
+    """A folder, or the name of a network such as timm:resnet18, clip:RN50 or package.module:function."""
 
-    name = "folder or clip:ARCH"
+    name = "folder or name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if str(value).startswith("clip:") else super().convert(value, param, ctx)
+        return value if ":" in str(value) and "://" not in str(value) else super().convert(value, param, ctx)
 
 
 class Bytes(click.ParamType):
@@ -137,9 +137,25 @@ class NamedFolder(click.ParamType):
     """NAME=DIR."""
 
     name, pairs = "name=folder", True
+    form, example = "NAME=DIR", "ood=images/ood"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Path]:
-        name, equals, folder = value.partition("=")
-        if not (name and equals and folder):
-            self.fail(f"'{value}' is no NAME=DIR: give one such as ood=images/ood", param, ctx)
-        return name, Path(folder)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            self.fail(f"'{value}' is no {self.form}: give one such as {self.example}", param, ctx)
+        return name, self.meaning(text)
+
+    def meaning(self, text: str) -> Any:
+        """Return the value of the text after the name."""
+        return Path(text)
+
+
+class NamedSplit(NamedFolder):
+    """NAME=SPLIT."""
+
+    name = "name=split"
+    form, example = "NAME=SPLIT", "ood=test"
+
+    def meaning(self, text: str) -> str:
+        """Return the name of the split."""
+        return text

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from PIL import Image
 from torch.utils.data import TensorDataset
 
+from cli import main
 from data import DatasetError, DatasetWriter, add_fingerprints, open_dataset
 from data.layout import fingerprint, warn_once
 from data.storage import open_store
@@ -51,6 +53,11 @@ def write_plainly(path: Path, attributes: dict[str, Any] | None = None, **arrays
     kind = "explanation-distillation dataset"
     root.attrs.put({"kind": kind, "format_version": 1, "class_names": ["a", "b"], **(attributes or {})})
     return path
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """All messages, except that a dataset has no fingerprint, which is true of each that `write_plainly` makes."""
+    return [message for message in caplog.messages if "has no fingerprint" not in message]
 
 
 def change(path: Path, **changes: Any) -> None:
@@ -115,7 +122,7 @@ def test_narrow_images_are_taken_and_doubtful_axes_are_told(tmp_path, caplog, sh
     with caplog.at_level(logging.WARNING, logger="data.layout"):
         assert open_dataset(path).split("train").image_shape == shape[1:]
         open_dataset(path)
-    assert len(caplog.messages) == doubtful  # once in a process
+    assert len(told(caplog)) == doubtful  # once in a process
     assert not doubtful or f"{shape[1]} channels and {shape[3]} columns" in caplog.text
 
 
@@ -268,7 +275,7 @@ def test_images_of_zeros_and_ones_are_told_to_be_nearly_black(tmp_path, caplog):
     caplog.clear()
     write(tmp_path / "black.zarr", images=IMAGES * 0)
     write(tmp_path / "other.zarr")
-    assert not caplog.messages
+    assert not told(caplog)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -302,7 +309,7 @@ def test_groups_without_a_name_are_refused_by_the_writer_and_told_when_a_dataset
     caplog.clear()
     open_dataset(write_plainly(tmp_path / "right.zarr", names, groups=LABELS))
     open_dataset(write_plainly(tmp_path / "unnamed.zarr", groups=groups))
-    assert not caplog.messages
+    assert not told(caplog)
 
 
 # --- foreign Zarr ----------------------------------------------------------------------------------------------------
@@ -361,7 +368,7 @@ def test_a_missing_chunk_is_named_by_its_array(tmp_path, caplog):
         open_dataset(path).split("train").verify()
     path = write_plainly(tmp_path / "p.zarr")
     open_dataset(path)
-    assert not caplog.messages
+    assert not told(caplog)
     shutil.rmtree(path / "train" / "images" / "c")
     open_dataset(path)  # without a fingerprint, a chunk of zeros looks the same: Zarr does not store it
     assert "1 of 1 chunks of 'train/images' are missing, and are read as 0" in caplog.text
@@ -447,3 +454,51 @@ def test_a_wrong_fingerprint_is_refused_and_kept(tmp_path):
     change(path / "train" / "zarr.json", attributes={"note": "mine"})
     add_fingerprints(path)
     assert json.loads((path / "train" / "zarr.json").read_text())["attributes"]["note"] == "mine"
+
+
+def test_a_dataset_that_is_read_whole_at_every_start_names_the_command_that_ends_it(tmp_path, capfd):
+    path = write_plainly(tmp_path / "d.zarr")
+    train = ["train-teacher", "--data", str(path), "--steps", "1", "--batch-size", "4"]
+    told = f"add one with python cli.py add-fingerprints --data {path}\n"
+    before = CliRunner().invoke(main, [*train, "--out", str(tmp_path / "t")])
+    assert (before.output + capfd.readouterr().err).count(told) == 1
+    added = CliRunner().invoke(main, ["add-fingerprints", "--data", str(path)])
+    digest = fingerprint({"images": IMAGES, "labels": LABELS})
+    assert added.output == f"{path}: train {digest[:12]}…\n", added.output
+    after = CliRunner().invoke(main, [*train, "--out", str(tmp_path / "u")])
+    assert after.exit_code == 0
+    assert "add-fingerprints" not in after.output + capfd.readouterr().err
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_fingerprint_is_replaced(tmp_path, empty):
+    path = write_plainly(tmp_path / "d.zarr")
+    change(path / "train" / "zarr.json", attributes={"fingerprint": empty})
+    expected = add_fingerprints(path)
+    assert json.loads((path / "train" / "zarr.json").read_text())["attributes"] == {"fingerprint": expected["train"]}
+
+
+def test_a_dataset_that_cannot_be_written_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    def read_whole(*arguments: Any) -> None:
+        raise AssertionError("the dataset is read whole")
+
+    monkeypatch.setattr("data.layout.fingerprint", read_whole)
+    path = write_plainly(tmp_path / "d.zarr")
+    with pytest.raises(OSError, match="is read-only: open it for writing, or copy the dataset first"):
+        add_fingerprints(zarr.storage.LocalStore(path, read_only=True))
+
+    def deny(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path / "train"))
+
+    monkeypatch.setattr("data.storage.Folder.write", deny)
+    result = CliRunner().invoke(main, ["add-fingerprints", "--data", str(path)])
+    assert (result.exit_code, result.output) == (1, f"Error: {path / 'train'}: Permission denied\n")
+
+
+def test_a_dataset_that_is_being_written_gets_no_fingerprint(tmp_path):
+    with DatasetWriter(tmp_path / "d.zarr") as writer:
+        writer.write_split("train", images=IMAGES, labels=LABELS)
+        result = CliRunner().invoke(main, ["add-fingerprints", "--data", str(tmp_path / "d.zarr")])
+        writer.finish(class_names=["a", "b"])
+    assert result.exit_code == 1
+    assert "was not finished, or is still being written" in result.output

@@ -97,7 +97,7 @@ BAD = {
     f"{TRAIN} --arch resnet18x": (1, "Did you mean resnet18"),
     f"{TRAIN} --arch zzz": (1, "unknown architecture 'zzz'"),
     f"{STUDENT} --arch vgg11": (1, "does not take images of shape (3, 28, 28)"),
-    f"{TRAIN} --debias blur": (2, "'blur' is not one of 'grayscale', 'mask', 'segmenter'"),
+    f"{TRAIN} --debias blur": (2, "'blur' is not one of 'grayscale', 'mask', 'mask-mean', 'mask-blur'"),
     f"{TRAIN} --debias mask": (1, "needs 'masks' in the train split"),
     f"{TRAIN} --device tpu": (1, "the device 'tpu' cannot be used here"),
     f"{TRAIN} --lr 0": (2, "--lr"),

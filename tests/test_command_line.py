@@ -97,7 +97,8 @@ def test_every_option_is_explained_and_its_default_shown(path):
 def test_the_commands_are_listed_as_they_are_used_under_headings():
     output = run("--help").output
     listed = [line.split()[0] for line in output[output.index("Data and teacher:") :].splitlines() if line[:2] == "  "]
-    assert listed[:5] == ["make-data", "train-teacher", "cache-explanations", "inspect-cache", "train-student"]
+    first = ["make-data", "add-fingerprints", "train-teacher", "cache-explanations", "inspect-cache", "train-student"]
+    assert listed[:6] == first
     assert set(main.commands) <= set(listed)
     assert all(
         f"\n{command.heading}:\n" in output and command.heading != "Commands" for command in main.commands.values()
@@ -185,6 +186,20 @@ def test_lists_are_repeated_options_and_mappings_are_pairs(tmp_path):
 
 def test_a_file_gives_an_argument_too(tmp_path):
     assert parsed("inspect-cache", "--config", write(tmp_path / "a.yaml", {"cache": "c"}))["cache"] == "c"
+    file = write(tmp_path / "b.yaml", {"dataset": "d", "test": {"ood": "test"}, "class-names": ["a", "b"], "out": "o"})
+    options = parsed("make-data", "hf", "--config", file)
+    assert (options["dataset"], options["tests"], options["class_names"]) == (Path("d"), {"ood": "test"}, ("a", "b"))
+
+
+def test_a_positional_option_has_no_flag_and_a_split_is_given_by_name():
+    options = parsed("make-data", "hf", "folder", "--test", "ood=test", "--out", "o")
+    assert (options["dataset"], options["tests"]) == (Path("folder"), {"ood": "test"})
+    for words, error in (
+        (("--test", "ood"), "'ood' is no NAME=SPLIT: give one such as ood=test"),
+        (("--dataset", "d"), "--dataset"),
+    ):
+        with pytest.raises(click.UsageError, match=error):
+            parsed("make-data", "hf", "folder", *words, "--out", "o")
 
 
 @pytest.mark.parametrize("text", ["1e-3", "'0.001'", "0.001", "1.0e-3"])

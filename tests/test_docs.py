@@ -12,11 +12,18 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import click
+import numpy as np
 import pytest
+import timm
+import torch
+import torchvision
 from click.testing import CliRunner
 from conftest import save_clip
+from safetensors.torch import save_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from cli import main
+from data import DatasetWriter
 from data.builders.registry import BUILDERS, Builder, BuilderOptions
 from options import Registry
 from pipeline.explainers import EXPLAINERS, Explainer
@@ -35,6 +42,27 @@ SMALL = {
     "make-data": ("--limit", "120"),
     **dict.fromkeys(["train-teacher", "train-student", "train-students"], ("--steps", "2")),
 }
+
+
+def used(network: torch.nn.Module) -> torch.nn.Module:
+    """Let batch norms see images, as otherwise relevance is so small that a CPU computes it very slowly."""
+    with torch.no_grad():
+        for _ in range(20):
+            network.train()(torch.rand(8, 3, 32, 32))
+    return network
+
+
+def save_networks() -> None:
+    """Write the files of a user that the page on own networks names."""
+    for name, classes in (("mine.pth", 10), ("imagenet.pth", 1000)):
+        torch.save(used(torchvision.models.resnet18(num_classes=classes)).state_dict(), name)
+    save_file(used(timm.create_model("resnet18", num_classes=10)).state_dict(), "resnet18.safetensors")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10)
+    used(ResNetForImageClassification(config)).save_pretrained("my-model")
+    with DatasetWriter("ANIMALS.zarr") as writer:
+        images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), np.uint8)
+        writer.write_split("train", images=images, labels=np.arange(40) % 2)
+        writer.finish(class_names=["dog", "cat"])
 
 
 _spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")  # a script of no package
@@ -67,13 +95,18 @@ def test_the_commands_of_a_page_run(page, tmp_path, monkeypatch, fashion):
     monkeypatch.setattr("data.builders.fashion_on_textures.DEBIAN", str(fashion))
     if page.name == "clip.md":
         save_clip(Path("TINY/vit/clip"), "vit")
+    small = SMALL
+    if page.name == "own-networks.md":
+        save_networks()
+        of_networks = ("cache-explanations", "train-teacher", "train-student")
+        small = {**SMALL, **{command: (*SMALL.get(command, ()), "--input-size", "32") for command in of_networks}}
     save_files(page)
     for line in "\n".join(blocks(page, "bash")).splitlines():
         if line.startswith("python cli.py ") and not {"quickstart", "reproduce"} & {
             *line.split()
         }:  # have no small sizes
             arguments = shlex.split(line)[2:]
-            result = CliRunner().invoke(main, [*arguments, *SMALL.get(arguments[0], ())])
+            result = CliRunner().invoke(main, [*arguments, *small.get(arguments[0], ())])
             assert result.exit_code == 0, f"{line}\n{result.output}"
 
 

@@ -19,6 +19,9 @@ from PIL import Image
 from cli import main
 from data import DatasetError, make_image_folder, open_dataset
 from data.builders import decoding
+from data.builders.decoding import Scratch
+from data.builders.folders import Sample
+from data.builders.samples import write_samples
 from trainer import train_teacher
 
 SIZE = 16
@@ -578,3 +581,34 @@ def test_the_command_says_what_is_noted_on_standard_error(spoilt):
     assert "'--test': ood is given twice" in result.output
     result = CliRunner().invoke(main, [*(str(word) for word in command), "--test", "elsewhere"])
     assert "'elsewhere' is no NAME=DIR" in result.output
+
+
+# --- many groups ----------------------------------------------------------------------------------------------------
+
+
+class Counted(str):
+    """A name that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Counted.compared += 1
+        return str.__eq__(self, str(other))
+
+
+def test_names_of_groups_are_looked_up_and_not_searched_for(tmp_path):
+    names = [Counted(f"hospital {number}") for number in range(600)]
+    samples = [
+        Sample(Path(f"{number}.png"), f"{number}.png", number % 2, group=name) for number, name in enumerate(names)
+    ]
+    scratch = Scratch(tmp_path, len(samples), (4, 4))
+    scratch.images()
+    rows = {("train", sample.path): row for row, sample in enumerate(samples)}
+    Counted.compared = 0
+    write_samples(
+        tmp_path / "data.zarr", {"train": samples}, scratch, rows, None, group_names=names, class_names=["a", "b"],
+        bias_attribute="hospital",
+    )  # fmt: skip
+    assert Counted.compared < 10 * len(names)  # searching a list of them takes 180,300
+    np.testing.assert_array_equal(open_dataset(tmp_path / "data.zarr").split("train").groups[:], np.arange(600))

@@ -18,7 +18,7 @@ import trainer.results.show
 from cli import main
 from data import DatasetWriter, open_dataset
 from pipeline import ModelError, cache_explanations
-from pipeline.networks.debias import DEBIAS, MASKED
+from pipeline.networks.debias import DEBIAS, needs_masks
 from trainer import evaluate, show_explanations, train_student, train_teacher, write_report
 from trainer.reproduction import profiles
 from trainer.reproduction.sweep import plan_sweep, sweep_table, train_students
@@ -125,10 +125,11 @@ def test_a_model_that_needs_no_masks_is_tested_everywhere_and_on_the_object_wher
 def test_evaluate_prints_a_dash_for_a_split_without_masks_and_names_it_once(partly, models):
     said = run("evaluate", "--data", partly, "--teacher", models["masked"])
     assert said.exit_code == 0, said.output
-    iid, ood, shift = said.stdout.splitlines()
+    (iid, ood, shift), by_class = said.stdout.splitlines()[:3], said.stdout.splitlines()[3:]
     assert re.match(r"iid +\d+\.\d\d %  \[", iid)
     assert ood.split() == ["ood", "–", "not", "tested", "on", str(SAMPLES), "samples", "without", "masks"]
     assert shift.split()[:2] == ["shift", "–"]
+    assert by_class[1].split() == ["by", "class,", "in", "%", "iid"]
     assert len(lines_about("have no masks", said.stderr)) == 1
     as_json = run("evaluate", "--data", partly, "--teacher", models["masked"], "--json")
     assert json.loads(as_json.stdout)["splits"]["ood"]["accuracy"] is None
@@ -148,7 +149,7 @@ def test_a_mask_teacher_without_any_test_split_to_be_tested_on_is_refused_with_t
 @pytest.mark.parametrize("front", list(DEBIAS))
 def test_the_fronts_that_fail_without_masks_are_those_that_say_so(front):
     images = torch.rand(2, 3, 4, 4)
-    if front in MASKED:
+    if needs_masks(front):
         with pytest.raises(ModelError, match="masks"):
             DEBIAS[front](images, None)
     else:

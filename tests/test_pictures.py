@@ -298,3 +298,15 @@ def test_crop_cuts_out_the_middle_pad_adds_black_and_stretch_keeps_all():
     assert stretched[8, 0] == 100
     assert (fitted(image, (16, 32), "crop") == fitted(image, (16, 32), "stretch")).all()
     assert not covered(np.ones((32, 64), bool), (16, 16), "pad")[:4].any()
+
+
+def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+
+    def mistaken(image: Image.Image) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    for name, read in (("_as_shown", read_image), ("_object", read_mask)):
+        monkeypatch.setattr(f"data.builders.pictures.{name}", lambda image, *rest: mistaken(image))
+        with pytest.raises(AttributeError, match="has no attribute 'shape'"):
+            read(tmp_path / "a.png")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import http.server
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -443,3 +445,43 @@ class TestWhatIsWrong:
             result = run(*command)
             assert result.exit_code == 2
             assert "Only datasets and stores can have a URL: give a local folder" in " ".join(result.output.split())
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def write_foreign(location: str) -> None:
+    """A dataset of another program: through Zarr, without a fingerprint."""
+    root = zarr.create_group(location, zarr_format=3)
+    train = root.create_group("train")
+    train.create_array("images", data=np.full((8, 3, 16, 16), 200, np.uint8))
+    train.create_array("labels", data=np.arange(8) % 2)
+    root.attrs.put({"kind": "explanation-distillation dataset", "format_version": 1, "class_names": ["a", "b"]})
+
+
+def test_a_foreign_dataset_at_a_url_is_given_its_fingerprint(url):
+    write_foreign(url)
+    before = open_store(url).all_keys()
+    result = CliRunner().invoke(main, ["add-fingerprints", "--data", url])
+    assert result.exit_code == 0, result.output
+    written = json.loads(open_store(url).read("train/zarr.json") or b"")["attributes"]["fingerprint"]
+    assert result.output == f"{url}: train {written[:12]}…\n"
+    assert open_store(url).all_keys() == before
+    open_dataset(url).split("train").verify()
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata")
+def test_a_web_server_that_takes_no_writes_is_named_with_the_remedy(tmp_path):
+    write_foreign(str(tmp_path / "d.zarr"))
+    zarr.consolidate_metadata(str(tmp_path / "d.zarr"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_address[1]}/d.zarr"
+            result = CliRunner().invoke(main, ["add-fingerprints", "--data", address])
+        finally:
+            server.shutdown()
+    assert result.exit_code == 1
+    assert address in result.output
+    assert "give a folder, or a URL that takes writes, such as s3://bucket/name" in result.output

@@ -21,7 +21,8 @@ from data import open_dataset
 from pipeline import ModelConfig, ModelError, build_network, explain, homogeneity_error, load_classifier
 from pipeline.networks.classifier import Classifier, build_classifier, save_weights
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head, head_arrays
-from pipeline.networks.models import architectures, last_layer, small_cnn
+from pipeline.networks.layers import last_layer
+from pipeline.networks.models import architectures, small_cnn
 from trainer.results.evaluation import evaluate
 
 SHAPE = (3, 28, 28)

@@ -244,7 +244,12 @@ def test_a_finished_training_is_not_overwritten(dataset, teacher):
         ({"arch": "resnet81"}, ModelError, "unknown architecture 'resnet81'.*Did you mean resnet18"),
         ({"arch": "alexnet"}, ModelError, r"'alexnet' does not take images of shape \(3, 28, 28\)"),
         ({"debias": "mask"}, TrainingError, "debias='mask' needs 'masks'"),
-        ({"debias": "blur"}, TrainingError, "unknown debias 'blur': choose one of grayscale, mask, segmenter, none"),
+        (
+            {"debias": "blur"},
+            TrainingError,
+            "unknown debias 'blur': choose one of grayscale, mask, mask-mean, mask-blur, mask-background-mean, "
+            "mask-background-blur, segmenter, none",
+        ),
         ({"steps": 3, "epochs": 1}, TrainingError, "not both"),
         ({"steps": 0}, TrainingError, "steps must be at least 1, got 0"),
         ({"epochs": 0.0}, TrainingError, "epochs must be more than 0, got 0"),

@@ -27,7 +27,7 @@ from pipeline import ModelError, Trace, ZeroShot, cache_explanations, explain, l
 from pipeline.networks.heads import AttentionPool, HeadSpec, head_arrays, l2_norm
 from pipeline.networks.teacher_options import VisionLanguageOptions
 from pipeline.networks.teachers import parse_teacher
-from pipeline.networks.zero_shot import Preprocess, zero_shot_network
+from pipeline.networks.zero_shot import preprocess_of, zero_shot_network
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student
 from trainer.results.evaluation import bias_warning
@@ -90,7 +90,7 @@ def test_preprocessing_is_open_clips_up_to_the_rounding_of_eight_bits(mode, inte
     smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).resize(shape[::-1], 2))
     pixels = np.where(rng.random((*shape, 1)) < 0.1, 255, smooth).astype(np.uint8)
     own = image_transform(size, is_train=False, resize_mode=mode, interpolation=interpolation)
-    ours = Preprocess({**_defaults(), "size": size, "resize_mode": mode, "interpolation": interpolation})
+    ours = preprocess_of({**_defaults(), "size": size, "resize_mode": mode, "interpolation": interpolation})
     found = ours(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255)[0]
     expected = own(Image.fromarray(pixels))
     assert found.shape == expected.shape

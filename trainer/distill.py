@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,23 @@ import numpy as np
 from data import Dataset, Location, open_dataset
 from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
+from pipeline.networks.checkpoints import checkpoint_file
+from pipeline.networks.debias import hides_background
 from pipeline.networks.heads import HeadSpec
-from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_explains, check_same_teacher, open_paired
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.groups import groups_of
+from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
+from trainer.start import keeps_biases, loads_weights, network_of, own_bias_free
 from trainer.stream.stream import explained_source, labelled_source
+
+log = logging.getLogger(__name__)
 
 
 @takes(StudentOptions)
@@ -68,6 +74,7 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
         record=chosen.record(),
         purpose=STUDENT,
         student_factory=chosen.student_factory,
+        weights=None if chosen.init is None else checkpoint_file(chosen.init),
     )
     return train(training)
 
@@ -96,9 +103,6 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
     terms = parse_terms(method, options.loss)
     train_split = dataset.split("train")
     settings = Settings.of(options, terms, total_steps(len(train_split), options, STUDENT_STEPS))
-    if options.student_factory is not None and options.arch != "small-cnn":
-        factory, arch = Option("student_factory", options.student_factory), Option("arch", options.arch)
-        raise TrainingError(Message("give ", arch, " or ", factory, ", not both"))
     needed, reason = needs(terms), _method_option(terms)
     if settings.mask_target:
         if "heatmaps" not in needed:
@@ -113,6 +117,11 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
+    if "masks" in batch_fields:
+        background = Option("augment", BACKGROUND)
+        check_objects(train_split, dataset.path, reason if "masks" in needed else background)
+    if "masks" in needed and validation is not None:
+        check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
 
 
@@ -150,7 +159,7 @@ def _open_stores(
 
 def check_background(settings: Settings, debias: str) -> None:
     """Raise TrainingError where backgrounds are repainted behind a teacher that sees them."""
-    if BACKGROUND in settings.augment and debias not in ("mask", "segmenter") and not settings.mask_target:
+    if BACKGROUND in settings.augment and not hides_background(debias) and not settings.mask_target:
         raise TrainingError(
             Message(
                 Option("augment", BACKGROUND), " needs a teacher that does not see the background, and this one does (",
@@ -165,19 +174,31 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset) -> ModelC
     info = None if student.explained is None else student.explained.info
     validation = None if student.validation is None else student.validation.info
     head = _teachers_head(options, student)
+    split = dataset.split("train")
+    factory, weights = Option("student_factory", options.student_factory), Option("init", options.init)
+    network = network_of(options, factory, weights, split.image_shape)
+    if network["start"] is not None and options.teacher_weights:
+        network["start"]["teacher_weights"] = True
     bias_free = options.bias_free
     if bias_free is None:
-        bias_free = info.teacher.bias_free if info else options.arch in OWN and options.student_factory is None
-    split = dataset.split("train")
+        bias_free = info.teacher.bias_free if info else own_bias_free(network["arch"], weights)
+        if bias_free and (keeps_biases(weights) or loads_weights(network, len(dataset.class_names), split.image_shape)):
+            bias_free = False
+            log.info(
+                Message(
+                    "the student keeps the biases of the weights that it starts from, although its teacher is "
+                    "bias-free: its heatmaps do not account for what they add to a logit (",
+                    Option("bias_free", True), " removes them, and with them what the weights know)",
+                )
+            )  # fmt: skip
     training = {
         **student.settings.to_dict(),
         "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},
         "validation": validation and {key: validation.to_dict()[key] for key in ("explainer", "storage", "dataset")},
     }
     return ModelConfig(
+        **network,
         kind="student",
-        arch=options.student_factory or options.arch,
-        arch_options=options.arch_options or {},
         bias_free=bias_free,
         debias="none",
         class_names=dataset.class_names,

@@ -73,6 +73,14 @@ class Run:
         return result if isinstance(result, dict) else None
 
     @property
+    def datasets(self) -> list[str]:
+        """Where the dataset of the last start may be: at its path, also relative to the parent of the run folder."""
+        data = self.starts[-1].get("data") if self.starts else None
+        if not isinstance(data, str):
+            return []
+        return [data] if "://" in data or Path(data).is_absolute() else [data, str(self.path.absolute().parent / data)]
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of the metrics log, each with its ``step``."""
         return _json_lines(self.path / METRICS_FILE)

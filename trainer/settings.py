@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
-from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, Threads
+from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, TeacherFactory, Threads, Weights
 from pipeline.networks.debias import DEBIAS
+from pipeline.networks.teacher_options import PreprocessingOptions
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
@@ -33,12 +34,14 @@ class Network(OptionSet):
     HEADING: ClassVar[str] = "Network"
 
     arch: Annotated[
-        str, Kind.ARCHITECTURE, Doc("Architecture: small-cnn, small-resnet, or the name of a torchvision model.")
+        str,
+        Kind.ARCHITECTURE,
+        Doc("Architecture: small-cnn, small-resnet, the name of a torchvision model, timm:NAME, or hf:FOLDER."),
     ] = "small-cnn"
     arch_options: Annotated[dict[str, Any] | None, Doc("Option of the architecture, such as width=64. Repeatable.")] = (
         None
     )
-    bias_free: Annotated[bool | None, Doc("Remove every additive term from the network.")] = None
+    bias_free: Annotated[bool | None, Doc("Remove every additive term from the network, such as its biases.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,21 +115,32 @@ class Comparison(OptionSet):
 class Settings(Comparison, Learning):
     """What decides the weights, besides data, store and network; ``config.json`` has it under ``training``.
 
-    loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps.
+    loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps. class_weights: the
+    weight of each class in the loss of the method erm; None for no weights.
     """
 
     loss: Mapping[str, float]
     steps: int
+    class_weights: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, options: OptionSet, loss: Mapping[str, float], steps: int) -> Settings:
-        """Take the settings out of a command's options. ``loss`` and ``steps`` are those that the options mean."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps"}
-        return cls(loss=loss, steps=steps, **{n: getattr(options, n) for n in names if hasattr(options, n)})
+    def of(
+        cls,
+        options: OptionSet,
+        loss: Mapping[str, float],
+        steps: int,
+        class_weights: tuple[float, ...] | None = None,
+    ) -> Settings:
+        """Take the settings out of a command's options. The other arguments are what the options mean."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
+        others = {n: getattr(options, n) for n in names if hasattr(options, n)}
+        return cls(loss=loss, steps=steps, class_weights=class_weights, **others)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
+        """Return plain values, for JSON. ``class_weights`` is left out if there are none, as in earlier versions."""
+        plain = {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
+        weights = plain.pop("class_weights")
+        return plain if weights is None else {**plain, "class_weights": list(weights)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +200,7 @@ class _Trained(OptionSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
+class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, Runtime):
     """The options of ``train-teacher``."""
 
     ERROR: ClassVar[type[Exception]] = TrainingError
@@ -200,7 +214,8 @@ class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
         Heading("Debiasing"),
         Doc(
             "Debiasing front of the teacher. grayscale hides hue and brightness, mask and segmenter hide the "
-            "background, none trains the ERM baseline."
+            "background, mask-mean and mask-blur fill it with the object's colours, mask-background-mean and "
+            "mask-background-blur with its own, none trains the ERM baseline."
         ),
     ] = "grayscale"
     segmenter: Annotated[
@@ -211,10 +226,32 @@ class TeacherOptions(_Trained, Network, Length, Learning, Runtime):
             "MODULE:FUNCTION. The code of a file or function is run."
         ),
     ] = None
+    weights: Annotated[Weights, Heading("Network")] = None
+    freeze_backbone: Annotated[
+        bool, Heading("Network"), Doc("Train the last layer alone, on top of the weights to start from.")
+    ] = False
+    teacher_factory: Annotated[TeacherFactory, Heading("Network"), InsteadOf("arch")] = None
+    class_weights: Annotated[
+        str | tuple[str | float, ...] | None,
+        Heading("Training"),
+        Separated(),
+        Doc(
+            "Weight of each class in the loss, for unbalanced data: none, balanced (samples / (classes · samples of "
+            "the class)), or a number for each class in the dataset's order, such as 1,3.5."
+        ),
+    ] = None
+    validation: Annotated[
+        bool,
+        Heading("Training"),
+        Doc(
+            "Keep the weights with the lowest loss on the validation split, which is computed five times. Default: "
+            "keep the last weights."
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
+class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length, Learning, Runtime):
     """The options of ``train-student``."""
 
     ERROR: ClassVar[type[Exception]] = TrainingError
@@ -256,6 +293,10 @@ class StudentOptions(_Trained, Comparison, Network, Length, Learning, Runtime):
         ),
     ] = "frozen"
     student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
+    init: Annotated[Weights, Heading("Network")] = None
+    teacher_weights: Annotated[
+        bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
+    ] = False
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
 
 

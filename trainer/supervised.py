@@ -5,17 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data import Location, Split, open_dataset
-from options import Message, Option, takes
-from pipeline import ModelConfig
-from pipeline.networks.models import OWN
+import numpy as np
+
+from data import Dataset, Location, Split, open_dataset
+from options import Message, Option, renamed, takes
+from pipeline import ModelConfig, ModelError
+from pipeline.networks.checkpoints import checkpoint_file
+from pipeline.networks.debias import needs_masks
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
+from trainer.loop.class_weights import class_weights, unbalanced_note
+from trainer.loop.masks import check_objects
 from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
+from trainer.start import network_of, own_bias_free
 from trainer.stream.stream import labelled_source
 
 
@@ -24,7 +30,8 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     """Train a classifier with cross-entropy on the train split alone, and save it in ``out``; or resume its training.
 
     A training takes 1,000 steps unless ``steps`` or ``epochs`` is given. ``bias_free`` None means: for our own networks
-    (`pipeline.networks.models.OWN`) only. The last weights are kept, and no other split is read.
+    (`pipeline.networks.models.OWN`) only. The last weights are kept, and no other split is read, unless ``validation``
+    is set. Unbalanced training data without ``class_weights`` is logged.
 
     Args:
         data: a dataset.
@@ -43,41 +50,100 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     dataset = open_dataset(data)
     dataset.check_classes()
     split = dataset.split("train")
-    settings = Settings.of(chosen, {"erm": 1.0}, total_steps(len(split), chosen, TEACHER_STEPS))
+    labels = np.asarray(split.labels[:]).astype(np.int64)
+    weights = class_weights(chosen.class_weights, labels, dataset.class_names)
+    settings = Settings.of(chosen, {"erm": 1.0}, total_steps(len(split), chosen, TEACHER_STEPS), weights)
     check_augmentations(settings.augment, None, split.image_shape, moves(settings.loss))
     _check_front(chosen, split)
+    validation = _validation_split(chosen, dataset) if chosen.validation else None
     segmenter = None if chosen.segmenter is None else build_segmenter(chosen.segmenter, split.image_shape)
     split.verify()
+    if needing := _needing_masks(chosen):
+        check_objects(split, dataset.path, needing[0])
+    network, bias_free = _network(chosen, split)
+    note = unbalanced_note(labels, dataset.class_names) if chosen.class_weights is None else None
     config = ModelConfig(
+        **network,
         kind="teacher",
-        arch=chosen.arch,
-        arch_options=chosen.arch_options or {},
-        bias_free=chosen.arch in OWN if chosen.bias_free is None else chosen.bias_free,
+        bias_free=bias_free,
         debias=chosen.debias,
         segmenter=chosen.segmenter,
         class_names=dataset.class_names,
         image_shape=split.image_shape,
         dataset={"name": dataset.name, "fingerprint": split.fingerprint},
-        training=settings.to_dict(),
+        training=settings.to_dict()
+        | ({} if validation is None else {"validation": {"dataset": {"fingerprint": validation.fingerprint}}}),
     )
     training = Training(
         out=out,
         config=config,
-        material=Material(source=labelled_source(split), paths={"data": str(data)}),
+        material=Material(
+            source=labelled_source(split),
+            validation=None if validation is None else labelled_source(validation),
+            paths={"data": str(data)},
+        ),
         settings=settings,
         runtime=Runtime.of(chosen),
         record=chosen.record(),
         purpose=TEACHER,
         segmenter=segmenter,
+        student_factory=chosen.teacher_factory,
+        weights=None if chosen.weights is None else checkpoint_file(chosen.weights),
+        notes=() if note is None else (note,),
     )
-    return train(training)
+    try:
+        return train(training)
+    except ModelError as error:
+        raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
+
+
+def _network(options: TeacherOptions, split: Split) -> tuple[dict[str, Any], bool]:
+    """Return the fields of a `ModelConfig` that describe the network, and whether it is bias-free."""
+    factory, weights = Option("teacher_factory", options.teacher_factory), Option("weights", options.weights)
+    network = network_of(options, factory, weights, split.image_shape)
+    if options.freeze_backbone:
+        if network["start"] is None and options.teacher_factory is None:
+            raise TrainingError(
+                Message(
+                    Option("freeze_backbone", True), " would train the last layer on top of random weights: give ",
+                    Option("weights"), " too",
+                )
+            )  # fmt: skip
+        network["start"] = {**(network["start"] or {}), "frozen": True}
+    return network, own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
+
+
+def _needing_masks(options: TeacherOptions) -> list[Option]:
+    """Return the options that need masks."""
+    needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
+    by_front = needs_masks(options.debias) and options.debias != "segmenter"
+    return needing + ([Option("debias", options.debias)] if by_front else [])
+
+
+def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
+    """Return the split that selects the weights; raise TrainingError or DatasetError where it cannot."""
+    if "validation" not in dataset.splits:
+        raise TrainingError(
+            Message(
+                Option("validation", True), f" needs a split 'validation', and {dataset.path} has none: add one, or "
+                "leave the option out",
+            )
+        )  # fmt: skip
+    split = dataset.split("validation")
+    if needs_masks(options.debias) and options.debias != "segmenter" and split.masks is None:
+        raise TrainingError(
+            Message(
+                Option("debias", options.debias), f" needs 'masks' in the validation split of {dataset.path}, which "
+                "has none: add them, or leave ", Option("validation", True), " out",
+            )
+        )  # fmt: skip
+    split.verify()
+    return split
 
 
 def _check_front(options: TeacherOptions, split: Split) -> None:
     """Raise TrainingError where the front or an augmentation needs masks that are missing, or a segmenter."""
-    needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
-    needing += [Option("debias", "mask")] if options.debias == "mask" else []
-    if needing and split.masks is None:
+    if (needing := _needing_masks(options)) and split.masks is None:
         raise TrainingError(Message(needing[0], f" needs 'masks' in the train split of {options.data}, which has none"))
     if (options.debias == "segmenter") != (options.segmenter is not None):
         if options.segmenter is None:

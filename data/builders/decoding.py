@@ -1,4 +1,7 @@
-"""Decode the files of an image folder once, in several processes, to a scratch file of pixels of one size."""
+"""Decode images and masks once, in several processes, to scratch files of pixels of one size.
+
+`Files` decodes the files of an image folder; `data.builders.items` decodes the items of any other dataset.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from data.builders.folders import RAW, Sample, is_of_images
 from data.builders.pictures import (
-    Fit,
     NoPictureError,
     Size,
     UnreadableError,
@@ -23,7 +25,9 @@ from data.builders.pictures import (
     read_image,
     read_mask,
 )
+from options.common import Fit
 
+T = TypeVar("T")
 BATCH = 16  # files that a process decodes at a time
 PER_PROCESS = 64  # files for which a further process is worth its start
 
@@ -41,6 +45,7 @@ class Decoded:
         dark: see `data.builders.pictures.Picture`.
         object: the share of the mask's pixels that are object.
         read_by: see `data.builders.pictures.Mask`.
+        size: height and width of the image; None if it cannot be read.
     """
 
     digest: str = ""
@@ -51,6 +56,7 @@ class Decoded:
     dark: bool = False
     object: float | None = None
     read_by: str | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Scratch:
         """Open the images, uint8 (N, 3, height, width)."""
         return self._open("images", 3)
 
-    def masks(self) -> np.memmap:
+    def masks(self) -> np.ndarray:
         """Open the masks, uint8 (N, 1, height, width)."""
         return self._open("masks", 1)
 
@@ -80,7 +86,14 @@ class Scratch:
         return np.memmap(path, np.uint8, "r+" if path.exists() else "w+", shape=(self.samples, channels, *self.size))
 
 
-class _Files:
+class Decoder(Protocol[T]):  # type: ignore[misc]  # T is only returned
+    """A dataset of `torch.utils.data`: decoding an item writes its pixels, and returns what was learned."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int, /) -> T: ...
+
+
+class Files:
     """The files as a dataset of `torch.utils.data`: decoding one writes its pixels, and returns what was learned."""
 
     def __init__(self, samples: Sequence[Sample], scratch: Scratch, fit: Fit):
@@ -100,40 +113,39 @@ class _Files:
         return _decode(self.samples[row], self, row)
 
 
-def decode_all(
-    samples: Sequence[Sample], scratch: Scratch, fit: Fit, advance: Callable[[int], object]
-) -> list[Decoded]:
-    """Decode every file and its mask to row i of the scratch files.
+def decode_all(decoder: Decoder[T], advance: Callable[[int], object], processes: int | None = None) -> list[T]:
+    """Decode every item in order.
 
     Args:
-        samples: the files.
-        scratch: where the pixels go.
-        fit: how images that have another shape are fitted.
-        advance: is told how many more files are decoded.
+        decoder: decodes an item, and writes its pixels to scratch files.
+        advance: is told how many more items are decoded.
+        processes: number of processes beside this one; by default, one for each core if there are many items.
 
     Returns:
-        What was learned of each file.
+        What was learned of each item.
     """
     import torch
     from torch.utils.data import DataLoader
 
-    processes = min(os.cpu_count() or 1, len(samples) // PER_PROCESS)
+    if processes is None:
+        processes = min(os.cpu_count() or 1, len(decoder) // PER_PROCESS)
+        processes = processes if processes > 1 else 0
     loader: Any = DataLoader(
-        _Files(samples, scratch, fit),  # type: ignore[arg-type]
+        decoder,  # type: ignore[arg-type]
         batch_size=BATCH,
-        num_workers=processes if processes > 1 else 0,
+        num_workers=processes,
         collate_fn=list,
-        prefetch_factor=4 if processes > 1 else None,
+        prefetch_factor=4 if processes else None,
         generator=torch.Generator(),  # else the loader draws a seed from the caller's random state
     )
-    decoded: list[Decoded] = []
+    decoded: list[T] = []
     for batch in loader:
         decoded += batch
         advance(len(batch))
     return decoded
 
 
-def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
+def _decode(sample: Sample, files: Files, row: int) -> Decoded:
     size, fit = files.scratch.size, files.fit
     digest = ""
     suffix = sample.path.suffix.lower()
@@ -145,7 +157,13 @@ def _decode(sample: Sample, files: _Files, row: int) -> Decoded:
         with open(sample.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         files.images[row] = fitted(image, size, fit).transpose(2, 0, 1)
-        learned = Decoded(digest, cut=cut_away(image, size), frames=picture.frames, dark=picture.dark)
+        learned = Decoded(
+            digest,
+            cut=cut_away(image, size),
+            frames=picture.frames,
+            dark=picture.dark,
+            size=(image.height, image.width),
+        )
         if sample.mask is None:
             return learned
         try:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from data.errors import DatasetError
+from data.layout import check_name
 from options import Message, Option
 
 Echo = Callable[[str], object]
@@ -80,13 +81,6 @@ def find_classes(train: Path) -> list[str]:
     return names
 
 
-def check_name(name: str, role: str) -> None:
-    """Raise DatasetError for a name of a class or group that cannot be printed: it is not UTF-8, or has line breaks."""
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
-        printable = name.encode("unicode_escape").decode()
-        raise DatasetError(f"{role} is called '{printable}', which cannot be printed: rename it in letters of UTF-8")
-
-
 def _class_folders(folder: Path) -> dict[str, Path]:
     """Return the folders of the classes by name; raise DatasetError for two that look alike."""
     folders: dict[str, Path] = {}
@@ -124,6 +118,35 @@ def find_files(folder: Path, classes: Sequence[str], echo: Echo) -> list[Sample]
     if not samples:
         raise DatasetError(f"{folder} has no images in folders by class")
     return samples
+
+
+def find_images(places: Sequence[Path], echo: Echo) -> dict[Path, bool]:
+    """Return every file that may be an image: files as they are given, and those below folders as in `find_files`.
+
+    Args:
+        places: files and folders. A file in several of them counts once, at its first place.
+        echo: is told of links that are not followed, and of folders without files.
+
+    Returns:
+        By path, whether the file itself was given. One below a folder may be left out if it is not an image.
+
+    Raises:
+        DatasetError: There is no such file or folder.
+    """
+    files: dict[str, tuple[Path, bool]] = {}  # by absolute path
+    for place in places:
+        if place.is_dir():
+            below = sorted(_walk(place, set(), echo), key=_order)
+            if not below:
+                echo(f"{place} has no files, apart from those that programs leave behind")
+            for path in below:
+                files.setdefault(os.path.abspath(path), (path, False))
+        elif place.exists() or place.is_symlink():
+            first, _ = files.get(os.path.abspath(place), (place, True))
+            files[os.path.abspath(place)] = (first, True)
+        else:
+            raise DatasetError(f"there is no file or folder {place}: give image files, or folders that have some")
+    return dict(files.values())
 
 
 def _order(path: Path) -> tuple[str, str]:

@@ -14,37 +14,44 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from tqdm import tqdm
 
-import data
-from data.builders.decoding import Decoded, Scratch, decode_all
+from data.builders.decoding import Decoded, Files, Scratch, decode_all
 from data.builders.folders import (
     Bad,
     Echo,
-    Sample,
     find_classes,
     find_files,
     read_groups,
     with_groups,
     with_masks,
 )
-from data.builders.pictures import Fit, Size
-from data.builders.registry import HOW, BuilderOptions, Seeded, builder
+from data.builders.one_mask import MaskedScratch, OneMask, OneMaskOptions, one_mask
+from data.builders.pictures import Size
+from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded, builder
+from data.builders.samples import (
+    Key,
+    Splits,
+    check_tests,
+    height_and_width,
+    split_off_validation,
+    tell_copies,
+    tell_images,
+    tell_masks,
+    without_bad,
+    write_samples,
+)
 from data.errors import DatasetError
 from options import Doc, Gt, Heading, Kind, Lt, Message, Option
 
 if TYPE_CHECKING:
     from data.storage import Location
 
-LISTED = 20  # bad files in an error
-NAMED = 5  # files in a note
 LOGGER = logging.getLogger(__name__)
-Splits = dict[str, list[Sample]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFolderOptions(BuilderOptions, Seeded):
+class ImageFolderOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     """The options of ``make-data image-folder``."""
 
     train: Annotated[Any, Kind.PATH, Doc("Folder of the training images, with a folder for each class.")]
@@ -61,38 +68,21 @@ class ImageFolderOptions(BuilderOptions, Seeded):
     validation_share: Annotated[
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
     ] = 0.1
-    bias_attribute: Annotated[str, Heading(HOW), Doc("Name of the attribute whose values are the groups.")] = "group"
     size: Annotated[
         Any, Kind.IMAGE_SIZE, Heading(HOW), Doc("Size of the images in pixels: 64, or height and width as 64x96.")
     ]
-    fit: Annotated[
-        Fit,
-        Heading(HOW),
-        Doc(
-            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
-            "the aspect ratio."
-        ),
-    ] = "crop"
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
         False
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
-        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-            raise DatasetError(
-                Message(
-                    Option("size"),
-                    f" must be a number of pixels, or height and width, each at least 1, got {self.size}",
-                )
-            )
+        height_and_width(self.size)
 
     @property
     def shape(self) -> Size:
         """Height and width of the images, in pixels."""
-        height, width = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
-        return height, width
+        return height_and_width(self.size)
 
 
 @builder(
@@ -108,8 +98,8 @@ def make_image_folder(
     The images lie in folders by class, as torchvision's ImageFolder reads them. The classes are the folders of the
     training images. Images become uint8 (N, 3, height, width): in colour, upright, with transparent pixels in black.
     Masks are images too, at the same place below MASKS/SPLIT, or below MASKS if there is no such folder. The object is
-    what an image viewer shows. The file of groups names an image as SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split
-    may lack masks or groups. More is in docs/own-images.md.
+    what an image viewer shows. Or one mask or box holds for all images. The file of groups names an image as
+    SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split may lack masks or groups. More is in docs/own-images.md.
 
     Returns:
         The number of samples of each split.
@@ -119,10 +109,8 @@ def make_image_folder(
         DatasetError: An option is wrong, or files cannot be used; the error lists them.
     """
     chosen = ImageFolderOptions(out=out, train=train, tests=tests, **options)
-    if reserved := {"train", "validation"} & set(tests):
-        raise DatasetError(
-            f"a test cannot be called {reserved.pop()}, which is another split: call it iid, ood, shift or similar"
-        )
+    check_tests(tests)
+    mask = one_mask(chosen, chosen.shape, chosen.fit)
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
     classes = find_classes(folders["train"])
@@ -133,16 +121,20 @@ def make_image_folder(
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
         bar = stack.enter_context(tqdm(total=2 * len(files), unit="image", desc="decoding", disable=None))
         scratch = Scratch(Path(folder), len(files), chosen.shape)
-        learned = dict(zip(files, decode_all([*files.values()], scratch, chosen.fit, bar.update), strict=True))
+        learned = dict(zip(files, decode_all(Files([*files.values()], scratch, chosen.fit), bar.update), strict=True))
         splits = _only_images(splits, learned, folders, echo)
-        splits = _without_bad(splits, learned, bad, chosen.skip_bad, echo)
+        bad |= {key: why for key, one in learned.items() if mask and (why := mask.misfit(one.size))}
+        problems = {key: bad.get(key) or one.problem for key, one in learned.items()}
+        splits = without_bad(splits, problems, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
         used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
-        _tell_images(used, chosen, echo)
-        _tell_masks(used, echo)
-        _tell_copies(used, echo)
+        tell_images(used, chosen.shape, chosen.fit, echo)
+        tell_masks(used, echo)
+        tell_copies(used, echo)
+        if mask is not None:
+            splits, scratch = _with_one_mask(splits, scratch, mask, echo)
         if chosen.validation is None:
-            splits = _split_off_validation(splits, chosen.validation_share, chosen.seed)
+            splits = split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
         _write(chosen, splits, names, scratch, {key: row for row, key in enumerate(files)}, bar)
     return {name: len(part) for name, part in splits.items()}
@@ -175,6 +167,14 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) ->
     return splits
 
 
+def _with_one_mask(splits: Splits, scratch: Scratch, mask: OneMask, echo: Echo) -> tuple[Splits, Scratch]:
+    """Give every sample the same mask."""
+    echo(mask.note)
+    path = Path(str(mask.option.value))
+    splits = {name: [replace(sample, mask=path) for sample in part] for name, part in splits.items()}
+    return splits, MaskedScratch(scratch.folder, scratch.samples, scratch.size, mask)
+
+
 def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:
     for name, part in splits.items():
         if not any(getattr(sample, attribute) for sample in part):
@@ -196,27 +196,6 @@ def _only_images(splits: Splits, learned: Learned, folders: Mapping[str, Path], 
         if not part:
             raise DatasetError(f"{folders[name]} has no images in folders by class")
     return images
-
-
-def _without_bad(splits: Splits, learned: Learned, unpaired: Bad, skip: bool, echo: Echo) -> Splits:
-    """Leave out bad images, or raise DatasetError with a list of them."""
-    bad = {
-        (name, sample.path): problem
-        for name, part in splits.items()
-        for sample in part
-        if (problem := unpaired.get((name, sample.path)) or learned[name, sample.path].problem)
-    }
-    if bad and not skip:
-        lines = [f"{path}: {problem}" for (_, path), problem in list(bad.items())[:LISTED]]
-        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        first = f"{len(bad)} file{'s' * (len(bad) > 1)} cannot be used, "
-        rest = "\n".join([" leaves them out:", *lines, *more])
-        raise DatasetError(Message(first, Option("skip_bad", True), rest))
-    usable = {name: [sample for sample in part if (name, sample.path) not in bad] for name, part in splits.items()}
-    for name, part in splits.items():
-        if left_out := len(part) - len(usable[name]):
-            echo(f"{name}: {left_out} of {len(part)} images left out")
-    return usable
 
 
 def _with_learnt_classes(
@@ -247,133 +226,24 @@ def _with_learnt_classes(
     return usable, [classes[number] for number in kept]
 
 
-def _split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
-    """Move a share of each class of the training images to validation; at least one image, if the class has two."""
-    rng = np.random.default_rng(seed)
-    chosen: set[int] = set()
-    labels = np.array([sample.label for sample in splits["train"]])
-    for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
-        number = min(max(1, round(share * len(rows))), len(rows) - 1)
-        chosen |= {int(row) for row in rng.permutation(rows)[:number]}
-    parts: Splits = {"train": [], "validation": []}
-    for row, sample in enumerate(splits["train"]):
-        parts["validation" if row in chosen else "train"].append(sample)
-    tests = {name: part for name, part in splits.items() if name != "train"}
-    return {name: part for name, part in {**parts, **tests}.items() if part}
-
-
-# --- notes ------------------------------------------------------------------------------------------------------------
-
-Used = list[tuple[str, Sample, Decoded]]  # split, file, and what was learned of it
-
-
-def _tell_images(used: Used, chosen: ImageFolderOptions, echo: Echo) -> None:
-    cut = [learned.cut for _, _, learned in used if learned.cut > 0.005]
-    if cut and chosen.fit == "crop":
-        height, width = chosen.shape
-        echo(
-            f"{len(cut)} of {len(used)} images have another aspect ratio than {width}×{height}: cropping to the middle "
-            f"cuts away {100 * sum(cut) / len(cut):.0f} % of their pixels, and the fit pad or stretch keeps them"
-        )
-    if frames := [sample.path for _, sample, learned in used if learned.frames > 1]:
-        echo(f"files with several frames, of which the first is used: {len(frames)}, such as {frames[0]}")
-    if dark := [sample.path for _, sample, learned in used if learned.dark]:
-        echo(
-            f"images that use less than a sixteenth of their 16 bits and become nearly black: {len(dark)}, such as "
-            f"{dark[0]}; scale their values to 0 … 65535 if they should be brighter"
-        )
-
-
-def _tell_masks(used: Used, echo: Echo) -> None:
-    """Tell how masks were read, how much of them is object, and which of them have no object, or no background."""
-    masks = [(sample.mask, learned) for _, sample, learned in used if learned.object is not None]
-    if not masks:
-        return
-    rules = Counter(learned.read_by for _, learned in masks)
-    share = float(np.mean([learned.object for _, learned in masks]))
-    by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
-    echo(f"masks: {len(masks)} read, {by}; on average the object covers {100 * share:.1f} % of an image")
-    for what, value in (("all object", 1.0), ("no object", 0.0)):
-        if paths := [str(path) for path, learned in masks if learned.object == value]:
-            more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
-            echo(f"masks that have {what}: {len(paths)} of {len(masks)}, {', '.join(paths[:NAMED])}{more}")
-
-
-def _tell_copies(used: Used, echo: Echo) -> None:
-    """Warn of images, by their files' SHA-256, that are in training and in another split, or in two classes."""
-    copies: dict[str, list[tuple[str, Sample]]] = {}
-    for name, sample, learned in used:
-        copies.setdefault(learned.digest, []).append((name, sample))
-    splits: dict[str, list[str]] = {}
-    in_two_classes = []
-    for same in copies.values():
-        names = [name for name, _ in same]
-        for name, sample in same:
-            if (name == "validation" and "train" in names) or (
-                name not in ("train", "validation") and {"train", "validation"} & set(names)
-            ):
-                splits.setdefault(name, []).append(sample.name)
-        if len({sample.label for _, sample in same}) > 1:
-            in_two_classes.append(" and ".join(str(sample.path) for _, sample in same[:2]))
-    for name, leaks in splits.items():
-        result = "it cannot select the weights" if name == "validation" else "its accuracy will be too high"
-        echo(f"{name}: images that are also trained on: {len(leaks)}, such as {leaks[0]}; {result}")
-    if in_two_classes:
-        echo(f"images in two classes, one of which is wrong: {len(in_two_classes)}, such as {in_two_classes[0]}")
-
-
-# --- their pixels -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Some rows of a scratch file, as an array for `DatasetWriter`."""
-
-    pixels: np.ndarray
-    rows: np.ndarray
-    bar: Any
-    dtype = np.dtype(np.uint8)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.rows), *self.pixels.shape[1:])
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        rows = self.rows[part]
-        if self.bar is not None:
-            self.bar.update(len(rows))
-        return self.pixels[rows]
-
-
 def _write(
     chosen: ImageFolderOptions,
     splits: Splits,
     class_names: list[str],
     scratch: Scratch,
-    row_of: Mapping[tuple[str, Path], int],
+    row_of: Mapping[Key, int],
     bar: Any,
 ) -> None:
-    group_names = sorted({sample.group for part in splits.values() for sample in part if sample.group is not None})
-    number_of = {name: number for number, name in enumerate(group_names)}
-    with data.DatasetWriter(chosen.out) as writer:
-        for name, part in splits.items():
-            source = name if (name, part[0].path) in row_of else "train"  # validation may be split off from it
-            rows = np.array([row_of[source, sample.path] for sample in part])
-            arrays: dict[str, Any] = {
-                "images": _Rows(scratch.images(), rows, bar),
-                "labels": np.array([sample.label for sample in part], np.int64),
-            }
-            if any(sample.mask for sample in part):
-                arrays["masks"] = _Rows(scratch.masks(), rows, None)
-            if any(sample.group for sample in part):
-                arrays["groups"] = np.array([number_of[sample.group or ""] for sample in part], np.int64)
-            writer.write_split(name, **arrays)
-        attributes = {"bias_attribute": chosen.bias_attribute, "group_names": group_names}
-        recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
-        writer.finish(
-            name=Path(str(chosen.out)).stem,
-            class_names=class_names,
-            builder={"command": "make-data image-folder", **recorded},
-            **({} if chosen.groups is None else attributes),
-        )
+    recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
+    recorded |= chosen.mask_record()
+    write_samples(
+        chosen.out,
+        splits,
+        scratch,
+        row_of,
+        bar,
+        group_names=sorted({sample.group for part in splits.values() for sample in part if sample.group is not None}),
+        class_names=class_names,
+        builder={"command": "make-data image-folder", **recorded},
+        **({} if chosen.groups is None else {"bias_attribute": chosen.bias_attribute}),
+    )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data.builders.rows import OPAQUE
 from data.errors import DatasetError
+from options.common import Fit
 
 T = TypeVar("T")
-Fit = Literal["crop", "pad", "stretch"]
 Size = tuple[int, int]  # height and width in pixels
 
 LABELS = 32  # values that a mask of labels may have, whatever lies beside them
@@ -25,6 +27,7 @@ INVISIBLE = 16  # opacity, of 255, up to which nothing is seen; a lossy file of 
 LOSSY = ("JPEG", "MPO", "TIFF of JPEG")
 MAYBE_LOSSY = ("WEBP", "AVIF", "JPEG2000", "HEIF", "JXL", "TIFF of WEBP")
 NO_PICTURES = ("MPEG", "PDF", "EPS", "WMF")  # formats that Pillow opens without decoding them, or by other programs
+SQUEEZED = ("make-data coco-on-places", "make-data waterbirds")  # use `open_squeezed`
 TURNS = {  # EXIF's orientation → how the pixels are turned upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,6 +50,22 @@ class NoPictureError(UnreadableError):
     def __init__(self, text: str, kind: str | None = None):
         super().__init__(text)
         self.kind = kind
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image file in memory.
+
+    Attributes:
+        name: its name, for errors.
+        data: its bytes.
+    """
+
+    name: str
+    data: bytes
+
+
+Source = Path | Encoded | Image.Image  # an image file, or an image that is opened or decoded already
 
 
 @dataclass(frozen=True)
@@ -77,13 +96,13 @@ class Mask:
     read_by: str
 
 
-def read_image(path: Path) -> Picture:
-    """Decode an image file as an image viewer shows it.
+def read_image(source: Source) -> Picture:
+    """Decode an image as an image viewer shows it.
 
     Transparent pixels become black. Grey values of more than 8 bits are scaled by `_top`.
 
     Args:
-        path: the file.
+        source: the image.
 
     Returns:
         The image.
@@ -92,11 +111,11 @@ def read_image(path: Path) -> Picture:
         NoPictureError: The file is not an image.
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(path, _as_shown)
+    return _decoded(source, _as_shown)
 
 
-def read_mask(path: Path, *, soft: bool = False) -> Mask:
-    """Decode a mask file. The object is where an image viewer shows something.
+def read_mask(source: Source, *, soft: bool = False) -> Mask:
+    """Decode a mask. The object is where an image viewer shows something.
 
     1. If the opacity varies, the object is where the mask is more than half opaque.
     2. A palette of greys is read by its colours. In another palette, black is the background, or the number 0 if no
@@ -105,7 +124,7 @@ def read_mask(path: Path, *, soft: bool = False) -> Mask:
        other values are the object. Everything else is soft or lossy: the object is brighter than half of the range.
 
     Args:
-        path: the file.
+        source: the mask.
         soft: read brightness by the last rule, even if it looks like labels.
 
     Returns:
@@ -114,30 +133,58 @@ def read_mask(path: Path, *, soft: bool = False) -> Mask:
     Raises:
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(path, lambda image: _object(image, soft))
+    return _decoded(source, lambda image: _object(image, soft, _kind(image, source)))
 
 
-def _decoded(path: Path, use: Callable[[Image.Image], T]) -> T:
-    """Open a file, and turn whatever Pillow raises on it into an UnreadableError."""
+def _decoded(source: Source, use: Callable[[Image.Image], T]) -> T:
+    """Open an image, decode its pixels, and turn whatever Pillow raises on it into an UnreadableError.
+
+    ``use`` is our own code on decoded pixels, so its mistakes stay what they are. Pillow's conversions there raise
+    OSError and ValueError.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as opened:
+        warnings.simplefilter("ignore")  # of odd metadata
+        with _blaming(source, Exception):  # Pillow and its plug-ins raise exceptions of any type on damaged files
+            image = opened.enter_context(_opened(source))
+            if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
+                raise NoPictureError(f"{_name(source)} is not an image, but {image.format}", image.format)
+            image.load()
+        with _blaming(source, OSError, ValueError):
+            return use(image)
+
+
+def _name(source: Source) -> str:
+    return "the image" if isinstance(source, Image.Image) else source.name
+
+
+@contextlib.contextmanager
+def _blaming(source: Source, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds into an UnreadableError that names the image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            with Image.open(path) as image:
-                if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
-                    raise NoPictureError(f"{path.name} is not an image, but {image.format}", image.format)
-                image.load()
-                return use(image)
+        yield
     except FileNotFoundError:
-        raise UnreadableError(f"{path.name} is no longer there") from None
+        raise UnreadableError(f"{_name(source)} is no longer there") from None
     except NoPictureError:
         raise
     except UnreadableError as error:
-        raise UnreadableError(f"{path.name} {error}") from None
+        raise UnreadableError(f"{_name(source)} {error}") from None
     except UnidentifiedImageError:
-        raise NoPictureError(f"{path.name} cannot be read: cannot identify image file") from None
-    except Exception as error:  # Pillow and its plug-ins raise exceptions of any type on damaged files
-        reason = str(error).replace(str(path), path.name) or type(error).__name__
-        raise UnreadableError(f"{path.name} cannot be read: {reason}") from None
+        raise NoPictureError(f"{_name(source)} cannot be read: cannot identify image file") from None
+    except kinds as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(source, Path):
+            reason = reason.replace(str(source), source.name)
+        raise UnreadableError(f"{_name(source)} cannot be read: {reason}") from None
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[Image.Image]:
+    """Open a file, and close it afterwards. An image that is open already stays open."""
+    if isinstance(source, Image.Image):
+        yield source
+        return
+    with Image.open(source if isinstance(source, Path) else BytesIO(source.data)) as image:
+        yield image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -149,11 +196,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _frames(image: Image.Image) -> int:
+    """Count the frames, for which Pillow reads on in the file."""
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception as error:  # of any type, on a damaged file
+        raise UnreadableError(f"cannot be read: {str(error) or type(error).__name__}") from None
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _as_shown(image: Image.Image) -> Picture:
-    frames, dark = getattr(image, "n_frames", 1), False
+    frames, dark = _frames(image), False
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut values off at 255
         values = _finite(image)
@@ -188,8 +243,7 @@ def _top(values: np.ndarray) -> float:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def _object(image: Image.Image, soft: bool) -> Mask:
-    kind = _kind(image)
+def _object(image: Image.Image, soft: bool, kind: str) -> Mask:
     image = _upright(image)
     if image.has_transparency_data and not (image.mode.startswith("I") or image.mode == "F"):
         opacity = np.asarray(image.convert("RGBA").getchannel("A"))
@@ -216,19 +270,25 @@ def _object(image: Image.Image, soft: bool) -> Mask:
     return Mask(_bright(values if values.ndim == 2 else values.max(2), OPAQUE, kind, soft), "brightness")
 
 
-def _kind(image: Image.Image) -> str:
+def _kind(image: Image.Image, source: Source) -> str:
     """Return the format of a file that is open; TIFF says how it is compressed, and WebP whether it is lossless."""
     kind, compression = str(image.format), str(image.info.get("compression", ""))
-    if kind == "WEBP" and _is_lossless_webp(Path(str(getattr(image, "filename", "")))):
+    if kind == "WEBP" and b"VP8L" in _head(source):  # the chunk of lossless pixels
         return "WEBP without loss"
     if kind == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF of {compression.removeprefix('tiff_').upper()}"
     return kind
 
 
-def _is_lossless_webp(path: Path) -> bool:
+def _head(source: Source) -> bytes:
+    """Return the first bytes of an image file; none if the image was opened elsewhere, and not from a file."""
+    if isinstance(source, Encoded):
+        return source.data[:4096]
+    path = source if isinstance(source, Path) else Path(str(getattr(source, "filename", "")))
+    if not path.is_file():
+        return b""
     with open(path, "rb") as file:
-        return b"VP8L" in file.read(4096)  # the chunk of lossless pixels
+        return file.read(4096)
 
 
 def _bright(values: np.ndarray, top: float, kind: str, soft: bool) -> np.ndarray:
@@ -299,6 +359,16 @@ def fitted(image: Image.Image, size: Size, fit: Fit) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
+def fit_of(builder: Mapping[str, Any]) -> Fit | None:
+    """Return how a dataset's images were fitted, by its attribute ``builder``; None if that is unknown."""
+    fit, command = builder.get("fit"), builder.get("command")
+    if fit in get_args(Fit):
+        return cast(Fit, fit)
+    if command in SQUEEZED:
+        return "stretch"
+    return "crop" if command == "make-data image-folder" else None  # which records any other fit
+
+
 def _middle(image: Image.Image, size: Size) -> tuple[int, int, int, int]:
     """Return the largest box of this aspect ratio in the middle of an image: left, top, right, bottom."""
     height, width = size
@@ -346,7 +416,7 @@ def open_mask(path: Path, size: int, remedy: str) -> np.ndarray:
 
     Arguments and errors are those of `open_squeezed`.
     """
-    covers = _published(path, remedy, lambda image: _object(image, soft=True).covers)
+    covers = _published(path, remedy, lambda image: _object(image, soft=True, kind="").covers)
     return covered(covers, (size, size), "stretch")[None]
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from data.errors import DatasetError
 from options import Doc, Ge, Kind, OptionSet, Registry, takes
-from options.common import Seed
+from options.common import Fit, Seed
 
 Make = Callable[..., dict[str, int]]
 HOW = "How it is built"  # a heading of the options
@@ -100,3 +100,19 @@ class Sized(OptionSet):
     HEADING: ClassVar[str] = HOW
 
     size: ImageSize = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted(OptionSet):
+    """The options of a dataset of the user's own images, which may have any shape."""
+
+    HEADING: ClassVar[str] = HOW
+
+    fit: Annotated[
+        Fit,
+        Doc(
+            "How images of another shape are fitted: crop cuts out the middle, pad adds black margins, stretch changes "
+            "the aspect ratio."
+        ),
+    ] = "crop"
+    bias_attribute: Annotated[str, Doc("Name of the attribute whose values are the groups.")] = "group"

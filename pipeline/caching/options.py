@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Message, Option, OptionSet
-from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed, Threads
+from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, Seed, TeacherFactory, Threads
 from pipeline.errors import RelevanceError
 from pipeline.explainers import EXPLAINERS
 from teacher_cache.codec import COMPRESSORS, PRECISIONS, Compression, unknown_codec
@@ -29,12 +29,14 @@ class CachingOptions(OptionSet):
         Any,
         Kind.TEACHER,
         Doc(
-            "Teacher: a folder that train-teacher wrote, or a vision-language model clip:ARCH. ARCH is a name of "
-            "open_clip, a configuration (.json), or a folder with a configuration and weights."
+            "Teacher: a folder that train-teacher wrote; a network of your own with its weights, such as "
+            "resnet50, timm:NAME or hf:FOLDER; or a vision-language model clip:ARCH. ARCH is a name of open_clip, a "
+            "configuration (.json), or a folder with a configuration and weights."
         ),
     ]
     split: Annotated[str, Doc("Split to explain.")] = "train"
     out: Annotated[Any, Kind.LOCATION, Doc("Heatmap store: new, or an unfinished one to resume.")]
+    teacher_factory: Annotated[TeacherFactory, Heading(CUSTOM_CODE)] = None
     segmenter: Annotated[SavedSegmenter, Heading(CUSTOM_CODE)] = None
     explainer: Annotated[
         str,

@@ -10,9 +10,9 @@ import logging
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from dask.base import compute
 from dask.delayed import delayed
+from torch import nn
 from tqdm import tqdm
 
 from data import Dataset, DatasetError, Split, open_dataset
 from data.storage import Location, absolute
-from options import Message, Option, takes
+from options import Message, Option, renamed, takes
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches, BatchSize
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
@@ -36,9 +37,11 @@ from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import Classifier, versions
-from pipeline.networks.heads import decisive_head, head_arrays
+from pipeline.networks.heads import decisive_head, head_arrays, head_parameters
+from pipeline.networks.own_teachers import BACKBONE, tensor_hashes
 from pipeline.networks.segmenters import FILES
-from pipeline.networks.teachers import absolute_teacher, load_teacher
+from pipeline.networks.sources import ImageShape
+from pipeline.networks.teachers import Brought, Teacher, absolute_teacher, as_teacher, load_teacher
 from pipeline.networks.zero_shot import ZeroShot
 from pipeline.threads import cpu_threads
 from teacher_cache import (
@@ -93,7 +96,8 @@ class Job:
     """
 
     data: Location
-    teacher: str | ZeroShot
+    teacher: str | Brought
+    teacher_factory: str | None
     segmenter: str | None
     out: Location
     info: CacheInfo = field(hash=False)
@@ -102,7 +106,9 @@ class Job:
 
 
 @takes(CachingOptions)
-def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Location, **options: Any) -> CacheSummary:
+def cache_explanations(
+    data: Location, teacher: str | Path | Brought | nn.Module, out: Location, **options: Any
+) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or resume a store that is unfinished.
 
     Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, and 1
@@ -117,7 +123,9 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
 
     Args:
         data: a dataset.
-        teacher: the folder of a teacher, or a vision-language teacher.
+        teacher: the folder of a teacher; an `nn.Module` that maps images, float32 (N, C, H, W) in [0, 1], to logits
+            (N, K), with its preprocessing inside; an `OwnTeacher`, which also has weights, a front, a preprocessing or
+            a class map; or a vision-language teacher, `ZeroShot`.
         out: the store.
 
     Returns:
@@ -128,7 +136,7 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         FileExistsError: ``out`` holds something else.
         ClusterError: the Dask cluster cannot be used, or was lost.
     """
-    asked = CachingOptions(data=data, teacher=teacher, out=out, **options)
+    asked = CachingOptions(data=data, teacher=as_teacher(teacher), out=out, **options)
     with (
         nullcontext() if asked.scheduler is None else connected(asked.scheduler) as client,
         nullcontext() if client is not None else cpu_threads(asked.threads, pick_device(asked.device)),
@@ -138,7 +146,8 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
         cache = create_cache(out, info, head)
         job = Job(
             data=absolute(data),
-            teacher=absolute_teacher(teacher),
+            teacher=absolute_teacher(asked.teacher),
+            teacher_factory=asked.teacher_factory,
             segmenter=_absolute_segmenter(asked.segmenter),
             out=absolute(out),
             info=info,
@@ -162,6 +171,20 @@ def cache_explanations(data: Location, teacher: str | Path | ZeroShot, out: Loca
                     on_every_worker(client, forget, job)
     _check_zeros(_open_complete(out, PAUSES_BEFORE_MISSED if computed and asked.scheduler is not None else (0,)))
     return CacheSummary(str(out), info.dataset.samples, info.shards, computed)
+
+
+def _load(
+    teacher: str | Path | Brought,
+    class_names: Sequence[str],
+    image_shape: ImageShape,
+    teacher_factory: str | None,
+    segmenter: str | None,
+) -> Teacher:
+    """Load the teacher as `load_teacher` does; its errors name the option ``teacher_factory``."""
+    try:
+        return load_teacher(teacher, class_names, image_shape, student_factory=teacher_factory, segmenter=segmenter)
+    except ModelError as error:
+        raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
 
 
 def _absolute_segmenter(segmenter: str | None) -> str | None:
@@ -240,10 +263,12 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split = dataset.split(options.split)
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
-    teacher = load_teacher(options.teacher, dataset.class_names, shape, segmenter=options.segmenter)
+    teacher = _load(options.teacher, dataset.class_names, shape, options.teacher_factory, options.segmenter)
     _check_masks(teacher.model, options, dataset)
-    head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=shape)
-    head = head_of(teacher.model.network, len(teacher.config.class_names))
+    classes, input_shape = len(teacher.config.class_names), teacher.config.input_shape
+    head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=input_shape)
+    head = head_of(teacher.model.network, classes)
+    of_head = [] if not head else head_parameters(teacher.model.network, classes)
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(
@@ -258,7 +283,7 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
         ),
         dataset=DatasetInfo(dataset.name, options.split, split.fingerprint, len(split), shape),
         storage=plan(features=int(options.features)),
-        written_by=versions() | teacher.record,
+        written_by=versions() | teacher.record | {BACKBONE: ",".join(tensor_hashes(teacher.model.network, of_head))},
     )
     maps, width = _explain_first(teacher.model, split, info, device)
     plan = partial(plan, map_shape=maps.shape[2:], features=width)
@@ -289,7 +314,7 @@ def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: tor
     images = np.asarray(split.images[:LOOKED_AT])
     masks = None if split.masks is None else np.asarray(split.masks[:LOOKED_AT])
     first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), device)
-    visible = masks if info.teacher.debias == "mask" else None
+    visible = masks if model.needs_masks else None
     if model.segmenter is not None:
         visible = model.segmenter(as_input(images, device)).cpu().numpy()
     seen = images if visible is None else images * (visible != 0)
@@ -421,6 +446,18 @@ def forget(job: Job) -> None:
     _opened.pop(job, None)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out the notes on networks that are loaded, but no warning."""
+    logger = logging.getLogger("pipeline.networks")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _open(job: Job) -> _Opened:
     """Open dataset, teacher and store, and check that they are the job's: another machine may see another disk.
 
@@ -430,7 +467,8 @@ def _open(job: Job) -> _Opened:
     try:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
-        teacher = load_teacher(job.teacher, job.info.teacher.class_names, shape, segmenter=job.segmenter)
+        with _quietly():  # all was said when the store was planned
+            teacher = _load(job.teacher, job.info.teacher.class_names, shape, job.teacher_factory, job.segmenter)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
         raise type(error)(Message(error, f" ({here}; {remedy})")) from error

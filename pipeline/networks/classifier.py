@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from data.storage import Folder
 from options import Message, Option
 from pipeline.errors import ModelError
-from pipeline.networks.debias import DEBIAS, MASKED
+from pipeline.networks.debias import DEBIAS, needs_masks
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
-from pipeline.networks.models import ImageShape, build_network, check_factory
+from pipeline.networks.layers import last_layer
+from pipeline.networks.models import build_network, check_factory
+from pipeline.networks.preprocessing import Preprocess, PreprocessSpec
 from pipeline.networks.segmenters import FILES, TORCHVISION, Segmenter, build_segmenter
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import load_weights
 from pipeline.rules import stop_relevance
 
@@ -36,14 +39,15 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.pt"  # of a saved model, in 
 
 
 class Classifier(nn.Module):
-    """A network behind a front: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → logits (N, K).
+    """A network behind its front and preprocessing: images (N, C, H, W) in [0, 1], masks (N, 1, H, W) → logits (N, K).
 
     Args:
         network: the network.
         debias: the name of the front, in `DEBIAS`.
         bias_free_report: what `bias_free` did to the network, if it is in its bias-free form.
-        image_shape: (C, H, W) of the images that the network was built for.
+        image_shape: (C, H, W) of the images that the classifier was built for.
         segmenter: a network that makes the masks from the images.
+        preprocessing: what the network expects of its images.
     """
 
     def __init__(
@@ -53,21 +57,54 @@ class Classifier(nn.Module):
         bias_free_report: BiasFreeReport | None = None,
         image_shape: ImageShape | None = None,
         segmenter: Segmenter | None = None,
+        preprocessing: PreprocessSpec | None = None,
     ):
         super().__init__()
         self.network, self.debias, self.bias_free_report = network, debias, bias_free_report
         self.image_shape = image_shape
         self.segmenter = segmenter
+        self.preprocess = None if preprocessing is None else Preprocess(preprocessing)
+        self.input_shape = (
+            image_shape if preprocessing is None or image_shape is None else preprocessing.input_shape(image_shape)
+        )
+        self._frozen: tuple[nn.Module, ...] = ()
 
     @property
     def needs_masks(self) -> bool:
         """Whether the front needs the masks of a dataset."""
-        return self.debias in MASKED and self.segmenter is None
+        return needs_masks(self.debias) and self.segmenter is None
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         if self.segmenter is not None:
             masks = self.segmenter(stop_relevance(images))
-        return self.network(DEBIAS[self.debias](images, masks))
+        images = DEBIAS[self.debias](images, masks)
+        return self.network(images if self.preprocess is None else self.preprocess(images))
+
+    def freeze_backbone(self, num_classes: int) -> None:
+        """Let the last layer alone learn. All other layers keep their parameters and stay in evaluation mode.
+
+        Raises:
+            ModelError: the network does not end in a linear layer or a 1×1 convolution.
+        """
+        name = last_layer(self.network, num_classes)
+        if name is None:
+            raise ModelError(
+                Message(
+                    "this network ends in neither a linear layer nor a 1×1 convolution that could learn alone: leave ",
+                    Option("freeze_backbone", True), " out",
+                )
+            )  # fmt: skip
+        last = self.network.get_submodule(name)
+        self.network.requires_grad_(False)
+        last.requires_grad_(True)
+        self._frozen = tuple(module for module in self.network.modules() if module is not last)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        for module in self._frozen:
+            module.training = False
+        return self
 
 
 @dataclass(frozen=True)
@@ -86,6 +123,10 @@ class ModelConfig:
         head: the teacher's last layer; None for the network's own.
         arch_options: the options of `build_network`.
         segmenter: as in `build_segmenter`.
+        preprocessing: what the network expects of its images; None for images in [0, 1].
+        start: the weights that the training started from: ``file``, its ``sha256``, and whether the training has a
+            ``frozen`` backbone; None for random ones.
+        hf_config: the configuration of an ``hf:`` network.
         format_version: version of these fields.
         versions: versions of the software that made the classifier.
     """
@@ -101,11 +142,25 @@ class ModelConfig:
     head: HeadSpec | None = None
     arch_options: dict[str, int | float | bool | str] = field(default_factory=dict)
     segmenter: str | None = None
+    preprocessing: PreprocessSpec | None = None
+    start: dict[str, Any] | None = None
+    hf_config: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
+    @property
+    def network_options(self) -> dict[str, Any]:
+        """The options of `build_network`."""
+        return {**self.arch_options, **({} if self.hf_config is None else {"config": self.hf_config})}
+
+    @property
+    def input_shape(self) -> ImageShape:
+        """(C, H, W) of what the network takes."""
+        return self.image_shape if self.preprocessing is None else self.preprocessing.input_shape(self.image_shape)
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None or key not in _LATER_FIELDS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -116,16 +171,18 @@ class ModelConfig:
         """
         if values.get("format_version") != FORMAT_VERSION:
             raise ModelError(f"its format version is {values.get('format_version')!r}, not {FORMAT_VERSION}")
-        values = {"arch_options": {}, "segmenter": None, **values}  # older files lack these two
+        values = {"arch_options": {}, "segmenter": None, **dict.fromkeys(_LATER_FIELDS), **values}  # of older files
         expected = {f.name for f in dataclasses.fields(cls)}
         if set(values) != expected:
             raise ModelError(f"its fields differ from the expected ones in {sorted(set(values) ^ expected)}")
         try:
             values["head"] = HeadSpec.from_dict(values["head"]) if values["head"] else None
             values["class_names"] = tuple(values["class_names"])
+            if values["preprocessing"] is not None:
+                values["preprocessing"] = PreprocessSpec.from_dict(values["preprocessing"])
             values["image_shape"] = tuple(map(int, values["image_shape"]))
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"its head, class_names or image_shape cannot be read ({error})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"its head, class_names, preprocessing or image_shape cannot be read ({error})") from None
         if not isinstance(values["arch"], str):
             raise ModelError(f"its arch is {values['arch']!r}, not a name")
         options = values["arch_options"]
@@ -138,6 +195,9 @@ class ModelConfig:
                 f"its debias is {values['debias']!r} and its segmenter is {values['segmenter']!r}, which do not fit"
             )
         return cls(**values)
+
+
+_LATER_FIELDS = ("preprocessing", "start", "hf_config")  # which older files lack, and new ones without a value too
 
 
 def versions() -> dict[str, str]:
@@ -157,37 +217,44 @@ def build_classifier(
     segmenter: Segmenter | None = None,
     *,
     to_train: bool = True,
+    weights: Path | None = None,
 ) -> Classifier:
-    """Build the classifier that a configuration describes, with random weights.
+    """Build the classifier that a configuration describes, with random weights, or those that it starts from.
 
     Args:
         config: the configuration.
         student_factory: as in `load_classifier`.
         segmenter: the segmenter that the configuration names, already built.
         to_train: the classifier is to be trained, so check that it can be.
+        weights: as in `build_network`.
 
     Raises:
         ModelError: see `build_network` and `attach_head`.
     """
+    classes = len(config.class_names)
     network, report = build_network(
         config.arch,
-        len(config.class_names),
-        config.image_shape,
+        classes,
+        config.input_shape,
         free_of_biases=config.bias_free,
-        options=config.arch_options,
+        options=config.network_options,
         factory=student_factory,
         to_train=to_train,
+        weights=weights,
     )
     if config.head is not None:
         attach_head(
             network,
             config.head,
-            len(config.class_names),
-            config.image_shape,
+            classes,
+            config.input_shape,
             adapter_bias=not config.bias_free,
             to_train=to_train,
         )
-    return Classifier(network, config.debias, report, config.image_shape, segmenter)
+    classifier = Classifier(network, config.debias, report, config.image_shape, segmenter, config.preprocessing)
+    if config.start is not None and config.start.get("frozen"):
+        classifier.freeze_backbone(classes)
+    return classifier
 
 
 def save_weights(directory: Path, model: nn.Module) -> None:

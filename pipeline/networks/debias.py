@@ -6,6 +6,7 @@ A front is a part of the model, so that relevance flows through it back to the p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from options import Lazy, Message, Option, Registry
@@ -13,15 +14,54 @@ from pipeline.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
+    import torch.nn.functional as F
     from torch import Tensor
 
     from pipeline import rules
 else:
     torch, rules = Lazy("torch"), Lazy("pipeline.rules")
+    F = Lazy("torch.nn.functional")
 
 Front = Callable[["Tensor", "Tensor | None"], "Tensor"]  # images (N, C, H, W), masks (N, 1, H, W) → images (N, C, H, W)
+Masked = Callable[["Tensor", "Tensor"], "Tensor"]  # a front that needs the masks
 DEBIAS: Registry[Front] = Registry("debias", ModelError)
-MASKED = ("mask", "segmenter")  # fronts that need masks
+
+
+def masked(*, hides_background: bool) -> Callable[[Masked], Front]:
+    """State that the front below needs masks: without them it raises ModelError.
+
+    Args:
+        hides_background: whether the result is the same for every background.
+    """
+
+    def mark(front: Masked) -> Front:
+        @wraps(front)
+        def checked(images: Tensor, masks: Tensor | None) -> Tensor:
+            if masks is None:
+                raise ModelError(
+                    Message(
+                        "a teacher with ",
+                        Option("debias", front.__name__.replace("_", "-")),
+                        " needs the dataset's 'masks', and this split has none: use a dataset with masks, or another "
+                        "teacher",
+                    )
+                )
+            return front(images, masks)
+
+        checked.__dict__.update(needs_masks=True, hides_background=hides_background)
+        return checked
+
+    return mark
+
+
+def needs_masks(name: str) -> bool:
+    """Return whether the front of this name needs masks; False for a name that is not in `DEBIAS`."""
+    return getattr(DEBIAS.get(name), "needs_masks", False)
+
+
+def hides_background(name: str) -> bool:
+    """Return whether the front of this name hides the background; False for a name that is not in `DEBIAS`."""
+    return getattr(DEBIAS.get(name), "hides_background", False)
 
 
 @DEBIAS.add("grayscale")
@@ -37,30 +77,102 @@ def grayscale(images: Tensor, masks: Tensor | None) -> Tensor:
 
 
 @DEBIAS.add("mask")
-def mask(images: Tensor, masks: Tensor | None) -> Tensor:
-    """Return the images with the background set to 0 by the array ``masks`` of the dataset, (N, 1, H, W) in {0, 1}.
-
-    Raises:
-        ModelError: there are no masks.
-    """
-    if masks is None:
-        raise ModelError(
-            Message(
-                "a teacher with ",
-                Option("debias", "mask"),
-                " needs the dataset's 'masks', and this split has none: use a dataset with masks, or another teacher",
-            )
-        )
+@masked(hides_background=True)
+def mask(images: Tensor, masks: Tensor) -> Tensor:
+    """Return the images with the background set to 0 by the array ``masks`` of the dataset, (N, 1, H, W) in {0, 1}."""
     return images * masks
 
 
+@DEBIAS.add("mask-mean")
+@masked(hides_background=True)
+def mask_mean(images: Tensor, masks: Tensor) -> Tensor:
+    """Return the images with the background set to the mean of the object's pixels, for each image and channel.
+
+    The relevance of the fill flows to the pixels that it is the mean of. So do `mask_blur`'s, and a heatmap accounts
+    for as much of the logit as it does without a fill. An image without an object becomes black.
+    """
+    return images * masks + (1 - masks) * _mean(images, masks)
+
+
+@DEBIAS.add("mask-blur")
+@masked(hides_background=True)
+def mask_blur(images: Tensor, masks: Tensor) -> Tensor:
+    """Return the images with the background set to the object's colours, continued outwards and blurred."""
+    return _continued(images * masks, masks)
+
+
+@DEBIAS.add("mask-background-mean")
+@masked(hides_background=False)
+def mask_background_mean(images: Tensor, masks: Tensor) -> Tensor:
+    """Return the images with the background set to its mean, for each image and channel, which may tell the class.
+
+    The fill is a constant for relevance, so that the student learns nothing of it.
+    """
+    return images * masks + (1 - masks) * rules.stop_relevance(_mean(images, 1 - masks))
+
+
+@DEBIAS.add("mask-background-blur")
+@masked(hides_background=False)
+def mask_background_blur(images: Tensor, masks: Tensor) -> Tensor:
+    """Return the images with a strongly blurred background, whose colours may tell the class.
+
+    The background is reduced to 4×4 pixels, each the mean of its part of the background, and scaled up again. It is a
+    constant for relevance, as in `mask_background_mean`.
+    """
+    return images * masks + (1 - masks) * rules.stop_relevance(_blurred(images, 1 - masks))
+
+
 @DEBIAS.add("segmenter")
-def segmenter(images: Tensor, masks: Tensor | None) -> Tensor:
+@masked(hides_background=True)
+def segmenter(images: Tensor, masks: Tensor) -> Tensor:
     """Return the images as `mask` does, by the masks of a frozen segmentation network inside the teacher."""
-    return mask(images, masks)
+    return images * masks
 
 
 @DEBIAS.add("none")
 def none(images: Tensor, masks: Tensor | None) -> Tensor:
     """Return the images unchanged, for a biased baseline or a student."""
     return images
+
+
+def _mean(images: Tensor, part: Tensor) -> Tensor:
+    """Return the mean (N, C, 1, 1) of the pixels where ``part``, (N, 1, H, W), is 1, not 0; 0 if there are none."""
+    return _divided((images * part).sum(dim=(2, 3), keepdim=True), part.sum(dim=(2, 3), keepdim=True))
+
+
+def _blurred(images: Tensor, part: Tensor, side: int = 4) -> Tensor:
+    """Return the mean colours of ``part``, (N, 1, H, W) in {0, 1}, in side × side fields, scaled up to (N, C, H, W)."""
+    share = F.adaptive_avg_pool2d(part, side)
+    fields = _divided(F.adaptive_avg_pool2d(images * part, side), share)
+    return _up(_continued(fields, share.gt(0).to(images.dtype)), images)
+
+
+def _continued(colours: Tensor, known: Tensor) -> Tensor:
+    """Continue colours to the pixels where they are not known, the more blurred the farther away they are.
+
+    This is the pull-push algorithm (Gortler et al., The Lumigraph, SIGGRAPH 1996). It is defined at any distance, in
+    contrast to a filter of limited width. Every colour of the result is a weighted mean of known ones.
+
+    Args:
+        colours: (N, C, H, W), 0 where they are not known.
+        known: (N, 1, H, W), 1 where they are known, and 0 elsewhere.
+
+    Returns:
+        The colours (N, C, H, W), unchanged where they are known; 0 for an image without any known ones.
+    """
+    if known.shape[2:] == (1, 1):
+        return colours
+    share = F.avg_pool2d(known, 2, ceil_mode=True)
+    means = _divided(F.avg_pool2d(colours, 2, ceil_mode=True), share)
+    coarser = _continued(means, share.gt(0).to(colours.dtype))
+    return colours + (1 - known) * _up(coarser, colours)
+
+
+def _divided(sums: Tensor, share: Tensor) -> Tensor:
+    """Divide where the share is not 0. Elsewhere the sums are 0, and stay it."""
+    return sums / torch.where(share > 0, share, 1)
+
+
+def _up(images: Tensor, like: Tensor) -> Tensor:
+    """Scale images up to the height and width of others."""
+    return F.interpolate(images, size=like.shape[2:], mode="bilinear", align_corners=False)

@@ -6,6 +6,7 @@ Not here: the formats (`formats.py`), and the files of our own models (`classifi
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,29 @@ from torch import Tensor, nn
 
 from options import Message, Option, takes
 from pipeline.errors import ModelError
-from pipeline.networks.classifier import Classifier, load_classifier, write_whole
+from pipeline.networks.classifier import Classifier, ModelConfig, load_classifier, write_whole
 from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm, copy_of
-from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.layers import last_layer
+from pipeline.networks.models import build_network, error_summary
+from pipeline.networks.outputs import as_returned
+from pipeline.networks.sources import HF_CONFIG, ImageShape, hf_config_of
 
 BATCHES = (1, 5)  # sizes that a file is checked with; it is traced with another size
 TOLERANCE = 1e-3  # relative to the largest logit, as other kernels round differently
 
 
-def plain(model: Classifier) -> nn.Module:
+def plain(model: Classifier, *, preprocessed: bool = False) -> nn.Module:
     """Copy the network of a classifier into one that needs none of our code, in evaluation mode.
 
     A `ScaleNorm` becomes the `nn.BatchNorm1d`, ``2d`` or ``3d`` that computes the same in evaluation mode: running mean
     0, running variance the running second moment, shift 0. A forward pass tells the number of its dimensions. An
-    `AttentionPool` becomes a graph of PyTorch's own functions.
+    `AttentionPool` and the preprocessing become graphs of PyTorch's own functions.
+
+    Args:
+        model: the classifier.
+        preprocessed: leave the preprocessing out, for a network that takes preprocessed images.
 
     Returns:
         The network: images (N, C, H, W) in [0, 1] → logits (N, K).
@@ -56,13 +64,68 @@ def plain(model: Classifier) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionPool):  # as a graph of PyTorch's own, which is pickled with its code
             network.set_submodule(name, _traced(module))
-    norms = {norm: _batch_norm_like(norm, rank) for norm, rank in _ranks(network, model.image_shape).items()}
-    if network in norms:
-        return norms[network]
+    norms = {norm: _batch_norm_like(norm, rank) for norm, rank in _ranks(network, model.input_shape).items()}
     for name, module in list(network.named_modules(remove_duplicate=False)):
-        if module in norms:
+        if name and module in norms:
             network.set_submodule(name, norms[module])
-    return network
+    if isinstance(network, ScaleNorm):
+        network = norms[network]
+    if model.preprocess is None or preprocessed:
+        return network
+    assert model.image_shape is not None  # a classifier with a preprocessing has one
+    before = model.preprocess.cpu().plain(*model.image_shape[1:])
+    return nn.Sequential(OrderedDict(preprocess=before, network=network)).eval()
+
+
+def library_form(network: nn.Module, config: ModelConfig, student_factory: str | None) -> nn.Module:
+    """Return the network in the form that its library or its author's function builds, so that these load its weights.
+
+    An adapter and the frozen layer behind it become one linear layer, and biases that are not there become 0. A network
+    that has no such form, as one with an attention pooling, is returned as it is.
+    """
+    classes = len(config.class_names)
+    try:
+        fresh, _ = build_network(
+            config.arch,
+            classes,
+            config.input_shape,
+            free_of_biases=False,
+            options=config.network_options,
+            factory=student_factory,
+            to_train=False,
+        )
+    except ModelError:
+        return network
+    weights, values = network.state_dict(), fresh.state_dict()
+    name = last_layer(fresh, classes)
+    if config.head is not None and (config.head.normalised or config.head.pool is not None):
+        return network
+    if name is not None and config.head is not None:
+        own = fresh.get_submodule(name)
+        weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
+        weights |= {f"{name}.{key}": value for key, value in _affine(network.get_submodule(name), own).items()}
+    lacking = values.keys() - weights.keys()
+    zeros = {key: torch.zeros_like(values[key]) for key in lacking if key.endswith(_ZERO)}
+    try:
+        fresh.load_state_dict(weights | zeros)
+    except RuntimeError:  # of names or shapes
+        return network
+    return fresh.eval()
+
+
+_ZERO = ("bias", "running_mean", "num_batches_tracked")  # endings of values that a bias-free network lacks
+
+
+@torch.no_grad()
+def _affine(module: nn.Module, own: nn.Module) -> dict[str, Tensor]:
+    """Return weight and bias of the linear layer ``own`` that computes what a module does, if that is affine."""
+    assert isinstance(own, nn.Linear | nn.Conv2d)
+    width = own.in_features if isinstance(own, nn.Linear) else own.in_channels
+    inputs = torch.cat([torch.zeros(1, width), torch.eye(width)]).double()
+    copied = copy_of(module).double()
+    outputs = copied(inputs if isinstance(own, nn.Linear) else inputs[:, :, None, None]).flatten(1)
+    weight = (outputs[1:] - outputs[0]).T.float().reshape(own.weight.shape)
+    return {"weight": weight} if own.bias is None else {"weight": weight, "bias": outputs[0].float()}
 
 
 def _traced(pool: AttentionPool) -> torch.fx.GraphModule:
@@ -81,11 +144,12 @@ def save_plain(path: str | Path, model: Classifier) -> None:
     """Write the `plain` network atomically, for ``torch.load(path, weights_only=False)``, on the CPU.
 
     Loading it needs PyTorch, torchvision for an architecture of torchvision's, and the module of a user's own classes.
+    A network of the user's own returns what its forward returns, such as a dictionary with the logits.
 
     Raises:
         ModelError: as in `plain`, or the network cannot be pickled.
     """
-    network = plain(model).cpu()
+    network = as_returned(plain(model).cpu())
     buffer = io.BytesIO()
     try:
         torch.save(network, buffer)
@@ -113,17 +177,25 @@ def export_model(model: str | Path, out: str | Path, format: str, **options: Any
     Raises:
         ModelError: the format is unknown or cannot hold the network, or the file computes other logits.
         FileExistsError: ``out`` exists.
+
+    Beside the weights alone of an ``hf:`` network its ``config.json`` is written, if there is none, so that
+    ``from_pretrained`` loads the folder if the file is called ``model.safetensors``.
     """
     settings = ExportOptions(model=model, out=out, format=format, **options)
     out = Path(out)
     if out.exists():
         raise FileExistsError(Message(f"{out} exists: choose another ", Option("out"), ", or remove it first"))
     classifier, config = load_classifier(model, settings.student_factory)
-    network = plain(classifier)
+    weights_alone = FORMATS[format].weights_alone
+    network = plain(classifier, preprocessed=weights_alone)
+    if weights_alone:
+        network = library_form(network, config, settings.student_factory)
     try:
-        content = FORMATS[format].encode(network, _images(2, config.image_shape))
+        shape = config.input_shape if weights_alone else config.image_shape
+        content = FORMATS[format].encode(network, _images(2, shape))
         run = FORMATS[format].decode(content, network)
-        difference, largest = _compared(run, classifier, config.image_shape)
+        before = classifier.preprocess if weights_alone and classifier.preprocess is not None else nn.Identity()
+        difference, largest = _compared(lambda images: run(before(images)), classifier, config.image_shape)
     except ModelError:
         raise
     except Exception as error:  # of many types: a network may do what a format cannot express
@@ -143,6 +215,8 @@ def export_model(model: str | Path, out: str | Path, format: str, **options: Any
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, content)
+    if weights_alone and config.hf_config is not None and not (out.parent / HF_CONFIG).exists():
+        write_whole(out.parent / HF_CONFIG, hf_config_of(network, config.class_names).encode())
     return difference
 
 

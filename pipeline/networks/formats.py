@@ -29,10 +29,13 @@ class Format:
         encode: makes a file's content from a network and some images (N, C, H, W) to trace it with.
         decode: makes a function, images → logits, from a file's content. It may use the network's structure, but not
             its weights.
+        weights_alone: the file has the weights alone, for the same network in the library that it is from. It takes
+            preprocessed images. Other files take images in [0, 1].
     """
 
     encode: Callable[[nn.Module, Tensor], bytes]
     decode: Callable[[bytes, nn.Module], Callable[[Tensor], Tensor]]
+    weights_alone: bool = False
 
 
 FORMATS: Registry[Format] = Registry("format", ModelError)
@@ -97,12 +100,29 @@ def _to_state_dict(network: nn.Module, images: Tensor) -> bytes:
 
 
 def _from_state_dict(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Load the file into a copy of the network whose weights are 0."""
+    return _filled(network, torch.load(io.BytesIO(content), weights_only=True))
+
+
+def _filled(network: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """Load weights into a copy of the network whose saved weights are 0."""
     network = copy.deepcopy(network)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data.zero_()
-    network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
+    for tensor in network.state_dict().values():
+        tensor.zero_()
+    network.load_state_dict(weights)
     return network
+
+
+def _to_safetensors(network: nn.Module, images: Tensor) -> bytes:
+    """Return a state dict as safetensors, which Hugging Face and timm load; no code can hide in it."""
+    from safetensors.torch import save
+
+    return save({name: value.contiguous().clone() for name, value in network.state_dict().items()}, {"format": "pt"})
+
+
+def _from_safetensors(content: bytes, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    from safetensors.torch import load
+
+    return _filled(network, load(content))
 
 
 def _any_batch() -> Any:
@@ -111,7 +131,8 @@ def _any_batch() -> Any:
 
 FORMATS["torch-export"] = Format(_to_torch_export, _from_torch_export)
 FORMATS["onnx"] = Format(_to_onnx, _from_onnx)
-FORMATS["state-dict"] = Format(_to_state_dict, _from_state_dict)
+FORMATS["state-dict"] = Format(_to_state_dict, _from_state_dict, weights_alone=True)
+FORMATS["safetensors"] = Format(_to_safetensors, _from_safetensors, weights_alone=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +146,10 @@ class ExportOptions(OptionSet):
     format: Annotated[
         str,
         Among(FORMATS),
-        Doc("File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone."),
+        Doc(
+            "File format: a .pt2 file for torch.export.load, an ONNX file, or the weights alone as a .pt or a "
+            ".safetensors file."
+        ),
     ]
     out: Annotated[str | Path, Kind.FOLDER, Doc("File to write.")]
     student_factory: Annotated[StudentFactory, Heading(CUSTOM_CODE)] = None

@@ -18,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from options import Message, Option
 from pipeline.errors import ModelError
-from pipeline.networks.models import ImageShape, error_summary, last_layer, outputs_of_last_layer
+from pipeline.networks.layers import last_layer, outputs_of_last_layer
+from pipeline.networks.models import error_summary
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.trials import else_in_logits
 
 log = logging.getLogger(__name__)
@@ -150,6 +152,12 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
             arrays |= {POOL + key: value for key, value in module.state_dict().items()}
             arrays[POOL_HEADS] = torch.tensor([getattr(module, "num_heads", getattr(module, "heads", 1))])
     return {key: value.detach().float().cpu().numpy() for key, value in arrays.items() if value is not None}
+
+
+def head_parameters(network: nn.Module, classes: int) -> list[str]:
+    """Return the names of the parameters of the last layer; none without one."""
+    name = last_layer(network, classes)
+    return [] if name is None else [f"{name}.{key}" for key in network.get_submodule(name).state_dict()]
 
 
 def decisive_head(network: nn.Module, classes: int, image_shape: ImageShape) -> dict[str, np.ndarray]:

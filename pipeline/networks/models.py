@@ -1,12 +1,13 @@
-"""Networks by name or by a function of the user's own, and their last layer.
+"""Networks by name or by a function of the user's own.
 
-Not here: the debiasing front of a network (`debias.py`), and the layers that replace its last one (`heads.py`).
+Not here: the debiasing front of a network (`debias.py`), and its last layer (`layers.py`, `heads.py`).
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +25,25 @@ from torchvision.models.resnet import BasicBlock
 
 from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
+from pipeline.networks.checkpoints import load_checkpoint
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
+from pipeline.networks.layers import take_channels
+from pipeline.networks.outputs import logits_of, take_logits
+from pipeline.networks.sources import SOURCES, ImageShape, has_source, split_name
 from pipeline.networks.trials import kind_of, remedy_for, trial_images, undisturbed
 from pipeline.networks.weight_files import plain_reason
+from pipeline.private_torch import BatchNormBase
 
-ImageShape = tuple[int, int, int]
-Options = Mapping[str, int | float | bool | str]
+log = logging.getLogger(__name__)
+
+Options = Mapping[str, Any]
+PRETRAINED = "pretrained"  # the parameter of a user's function that tells whether to load weights
 TRIED = (2, 128)  # images in training mode: more where a network does not take a few
 
 
 def architectures() -> list[str]:
     """Return the names of our own networks for small images (`OWN`) and of torchvision's classification models."""
-    return [*OWN, *torchvision.models.list_models(module=torchvision.models)]
+    return [*OWN, *SOURCES["torchvision"].names()]
 
 
 def small_cnn(num_classes: int, channels: int = 3, width: int = 32, depth: int = 1) -> nn.Sequential:
@@ -122,32 +131,43 @@ def build_network(
     options: Options | None = None,
     factory: str | None = None,
     to_train: bool = True,
+    weights: Path | None = None,
 ) -> tuple[nn.Module, BiasFreeReport]:
-    """Build a randomly initialised network, and try it once on random images in each mode.
+    """Build a network, and try it once on random images in each mode. Its weights are random, or those of a file.
 
     Args:
-        arch: one of `architectures`, or ``package.module:function``, a function of the user's own. The function is
-            called as ``function(num_classes=..., **options)``, with ``image_shape`` if it has a parameter of that name.
-            It returns an `nn.Module` that maps images, float32 (N, C, H, W) in [0, 1], to logits (N, num_classes).
+        arch: one of `architectures`, ``timm:NAME``, ``hf:FOLDER`` with the option ``config``, or
+            ``package.module:function``, a function of the user's own. The function is called as
+            ``function(num_classes=..., **options)``, with ``image_shape`` if it has a parameter of that name, and with
+            ``pretrained=False`` if it has a parameter of that name and its weights are loaded afterwards
+            (``weights``, or without ``to_train``). It returns an `nn.Module` that maps images, float32 (N, C, H, W) in
+            [0, 1], to logits (N, num_classes), or to an output that holds them, see `logits_of`.
         num_classes: number of logits.
-        image_shape: (C, H, W) of the images.
+        image_shape: (C, H, W) of what the network takes.
         free_of_biases: convert the network to its bias-free form, see `bias_free`.
         options: options of the builder: ``width`` and ``depth`` of our own networks, or keywords of torchvision's.
         factory: the name of the user's function once more. A function is imported only if both names are equal, so
             that a file alone cannot run code.
         to_train: the network is to be trained, so try it in training mode too.
+        weights: a file with the weights that the network starts from, see `load_checkpoint`; the log tells what did not
+            fit.
 
     Returns:
         The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
 
     Raises:
-        ModelError: the architecture is unknown, it has no such option, the network does not take the images, or the
-            user's function fails.
+        ModelError: the architecture is unknown, it has no such option, the network does not take the images, the user's
+            function fails, or the weights do not fit.
     """
     check_factory(arch, factory)
     report = BiasFreeReport((), ())
     with _current_folder_importable() if is_factory(arch) else nullcontext():
-        network, name = _build(arch, num_classes, image_shape, options or {})
+        network, name = _build(
+            arch, num_classes, image_shape, options or {}, filled=weights is not None or not to_train
+        )
+        if weights is not None:
+            for line in load_checkpoint(network, weights, num_classes).lines():
+                log.info(f"{arch}: {line}")
         try:
             if free_of_biases:
                 if any(nn.parameter.is_lazy(buffer) for buffer in network.buffers()):  # which cannot be copied
@@ -158,14 +178,18 @@ def build_network(
             if free_of_biases and _works_with_biases(arch, num_classes, image_shape, options or {}):
                 raise _not_bias_free(name, error) from error
             raise _not_taken(name, arch, image_shape, error, network) from error
-        _check_output(name, logits, 2, num_classes)
+        _take_output(name, network, logits, 2, num_classes)
         if to_train:
             _try_training(name, network, num_classes, image_shape)
     return network.train(), report
 
 
-def _check_output(name: str, output: object, images: int, num_classes: int, mode: str = "") -> None:
-    """Raise ModelError where an output is no tensor of logits (images, num_classes)."""
+def _take_output(name: str, network: nn.Module, output: object, images: int, num_classes: int, mode: str = "") -> None:
+    """Let a network whose output holds its logits return them; raise ModelError where there are none."""
+    if not isinstance(output, torch.Tensor):
+        with suppress(ModelError):  # the error below tells more
+            output = logits_of(output, num_classes)
+            take_logits(network, num_classes)
     if not isinstance(output, torch.Tensor) or output.shape != (images, num_classes):
         raise ModelError(
             f"the network of {name} returns {kind_of(output)} for {images} images and {num_classes} classes{mode}: "
@@ -183,7 +207,8 @@ def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: 
         except Exception as error:
             failure = failure or error
         else:
-            return _check_output(name, output, samples, num_classes, " in training mode, unlike in evaluation mode")
+            mode = " in training mode, unlike in evaluation mode"
+            return _take_output(name, network, output, samples, num_classes, mode)
     assert failure is not None
     raise ModelError(
         f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
@@ -193,7 +218,7 @@ def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: 
 
 def is_factory(arch: str) -> bool:
     """Return whether a function of the user's own, ``package.module:function``, builds the network."""
-    return ":" in arch
+    return ":" in arch and not has_source(arch)
 
 
 def check_factory(arch: str, factory: str | None) -> None:
@@ -243,28 +268,35 @@ def error_summary(error: BaseException) -> str:
     return plain_reason(error)
 
 
-def last_layer(network: nn.Module, num_classes: int) -> str | None:
-    """Return the name of the last `nn.Linear` or 1×1 `nn.Conv2d` with ``num_classes`` outputs; None without any."""
-    names = [name for name, module in network.named_modules() if name and outputs_of_last_layer(module) == num_classes]
-    return names[-1] if names else None
+def looks_trained(network: nn.Module) -> bool:
+    """Return whether a network's norms have other values than any initialisation gives them."""
+    for module in network.modules():
+        if not isinstance(module, _NORMS):
+            continue
+        values = [getattr(module, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+        if any(isinstance(value, torch.Tensor) and bool((value != value.flatten()[0]).any()) for value in values):
+            return True
+    return False
 
 
-def outputs_of_last_layer(module: nn.Module) -> int | None:
-    """Return the number of outputs of an `nn.Linear` or a plain 1×1 `nn.Conv2d`; None for other modules."""
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d):
-        plain = (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        return module.out_channels if plain else None
-    return None
+_NORMS = (BatchNormBase, nn.LayerNorm, nn.GroupNorm)
 
 
-def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Options) -> tuple[nn.Module, str]:
-    """Build a network with these options; return it and its name, with the options, for errors."""
+def _build(
+    arch: str, num_classes: int, image_shape: ImageShape, options: Options, *, filled: bool = False
+) -> tuple[nn.Module, str]:
+    """Build a network with these options; return it and its name, with the options, for errors.
+
+    If its weights are ``filled`` in afterwards, a function of the user's own need not load any.
+    """
     name = f"the student factory '{arch}'" if is_factory(arch) else f"the architecture '{arch}'"
     builder, arguments = _builder(arch, num_classes, image_shape)
+    if filled and is_factory(arch) and PRETRAINED in inspect.signature(builder).parameters:
+        arguments |= {PRETRAINED: False}
+        options = {key: value for key, value in options.items() if key != PRETRAINED}
     _check_options(name, arch, builder, arguments, options)
-    with_options = f" with {', '.join(f'{key}={value!r}' for key, value in options.items())}" if options else ""
+    of_user = [f"{key}={value!r}" for key, value in options.items() if not isinstance(value, Mapping)]
+    with_options = f" with {', '.join(of_user)}" if of_user else ""
     try:
         network = builder(**arguments, **options)
     except Exception as error:
@@ -285,6 +317,8 @@ def _build(arch: str, num_classes: int, image_shape: ImageShape, options: Option
         if isinstance(network, type) and issubclass(network, nn.Module):
             returned, remedy = f"the class {network.__name__}", f"it must call it, {network.__name__}(num_classes)"
         raise ModelError(f"{name}{with_options} returned {returned}: {remedy}")
+    if image_shape[0] == 1 and not is_factory(arch) and arch not in OWN:
+        take_channels(network, 1, image_shape[1:])
     return network, name + with_options
 
 
@@ -298,20 +332,15 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
         return function, arguments
     if arch in OWN:
         return OWN[arch], arguments | {"channels": image_shape[0]}
-    if arch not in architectures():
+    prefix, name = split_name(arch)
+    names = [] if prefix != "torchvision" else SOURCES[prefix].names()  # the others say themselves what they lack
+    if names and name not in names:
         raise ModelError(
-            f"unknown architecture '{arch}': choose {', '.join(OWN)} or a torchvision model."
-            f"{did_you_mean(arch, architectures())}"
+            f"unknown architecture '{arch}': choose {', '.join(OWN)}, a torchvision model, timm:NAME or hf:FOLDER."
+            f"{did_you_mean(name, [*OWN, *names])}"
         )
-    # pretrained weights have other classes, and would be downloaded
-    arguments |= {"weights": None, "progress": False}
-    if arch in ("googlenet", "inception_v3"):  # one output, as in evaluation
-        arguments |= {"aux_logits": False, "init_weights": True}
-    if arch.startswith("vit_"):
-        arguments["image_size"] = image_shape[1]
-    if arch.startswith("maxvit"):
-        arguments["input_size"] = image_shape[1:]
-    return torchvision.models.get_model_builder(arch), arguments
+    of_library = SOURCES[prefix].builder(name, num_classes, image_shape)
+    return of_library.function, of_library.arguments
 
 
 def _import(name: str, option: str, what: str) -> Callable[..., Any]:
@@ -393,7 +422,7 @@ def _unknown_option(
     elif is_factory(arch):
         remedy = f"{reason or 'it is set already'}; leave the option out"
     else:
-        remedy = f"it takes {others}, and what the documentation of torchvision.models.{arch} lists"
+        remedy = f"it takes {others}, and what the documentation of {arch} lists"
     return ModelError(f"{name} takes no option '{option}': {remedy}")
 
 

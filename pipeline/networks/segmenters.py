@@ -17,7 +17,8 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
-from pipeline.networks.models import ImageShape, call_function, error_summary
+from pipeline.networks.models import call_function, error_summary
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import file_fault, plain_reason
 
 TORCHVISION = "torchvision:"

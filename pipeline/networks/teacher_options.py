@@ -1,13 +1,17 @@
-"""The options of a vision-language teacher, known without PyTorch. Not here: what they make (`teachers.py`)."""
+"""The options of teachers that `train-teacher` did not write, known without PyTorch. Not here: what they make
+(`teachers.py`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from options import Doc, InsteadOf, Kind, OptionSet, Separated
+from options import Doc, Heading, InsteadOf, Kind, OptionSet, Separated
 from pipeline.errors import ModelError
+
+OWN_TEACHER = "Your own teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,4 +35,51 @@ class VisionLanguageOptions(OptionSet):
     ] = ()
     prompts: Annotated[
         str | Path | None, Doc("Text file with one prompt per line."), Kind.PATH, InsteadOf("prompt")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingOptions(OptionSet):
+    """What a network expects of its images, if its library does not tell."""
+
+    ERROR: ClassVar[type[Exception]] = ModelError
+    HEADING: ClassVar[str] = "Preprocessing"
+
+    mean: Annotated[
+        tuple[Any, ...] | None,
+        Doc("Mean of the network's training images, of each channel or one for all, such as 0.485,0.456,0.406."),
+        Separated(),
+    ] = None
+    std: Annotated[
+        tuple[Any, ...] | None,
+        Doc("Standard deviation of the network's training images, as for the mean."),
+        Separated(),
+    ] = None
+    input_size: Annotated[
+        Any, Kind.IMAGE_SIZE, Doc("Size to which images are resized for the network. Default: the dataset's size.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnTeacherOptions(PreprocessingOptions):
+    """What a network of the user's own needs to be a teacher."""
+
+    weights: Annotated[
+        str | Path | None,
+        Kind.PATH,
+        Heading(OWN_TEACHER),
+        Doc("Weights of your own network: a file (.pt, .pth, .safetensors) or a Hugging Face folder."),
+    ] = None
+    debias: Annotated[
+        str | None,
+        Heading(OWN_TEACHER),
+        Doc("Debiasing front of your own network, as for the command train-teacher. Default: none."),
+    ] = None
+    class_map: Annotated[
+        str | Path | None,
+        Kind.PATH,
+        Heading(OWN_TEACHER),
+        Doc(
+            "YAML or JSON file with the classes of your own network for each class of the dataset: dog: [beagle, 207]."
+        ),
     ] = None

@@ -1,6 +1,6 @@
-"""Teachers by name: a saved classifier, or a vision-language model that prompts tell the classes.
+"""Teachers by name: a saved classifier, a network of the user's own, or a vision-language model with prompts.
 
-Not here: how either of them is built (`classifier.py`, `zero_shot.py`).
+Not here: how any of them is built (`classifier.py`, `own_teachers.py`, `zero_shot.py`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from options import Message, Option
+from torch import nn
+
+from options import Message, Option, OptionSet
 from pipeline.errors import ModelError
-from pipeline.networks.classifier import Classifier, ModelConfig, check_fits, load_classifier, weights_sha256
-from pipeline.networks.models import ImageShape
-from pipeline.networks.teacher_options import VisionLanguageOptions
+from pipeline.networks.class_map import read_class_map
+from pipeline.networks.classifier import (
+    CONFIG_FILE,
+    Classifier,
+    ModelConfig,
+    check_fits,
+    load_classifier,
+    weights_sha256,
+)
+from pipeline.networks.models import is_factory
+from pipeline.networks.own_teachers import HF, OwnTeacher, build_own, class_map_of
+from pipeline.networks.preprocessing import choose_preprocessing
+from pipeline.networks.sources import ImageShape, has_source, preprocessing_of
+from pipeline.networks.teacher_options import OwnTeacherOptions, VisionLanguageOptions
 from pipeline.networks.zero_shot import PREFIX, ZeroShot, build_zero_shot
+
+Brought = ZeroShot | OwnTeacher  # teachers that train-teacher did not write
 
 
 @dataclass(frozen=True)
@@ -35,17 +50,18 @@ class Teacher:
 
 
 def load_teacher(
-    teacher: str | Path | ZeroShot,
+    teacher: str | Path | Brought | nn.Module,
     class_names: Sequence[str],
     image_shape: ImageShape,
     *,
     student_factory: str | None = None,
     segmenter: str | None = None,
 ) -> Teacher:
-    """Load a saved classifier, or build a vision-language teacher, for a dataset.
+    """Load a saved classifier, or build a teacher that the user brings, for a dataset.
 
     Args:
-        teacher: the folder of a saved classifier, or a vision-language teacher.
+        teacher: the folder of a saved classifier; a network of the user's own, or a module; or a vision-language
+            teacher.
         class_names: the dataset's classes.
         image_shape: (C, H, W) of the dataset's images.
         student_factory: as in `load_classifier`.
@@ -54,70 +70,134 @@ def load_teacher(
     Raises:
         ModelError: the teacher cannot be loaded or built, knows other classes, or takes other images.
     """
-    if not isinstance(teacher, ZeroShot):
+    teacher = as_teacher(teacher)
+    if not isinstance(teacher, Brought):
         model, config = load_classifier(teacher, student_factory, segmenter)
         check_fits(config, tuple(class_names), image_shape, teacher)
         return Teacher(model, config, weights_sha256(teacher))
     for option in (Option("student_factory", student_factory), Option("segmenter", segmenter)):
         if option.value is not None:
             raise ModelError(Message(option, f" was given, but {teacher} has none: leave the option out"))
-    network, record = build_zero_shot(teacher, class_names, image_shape)
-    sha256 = record.pop("sha256")
+    if isinstance(teacher, OwnTeacher):
+        built = build_own(teacher, class_names, image_shape)
+        network, preprocessing, debias = built.network, built.preprocessing, teacher.debias
+        sha256, record = built.sha256, built.record
+    else:
+        network, record = build_zero_shot(teacher, class_names, image_shape)
+        sha256, preprocessing, debias = record.pop("sha256"), None, "none"
     config = ModelConfig(
         kind="teacher",
         arch=str(teacher),
         bias_free=False,
-        debias="none",
+        debias=debias,
         class_names=tuple(class_names),
         image_shape=image_shape,
         dataset={},
         training={},
+        preprocessing=preprocessing,
     )
-    return Teacher(Classifier(network, image_shape=image_shape).eval(), config, sha256, record)
+    model = Classifier(network, debias, image_shape=image_shape, preprocessing=preprocessing).eval()
+    return Teacher(model, config, sha256, record)
 
 
-def absolute_teacher(teacher: str | Path | ZeroShot) -> str | ZeroShot:
+def as_teacher(teacher: str | Path | Brought | nn.Module) -> str | Path | Brought:
+    """Return a module as a teacher that the user brings, and any other teacher as it is.
+
+    Raises:
+        ModelError: it is no teacher.
+    """
+    if isinstance(teacher, nn.Module):
+        return OwnTeacher(teacher)
+    if not isinstance(teacher, str | Path | Brought):
+        raise ModelError(
+            f"a teacher is a folder, an nn.Module, an OwnTeacher or a ZeroShot, got {type(teacher).__name__}: give one "
+            "of them"
+        )
+    return teacher
+
+
+def absolute_teacher(teacher: str | Path | Brought) -> str | Brought:
     """Return the same teacher with absolute paths, for a process with another working folder."""
-    if not isinstance(teacher, ZeroShot):
-        return str(Path(teacher).absolute())
-    arch, weights = teacher.arch, teacher.pretrained
-    return replace(
-        teacher,
-        arch=str(Path(arch).absolute()) if Path(arch).exists() else arch,
-        pretrained=str(Path(weights).absolute()) if weights is not None and Path(weights).exists() else weights,
-    )
+    if isinstance(teacher, OwnTeacher):
+        network = teacher.network
+        if isinstance(network, str) and network.startswith(HF):
+            network = HF + _absolute(network.removeprefix(HF))
+        weights = None if teacher.weights is None else _absolute(teacher.weights)
+        return replace(teacher, network=network, weights=weights)
+    if isinstance(teacher, ZeroShot):
+        pretrained = None if teacher.pretrained is None else _absolute(teacher.pretrained)
+        return replace(teacher, arch=_absolute(teacher.arch), pretrained=pretrained)
+    assert not isinstance(teacher, Brought)
+    return str(Path(teacher).absolute())
 
 
-def parse_teacher(teacher: str | Path, options: VisionLanguageOptions | None = None) -> Path | ZeroShot:
-    """Return the teacher of a name: the folder of a saved classifier, or ``clip:ARCH`` with its options.
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def parse_teacher(
+    teacher: str | Path,
+    options: VisionLanguageOptions | None = None,
+    own: OwnTeacherOptions | None = None,
+) -> Path | Brought:
+    """Return the teacher of a name: the folder of a saved classifier, a network's name, or ``clip:ARCH``.
 
     Args:
         teacher: the name.
-        options: the options of ``clip:ARCH``; a saved classifier has none.
+        options: the options of ``clip:ARCH``; other teachers have none of them.
+        own: the options of a network by name, such as ``timm:resnet18``; other teachers have none of them.
 
     Raises:
-        ModelError: a saved classifier is given options, prompts are given twice, or their file cannot be read.
+        ModelError: a teacher is given options that it does not have, or a file of theirs cannot be read.
     """
-    options = options or VisionLanguageOptions()
-    if not str(teacher).startswith(PREFIX):
-        for name, value in vars(options).items():
-            if value:
-                text = "; ".join(value) if isinstance(value, tuple) else value
-                raise ModelError(
-                    Message(
-                        Option(name, str(text)),
-                        " is an option of vision-language teachers, but ",
-                        Option("teacher", str(teacher)),
-                        " is a folder: leave the option out, or give ",
-                        Option("teacher", f"{PREFIX}RN50"),
-                        " or another model of open_clip's",
-                    )
-                )
+    options, own = options or VisionLanguageOptions(), own or OwnTeacherOptions()
+    name = str(teacher)
+    is_clip, is_own = name.startswith(PREFIX), _is_network(name, own)
+    if not is_clip:
+        _refuse(options, name, "vision-language teachers", Option("teacher", f"{PREFIX}RN50"))
+    if not is_own:
+        _refuse(own, name, "networks by their name", Option("teacher", "timm:resnet18"))
+    if is_own:
+        return _own(name, own)
+    if not is_clip:
         return Path(teacher)
     templates = _templates(options)
     class_names = None if options.classes is None else tuple(name.strip() for name in options.classes)
     parsed = ZeroShot(str(teacher).removeprefix(PREFIX), options.pretrained, class_names)
     return replace(parsed, templates=templates) if templates else parsed
+
+
+def _is_network(name: str, own: OwnTeacherOptions) -> bool:
+    """Return whether a teacher's name is that of a network, and not of a folder."""
+    if name.startswith(PREFIX) or (Path(name) / CONFIG_FILE).exists():
+        return False
+    return has_source(name) or is_factory(name) or (own.weights is not None and not Path(name).exists())
+
+
+def _own(name: str, own: OwnTeacherOptions) -> OwnTeacher:
+    default = None if is_factory(name) else preprocessing_of(name)
+    return OwnTeacher(
+        network=name,
+        weights=None if own.weights is None else str(own.weights),
+        factory=name if is_factory(name) else None,
+        debias=own.debias or "none",
+        preprocessing=choose_preprocessing(own, default),
+        class_map=class_map_of(None if own.class_map is None else read_class_map(own.class_map)),
+    )
+
+
+def _refuse(options: OptionSet, teacher: str, kind: str, example: Option) -> None:
+    """Raise ModelError for an option of another kind of teacher."""
+    for name, value in vars(options).items():
+        if value:
+            text = "; ".join(map(str, value)) if isinstance(value, tuple) else value
+            what = "is a folder" if ":" not in teacher else "is none"
+            raise ModelError(
+                Message(
+                    Option(name, str(text)), f" is an option of {kind}, but ", Option("teacher", teacher), f" {what}: ",
+                    "leave the option out, or give ", example, " or another",
+                )
+            )  # fmt: skip
 
 
 def _templates(options: VisionLanguageOptions) -> tuple[str, ...]:

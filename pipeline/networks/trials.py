@@ -71,12 +71,12 @@ def kind_of(output: object) -> str:
     if isinstance(output, Tensor):
         return str(tuple(output.shape))
     name = f"a {type(output).__name__}"
-    return f"{name} with {', '.join(map(repr, output))}" if isinstance(output, dict) else name
+    return f"{name} with {', '.join(map(repr, output))}" if isinstance(output, dict) and output else name
 
 
 def remedy_for(output: object, classes: int) -> str:
     """Return how a network with this output must be changed to return logits; empty where nothing particular is."""
-    if isinstance(output, dict):
+    if isinstance(output, dict) and output:
         key = next((key for key in ("logits", "out") if key in output), next(iter(output), None))
         return f": let its forward return one tensor, such as output[{key!r}]"
     if isinstance(output, tuple | list):

@@ -73,6 +73,8 @@ def plain_reason(error: BaseException) -> str:
     text, name = str(error), type(error).__name__
     if "in loading state_dict for" in text:
         return _misfit(text)
+    if "TorchScript archive" in text and "constants.pkl" not in text:
+        return "it is a TorchScript archive, whose code would run: save the state_dict() of the network alone"
     if "weights_only" in text or "Weights only load" in text:
         of_class = re.search(r"GLOBAL ([\w.]+)", text)
         if of_class is None:
@@ -80,6 +82,11 @@ def plain_reason(error: BaseException) -> str:
         return f"it holds a pickled {of_class[1]}, which could run code: save the state_dict() of the network alone"
     if isinstance(error, EOFError):
         return "its end is missing: fetch it again"
+    if (
+        "file in archive is not in a subdirectory" in text
+        or "PytorchStreamReader failed locating file data.pkl" in text
+    ):
+        return "it is a zip archive and no file of torch.save: unpack it first"
     if "constants.pkl" in text:
         return "it is a file of torch.save and not a TorchScript archive"
     reason = first_line(error)[:300]

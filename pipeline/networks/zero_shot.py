@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from options import Message, Option, Word, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.heads import l2_norm
-from pipeline.networks.models import ImageShape, error_summary
+from pipeline.networks.models import error_summary
+from pipeline.networks.preprocessing import SHORTEST, Preprocess, PreprocessSpec
+from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import file_fault, reason_of
 
 PREFIX = "clip:"
@@ -35,7 +37,6 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")  # endings of files in such a 
 TEMPLATE = "a photo of a {}"
 NEEDED = ("embed_dim", "vision_cfg", "text_cfg")  # keys of a model's configuration
 MOST_TAGS = 12  # tags that an error lists
-TINY = 1e-6  # by which rounding may make a product smaller than the whole number that it is
 
 T = TypeVar("T")
 Tokenizer = Callable[[list[str]], Tensor]
@@ -98,52 +99,6 @@ class ZeroShot:
         return PREFIX + self.arch
 
 
-class Preprocess(nn.Module):
-    """The preprocessing of an open_clip model as a module: (N, 3, H, W) in [0, 1] → (N, 3, *size).
-
-    Images are resized with antialiasing, cropped or padded, clamped and normalised. The result equals that of
-    open_clip's own transforms up to the rounding of Pillow's 8 bits, but it is differentiable, so that relevance
-    reaches the pixels that a student sees.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, config: Mapping[str, Any]):
-        super().__init__()
-        size = config["size"]
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.mode = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
-        self.resize_mode = config.get("resize_mode") or "shortest"
-        self.fill = config.get("fill_color", 0) / 255
-        for name in ("mean", "std"):
-            values = torch.as_tensor(config[name], dtype=torch.float32).expand(3)
-            self.register_buffer(name, values.view(1, 3, 1, 1).clone())
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        ratios = [target / side for target, side in zip(self.size, (height, width), strict=True)]
-        if self.resize_mode == "squash":
-            resized = self.size
-        else:
-            # the longer side is cut to whole pixels in torchvision's Resize, and rounded in open_clip's own
-            ratio, whole = (max(ratios), int) if self.resize_mode == "shortest" else (min(ratios), round)
-            resized = (whole(height * ratio + TINY), whole(width * ratio + TINY))
-        # like Pillow: one axis after the other, the one that shrinks more first, and clipped after each
-        across_first = resized[1] * height <= resized[0] * width
-        for size in ((height, resized[1]) if across_first else (resized[0], width), resized):
-            if tuple(images.shape[2:]) != size:
-                images = F.interpolate(images, size, mode=self.mode, align_corners=False, antialias=True).clamp(0, 1)
-        for axis, (side, target) in enumerate(zip(resized, self.size, strict=True), start=2):
-            if side > target:
-                images = images.narrow(axis, round((side - target) / 2), target)
-            elif side < target:
-                before = (target - side) // 2
-                pads = (before, target - side - before)
-                images = F.pad(images, pads if axis == 3 else (0, 0, *pads), value=self.fill)
-        return (images - self.mean) / self.std
-
-
 class _Embedding(nn.Module):
     """The embedding alone of an image tower that returns tokens too, as CoCa's does."""
 
@@ -161,7 +116,24 @@ def preprocessing(model: nn.Module) -> Preprocess:
     from open_clip import get_model_preprocess_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    return Preprocess(merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(model)))
+    return preprocess_of(merge_preprocess_dict(PreprocessCfg(), get_model_preprocess_cfg(model)))
+
+
+def preprocess_of(config: Mapping[str, Any]) -> Preprocess:
+    """Return the preprocessing of a configuration of open_clip's."""
+    size = config["size"]
+    spec = PreprocessSpec(
+        mean=_of_channels(config["mean"]),
+        std=_of_channels(config["std"]),
+        size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
+        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",
+        resize_mode=config.get("resize_mode") or SHORTEST,
+    )
+    return Preprocess(spec, config.get("fill_color", 0) / 255)
+
+
+def _of_channels(values: Any) -> tuple[float, ...]:
+    return tuple(torch.as_tensor(values, dtype=torch.float32).expand(3).tolist())
 
 
 def zero_shot_network(model: nn.Module, tokenize: Tokenizer, prompts: Sequence[Sequence[str]]) -> nn.Sequential:
@@ -233,11 +205,16 @@ def build_zero_shot(
             f"{teacher} does not take images of shape {image_shape}: {error_summary(error)}; use another model"
         ) from error
     record = {"pretrained": teacher.pretrained or teacher.arch, "prompts": json.dumps(prompts, ensure_ascii=False)}
-    identity = ["less their mean", record["prompts"], cast(Any, model).logit_scale.item()]
+    identity = [
+        "less their mean",
+        "clipped without an activation",
+        record["prompts"],
+        cast(Any, model).logit_scale.item(),
+    ]
     digest = hashlib.sha256(json.dumps(identity).encode())
     for part in (network.preprocess, network.tower):
         digest.update(repr([value for key, value in sorted(vars(part).items()) if key in _HASHED]).encode())
-        for name, value in sorted(part.state_dict().items()):
+        for name, value in sorted((part.state_dict() or dict(part.named_buffers())).items()):
             digest.update(f"{name} {tuple(value.shape)};".encode() + value.contiguous().numpy().tobytes())
     return network, {**record, "open_clip": open_clip.__version__, "sha256": digest.hexdigest()}
 

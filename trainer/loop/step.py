@@ -85,12 +85,16 @@ def on_device(
     Returns:
         ``images`` (n, C, H, W) in [0, 1], ``masks`` (n, 1, H, W) in [0, 1], ``heatmaps`` (n, C, h, w), ``labels`` and
         ``groups`` int64 (n,), ``group_weights`` (n,) of ones, and the fields of `UNCHANGED`; those that the batch has.
-        Floating tensors have the type of the parameters.
+        ``class_weights`` (n,), the weight of each label, if the settings have weights. Floating tensors have the type
+        of the parameters.
     """
     fields = {name: to_device(batch[name], device) for name in UNCHANGED & set(batch)}
     fields["images"] = as_input(batch["images"], device)
     if "labels" in batch:
         fields["labels"] = to_device(batch["labels"], device).long()
+        if settings.class_weights is not None:
+            weights = torch.tensor(settings.class_weights, dtype=FLOAT[settings.precision])
+            fields["class_weights"] = to_device(weights, device)[fields["labels"]]
     if "groups" in batch:
         fields["groups"] = to_device(batch["groups"], device).long()
         fields["group_weights"] = torch.ones(len(fields["groups"]), device=device)

@@ -28,6 +28,7 @@ from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, sav
 from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
+from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
 from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
@@ -44,6 +45,7 @@ from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
 from trainer.run_dir import Run, RunDir
 from trainer.settings import Runtime, Settings
+from trainer.start import check_not_teachers
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
 
@@ -76,7 +78,8 @@ class Training:
 
     out: the folder of the run. config: describes the classifier. record: the options as the user gave them, for
     ``config.yaml``. purpose: `TEACHER` or `STUDENT`, a part of the seed of the initial weights. student_factory,
-    segmenter: code and a network that the classifier is built with.
+    segmenter: code and a network that the classifier is built with. weights: the file that it starts from. notes: what
+    the log tells when the training starts, but not when it is resumed.
     """
 
     out: str | Path
@@ -88,10 +91,13 @@ class Training:
     purpose: int
     student_factory: str | None = None
     segmenter: Segmenter | None = None
+    weights: Path | None = None
+    notes: tuple[Message, ...] = ()
 
     def build(self, *, to_train: bool = False) -> Classifier:
-        """Build the classifier, with random weights; ``to_train`` as in `build_classifier`."""
-        return build_classifier(self.config, self.student_factory, self.segmenter, to_train=to_train)
+        """Build the classifier, with random weights, or those that it starts from if it is to be trained."""
+        weights = self.weights if to_train else None
+        return build_classifier(self.config, self.student_factory, self.segmenter, to_train=to_train, weights=weights)
 
 
 @dataclass
@@ -200,7 +206,10 @@ def prepare(training: Training, cleanup: ExitStack) -> State:
     batch_samples = _share_batch(training, ranks)
     autocast, precision = choose_precision(settings.precision, device)
     seed_torch(settings.seed, training.purpose)
-    model = training.build(to_train=not Run(Path(training.out)).begun)
+    begun = Run(Path(training.out)).begun
+    model = training.build(to_train=not begun)
+    if not begun and material.store is not None and not (training.config.start or {}).get("teacher_weights"):
+        check_not_teachers(model.network, str(material.store.written_by.get(BACKBONE, "")))
     if training.config.head is not None:
         copy_head(model.network, material.head)
     model.to(FLOAT[settings.precision])
@@ -265,6 +274,8 @@ def _note_start(state: State, run: RunDir) -> None:
         f"{how['device']}, {processes} process{'es' * (processes > 1)} of {how['threads']} threads, {state.precision}"
         + (f"; resumes after step {first} of {training.settings.steps}" if first else "")
     )
+    for note in () if first else training.notes:
+        log.warning(note)
 
 
 def start(state: State, cleanup: ExitStack) -> Loop:
@@ -377,6 +388,7 @@ def finish(state: State) -> dict[str, Any]:
         "processes": state.ranks.ranks,
         "precision": state.precision,
         "bias_free": None,
+        **({} if training.config.start is None else {"start": training.config.start}),
     }
     if run is not None:
         classifier = training.build().eval()

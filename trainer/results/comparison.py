@@ -17,11 +17,11 @@ from tqdm import tqdm
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
 from options import Message, Option, takes
-from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
+from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
-from pipeline.networks.teachers import Teacher, absolute_teacher
+from pipeline.networks.teachers import Brought, Teacher, absolute_teacher
 from trainer.loop.methods import METHODS
 from trainer.results.evaluation import (
     Answers,
@@ -45,7 +45,7 @@ FEW_CLASSES, FREQUENT = 12, 5  # up to so many classes all are explained, else s
 EXPLAINER = "flex"
 AT_ONCE = 32
 
-Model = str | Path | ZeroShot
+Model = str | Path | Brought
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
     device = pick_device(settings.device)
     measuring = _Measuring(dataset, settings.samples, device, compares=reference is not None and len(models) > 1)
     titles = distinct(
-        [str(each) if isinstance(each, ZeroShot) else each.name for each in map(_identity, models)], models
+        [str(each) if isinstance(each, Brought) else each.name for each in map(_identity, models)], models
     )
     tell_untested([(title, teacher.model) for title, teacher in zip(titles, teachers, strict=True)], dataset)
     reports: dict[int, ModelReport] = {}
@@ -283,7 +283,7 @@ def recorded_data(models: Sequence[Model]) -> Location:
         DatasetError: the models were trained on different datasets, or the dataset is no longer there.
         ModelError: a folder holds no training.
     """
-    configs = {Path(model): Run(Path(model)).config for model in models if not isinstance(model, ZeroShot)}
+    configs = {Path(model): Run(Path(model)).config for model in models if not isinstance(model, Brought)}
     if not configs:
         raise DatasetError(Message("a vision-language teacher knows no dataset: give ", Option("data")))
     first, fingerprint = next((path, config.dataset["fingerprint"]) for path, config in configs.items())
@@ -297,7 +297,7 @@ def recorded_data(models: Sequence[Model]) -> Location:
                     ", the dataset to compare them on",
                 )
             )
-    locations = [data for path in configs for data in _recorded(path)]
+    locations = [data for path in configs for data in Run(path).datasets]
     for data in dict.fromkeys(locations):
         try:
             if open_dataset(data).split("train").fingerprint == fingerprint:
@@ -314,17 +314,9 @@ def recorded_data(models: Sequence[Model]) -> Location:
     )
 
 
-def _recorded(run: Path) -> list[str]:
-    """List where the dataset may be: the path of the last start, also relative to the parent of the run folder."""
-    data = Run(run).starts[-1].get("data") if Run(run).starts else None
-    if not isinstance(data, str):
-        return []
-    return [data] if "://" in data or Path(data).is_absolute() else [data, str(run.absolute().parent / data)]
-
-
-def _identity(model: Model) -> Path | ZeroShot:
+def _identity(model: Model) -> Path | Brought:
     """Return what two names of one model have in common."""
-    return model if isinstance(model, ZeroShot) else Path(model).resolve()
+    return model if isinstance(model, Brought) else Path(model).resolve()
 
 
 def _reference(
@@ -591,12 +583,14 @@ def loss_name(config: ModelConfig) -> str:
     name = " + ".join(each if weight == 1 else f"{weight:g}·{each}" for each, weight in terms.items())
     maps = any(each in METHODS and METHODS[each].explainers for each in terms)
     how = [config.training.get("map_loss", "l1"), *([] if config.training.get("pyramid", True) else ["flat"])]
-    return name + (f" ({', '.join(how)})" if maps and how != ["l1"] else "")
+    how = how if maps and how != ["l1"] else []
+    how += ["class weights"] if config.training.get("class_weights") else []
+    return name + (f" ({', '.join(how)})" if how else "")
 
 
 def _curve(model: Model, config: ModelConfig) -> Curve | None:
     """Read the losses of a training from its metrics; None where there are none."""
-    if isinstance(model, ZeroShot):
+    if isinstance(model, Brought):
         return None
     points: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
     for line in Run(Path(model)).metrics:
@@ -613,7 +607,7 @@ def _origin(model: Model, teacher: Teacher, dataset: Dataset) -> dict[str, Any]:
     """Collect all that is recorded of a model, for JSON."""
     origin: dict[str, Any] = {"model": str(absolute_teacher(model)), "weights_sha256": teacher.sha256, **teacher.record}
     origin["config"] = teacher.config.to_dict()
-    if isinstance(model, ZeroShot):
+    if isinstance(model, Brought):
         return origin
     train = dataset.splits.get("train")
     trained_on = teacher.config.dataset.get("fingerprint")

@@ -14,9 +14,10 @@ import torch
 
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from options import Message, Option, takes
-from pipeline import Classifier, ModelError, RelevanceError, ZeroShot, load_classifier, load_teacher
+from pipeline import Classifier, ModelError, RelevanceError, load_classifier, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
+from pipeline.networks.teachers import Brought
 from pipeline.networks.weight_files import load_weights
 from trainer.results.options import EPSILON, EvaluateOptions
 from trainer.run_dir import Run
@@ -30,7 +31,7 @@ LARGE_GAP = 5.0  # points; a teacher that loses more is called biased
 
 
 @takes(EvaluateOptions)
-def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> dict[str, Any]:
+def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dict[str, Any]:
     """Measure the accuracy of a model on every test split, which are all splits but train and validation.
 
     Args:
@@ -41,10 +42,12 @@ def evaluate(data: Location, model: str | Path | ZeroShot, **options: Any) -> di
         Accuracies in %. ``splits`` has, by the name of a split: ``accuracy``, its 95 % Wilson ``interval``,
         ``samples``, the same for each of its ``groups`` (the values of the dataset's bias attribute), its
         ``worst_group``, and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
-        without masks). ``accuracy`` and ``interval`` are None on a split without the masks that a teacher's front
-        needs; the log names it. At the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a
-        split, or its accuracy), the worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``,
-        ``kind``, ``arch``, ``debias``.
+        without masks). ``classes`` has the same as ``groups`` for each class that has samples, in the order of the
+        labels, ``balanced_accuracy`` is the mean of their accuracies, and ``only_prediction`` is the class that the
+        model says for every image, None if it says several. On a split without the masks that a teacher's front needs,
+        ``accuracy`` and ``interval`` are None, and the three entries of the classes are missing; the log names it. At
+        the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a split, or its accuracy), the
+        worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``, ``kind``, ``arch``, ``debias``.
 
     Raises:
         DatasetError: there is no dataset, or it has no test split.
@@ -138,7 +141,37 @@ def score(
 ) -> dict[str, Any]:
     """Score the model's predictions on a whole split, as `evaluate` returns it for each split."""
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
-    return {**_summary(predictions.classes == np.asarray(split.labels[:]), split, dataset), "on_object": on_object}
+    labels = np.asarray(split.labels[:]).astype(np.int64)
+    return {
+        **_summary(predictions.classes == labels, split, dataset),
+        **class_scores(labels, predictions.classes, dataset.class_names),
+        "on_object": on_object,
+    }
+
+
+def class_scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """Score each class apart.
+
+    Args:
+        labels: the true classes, integer (N,).
+        predicted: the predicted classes, integer (N,).
+        class_names: the names of the classes.
+
+    Returns:
+        ``classes``, ``balanced_accuracy`` and ``only_prediction``, as `evaluate` returns them for a split.
+    """
+    samples = np.bincount(labels, minlength=len(class_names)).tolist()
+    correct = np.bincount(labels[predicted == labels], minlength=len(class_names)).tolist()
+    scores = [
+        {"class": name, **_proportion(right, many)}
+        for name, right, many in zip(class_names, correct, samples, strict=True)
+        if many
+    ]
+    return {
+        "balanced_accuracy": float(np.mean([score["accuracy"] for score in scores])),
+        "classes": scores,
+        "only_prediction": class_names[int(predicted[0])] if (predicted == predicted[0]).all() else None,
+    }
 
 
 def untested(split: Split) -> dict[str, Any]:
@@ -297,8 +330,12 @@ def _summary(correct: np.ndarray, split: Split, dataset: Dataset) -> dict[str, A
 
 
 def _score(correct: np.ndarray) -> dict[str, Any]:
-    low, high = wilson_interval(int(correct.sum()), len(correct))
-    return {"accuracy": 100 * float(correct.mean()), "interval": [100 * low, 100 * high], "samples": len(correct)}
+    return _proportion(int(correct.sum()), len(correct))
+
+
+def _proportion(correct: int, samples: int) -> dict[str, Any]:
+    low, high = wilson_interval(correct, samples)
+    return {"accuracy": 100 * (correct / samples), "interval": [100 * low, 100 * high], "samples": samples}
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:

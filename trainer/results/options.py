@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from options import Among, Doc, Ge, Heading, Kind, Le, OptionSet
-from options.common import CUSTOM_CODE, DatasetPlace, Device, SavedSegmenter, StudentFactory
+from options.common import CUSTOM_CODE, DatasetPlace, Device, Fit, SavedSegmenter, StudentFactory
 from pipeline import EXPLAINERS, RelevanceError
 
 EPSILON = 0.1  # ε of a map: the middle of the range from which a store draws by default
@@ -119,3 +119,42 @@ class ReportOptions(CompareOptions):
         Any, Kind.LOCATION, Doc("Dataset: a folder or a URL. Default: the dataset of the models' trainings.")
     ] = None
     out: Annotated[str | Path, Kind.FOLDER, Doc("HTML file to write.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(OwnCode, Running):
+    """Options of `predict`."""
+
+    HEADING = "Explanations"
+
+    model: Annotated[
+        str | Path, Kind.FOLDER, Heading("Files"), Doc("Folder of a student, of a teacher or of a biased baseline.")
+    ]
+    images: Annotated[
+        Any, Kind.PATH, Heading("Files"), Doc("Image files, and folders with images at any depth: one path or several.")
+    ]
+    fit: Annotated[
+        Fit | None,
+        Heading("Images"),
+        Doc(
+            "How images of another aspect ratio are fitted to the model: crop cuts out the middle, pad adds black "
+            "margins, stretch squeezes. Default: as in the dataset of the training, or crop if that is not there."
+        ),
+    ] = None
+    explain: Annotated[bool, Doc("Explain each prediction by a heatmap of the predicted class.")] = False
+    epsilon: Annotated[float, Ge(0), Doc("ε of the heatmaps.")] = EPSILON
+    explainer: Annotated[str, Among(EXPLAINERS), Doc("Explainer of the heatmaps (see docs/engine.md).")] = "flex"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions(PredictOptions):
+    """Options of `write_predictions`."""
+
+    HEADING = "Output"
+
+    out: Annotated[
+        str | Path,
+        Kind.FOLDER,
+        Doc("CSV file to write. The pictures of the explanations go to a folder beside it."),
+    ]
+    probabilities: Annotated[bool, Doc("Add a column with the probability of each class.")] = False

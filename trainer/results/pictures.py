@@ -136,11 +136,15 @@ def grid_picture(grid: Grid, out: str | Path, description: str) -> None:
     below = [cell.below for row in grid.cells for cell in row]
     texts = [grid.title, grid.unit, *grid.column_titles, *grid.row_titles, *below]
     with legible(texts, out) as drawable:
-        cells = [[dataclasses.replace(cell, below=drawable(cell.below)) for cell in row] for row in grid.cells]
-        column_titles, row_titles = (list(map(drawable, each)) for each in (grid.column_titles, grid.row_titles))
-        title, unit = drawable(grid.title), drawable(grid.unit)
-        figure = _grid_figure(Grid(cells, column_titles, row_titles, title, grid.limit, unit))
-        _save(figure, out, description)
+        draw_grid(grid, out, description, drawable)
+
+
+def draw_grid(grid: Grid, out: str | Path, description: str, drawable: Callable[[str], str]) -> None:
+    """Write a PNG as `grid_picture` does, one of many inside of one `legible`, which gives ``drawable``."""
+    cells = [[dataclasses.replace(cell, below=drawable(cell.below)) for cell in row] for row in grid.cells]
+    column_titles, row_titles = (list(map(drawable, each)) for each in (grid.column_titles, grid.row_titles))
+    title, unit = drawable(grid.title), drawable(grid.unit)
+    _save(_grid_figure(Grid(cells, column_titles, row_titles, title, grid.limit, unit)), out, description)
 
 
 def _grid_figure(grid: Grid) -> Any:

@@ -25,6 +25,7 @@ from data.storage import Folder
 from options import Message, Option, takes
 from pipeline import RelevanceError, resize
 from pipeline.networks.classifier import versions
+from trainer.results.by_class import BALANCED, classes_of, one_class_warning, worst_first
 from trainer.results.charts import COLOURS, Chart, Line, colour_of, draw, marker_of
 from trainer.results.comparison import (
     BINS,
@@ -45,6 +46,7 @@ from trainer.run_dir import NEW_FOLDER, revision
 
 MATRIX_CLASSES = 20  # more classes have a list of confusions in place of a matrix
 CONFUSIONS = 15  # in that list
+LISTED_CLASSES = 20  # more classes have a list of those with the lowest accuracies
 LEVELS = 127  # of relevance, zero in their middle
 FEWEST = 10  # predictions in a bin that has a point in a reliability diagram
 MOST_SIDE = 96  # pixels of a map or image, along its longer side
@@ -128,6 +130,7 @@ def render(comparison: Comparison, origin: dict[str, Any]) -> str:
         colours=COLOURS,
         heading=heading,
         missing=MISSING,
+        balanced=BALANCED,
         epsilon=EPSILON,
         bins=BINS,
         fewest=FEWEST,
@@ -174,6 +177,26 @@ class _Page:
     def tested(self, split: SplitReport) -> list[ModelReport]:
         """List the models that are tested on a split."""
         return [model for model in self.models if split.name in model.splits]
+
+    def warnings(self) -> list[tuple[ModelReport, str]]:
+        """List the models that say one class for all images of a split, each with the warning."""
+        of_all = [(model, one_class_warning(model.totals)) for model in self.models]
+        return [(model, str(warning).removeprefix("warning: ")) for model, warning in of_all if warning is not None]
+
+    def by_class(self, split: SplitReport) -> tuple[list[tuple[str, int, list[dict[str, Any]]]], int]:
+        """List the name, the number of samples, and the scores by each model of the classes of a tested split.
+
+        Returns:
+            All classes in the order of the labels; of more than 20, those with the lowest accuracies, the worst first.
+            And the number of classes that are left out.
+        """
+        models = self.tested(split)
+        scores = {model.title: classes_of(model.splits[split.name].score) for model in models}
+        by_name = [{score["class"]: score for score in of_model} for of_model in scores.values()]
+        names = list(by_name[0])
+        listed = names if len(names) <= LISTED_CLASSES else worst_first(scores)[:LISTED_CLASSES]
+        rows = [(name, by_name[0][name]["samples"], [of_model[name] for of_model in by_name]) for name in listed]
+        return rows, len(names) - len(listed)
 
     def percent(self, value: float | None, digits: int = 2) -> str:
         return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")

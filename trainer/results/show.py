@@ -19,7 +19,7 @@ import torch
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
 from options import Call, Message, Option, did_you_mean, takes
-from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, ZeroShot, load_teacher
+from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
@@ -27,7 +27,7 @@ from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import read_config, versions
 from pipeline.networks.models import is_factory
 from pipeline.networks.segmenters import TORCHVISION
-from pipeline.networks.teachers import absolute_teacher
+from pipeline.networks.teachers import Brought, absolute_teacher
 from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_paired
 from trainer.results.evaluation import lacks_masks, no_masks
@@ -196,19 +196,19 @@ def _class_number(dataset: Dataset, name: str) -> int:
     return dataset.class_names.index(name)
 
 
-def load_shown(model: str | Path | ZeroShot, dataset: Dataset, code: OwnCode) -> tuple[Classifier, str]:
+def load_shown(model: str | Path | Brought, dataset: Dataset, code: OwnCode) -> tuple[Classifier, str]:
     """Load a model on the CPU, and return it with the title of its column. Raises ModelError as `load_teacher` does."""
     shape = next(iter(dataset.splits.values())).image_shape
     teacher = load_teacher(
         model, dataset.class_names, shape, student_factory=code.student_factory, segmenter=code.segmenter
     )
-    return teacher.model, str(model) if isinstance(model, ZeroShot) else Path(str(absolute_teacher(model))).name
+    return teacher.model, str(model) if isinstance(model, Brought) else Path(str(absolute_teacher(model))).name
 
 
-def own_code(models: Sequence[str | Path | ZeroShot], code: OwnCode) -> list[tuple[str | Path | ZeroShot, OwnCode]]:
+def own_code(models: Sequence[str | Path | Brought], code: OwnCode) -> list[tuple[str | Path | Brought, OwnCode]]:
     """Give each model the code that it needs; all of it if no model needs it, so that `load_teacher` refuses it."""
-    configs = [None if isinstance(model, ZeroShot) else _config(model) for model in models]
-    saved = [not isinstance(model, ZeroShot) for model in models]
+    configs = [None if isinstance(model, Brought) else _config(model) for model in models]
+    saved = [not isinstance(model, Brought) for model in models]
     built = [of and (config is None or is_factory(config.arch)) for of, config in zip(saved, configs, strict=True)]
     masked = [
         of and (config is None or (config.segmenter is not None and not config.segmenter.startswith(TORCHVISION)))

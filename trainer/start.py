@@ -1,0 +1,117 @@
+"""What a training starts from: a network by name or function, random or given weights, and their preprocessing."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from options import Message, Option
+from pipeline import ModelError
+from pipeline.networks.checkpoints import checkpoint_file, is_bias_free_file
+from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
+from pipeline.networks.own_teachers import tensor_hashes
+from pipeline.networks.preprocessing import choose_preprocessing
+from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
+from trainer.errors import TrainingError
+from trainer.settings import StudentOptions, TeacherOptions
+
+log = logging.getLogger(__name__)
+HF = "hf:"
+
+
+def network_of(
+    options: TeacherOptions | StudentOptions, factory: Option, weights: Option, image_shape: ImageShape
+) -> dict[str, Any]:
+    """Return the fields of a `ModelConfig` that describe the network and what it starts from.
+
+    Args:
+        options: the options of the training.
+        factory: the option with the user's own function, and its value or None.
+        weights: the option with the file of weights, and its value or None.
+        image_shape: (C, H, W) of the images.
+
+    Raises:
+        TrainingError: options exclude each other.
+        ModelError: the weights or the folder of the network cannot be read, or the preprocessing does not fit.
+    """
+    if factory.value is not None and options.arch != "small-cnn":
+        raise TrainingError(Message("give ", Option("arch", options.arch), " or ", factory, ", not both"))
+    arch = factory.value or options.arch
+    file = None if weights.value is None else checkpoint_file(weights.value)
+    hf_config = read_hf_config(arch.removeprefix(HF)) if arch.startswith(HF) else None
+    default = None
+    if not is_factory(arch) and (file is not None or hf_config is not None):
+        default = preprocessing_of(arch)
+    spec = choose_preprocessing(options, default)
+    if spec is not None:
+        spec = spec.for_channels(image_shape[0])
+        log.info(f"images are {spec} for {arch}")
+    if hf_config is not None and file is None:
+        log.info(f"{arch} starts from random weights, not from those in its folder")
+    return {
+        "arch": arch,
+        "arch_options": options.arch_options or {},
+        "preprocessing": spec,
+        "hf_config": hf_config,
+        "start": None if file is None else {"file": file.name, "sha256": _sha256(file)},
+    }
+
+
+def keeps_biases(weights: Option) -> bool:
+    """Return whether given weights have biases, so that the network keeps them unless it is asked not to."""
+    return weights.value is not None and not is_bias_free_file(checkpoint_file(weights.value))
+
+
+def own_bias_free(arch: str, weights: Option) -> bool:
+    """Return whether a network is bias-free by default, where no teacher tells: our own networks are."""
+    return arch in OWN and not keeps_biases(weights)
+
+
+def loads_weights(network: Mapping[str, Any], classes: int, image_shape: ImageShape) -> bool:
+    """Return whether the user's own function, of the fields of `network_of`, returns a network that was trained.
+
+    The function is called once more than a training needs, and PyTorch's random state stays as it was.
+    """
+    if not is_factory(network["arch"]):
+        return False
+    spec = network["preprocessing"]
+    with torch.random.fork_rng():
+        built, _ = build_network(
+            network["arch"],
+            classes,
+            image_shape if spec is None else spec.input_shape(image_shape),
+            free_of_biases=False,
+            options=network["arch_options"],
+            factory=network["arch"],
+        )
+    return looks_trained(built)
+
+
+def check_not_teachers(network: nn.Module, teacher: str) -> None:
+    """Raise ModelError for a student that starts from all weights of its teacher's backbone.
+
+    Args:
+        network: the student's network.
+        teacher: `tensor_hashes` of the teacher's backbone, with commas between them; empty if they are unknown.
+    """
+    teachers = set(filter(None, teacher.split(",")))
+    if teachers and teachers <= set(tensor_hashes(network)):
+        raise ModelError(
+            Message(
+                "the student would start from the weights of its teacher, and the result would be the teacher's "
+                "network, not what was learnt from heatmaps: give other weights or none, or ",
+                Option("teacher_weights", True),
+                " if you want this",
+            )
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
