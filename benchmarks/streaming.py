@@ -3,8 +3,9 @@
     pip install -e ".[benchmarks]" && python benchmarks/streaming.py --work FOLDER
 
 All of these deliver the same batches in the same order. Two more contenders read one draw of a shard at a time: our
-reader, and Zarr's own sharding codec. Each contender runs once in every round, in random order, and ratios are taken
-within a round. Files that exist in FOLDER are reused.
+reader, and Zarr's own sharding codec. A second table has the datasets for training loops of the user's own
+(`own_loop.py`). Each contender runs once in every round, in random order, and ratios are taken within a round. Files
+that exist in FOLDER are reused.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -26,6 +27,7 @@ import h5py
 import numpy as np
 import torch
 import zarr
+from own_loop import compare
 from report import processor, spread, table, verdict
 from storage import photographs
 from torch.utils.data import DataLoader, Dataset
@@ -357,6 +359,8 @@ def main(work: Path, rounds: int, batch_size: int, steps: int) -> None:
               f"{cache.info.storage.codec}\n")  # fmt: skip
         print(timing_table(rivals, speeds, size), flush=True)
         print(f"\nFrom disk, with no file in memory: {from_disk} × the memory map's samples/s, one epoch.")
+        loops = compare(str(data), str(path), rounds, batch_size)
+        print(f"\nBatches with images, in a loop of the user's own:\n\n{loops}")
         if steps:
             student = work / f"{kind}-student"
             shutil.rmtree(student, ignore_errors=True)

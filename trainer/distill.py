@@ -139,13 +139,26 @@ def _open_stores(
         dataset.split("train").verify()
         return None, None
     if options.cache is None:
-        remedy = _making_a_store(dataset, "train", missing_from(terms, None, ()))
+        remedy = making_a_store(dataset.path, "train", missing_from(terms, None, ()))
         raise TrainingError(Message(_method_option(terms), " needs ", Option("cache"), ": make a store with ", remedy))
     explained = open_paired(options.cache, dataset, "train")
-    _check_holds(explained, dataset, terms)
+    check_holds(explained, dataset.path, terms)
     if "heatmaps" in needed:
         check_explains(explained)
-    debias = explained.info.teacher.debias
+    check_background(settings, explained.info.teacher.debias)
+    if options.validation_cache is None:
+        return explained, None
+    validation = open_paired(options.validation_cache, dataset, "validation")
+    check_same_teacher(explained, validation)
+    _check_masks(dataset, needed, Option("mask_target", True), "validation")
+    check_holds(validation, dataset.path, terms)
+    if "heatmaps" in needed:
+        check_explains(validation)
+    return explained, validation
+
+
+def check_background(settings: Settings, debias: str) -> None:
+    """Raise TrainingError where backgrounds are repainted behind a teacher that sees them."""
     if BACKGROUND in settings.augment and not hides_background(debias) and not settings.mask_target:
         raise TrainingError(
             Message(
@@ -154,15 +167,6 @@ def _open_stores(
                 Option("mask_target", True),
             )
         )  # fmt: skip
-    if options.validation_cache is None:
-        return explained, None
-    validation = open_paired(options.validation_cache, dataset, "validation")
-    check_same_teacher(explained, validation)
-    _check_masks(dataset, needed, Option("mask_target", True), "validation")
-    _check_holds(validation, dataset, terms)
-    if "heatmaps" in needed:
-        check_explains(validation)
-    return explained, validation
 
 
 def _config(options: StudentOptions, student: _Plan, dataset: Dataset) -> ModelConfig:
@@ -245,13 +249,13 @@ def _check_masks(dataset: Dataset, needed: Collection[str], reason: Option, spli
         )
 
 
-def _making_a_store(dataset: Dataset, split: str, options: dict[str, Any]) -> Call:
+def making_a_store(data: str, split: str, options: dict[str, Any]) -> Call:
     """Return the call that makes a store with these options."""
-    known = {"data": dataset.path, "teacher": Word("TEACHER"), "split": split}
+    known = {"data": data, "teacher": Word("TEACHER"), "split": split}
     return Call("cache_explanations", {**known, **options, "out": Word("NEW.zarr")})
 
 
-def _check_holds(cache: Cache, dataset: Dataset, terms: Mapping[str, float]) -> None:
+def check_holds(cache: Cache, data: str, terms: Mapping[str, float]) -> None:
     """Raise CacheError, with the call that makes another store, unless the store has what the methods need."""
     info = cache.info
     lacking = missing_from(terms, info.explainer.rule, tuple(cache.sample_fields))
@@ -263,6 +267,6 @@ def _check_holds(cache: Cache, dataset: Dataset, terms: Mapping[str, float]) -> 
             Message(
                 _method_option(terms),
                 f" needs {' and '.join(needed)}, and the store {cache.path} has {has}: make one with ",
-                _making_a_store(dataset, info.dataset.split, lacking),
+                making_a_store(data, info.dataset.split, lacking),
             )
         )

@@ -66,7 +66,7 @@ class Source:
     @property
     def window_samples(self) -> int:
         """The samples of a window, within which the order is shuffled."""
-        return order.window_samples(_bytes(self.fields) + _bytes(self.draw_fields), self.block_samples)
+        return order.window_samples(row_bytes(self.fields) + row_bytes(self.draw_fields), self.block_samples)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def plan_slots(source: Source, memory_budget: int, batch_size: int, rank: int = 
     left, counts = memory_budget, []
     tables = ((source.fields, source.blocks), (source.draw_fields, source.blocks * source.draws))
     least = [min(2 * window_blocks, most) for _, most in tables]
-    sizes = [max(1, source.slot_rows * _bytes(fields)) for fields, _ in tables]
+    sizes = [max(1, source.slot_rows * row_bytes(fields)) for fields, _ in tables]
     left -= sum(count * size for count, size in zip(least, sizes, strict=True))
     for (_, most), count, size in zip(tables, least, sizes, strict=True):
         more = min(max(0, left // size), most - count)
@@ -342,8 +342,8 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
     Args:
         split: the samples that the store explains.
         cache: the store.
-        needs: fields besides ``images``: ``heatmaps``, ``teacher_logits`` and ``features`` of the store, ``labels``
-            and ``masks`` of the split. ``heatmaps`` are, of each draw, the maps as they are stored, ``scale``,
+        needs: fields besides ``images``: ``heatmaps``, ``teacher_logits`` and ``features`` of the store, ``labels``,
+            ``groups`` and ``masks`` of the split. ``heatmaps`` are the stored maps of each draw, with ``scale``,
             ``target_class`` and ``epsilon``; without them the source has a single draw, of no fields.
 
     Returns:
@@ -351,11 +351,11 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
 
     Raises:
         CacheError: the store has no features.
-        DatasetError: the split has no masks.
+        DatasetError: the split has no masks or groups.
         ValueError: a need that neither has.
     """
     arrays = {"images": split.images}
-    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "masks"}:
+    if unknown := set(needs) - {"heatmaps", "teacher_logits", "features", "labels", "groups", "masks"}:
         raise ValueError(f"no store and no split has {', '.join(sorted(unknown))}")
     if "features" in needs and "features" not in cache.sample_fields:
         raise CacheError(
@@ -366,10 +366,13 @@ def explained_source(split: Split, cache: Cache, needs: Collection[str] = ("heat
         )
     if "labels" in needs:
         arrays["labels"] = split.labels
-    if "masks" in needs:
-        if split.masks is None:
-            raise DatasetError(f"the split '{split.name}' has no 'masks', which are needed: add them to the dataset")
-        arrays["masks"] = split.masks
+    for name in ("groups", "masks"):
+        if name in needs:
+            if (array := getattr(split, name)) is None:
+                raise DatasetError(
+                    f"the split '{split.name}' has no '{name}', which are needed: add them to the dataset"
+                )
+            arrays[name] = array
     source = of_split = _of_split(arrays, cache.info.storage.shard_samples)
     stored = {name: kind for name, kind in cache.sample_fields.items() if name in needs}
 
@@ -429,5 +432,5 @@ def stored_heatmaps(heatmaps: Tensor, scale: Tensor, precision: str, device: tor
     return decode(to_device(heatmaps, device)) * to_device(scale, device)[:, None, None, None]
 
 
-def _bytes(fields: Mapping[str, Field]) -> int:
+def row_bytes(fields: Mapping[str, Field]) -> int:
     return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in fields.values())
