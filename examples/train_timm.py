@@ -36,13 +36,17 @@ if __name__ == "__main__":
     timm.utils.random_seed(options.seed)
     student = build_student(options.cache, timm.create_model(options.model, num_classes=10), bias_free_form=True)
     loss = DistillationLoss(options.cache)
-    dataset = ExplainedStream(options.data, options.cache, batch_size=options.batch_size, fields=["heatmaps"])
+    dataset = ExplainedStream(
+        options.data, options.cache, batch_size=options.batch_size, fields=["heatmaps"], seed=options.seed
+    )
     loader = DataLoader(dataset, batch_size=None)
     optimizer = create_optimizer_v2(student, opt="adam", lr=4e-3, weight_decay=0.0)
-    schedule, epochs = create_scheduler_v2(  # in optimizer steps, of which each "epoch" here is one
-        optimizer, sched="cosine", num_epochs=options.steps, warmup_epochs=options.steps // 4, warmup_lr=1e-4
-    )
-    for step in range(epochs):
+    warmup = int(0.3 * options.steps)  # in updates: an "epoch" has one here
+    schedule, steps = create_scheduler_v2(
+        optimizer, sched="cosine", num_epochs=options.steps - warmup, warmup_epochs=warmup, warmup_prefix=True,
+        warmup_lr=1.6e-4, step_on_epochs=False, updates_per_epoch=1,
+    )  # fmt: skip
+    for step in range(steps):
         if step % len(dataset) == 0:
             dataset.set_epoch(step // len(dataset))
             batches = iter(loader)
@@ -50,6 +54,6 @@ if __name__ == "__main__":
         dispatch_clip_grad(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step(step + 1)
+        schedule.step_update(step + 1)
     torch.save(student.state_dict(), options.out)
     print_accuracies(student, options.data)

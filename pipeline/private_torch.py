@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils.data._utils import collate as _collate
 
 # ATen's operators, which our own autograd functions call. The backward operators have no public functions, and the
 # public forward functions dispatch a second time, or do not return the statistics of the batch.
@@ -44,6 +45,10 @@ OUT_OF_MEMORY_MESSAGES = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "DefaultCPUAllocator: can't allocate memory",
 )
+
+# The collate function of a DataLoader and its table of types. PyTorch documents both, in this private module.
+collate: Any = _collate.collate
+default_collate_fn_map: dict[Any, Any] = _collate.default_collate_fn_map
 
 # The first words of the plain ValueError that a batch norm in training raises for a single value in each channel.
 ONE_VALUE_PER_CHANNEL_MESSAGE = "Expected more than 1 value per channel"

@@ -25,6 +25,7 @@ from teacher_cache.pairing import check_explains, open_paired
 from trainer.errors import TrainingError
 from trainer.stream import order
 from trainer.stream.memory import free_memory
+from trainer.stream.samples import Sample, samples_of
 from trainer.stream.stream import Batch, Share, Slots, Source, explained_source, row_bytes, stream
 
 log = logging.getLogger(__name__)
@@ -139,14 +140,28 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
             return self._gather(index)
         return {name: values[0] for name, values in self._gather([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Return the samples of a batch, for a DataLoader that collates them."""
-        batch = self._gather(indices)
-        rows = zip(*(values.unbind(0) for values in batch.values()), strict=True)
-        return [dict(zip(batch, row, strict=True)) for row in rows]
+    def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
+        """Return the samples of a batch, for a DataLoader, which then collates them without a copy."""
+        return samples_of(self._gather(indices))
 
     def _gather(self, indices: Any) -> Batch:
         """Copy samples from the slots of their shards, and read those shards that are in no slot."""
+        samples = self._checked(indices)
+        with self._lock:
+            tables, window = self._slots(), order.Window(self.epoch, samples)
+            rows = [table.rows(window) for table in tables]
+            batch = {
+                name: array.take(held, axis=0, mode="clip")
+                for table, held in zip(tables, rows, strict=True)
+                if held is not None
+                for name, array in table.arrays.items()
+            }
+            if any(held is None for held in rows):
+                batch = self._read_and_gather(tables, window)
+        return {name: torch.from_numpy(values) for name, values in batch.items()} | {"ids": torch.from_numpy(samples)}
+
+    def _checked(self, indices: Any) -> np.ndarray:
+        """Return indices as int64 (n,), counted from the start of the split."""
         samples = np.asarray(indices).reshape(-1)
         if samples.dtype.kind not in "iu" and samples.size:
             raise TypeError(f"indices of samples are integers, and these are {samples.dtype}")
@@ -154,21 +169,22 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
         outside = samples[(samples < -self.samples) | (samples >= self.samples)]
         if outside.size:
             raise IndexError(f"there is no sample {outside[0]}: the split has {self.samples}, counted from 0")
-        samples %= self.samples
+        return samples % self.samples
+
+    def _read_and_gather(self, tables: Sequence[Slots], window: order.Window) -> dict[str, np.ndarray]:
+        """Gather samples, as many blocks at a time as there are slots."""
         kinds = {**self.source.fields, **self.source.draw_fields}
-        batch = {name: np.empty((len(samples), *shape), dtype) for name, (shape, dtype) in kinds.items()}
-        with self._lock:
-            tables, epoch = self._slots(), self.epoch
-            blocks = np.unique(samples // self.source.block_samples)
-            most = min(table.slots for table in tables)  # blocks at a time
-            for first in range(0, len(blocks), most):
-                chosen = np.isin(samples // self.source.block_samples, blocks[first : first + most])
-                part = np.flatnonzero(chosen)
-                for table in tables:
-                    rows = self._read(table, order.Window(epoch, samples[part]))
-                    for name, array in table.arrays.items():
-                        batch[name][part] = array.take(rows, axis=0, mode="clip")
-        return {name: torch.from_numpy(values) for name, values in batch.items()} | {"ids": torch.from_numpy(samples)}
+        batch = {name: np.empty((len(window.samples), *shape), dtype) for name, (shape, dtype) in kinds.items()}
+        block_of = window.samples // self.source.block_samples
+        blocks = np.unique(block_of)
+        most = min(table.slots for table in tables)
+        for first in range(0, len(blocks), most):
+            part = np.flatnonzero(np.isin(block_of, blocks[first : first + most]))
+            for table in tables:
+                rows = self._read(table, order.Window(window.epoch, window.samples[part]))
+                for name, array in table.arrays.items():
+                    batch[name][part] = array.take(rows, axis=0, mode="clip")
+        return batch
 
     def _read(self, table: Slots, window: order.Window) -> np.ndarray:
         """Return the rows of samples in a table, after reading the blocks that it lacks."""

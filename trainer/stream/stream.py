@@ -196,6 +196,7 @@ class Slots:
         rows = slots * source.slot_rows
         self.arrays = {name: np.empty((rows, *shape), dtype) for name, (shape, dtype) in fields.items()}
         self._slot_of: dict[Key, int] = {}
+        self._starts: tuple[int, np.ndarray] | None = None  # epoch, first row of each block, less than 0 without one
         self._idle: dict[Key, None] = {}  # those not held, the one released last at the end
 
     def hold(self, window: order.Window, pool: Executor) -> Held:
@@ -214,11 +215,22 @@ class Slots:
         starts[blocks] = [self._slot_of[key] * self._source.slot_rows for key in keys]
         return Held(keys, starts[block_of] + row_of, reads)
 
+    def rows(self, window: order.Window) -> np.ndarray | None:
+        """Return the rows of samples, int64 (n,), or None where a block of theirs was not read: hold it then."""
+        if self._starts is None or self._starts[0] != window.epoch:
+            keys = [self._key(block, window.epoch) for block in range(self._source.blocks)]
+            slots = np.array([self._slot_of.get(key, -1) for key in keys], np.int64)
+            self._starts = window.epoch, slots * self._source.slot_rows
+        block_of, row_of = np.divmod(window.samples, self._source.block_samples)
+        starts = self._starts[1].take(block_of)
+        return None if starts.size and starts.min() < 0 else starts + row_of
+
     def release(self, keys: Iterable[Key]) -> None:
         """Release slots that were held. Their blocks stay until the slots are needed for others."""
         self._idle.update(dict.fromkeys(keys))
 
     def _take_slot(self, key: Key) -> int:
+        self._starts = None
         if len(self._slot_of) < self.slots:
             slot = len(self._slot_of)
         else:
