@@ -18,14 +18,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, default_collate, random_split
 from torch.utils.data.distributed import DistributedSampler
 
 from data import open_dataset
 from pipeline import cache_explanations, synchronise_batch_norm
 from teacher_cache import CacheError, layout, open_cache
 from tests import ranks
-from tests.test_examples import EXAMPLES, environment
+from tests.test_examples import EXAMPLES, ROOT, environment
 from trainer import DistillationLoss, ExplainedDataset, ExplainedStream, TrainingError, build_student
 from trainer.loop.step import losses_of, on_device
 from trainer.stream.order import draw_of_block
@@ -141,6 +141,71 @@ def test_several_indices_give_the_batch_that_a_loader_collates(dataset, sharded)
     assert same(explained[torch.tensor(3)], {name: values[1] for name, values in expected.items()})
 
 
+def test_a_loader_collates_the_samples_of_a_batch_without_a_copy(dataset, sharded):
+    explained = ExplainedDataset(dataset, sharded)
+    gathered: list[dict[str, Tensor]] = []
+    gather = explained._gather
+    explained._gather = lambda indices: gathered.append(gather(indices)) or gathered[-1]  # type: ignore[method-assign, func-returns-value]
+    for batch in DataLoader(explained, 100, shuffle=True):
+        assert type(batch) is dict
+        for name, values in gathered[-1].items():
+            assert batch[name].data_ptr() == values.data_ptr(), name
+
+
+def _without_groups(samples: list[Any]) -> list[Any]:
+    for sample in samples:
+        sample.pop("groups")
+    return samples
+
+
+CHANGES: dict[str, tuple[Callable[[list[Any]], list[Any]], Callable[[dict[str, Tensor]], dict[str, Tensor]]]] = {
+    "each without a field": (_without_groups, lambda b: {name: b[name] for name in b if name != "groups"}),
+    "the first with another value": (
+        lambda samples: [samples[0].update(labels=samples[0]["labels"] * 0 + 77) or samples[0], *samples[1:]],
+        lambda b: {**b, "labels": torch.cat([torch.full_like(b["labels"][:1], 77), b["labels"][1:]])},
+    ),
+    "fewer": (lambda samples: samples[:3], lambda b: {name: values[:3] for name, values in b.items()}),
+    "in another order": (lambda samples: samples[::-1], lambda b: {name: values.flip(0) for name, values in b.items()}),
+    "one of them twice": (
+        lambda samples: [*samples[:-1], samples[0]],
+        lambda b: {name: torch.cat([values[:-1], values[:1]]) for name, values in b.items()},
+    ),
+    "as dictionaries": (lambda samples: [{**sample} for sample in samples], lambda b: b),
+    "pickled": (lambda samples: pickle.loads(pickle.dumps(samples)), lambda b: b),
+    "with dictionaries": (lambda samples: [samples[0], *map(dict, samples[1:])], lambda b: b),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_samples_that_a_collate_function_changes_or_chooses_are_collated_as_dictionaries(dataset, sharded, case):
+    """As a dataset of dictionaries would be."""
+    change, expected = CHANGES[case]
+    explained, order = ExplainedDataset(dataset, sharded), [299, 3, 0, 150, 64]
+    assert same(default_collate(change(explained.__getitems__(order))), expected(explained[order]))
+
+
+def test_two_batches_of_samples_are_collated_as_one(dataset, sharded):
+    explained = ExplainedDataset(dataset, sharded)
+    samples = [*explained.__getitems__([5, 6]), *explained.__getitems__([7, 8])]
+    assert same(default_collate(samples), explained[[5, 6, 7, 8]])
+    parts = random_split(explained, [200, 100], torch.Generator().manual_seed(0))
+    assert all(same(batch, explained[batch["ids"]]) for part in parts for batch in DataLoader(part, 32))
+
+
+@pytest.mark.parametrize("budget", [None, 0, 200_000])
+def test_epochs_show_the_same_whether_shards_are_held_or_read_again(dataset, sharded, budget):
+    """The rows of a shard in memory are found anew after each read, and in each epoch."""
+    explained, store = ExplainedDataset(dataset, sharded, seed=5, memory_budget=budget), open_cache(sharded)
+    for epoch in (0, 1, 0, 2, 1):
+        explained.set_epoch(epoch)
+        for seed in range(3):
+            order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[:40]
+            batch = explained[order]
+            for row, index in enumerate(order.tolist()):
+                drawn = store.read_draw(index // 64, draw_of_block(index // 64, 2, 5, epoch))
+                assert torch.equal(batch["heatmaps"][row], torch.as_tensor(drawn["heatmaps"][index % 64]))
+
+
 def test_a_shard_that_cannot_be_read_is_an_error_each_time(dataset, sharded, tmp_path):
     """A slot that was filled in part must not pass for one that was read."""
     copied = tmp_path / "copied.zarr"
@@ -162,6 +227,20 @@ def test_threads_share_an_explained_dataset(dataset, sharded):
         items = list(pool.map(explained.__getitem__, order))
     whole = ExplainedDataset(dataset, sharded)[order]
     assert all(same(item, {name: values[row] for name, values in whole.items()}) for row, item in enumerate(items))
+
+
+def test_a_program_may_end_in_the_middle_of_a_stream(dataset, sharded):
+    """Without a traceback of its threads, although the stream lives longer than the modules that it uses."""
+    program = (
+        "import sys, torch; from trainer import ExplainedStream; it = iter(ExplainedStream(*sys.argv[1:])); next(it)\n"
+        "def function(): pass\n"
+        "torch.function = function"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(dataset), str(sharded)], cwd=ROOT, capture_output=True, text=True,
+        env=environment(), check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_stream_yields_the_batches_of_train_student(dataset, sharded):
@@ -438,6 +517,7 @@ def test_each_loop_of_the_examples_trains_and_saves_a_student(dataset, sharded, 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "shift: " in done.stdout
+    assert "Traceback" not in done.stderr
     student = build_student(sharded)
     student.load_state_dict(torch.load(out, weights_only=True))
 

@@ -23,8 +23,10 @@ from pipeline.private_torch import (
     BatchNormBase,
     aten_convolution,
     base_of,
+    collate,
     convolution_backward,
     current_backward_pass,
+    default_collate_fn_map,
     has_gradient_hooks,
     is_view,
     native_batch_norm,
@@ -58,7 +60,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 15
+    assert len(parts) == 17
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -181,6 +183,19 @@ def test_one_value_per_channel_message_is_that_of_a_batch_norm():
     with pytest.raises(ValueError, match=ONE_VALUE_PER_CHANNEL_MESSAGE) as error:
         nn.BatchNorm1d(3)(torch.ones(1, 3))
     assert str(error.value).startswith(ONE_VALUE_PER_CHANNEL_MESSAGE)
+
+
+def test_collate_asks_the_function_of_a_type_in_the_table_of_the_default():
+    class Item(dict):
+        pass
+
+    items = [Item(number=1), Item(number=2)]
+    default_collate_fn_map[Item] = lambda batch, *, collate_fn_map: [len(batch), collate_fn_map is not None]
+    try:
+        assert torch.utils.data.default_collate(items) == [2, True]
+    finally:
+        del default_collate_fn_map[Item]
+    assert collate([{"number": 1}], collate_fn_map=default_collate_fn_map)["number"].tolist() == [1]
 
 
 def test_has_gradient_hooks_tells_of_hooks_while_they_are_there():

@@ -7,6 +7,7 @@ again. The code and the order are the same.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -260,6 +261,7 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     """Gather batches from the windows, one after the other."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="stream")
+    ending = sys.is_finalizing  # a name of this function: those of the module may be gone when the program ends
     try:
         for samples, rows_of_tables in _loaded(windows, tables, pool):
             for first in range(0, len(samples), batch_size):
@@ -274,7 +276,8 @@ def _batches(
                         array.take(rows[part], axis=0, out=out, mode="clip")
                 yield batch
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if not ending():  # the threads have ended by then
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _loaded(
