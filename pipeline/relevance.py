@@ -210,6 +210,10 @@ def _checked_classes(target_class: Tensor, samples: int, classes: int) -> Tensor
 
 def _checked_epsilon(epsilon: float | Tensor, samples: int) -> tuple[Tensor, float | None]:
     """Return ε as (N,), and the one number that it is for all samples, or None if it differs or is not known yet."""
+    if epsilon is None:
+        raise ValueError(
+            f"epsilon must be a number or have shape ({samples},), got None: give that of the teacher's maps"
+        )
     values = epsilon if isinstance(epsilon, Tensor) else torch.as_tensor(epsilon, dtype=torch.float64)
     if values.dim() == 0:
         values = values.expand(samples)

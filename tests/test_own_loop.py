@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, default_collate, random_s
 from torch.utils.data.distributed import DistributedSampler
 
 from data import open_dataset
-from pipeline import cache_explanations, synchronise_batch_norm
+from pipeline import cache_explanations, explain, synchronise_batch_norm
 from teacher_cache import CacheError, layout, open_cache
 from tests import ranks
 from tests.test_examples import EXAMPLES, ROOT, environment
@@ -324,6 +324,37 @@ def changed(batch: dict[str, Tensor], **fields: Tensor | None) -> dict[str, Tens
 BAD_BATCHES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a loop that forgets the ε": (lambda b: changed(b, epsilon=None), "the batch has no 'epsilon'"),
     "an ε of the loop's own": (lambda b: changed(b, epsilon=b["epsilon"] * 0 + 50), "has an ε of 50, and the store's"),
+    "an ε that a collate function popped": (
+        lambda b: default_collate([{name: b[name][row] for name in b if name != "epsilon"} for row in range(16)]),
+        "the batch has no 'epsilon'",
+    ),
+    "an ε of None": (lambda b: {**b, "epsilon": None}, "'epsilon' of the batch is a NoneType"),
+    "one ε as a number": (lambda b: {**b, "epsilon": 0.05}, "'epsilon' of the batch is a float and not a tensor"),
+    "one ε as a tensor": (
+        lambda b: changed(b, epsilon=torch.tensor(0.05)),
+        r"'epsilon' of the batch is .* \(\) and not",
+    ),
+    "one ε of a batch": (
+        lambda b: changed(b, epsilon=b["epsilon"][:1]),
+        r"float32 \(1,\) and not torch.float32 \(16,\)",
+    ),
+    "the ε of a smaller batch": (lambda b: changed(b, epsilon=b["epsilon"][:8]), r"\(8,\) and not torch.float32 \(16,"),
+    "the ε of a larger batch": (lambda b: changed(b, epsilon=b["epsilon"].repeat(2)), r"\(32,\) and not .* \(16,\)"),
+    "an ε as a column": (lambda b: changed(b, epsilon=b["epsilon"][:, None]), r"\(16, 1\) and not .* \(16,\)"),
+    "an ε in half precision": (
+        lambda b: changed(b, epsilon=b["epsilon"].half()),
+        "torch.float16.* and not torch.float32",
+    ),
+    "an ε as an integer": (lambda b: changed(b, epsilon=b["epsilon"].long()), "torch.int64 .* and not torch.float32"),
+    "an ε as an array": (lambda b: {**b, "epsilon": b["epsilon"].numpy()}, "is a ndarray and not a tensor"),
+    "an ε that is no number": (lambda b: changed(b, epsilon=b["epsilon"] / 0 * 0), "has an ε of nan"),
+    "an ε of 0": (lambda b: changed(b, epsilon=b["epsilon"] * 0), "has an ε of 0, and the store's"),
+    "fewer images": (lambda b: changed(b, images=b["images"][:8]), "of 8 samples, as 'images' is"),
+    "one class for all": (
+        lambda b: changed(b, target_class=b["target_class"][:1]),
+        r"'target_class' .* \(1,\) and not",
+    ),
+    "one scale for all": (lambda b: changed(b, scale=b["scale"][:1]), r"'scale' .* \(1,\) and not"),
     "no heatmaps": (lambda b: {"images": b["images"], "labels": b["labels"]}, "no 'heatmaps' and no 'scale'"),
     "a tuple": (lambda b: (b["images"], b["labels"]), "is a tuple and not a dictionary"),
     "normalised images": (lambda b: changed(b, images=b["images"] / 255), "torch.float32 and not torch.uint8"),
@@ -341,6 +372,32 @@ def test_a_batch_that_was_changed_or_lacks_a_field_is_one_clear_error(sharded, b
     with pytest.raises(TrainingError, match=text) as error:
         DistillationLoss(sharded)(build_student(sharded), change(batch))
     assert "as they are" in str(error.value)
+
+
+def test_an_epsilon_in_float64_and_a_class_in_int32_have_the_loss_of_the_stored_ones(sharded, batch):
+    """As loops that convert their batches, such as Lightning's in double precision, pass them."""
+    student, loss = build_student(sharded), DistillationLoss(sharded)
+    converted = changed(
+        batch,
+        epsilon=batch["epsilon"].double(),
+        scale=batch["scale"].double(),
+        target_class=batch["target_class"].int(),
+    )
+    assert torch.equal(loss(student, converted), loss(student, batch))
+
+
+def test_an_empty_batch_is_one_clear_error(sharded, batch):
+    with pytest.raises(TrainingError, match="no sample: leave empty batches out"):
+        DistillationLoss(sharded)(build_student(sharded), {name: values[:0] for name, values in batch.items()})
+
+
+@pytest.mark.parametrize("epsilon", [None, [0.1] * 8, torch.full((8,), 0.1), torch.tensor(float("nan"))])
+def test_a_loss_of_ones_own_that_forgets_the_epsilon_is_one_clear_error(sharded, batch, epsilon):
+    student, images = build_student(sharded), batch["images"] / 255
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'epsilon'"):
+        explain(student, images, batch["target_class"])  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="epsilon must be"):
+        explain(student, images, batch["target_class"], epsilon)
 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -27,6 +27,13 @@ from trainer.loop.step import VANISHED, losses_of, on_device, weighted
 from trainer.settings import Settings
 
 OF_A_DRAW = ("heatmaps", "scale", "target_class", "epsilon")  # fields of a batch that only have a meaning together
+OF_ONE_NUMBER = {  # fields with one number for each sample, and their types; float64 and other integers work too
+    "scale": torch.float32,
+    "epsilon": torch.float32,
+    "target_class": torch.int64,
+    "labels": torch.int64,
+    "groups": torch.int64,
+}
 REMEDY = "pass the batches of ExplainedDataset or ExplainedStream on as they are"
 
 
@@ -182,6 +189,11 @@ class DistillationLoss(nn.Module):
                     f" needs: {REMEDY}",
                 )
             )  # fmt: skip
+        for name in self._needed:
+            if not isinstance(batch[name], Tensor):
+                raise TrainingError(
+                    f"the field '{name}' of the batch is a {type(batch[name]).__name__} and not a tensor: {REMEDY}"
+                )
         images = batch["images"]
         if images.dtype != torch.uint8:
             raise TrainingError(
@@ -193,7 +205,10 @@ class DistillationLoss(nn.Module):
                 )
             )
         if self.store is not None:
-            _check_of_store(batch, self.store)
+            _check_shapes(batch, self.store)
+        _check_values({name: batch[name] for name in self._needed})
+        if "epsilon" in self._needed and self.store is not None:
+            _check_epsilon(batch["epsilon"], self.store)
 
     def _next_position(self, size: int) -> dict[str, int]:
         """Return the position of this call in the augmentations; processes augment their own rows."""
@@ -234,8 +249,8 @@ def _fields(settings: Settings) -> tuple[str, ...]:
     return ("images", *draw, *sorted(needed - {"heatmaps"}))
 
 
-def _check_of_store(batch: Mapping[str, Tensor], store: CacheInfo) -> None:
-    """Raise TrainingError where shapes, or ε, are not those of the store."""
+def _check_shapes(batch: Mapping[str, Tensor], store: CacheInfo) -> None:
+    """Raise TrainingError where the shapes of images or heatmaps are not those of the store."""
     shapes = {"images": store.dataset.image_shape, "heatmaps": store.map_shape}
     for name, expected in shapes.items():
         if name in batch and tuple(batch[name].shape[1:]) != tuple(expected):
@@ -243,14 +258,41 @@ def _check_of_store(batch: Mapping[str, Tensor], store: CacheInfo) -> None:
                 f"the {name} of the batch are {tuple(batch[name].shape[1:])}, and those of the store "
                 f"{tuple(expected)}: {REMEDY}"
             )
-    if "epsilon" in batch and "heatmaps" in batch:
-        low, high = store.explainer.epsilon_low, store.explainer.epsilon_high
-        lowest, highest = (float(value) for value in batch["epsilon"].aminmax())
-        if lowest < low * (1 - 1e-5) or highest > high * (1 + 1e-5):
+
+
+def _check_values(fields: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError where a field lacks samples, or its numbers are of another kind than those of the datasets.
+
+    A single ε would pass for that of every sample, and one in half precision would be another than the teacher's.
+    """
+    samples = len(fields["images"])
+    if not samples:
+        raise TrainingError("the batch has no sample: leave empty batches out")
+    for name, values in fields.items():
+        expected = OF_ONE_NUMBER.get(name)
+        if values.shape[:1] != (samples,) or not (expected is None or _is_one_number(values, expected)):
+            kind = f"of {samples} samples, as 'images' is" if expected is None else f"{expected} ({samples},)"
             raise TrainingError(
-                f"the batch has an ε of {lowest if lowest < low else highest:g}, and the store's are from {low:g} to "
-                f"{high:g}: {REMEDY}, so that teacher and student have the same ε"
+                f"the field '{name}' of the batch is {values.dtype} {tuple(values.shape)} and not {kind}: {REMEDY}"
             )
+
+
+def _is_one_number(values: Tensor, expected: torch.dtype) -> bool:
+    """Return whether each sample has one number, of the expected type or of one that holds the same values."""
+    floating = values.dtype.is_floating_point
+    wide = values.dtype in (torch.float32, torch.float64) if floating else not values.dtype.is_complex
+    return values.dim() == 1 and floating == expected.is_floating_point and wide
+
+
+def _check_epsilon(epsilon: Tensor, store: CacheInfo) -> None:
+    """Raise TrainingError where an ε is not in the range of the store."""
+    low, high = store.explainer.epsilon_low, store.explainer.epsilon_high
+    lowest, highest = (float(value) for value in epsilon.detach().aminmax())
+    if not (low * (1 - 1e-5) <= lowest and highest <= high * (1 + 1e-5)):  # nor where one is not a number
+        raise TrainingError(
+            f"the batch has an ε of {highest if low <= lowest else lowest:g}, and the store's are from {low:g} to "
+            f"{high:g}: {REMEDY}, so that teacher and student have the same ε"
+        )
 
 
 def _named(terms: Mapping[str, float]) -> Option:
