@@ -285,6 +285,27 @@ def test_a_resumed_stream_goes_on_where_it_stopped(dataset, sharded, workers):
     assert len(list(loader)) == 9
 
 
+def test_the_state_of_a_stream_is_the_epoch_that_was_set_before_its_first_batch(dataset, sharded):
+    explained = ExplainedStream(dataset, sharded, batch_size=32)
+    for epoch in (3, 1):
+        explained.set_epoch(epoch)
+        assert explained.state_dict() == {"epoch": epoch, "step": 0}
+    next(iter(explained))
+    explained.set_epoch(1)
+    assert explained.state_dict() == {"epoch": 1, "step": 1}
+
+
+def test_the_state_of_a_stream_that_workers_read_is_one_clear_error(dataset, sharded):
+    """In the process of the loop it would be the start of the training, without a word."""
+    explained = ExplainedStream(dataset, sharded, batch_size=32)
+    explained.set_epoch(1)
+    list(islice(DataLoader(explained, batch_size=None, num_workers=2), 3))
+    with pytest.raises(TrainingError, match=r"2 worker processes .* num_workers=0 or torchdata's StatefulDataLoader"):
+        explained.state_dict()
+    list(islice(DataLoader(explained, batch_size=None), 3))
+    assert explained.state_dict() == {"epoch": 1, "step": 3}
+
+
 @pytest.mark.parametrize("kind", [ExplainedDataset, ExplainedStream])
 def test_an_explained_dataset_is_pickled_without_what_it_has_opened_or_decoded(dataset, sharded, kind):
     explained = kind(dataset, sharded)

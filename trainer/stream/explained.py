@@ -283,6 +283,7 @@ class ExplainedStream(_Explained, IterableDataset[Batch]):
         except ValueError as error:
             raise TrainingError(str(error)) from None
         self._position, self._resumed = (0, 0), False  # epoch and step of the next batch
+        self._workers = torch.zeros((), dtype=torch.int64).share_memory_()  # that read the last epoch
         self._running: tuple[int, int, Generator[Batch, None, None]] | None = None  # process, next step, batches
 
     def __len__(self) -> int:
@@ -291,10 +292,25 @@ class ExplainedStream(_Explained, IterableDataset[Batch]):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, as `ExplainedDataset.set_epoch`; the epoch that `load_state_dict` set stays at its step."""
         super().set_epoch(epoch)
-        self._resumed = self._resumed and self._position[0] == epoch
+        if self._position[0] != epoch:
+            self._position, self._resumed = (epoch, 0), False
 
     def state_dict(self) -> dict[str, int]:
-        """Return the ``epoch`` and the ``step`` of the next batch; torchdata's StatefulDataLoader calls it."""
+        """Return the ``epoch`` and the ``step`` of the next batch; torchdata's StatefulDataLoader calls it.
+
+        A loop that counts its batches can write this dictionary itself.
+
+        Raises:
+            TrainingError: worker processes of a plain DataLoader read the batches, ahead of the loop.
+        """
+        if int(self._workers) and get_worker_info() is None:
+            raise TrainingError(
+                Message(
+                    f"{int(self._workers)} worker processes read this stream, ahead of the training, so its position is "
+                    "not known here: use ", Option("num_workers", 0), " or torchdata's StatefulDataLoader, or count the "
+                    "batches and write {'epoch': …, 'step': …}",
+                )
+            )  # fmt: skip
         epoch, step = self._position
         return {"epoch": epoch, "step": step}
 
@@ -306,6 +322,7 @@ class ExplainedStream(_Explained, IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        self._workers.fill_(worker.num_workers if worker else 0)
         epoch = self.epoch
         first = self._position[1] if self._resumed else 0
         self._position, self._resumed = (epoch, first), False
