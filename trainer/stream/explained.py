@@ -94,8 +94,8 @@ class ExplainedDataset(_Explained, Dataset[Batch]):
     - ``teacher_logits`` float32 (K,) and ``features`` float32 (F,), of the store;
     - ``ids`` int64 (), the index of the sample in the split.
 
-    Several indices give a batch: ``dataset[[3, 1, 4]]``. A DataLoader is fastest with them: ``DataLoader(dataset,
-    batch_size=None, sampler=BatchSampler(RandomSampler(dataset), 128, drop_last=True))``.
+    Several indices give a batch: ``dataset[[3, 1, 4]]``. A DataLoader collates a batch without a copy, unless samples
+    were read or changed before `torch.utils.data.default_collate` (`trainer.stream.samples`).
 
     It works with every sampler, `torch.utils.data.DistributedSampler` too, and with workers that fork or spawn. Each
     worker keeps decoded shards within its memory budget. A shuffled order needs all of them in each epoch: where they
@@ -306,9 +306,9 @@ class ExplainedStream(_Explained, IterableDataset[Batch]):
         if int(self._workers) and get_worker_info() is None:
             raise TrainingError(
                 Message(
-                    f"{int(self._workers)} worker processes read this stream, ahead of the training, so its position is "
-                    "not known here: use ", Option("num_workers", 0), " or torchdata's StatefulDataLoader, or count the "
-                    "batches and write {'epoch': …, 'step': …}",
+                    f"{int(self._workers)} worker processes read this stream, ahead of the training, so its position "
+                    "is not known here: use ", Option("num_workers", 0), " or torchdata's StatefulDataLoader, or count "
+                    "the batches and write {'epoch': …, 'step': …}",
                 )
             )  # fmt: skip
         epoch, step = self._position

@@ -63,11 +63,10 @@ def samples_of(batch: dict[str, Tensor]) -> list[Sample]:
 def _batch_of(samples: Sequence[Any], *, collate_fn_map: dict[Any, Any] | None = None) -> Any:
     """Return the batch of all its samples in their order, or collate those that were read, changed or chosen."""
     batch = samples[0]._batch
-    if len(samples) == len(next(iter(batch.values()))) and all(
-        type(sample) is Sample and sample._batch is batch and sample._row == row and sample._fields is None
-        for row, sample in enumerate(samples)
-    ):
-        return batch
+    if set(map(type, samples)) == {Sample}:
+        untouched = all(sample._batch is batch and sample._fields is None for sample in samples)
+        if untouched and [sample._row for sample in samples] == list(range(len(next(iter(batch.values()))))):
+            return batch
     return collate([dict(sample) for sample in samples], collate_fn_map=collate_fn_map)
 
 
