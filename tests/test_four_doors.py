@@ -716,6 +716,16 @@ def test_a_dataset_that_other_processes_cannot_read_is_an_error_with_the_remedy(
         from_torch(tmp_path / "d", GOOD)
 
 
+def test_a_mistake_of_our_own_in_another_process_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
+    def mistaken(*_: Any) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr("data.builders.items.fitted", mistaken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        from_torch(tmp_path / "d", GOOD, workers=1)
+    assert not (tmp_path / "d").exists()
+
+
 def test_one_channel_and_alpha_are_read_as_files_are(tmp_path):
     shade = np.full((8, 8), 77, np.uint8)
     clear = np.concatenate([pixels(0, 8, 8), np.zeros((8, 8, 1), np.uint8)], axis=2)
