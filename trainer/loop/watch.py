@@ -32,7 +32,7 @@ class Step:
 
     losses: the mean loss of each of T methods, (T,). sample_losses: the weighted sum of the losses of each sample,
     (n,). samples: their indices, int64 (n,). gradient_norm: the norm before clipping, a scalar. vanished: 1 for
-    a sample whose map has vanished, else 0, (n,). untaught: 1 for a sample whose target is a map of zeros, else 0, (n,).
+    a sample whose map has vanished, else 0, (n,). untaught: the same of a sample whose target is a map of zeros, (n,).
     """
 
     number: int
@@ -45,9 +45,9 @@ class Step:
 
     @property
     def of_living(self) -> Tensor:
-        """The share of samples whose maps have not vanished, that of those among them that are taught, and their losses.
+        """Return the shares of living and of taught samples, and the sums of their losses over the number of all.
 
-        The losses are sums over the number of all samples: of the living ones, and of those that are taught.
+        A living sample is one whose map has not vanished, and a taught one is living and has a target.
         """
         living = 1 - self.vanished.to(self.sample_losses)
         taught = living * (1 - self.untaught.to(living))
@@ -74,8 +74,8 @@ class Watch:
 
         Args:
             number: the number of the step, from 1.
-            losses: the loss (n,) of each sample, by method, and `VANISHED` and `UNTAUGHT` as `losses_of` returns them; by
-                default none.
+            losses: the loss (n,) of each sample, by method, and `VANISHED` and `UNTAUGHT` as `losses_of` returns them;
+                by default none.
             samples: the index of each sample, int64 (n,).
             gradient_norm: the norm of the gradient before clipping, a scalar.
         """
