@@ -416,7 +416,7 @@ def open_squeezed(path: Path, size: int, remedy: str) -> np.ndarray:
     Raises:
         DatasetError: The file is missing or cannot be read.
     """
-    squeezed = _published(path, remedy, lambda image: fitted(image.convert("RGB"), (size, size), "stretch"))
+    squeezed = _published(path, remedy, lambda image: fitted(_converted(image, "RGB"), (size, size), "stretch"))
     return squeezed.transpose(2, 0, 1)
 
 
@@ -433,6 +433,6 @@ def _published(path: Path, remedy: str, use: Callable[[Image.Image], T]) -> T:
     if not path.exists():
         raise DatasetError(f"there is no {path}: {remedy}")
     try:
-        return _decoded(path, use)
+        return _decoded(path, lambda image, kind: use(image))
     except UnreadableError as error:
         raise DatasetError(f"the image {path} cannot be read ({error}): {remedy}") from None
