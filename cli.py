@@ -146,7 +146,7 @@ def _version() -> str:
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+    context_settings={"show_default": True, "max_content_width": 100},
     example="quickstart",
 )
 @click.version_option(_version())

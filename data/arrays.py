@@ -17,6 +17,13 @@ FEW_CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGB with alpha
 LARGE = 8  # pixels: no image of so many channels and with so few columns is likely
 LONG = 8  # times the width: (N, 12, 1000, 1) are rather signals of 12 channels than images of 12 × 1000 pixels
 CONVERTED = {"images": "iu", "labels": "b", "groups": "b", "masks": "biu"}  # kinds of dtypes without a loss
+AXES = {
+    1: ("c", "channel", "channels", "band", "bands", "rgb"),
+    2: ("y", "h", "height", "row", "rows", "lat", "latitude"),
+    3: ("x", "w", "width", "col", "cols", "column", "columns", "lon", "longitude"),
+}  # names that people give to the axes of images (N, C, H, W)
+IN_ORDER = [0, 1, 2, 3]
+NAMED_AXES = 'zarr.create_array({}, data=images, dimension_names=("sample", "channel", "row", "column"))'
 SAMPLED = 64  # rows that are read to describe values that are refused
 
 
@@ -28,11 +35,13 @@ class Converted:
         name: Name of the array, for errors.
         values: The array, of integers or booleans.
         dtype: The dtype to convert to.
+        dims: Names of the axes; None without.
     """
 
     name: str
     values: Any
     dtype: np.dtype
+    dims: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +85,7 @@ def as_arrays(where: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         dtype = np.dtype(np.uint8 if name in ("images", "masks") else np.int64)
         own = np.dtype(values.dtype)
         if own.kind in CONVERTED[name] and own != dtype:
-            taken[name] = Converted(name, values, dtype)
+            taken[name] = Converted(name, values, dtype, names_of_axes(values))
     check_arrays(where, taken)
     return taken
 
@@ -151,9 +160,54 @@ def check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
             raise DatasetError(f"{where}: '{name}' is {actual}, expected {expected[name]}: {remedy}")
 
 
-def doubtful_axes(shape: tuple[int, ...]) -> bool:
-    """Check whether images (N, C, H, W) are so narrow, with so many channels, that the axes may be (N, H, W, C)."""
+def doubtful_axes(images: Any) -> bool:
+    """Check whether images (N, C, H, W) are so narrow, with so many channels, that the axes may be (N, H, W, C).
+
+    Args:
+        images: An array. Names of its axes, if it has any in this order, tell that they are not.
+    """
+    return _is_narrow(tuple(images.shape)) and _places(images) != IN_ORDER
+
+
+def telling_names(images: Any) -> tuple[str, ...] | None:
+    """Return the names of the axes of images whose axes would be doubtful without them; None for others."""
+    is_told = _is_narrow(tuple(images.shape)) and _places(images) == IN_ORDER
+    return names_of_axes(images) if is_told else None
+
+
+def _is_narrow(shape: tuple[int, ...]) -> bool:
     return shape[3] in FEW_CHANNELS and shape[1] not in FEW_CHANNELS
+
+
+def names_of_axes(array: Any) -> tuple[str, ...] | None:
+    """Return the names of the four axes of an array of Zarr or xarray; None for others, which have no names."""
+    names = getattr(getattr(array, "metadata", None), "dimension_names", None) or getattr(array, "dims", None)
+    names = names or getattr(array, "attrs", {}).get("_ARRAY_DIMENSIONS")
+    if not isinstance(names, list | tuple) or len(names) != 4:
+        return None
+    return tuple(map(str, names))
+
+
+def _places(array: Any) -> list[int] | None:
+    """Return the place of each axis in (N, C, H, W) by its name; None if the axes have no names, or others."""
+    names = names_of_axes(array) or ()
+    places = [next((axis for axis, words in AXES.items() if name.lower() in words), 0) for name in names]
+    return places if sorted(places) == IN_ORDER else None
+
+
+def axes_by_name(array: Any) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+    """Compare the names of the axes of images or masks with (N, C, H, W).
+
+    Args:
+        array: An array of Zarr or xarray. Others have no names.
+
+    Returns:
+        The names, and the transposition that puts the axes in order; None if they are in order, or have other names.
+    """
+    names, places = names_of_axes(array), _places(array)
+    if names is None or places is None or places == IN_ORDER:
+        return None
+    return names, tuple(places.index(axis) for axis in range(4))
 
 
 def _images_remedy(images: Any, labels: tuple[int, ...]) -> str | None:
@@ -171,8 +225,11 @@ def _images_remedy(images: Any, labels: tuple[int, ...]) -> str | None:
         axes = (3, 2, 0, 1) if shape[2] in FEW_CHANNELS else (3, 0, 1, 2)
         return f"the samples are the last axis, so transpose them: images.transpose{axes}"
     short, long = sorted(shape[1:3])
-    if doubtful_axes(shape) and short >= LARGE and long <= LONG * short:
-        return "the channels are the last axis, so transpose them: images.transpose(0, 3, 1, 2)"
+    if doubtful_axes(images) and short >= LARGE and long <= LONG * short:
+        return (
+            "the channels are the last axis, so transpose them: images.transpose(0, 3, 1, 2); or, if these are "
+            f"{shape[1]} channels of {shape[2]}×{shape[3]} pixels, name the axes: {NAMED_AXES}"
+        )
     if np.dtype(images.dtype) == np.uint8:
         return None
     kind = np.dtype(images.dtype).kind

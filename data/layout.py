@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from data.arrays import as_arrays, check_arrays, doubtful_axes
+from data.arrays import as_arrays, axes_by_name, check_arrays, doubtful_axes, telling_names
 from data.errors import DatasetError, check_name
 from data.metadata import (
     MetadataError,
-    axes_by_name,
     no_group,
     open_array,
     read_group,
@@ -413,7 +412,7 @@ def _check_arrays(where: str, arrays: Mapping[str, Any]) -> None:
     """Raise DatasetError unless a split's arrays fit the layout; warn if the axes may be others."""
     check_arrays(where, arrays)
     shape = tuple(arrays["images"].shape)
-    if doubtful_axes(shape):
+    if doubtful_axes(arrays["images"]):
         warn_once(
             f"{where}: 'images' is {shape}, which means {shape[1]} channels and {shape[3]} columns of pixels; if the "
             "channels are the last axis, write images.transpose(0, 3, 1, 2)"
@@ -696,7 +695,9 @@ def _create(group: zarr.Group, name: str, values: Any) -> zarr.Array:
     shape, dtype = tuple(values.shape), np.dtype(values.dtype).newbyteorder("<")
     chunk, *shard = _chunk_rows(values)
     shards = (shard[0], *shape[1:]) if shard else None
-    return group.create_array(name, shape=shape, dtype=dtype, chunks=(chunk, *shape[1:]), shards=shards)
+    names = telling_names(values) if name == "images" else None
+    chunks = (chunk, *shape[1:])
+    return group.create_array(name, shape=shape, dtype=dtype, chunks=chunks, shards=shards, dimension_names=names)
 
 
 def _root(attributes: Mapping[str, Any]) -> bytes:

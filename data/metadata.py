@@ -18,11 +18,6 @@ from options import first_line
 ARRAY_FIELDS = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
 MIGRATE = "zarr migrate v3"  # a command of Zarr's own, which writes metadata beside the old one and copies no chunk
 UNSCALED = 1.0, 1 / 255  # scales of images that mean what the layout means: values 0 to 255, or 0 to 1 after decoding
-AXES = {
-    1: ("c", "channel", "channels", "band", "bands", "rgb"),
-    2: ("y", "h", "height", "row", "rows", "lat", "latitude"),
-    3: ("x", "w", "width", "col", "cols", "column", "columns", "lon", "longitude"),
-}  # names that people give to the axes of images (N, C, H, W)
 
 
 class MetadataError(ValueError):
@@ -100,25 +95,6 @@ def _number(value: Any) -> float:
     with contextlib.suppress(TypeError, ValueError):
         return float(np.asarray(value).item())
     return math.nan
-
-
-def axes_by_name(array: Any) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-    """Compare the names of the axes of images or masks with (N, C, H, W).
-
-    Args:
-        array: An array of Zarr or xarray. Others have no names.
-
-    Returns:
-        The names, and the transposition that puts the axes in order; None if they are in order, or have other names.
-    """
-    names = getattr(getattr(array, "metadata", None), "dimension_names", None) or getattr(array, "dims", None)
-    names = names or getattr(array, "attrs", {}).get("_ARRAY_DIMENSIONS")
-    if not isinstance(names, list | tuple) or len(names) != 4:
-        return None
-    places = [next((axis for axis, words in AXES.items() if str(name).lower() in words), 0) for name in names]
-    if sorted(places) != [0, 1, 2, 3] or places == [0, 1, 2, 3]:
-        return None
-    return tuple(str(name) for name in names), tuple(places.index(axis) for axis in range(4))
 
 
 def read_group(key: str, raw: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from terminal import config_file
 
 OTHERS = "Other options"
 INDENT = "  "  # of an example
+HELP = ("-h", "--help")  # of every command
 ARGUMENTS = f"{__name__}.arguments"  # key of a context's meta: the arguments as they were typed
 COMMAND = f"{__name__}.command"  # key of a context's meta: the command
 
@@ -90,6 +91,9 @@ class Command(click.Command):
         self.heading, self.example = heading, example
         self.params.append(config_file.config_option())
 
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return [*HELP]  # whatever the context: click makes the option once, even without the program's settings
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS], ctx.meta[COMMAND] = list(args), self
         try:
@@ -118,6 +122,9 @@ class Group(click.Group):
     def __init__(self, *args: Any, heading: str = "Commands", example: str = "", **settings: Any):
         super().__init__(*args, **settings)
         self.heading, self.example = heading, example
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        return [*HELP]
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

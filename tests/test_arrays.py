@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,31 @@ def test_narrow_images_are_taken_and_doubtful_axes_are_told(tmp_path, caplog, sh
         open_dataset(path)
     assert len(told(caplog)) == doubtful  # once in a process
     assert not doubtful or f"{shape[1]} channels and {shape[3]} columns" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_images_of_many_channels_and_three_columns_are_taken_if_their_axes_are_named(tmp_path, caplog, dtype):
+    images = np.random.default_rng(0).integers(0, 256, (20, 12, 30, 3)).astype(dtype)
+    with pytest.raises(DatasetError, match="the channels are the last axis") as refused:
+        write(tmp_path / "d.zarr", images=images)
+    told_remedy = re.search(r"if these are 12 channels of 30×3 pixels, name the axes: (zarr\..*)", str(refused.value))
+    named = eval(told_remedy[1], {"zarr": zarr, "images": images})
+    write(tmp_path / "d.zarr", images=named)
+    split = open_dataset(tmp_path / "d.zarr").split("train")
+    assert np.array_equal(split.images[:], images)
+    assert told(caplog) == []
+    plain = write_plainly(tmp_path / "e.zarr", images=images.astype(np.uint8))
+    with pytest.raises(DatasetError, match="the channels are the last axis"):
+        open_dataset(plain)
+
+
+def test_names_of_axes_are_written_only_where_they_tell_the_order(tmp_path):
+    for shape in ((20, 3, 16, 16), (20, 12, 30, 3)):
+        path = tmp_path / f"{shape[1]}.zarr"
+        named = zarr.create_array({}, data=np.zeros(shape, np.uint8), dimension_names=tuple("nchw"))
+        write(path, images=named)
+        names = json.loads((path / "train" / "images" / "zarr.json").read_text()).get("dimension_names")
+        assert names == (list("nchw") if shape[3] == 3 else None)
 
 
 def test_training_on_images_with_the_channels_last_is_refused(tmp_path):

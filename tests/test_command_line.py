@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from cli import main
 from options import did_you_mean
+from terminal.help import Command, Group
 from trainer import TrainingError
 from trainer.settings import StudentOptions
 
@@ -74,6 +75,14 @@ def test_help_has_every_option_once_under_a_heading_and_ends_with_an_example(pat
     flags = [line.split()[0] for line in below if line.startswith("  --")]
     assert sorted(flags) == sorted(opt for param in COMMANDS[path].params for opt in param.opts if opt.startswith("--"))
     assert lines[-1].startswith(f"  python cli.py {' '.join(path)}")
+
+
+@pytest.mark.parametrize("kind", [Command, Group])
+def test_the_help_of_a_command_has_the_short_flag_even_after_a_look_without_the_program(kind):
+    command = kind("one")
+    assert command.get_help_option(click.Context(command)) is not None  # which click keeps
+    with whole() as root, click.Context(command, parent=root) as ctx:
+        assert command.get_help_option(ctx).opts == ["-h", "--help"]
 
 
 @every_command

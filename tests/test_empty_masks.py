@@ -65,7 +65,7 @@ def test_masks_without_any_object_are_refused_with_the_option_that_needs_them(tm
 
 
 @every_use
-@pytest.mark.parametrize(("empty", "full"), [(8, 8), (0, SAMPLES), (20, 4)])
+@pytest.mark.parametrize(("empty", "full"), [(8, 8), (0, SAMPLES), (20, 4), (SAMPLES - 1, 1)])
 def test_no_loss_is_nan_with_empty_and_full_masks_and_the_user_is_told(tmp_path, caplog, use, empty, full):
     data = dataset(tmp_path / "d.zarr", empty, full)
     assert math.isfinite(student(data, tmp_path, use))

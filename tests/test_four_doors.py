@@ -247,8 +247,8 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def write_shards(photos: Path, split: str, form: str = "files") -> None:
-    """Write three shards of a split, with labels in files of their own or in JSON."""
+def write_shards(photos: Path, split: str, form: str = "files", with_masks: bool = True) -> None:
+    """Write three shards of a split, with labels in files of their own or in JSON; form "pairs" has no groups."""
     every = files(photos, split)
     for shard, start in enumerate(range(0, len(every), 8)):
         with tarfile.open(photos.parent / f"{split}-{shard}.tar", "w") as archive:
@@ -256,11 +256,13 @@ def write_shards(photos: Path, split: str, form: str = "files") -> None:
             for number, (image, mask, label, group) in enumerate(every[start : start + 8], start):
                 key = f"samples/{number:05}"
                 add(archive, f"{key}{image.suffix}", image.read_bytes())
-                add(archive, f"{key}.mask.png", mask.read_bytes())
+                if with_masks:
+                    add(archive, f"{key}.mask.png", mask.read_bytes())
                 if form == "json":
                     add(archive, f"{key}.json", json.dumps({"label": label, "group": GROUPS[group]}).encode())
                 else:
                     add(archive, f"{key}.cls", f"{label}\n".encode())
+                if form == "files":
                     add(archive, f"{key}.group", str(group).encode())
 
 
@@ -407,6 +409,115 @@ def test_building_imports_no_pytorch_until_it_is_needed():
     code = "import sys, data.builders.torch_datasets, data.builders.hf, data.builders.webdataset; "
     code += "assert not {'torch', 'datasets', 'webdataset', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# --- one mask for all images ----------------------------------------------------------------------------------
+
+
+class Pairs(Dataset):
+    """Pairs of an image and a label, without masks."""
+
+    def __init__(self, photos: Path, split: str):
+        self.files = files(photos, split)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, str]:
+        image, _, label, _ = self.files[number]
+        return Image.open(image), CLASSES[label]
+
+
+def through(door: str, photos: Path, out: Path, with_masks: bool = False, **options: Any) -> None:
+    """Build the dataset through one of the doors: hf and webdataset by their commands, the others in Python."""
+    options = {"size": SIZE, **options}
+    if door == "from_torch":
+        pairs = {split: Photos(photos, split) if with_masks else Pairs(photos, split) for split in SPLITS}
+        key = {"image": "picture"} if with_masks else {}
+        from_torch(out, pairs["train"], {"ood": pairs["ood"]}, workers=0, **key, **options)
+        return
+    if door == "from_arrays":
+        splits: dict[str, Any] = {}
+        for split in SPLITS:
+            images, masks, labels, _ = zip(*files(photos, split), strict=True)
+            masks = {"masks": [Image.open(mask) for mask in masks]} if with_masks else {}
+            splits[split] = {"images": [Image.open(image) for image in images], "labels": labels, **masks}
+        from_arrays(out, splits["train"], {"ood": splits["ood"]}, class_names=CLASSES, **options)
+        return
+    pytest.importorskip({"hf": "datasets", "webdataset": "webdataset"}[door])
+    if door == "hf":
+        table = hf_dataset(photos)
+        (table if with_masks else table.remove_columns("mask")).save_to_disk(photos.parent / "hf")
+        words = [photos.parent / "hf", "--test", "ood=test"]
+    else:
+        for split in SPLITS:
+            write_shards(photos, split, "pairs", with_masks)
+        words = [f"{photos.parent}/train-{{0..2}}.tar", "--test", f"ood={photos.parent}/ood-*.tar"]
+        words += ["--class-names", ",".join(CLASSES)]
+    words += [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    result = CliRunner().invoke(main, ["make-data", door, *map(str, words), "--out", str(out)])
+    if result.exit_code:
+        raise DatasetError(" ".join(result.output.split()))
+
+
+DOORS = ("from_torch", "from_arrays", "hf", "webdataset")
+every_door = pytest.mark.parametrize("door", DOORS)
+
+
+@every_door
+@pytest.mark.parametrize("form", ["box", "file"])
+def test_one_mask_for_all_images_is_that_of_the_same_images_in_folders(photos, door, form):
+    drawn = np.zeros((SIZE, SIZE), np.uint8)
+    drawn[9:, 11:] = 255
+    Image.fromarray(drawn).save(photos.parent / "stamp.png")
+    option = {"mask_box": "11,9,16,16"} if form == "box" else {"mask_all": photos.parent / "stamp.png"}
+    options: dict[str, Any] = {**option, "mask_keeps": "outside", "fit": "pad"}
+    tests, folders, out = {"ood": photos / "ood"}, photos.parent / "folders", photos.parent / "d"
+    make_image_folder(folders, photos / "train", tests, size=SIZE, echo=lambda note: None, **options)
+    through(door, photos, out, **options)
+    for name, split in open_dataset(folders).splits.items():
+        ours = open_dataset(out).splits[name]
+        assert np.array_equal(ours.masks[:], np.broadcast_to(np.where(drawn, 0, 255), ours.masks.shape)), name
+        assert ours.fingerprint == split.fingerprint
+    recorded = json.loads((out / "zarr.json").read_text())["attributes"]["builder"]
+    assert recorded["mask_keeps"] == "outside"
+    assert recorded[next(iter(option))] == ("stamp.png" if form == "file" else "11,9,16,16")
+
+
+@every_door
+def test_a_second_mask_is_refused(photos, door):
+    box: dict[str, Any] = {"mask_box": "0,0,4,4", "mask_keeps": "outside"}
+    out = photos.parent / "d"
+    with pytest.raises(DatasetError, match=r"train.* has a mask of its own: leave out (--mask-box|mask_box=).0,0,4,4"):
+        through(door, photos, out, with_masks=True, **box)
+    with pytest.raises(DatasetError, match=r"give (--mask-all |mask_all=).*m\.png.* or .*mask.box.* not both"):
+        through(door, photos, out, mask_all=photos / "m.png", **box)
+    if door != "from_arrays":
+        with pytest.raises(DatasetError, match=r"give (--mask |mask=).*seg.* or .*mask.box.* not both"):
+            through(door, photos, out, mask="seg", **box)
+    assert not out.exists()
+
+
+def test_a_mask_of_one_item_in_the_middle_is_a_second_mask_too(tmp_path):
+    items = [{"image": image, "label": label} for image, label in GOOD]
+    items[7]["mask"] = Image.new("L", (SIZE, SIZE), 255)
+    for skip_bad in (False, True):
+        with pytest.raises(DatasetError, match=r"train\[7\] has a mask of its own: leave out mask_box='0,0,4,4'"):
+            from_torch(tmp_path / "d", items, workers=0, skip_bad=skip_bad, mask_box="0,0,4,4", mask_keeps="outside")
+    assert not (tmp_path / "d").exists()
+
+
+def test_items_of_another_size_than_the_mask_are_listed_or_left_out(tmp_path):
+    drawn = np.zeros((SIZE, SIZE), np.uint8)
+    drawn[:4, :4] = 255
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    items = with_item((Image.fromarray(pixels(9, 20, 24)), 1), 5)
+    options: dict[str, Any] = {"workers": 0, "size": 8, "mask_all": tmp_path / "mask.png", "mask_keeps": "outside"}
+    with pytest.raises(DatasetError, match=r"(?s)1 item cannot be used.*train\[5\]: it is 24×20, its mask .* 16×16"):
+        from_torch(tmp_path / "d", items, **options)
+    assert sum(from_torch(tmp_path / "d", items, skip_bad=True, **options).values()) == 11
+    with pytest.raises(DatasetError, match=r"mask_box='0,0,17,4' is not within the dataset's images of 16×16 pixels"):
+        from_torch(tmp_path / "e", GOOD, workers=0, mask_box="0,0,17,4", mask_keeps="outside")
 
 
 # --- wrong inputs ---------------------------------------------------------------------------------------------
@@ -603,6 +714,16 @@ def test_a_dataset_that_other_processes_cannot_read_is_an_error_with_the_remedy(
     monkeypatch.setattr("data.builders.torch_datasets.decode_all", broken)
     with pytest.raises(DatasetError, match=r"killed by signal.*workers=0 reads it in this process"):
         from_torch(tmp_path / "d", GOOD)
+
+
+def test_a_mistake_of_our_own_in_another_process_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
+    def mistaken(*_: Any) -> None:
+        raise TypeError("unsupported operand")
+
+    monkeypatch.setattr("data.builders.items.fitted", mistaken)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        from_torch(tmp_path / "d", GOOD, workers=1)
+    assert not (tmp_path / "d").exists()
 
 
 def test_one_channel_and_alpha_are_read_as_files_are(tmp_path):

@@ -300,13 +300,24 @@ def test_crop_cuts_out_the_middle_pad_adds_black_and_stretch_keeps_all():
     assert not covered(np.ones((32, 64), bool), (16, 16), "pad")[:4].any()
 
 
-def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mistake", [AttributeError, ValueError, OSError, FileNotFoundError, IndexError])
+def test_a_mistake_of_our_own_is_not_blamed_on_the_file(tmp_path, monkeypatch, mistake):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
 
     def mistaken(image: Image.Image) -> None:
-        raise AttributeError("'NoneType' object has no attribute 'shape'")
+        raise mistake("'NoneType' object has no attribute 'shape'")
 
     for name, read in (("_as_shown", read_image), ("_object", read_mask)):
         monkeypatch.setattr(f"data.builders.pictures.{name}", lambda image, *rest: mistaken(image))
-        with pytest.raises(AttributeError, match="has no attribute 'shape'"):
+        with pytest.raises(mistake, match="has no attribute 'shape'") as raised:
             read(tmp_path / "a.png")
+        assert type(raised.value) is mistake
+
+
+def test_an_image_that_pillow_does_not_convert_is_one_that_cannot_be_read():
+    image = Image.new("P", (8, 8))
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.info["transparency"] = "of no known kind"
+    for read in (read_image, read_mask):
+        with pytest.raises(UnreadableError, match="the image cannot be read: Transparency for P mode"):
+            read(image)

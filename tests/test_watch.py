@@ -18,7 +18,7 @@ import trainer.loop.training
 from trainer import TrainingError, train_student
 from trainer.loop.distributed import Ranks
 from trainer.loop.methods import METHODS
-from trainer.loop.step import VANISHED
+from trainer.loop.step import UNTAUGHT, VANISHED
 from trainer.loop.watch import EXPLODED, NAMED, Watch
 
 ADVICE = "choose a smaller lr, a longer warmup or a smaller clip_norm, or check whether these images are damaged"
@@ -101,6 +101,36 @@ def test_a_first_loss_of_nearly_nothing_may_grow():
     assert observer.check(None)["loss"] == pytest.approx(0.9)
     add(observer, 3, [1.1])
     with pytest.raises(TrainingError, match=r"the loss became 1\.1, from 0 at first, at step 3"):
+        observer.check(None)
+
+
+def test_samples_without_a_target_are_no_measure_of_an_explosion():
+    """Their loss is 0, whatever the student does: a first batch of them would allow no loss above 1 afterwards."""
+    observer, progress = watch()
+
+    def of(step: int, losses: list[float]) -> None:  # a loss of 0 is that of a sample without a target
+        untaught = torch.tensor([float(loss == 0) for loss in losses])
+        observer.add(step, {"lrp": torch.tensor(losses), UNTAUGHT: untaught}, torch.arange(4), torch.tensor(1.0))
+        observer.check(None)
+
+    of(1, [0.0, 0.0, 0.0, 0.0])
+    assert progress["first"] is None
+    of(2, [0.0, 0.0, 0.0, 2.0])
+    assert progress["first"] == 2
+    of(3, [0.0, 0.0, 0.0, 0.0])
+    of(4, [0.9 * 2 * EXPLODED] * 4)
+    with pytest.raises(TrainingError, match="the loss became 550, from 2 at first, at step 5"):
+        of(5, [1.1 * 2 * EXPLODED, 0.0, 0.0, 0.0])
+
+
+def test_a_loss_that_is_no_number_ends_a_training_before_anything_was_taught(tmp_path):
+    observer, _ = watch()
+    nothing = {"lrp": torch.zeros(4), UNTAUGHT: torch.ones(4)}
+    observer.add(1, nothing, torch.arange(4), torch.tensor(math.nan))
+    with pytest.raises(TrainingError, match="the norm of the gradient became nan at step 1"):
+        observer.check(None)
+    observer.add(2, {**nothing, "lrp": torch.full((4,), math.nan)}, torch.arange(4), torch.tensor(1.0))
+    with pytest.raises(TrainingError, match="the loss became nan, at step 2"):
         observer.check(None)
 
 

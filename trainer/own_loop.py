@@ -150,7 +150,7 @@ class DistillationLoss(nn.Module):
         position = self._next_position(len(fields["images"])) if settings.augment and student.training else None
         model = Classifier(student)  # which takes masks, and does nothing with them; the student keeps its modes
         losses = losses_of(model, on_device(fields, self.store, settings, device, position), self.store, settings)
-        self.parts = {name: values.detach().mean() for name, values in losses.items()}
+        self.parts = {name: losses[name].detach().mean() for name in (*settings.loss, VANISHED)}
         return weighted(losses, settings.loss).mean()
 
     @property

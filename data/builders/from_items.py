@@ -10,9 +10,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data.builders.decoding import Scratch, decode_all
 from data.builders.folders import Echo, Sample, same_letters
 from data.builders.items import Item, ItemError, Items, Keys, Parts, read_item
+from data.builders.one_mask import OneMask, OneMaskOptions, one_mask, with_one_mask
 from data.builders.pictures import Size
 from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded
 from data.builders.samples import (
@@ -40,7 +41,7 @@ COMPARED = 64  # items of a split that are read twice
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemsOptions(BuilderOptions, Fitted, Seeded):
+class ItemsOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     """The options of datasets that are made of items."""
 
     size: Annotated[
@@ -121,6 +122,7 @@ def make_from_items(
         if len(source.items) == 0:
             raise DatasetError(f"{name} has no items: leave the split out, or add some")
     size = _try_out(chosen, sources, keys, twice)
+    mask = one_mask(chosen, size, chosen.fit)
     counts = [len(source.items) for source in sources.values()]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="items-"))
@@ -129,17 +131,21 @@ def make_from_items(
         fit = None if chosen.size is None else chosen.fit
         items = Items([source.items for source in sources.values()], keys, scratch, fit)
         learned = decode(items, bar.update)
+        if mask is not None:
+            learned = _fitting(mask, learned, sources)
         splits, names, group_names = _samples(chosen, sources, learned, echo)
         row_of = {key: row for row, key in enumerate(_keys(sources))}
         used = [(name, s, learned[row_of[name, s.path]]) for name, part in splits.items() for s in part]
         tell_images(used, size, chosen.fit, echo)
         tell_masks(used, echo)
         tell_copies(used, echo)
+        if mask is not None:
+            splits, scratch = with_one_mask(splits, scratch, mask, echo)
         if "validation" not in splits:
             splits = split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
         recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
-        attributes = {"class_names": names, "builder": {**builder, **recorded}}
+        attributes = {"class_names": names, "builder": {**builder, **recorded, **chosen.mask_record()}}
         if group_names:
             attributes["bias_attribute"] = chosen.bias_attribute
         write_samples(chosen.out, splits, scratch, row_of, bar, group_names=group_names, **attributes)
@@ -165,6 +171,8 @@ def _try_out(chosen: ItemsOptions, sources: Mapping[str, Source], keys: Keys, tw
             parts = _first_read(source, name, number, keys, chosen.skip_bad)
             if parts is None:
                 continue
+            if parts.mask is not None and (option := chosen.mask_option()) is not None:
+                _refuse_own_mask(source.place(name, number), option)
             if twice:
                 again = _first_read(source, name, number, keys, chosen.skip_bad)
                 if again is None or again.digest() != parts.digest():
@@ -190,6 +198,27 @@ def _first_read(source: Source, split: str, number: int, keys: Keys, skip: bool)
         raise DatasetError(
             Message(f"{source.place(split, number)} cannot be used: ", error.args[0])
         ) from error.__cause__
+
+
+# --- one mask for all -------------------------------------------------------------------------------------------------
+
+
+def _fitting(mask: OneMask, learned: Sequence[Item], sources: Mapping[str, Source]) -> list[Item]:
+    """Return what was learned of the items, where an image that the mask does not fit has a problem.
+
+    Raises:
+        DatasetError: An item has a mask of its own.
+    """
+    for (_, place), item in zip(_keys(sources), learned, strict=True):
+        if item.object is not None:
+            _refuse_own_mask(str(place), mask.option)
+    return [replace(item, problem=item.problem or mask.misfit(item.size)) for item in learned]
+
+
+def _refuse_own_mask(place: str, option: Option) -> NoReturn:
+    raise DatasetError(
+        Message(f"{place} has a mask of its own: leave out ", option, ", or leave the masks out of the items")
+    )
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from data.builders.folders import (
     with_groups,
     with_masks,
 )
-from data.builders.one_mask import MaskedScratch, OneMask, OneMaskOptions, one_mask
+from data.builders.one_mask import OneMaskOptions, one_mask, with_one_mask
 from data.builders.pictures import Size
 from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded, builder
 from data.builders.samples import (
@@ -132,7 +132,7 @@ def make_image_folder(
         tell_masks(used, echo)
         tell_copies(used, echo)
         if mask is not None:
-            splits, scratch = _with_one_mask(splits, scratch, mask, echo)
+            splits, scratch = with_one_mask(splits, scratch, mask, echo)
         if chosen.validation is None:
             splits = split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
@@ -165,14 +165,6 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) ->
             masks = Option("masks", str(chosen.masks))
             raise DatasetError(Message(masks, f" has no mask of a training image, such as {place} for {first.path}"))
     return splits
-
-
-def _with_one_mask(splits: Splits, scratch: Scratch, mask: OneMask, echo: Echo) -> tuple[Splits, Scratch]:
-    """Give every sample the same mask."""
-    echo(mask.note)
-    path = Path(str(mask.option.value))
-    splits = {name: [replace(sample, mask=path) for sample in part] for name, part in splits.items()}
-    return splits, MaskedScratch(scratch.folder, scratch.samples, scratch.size, mask)
 
 
 def _tell_without(splits: Splits, attribute: str, echo: Echo) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
 from data.builders.decoding import Scratch
+from data.builders.folders import Echo
 from data.builders.pictures import Size, UnreadableError, covered, read_mask
+from data.builders.samples import Splits
 from data.errors import DatasetError
 from options import Doc, InsteadOf, Kind, Message, Option, OptionSet, Separated
 from options.common import Fit
 
 Keeps = Literal["inside", "outside"]
+OWN_MASKS = ("masks", "mask")  # the options of builders for a mask of each image
+FOR_ALL = ("mask_all", "mask_box")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +53,7 @@ class OneMaskOptions(OptionSet):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = {name: getattr(self, name, None) for name in ("masks", "mask_all", "mask_box")}
-        chosen = [Option(name, _plain(value)) for name, value in options.items() if value is not None]
+        chosen = [option for name in (*OWN_MASKS, *FOR_ALL) if (option := self._option(name)) is not None]
         if len(chosen) > 1:
             raise DatasetError(Message("give ", chosen[0], " or ", chosen[1], ", not both"))
         if self.mask_keeps is not None and self.mask_all is None and self.mask_box is None:
@@ -67,6 +70,14 @@ class OneMaskOptions(OptionSet):
                     " if it is around a stamp",
                 )
             )  # fmt: skip
+
+    def _option(self, name: str) -> Option | None:
+        value = getattr(self, name, None)
+        return None if value is None else Option(name, _plain(value))
+
+    def mask_option(self) -> Option | None:
+        """Return the option of the mask or box for all images; None if there is none."""
+        return next((option for name in FOR_ALL if (option := self._option(name)) is not None), None)
 
     def mask_record(self) -> dict[str, Any]:
         """Return the options that are set as plain values, for the record of the builder: of a file, its name."""
@@ -203,3 +214,21 @@ class MaskedScratch(Scratch):
     def masks(self) -> np.ndarray:
         """Return the masks, uint8 (N, 1, height, width)."""
         return self.mask.of_samples(self.samples)
+
+
+def with_one_mask(splits: Splits, scratch: Scratch, mask: OneMask, echo: Echo) -> tuple[Splits, Scratch]:
+    """Give every sample the same mask, and tell so.
+
+    Args:
+        splits: the samples of each split, without masks.
+        scratch: their pixels.
+        mask: the mask.
+        echo: is told its note.
+
+    Returns:
+        The samples and their pixels, both with the mask.
+    """
+    echo(mask.note)
+    path = Path(str(mask.option.value))
+    splits = {name: [replace(sample, mask=path) for sample in part] for name, part in splits.items()}
+    return splits, MaskedScratch(scratch.folder, scratch.samples, scratch.size, mask)

@@ -111,7 +111,7 @@ def read_image(source: Source) -> Picture:
         NoPictureError: The file is not an image.
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(source, _as_shown)
+    return _decoded(source, lambda image, kind: _as_shown(image))
 
 
 def read_mask(source: Source, *, soft: bool = False) -> Mask:
@@ -133,14 +133,14 @@ def read_mask(source: Source, *, soft: bool = False) -> Mask:
     Raises:
         UnreadableError: The file cannot be decoded.
     """
-    return _decoded(source, lambda image: _object(image, soft, _kind(image, source)))
+    return _decoded(source, lambda image, kind: _object(image, soft, kind))
 
 
-def _decoded(source: Source, use: Callable[[Image.Image], T]) -> T:
+def _decoded(source: Source, use: Callable[[Image.Image, str], T]) -> T:
     """Open an image, decode its pixels, and turn whatever Pillow raises on it into an UnreadableError.
 
-    ``use`` is our own code on decoded pixels, so its mistakes stay what they are. Pillow's conversions there raise
-    OSError and ValueError.
+    ``use`` takes the image and its format (`_kind`). It is our own code on decoded pixels, so its mistakes stay what
+    they are.
     """
     with warnings.catch_warnings(), contextlib.ExitStack() as opened:
         warnings.simplefilter("ignore")  # of odd metadata
@@ -149,8 +149,9 @@ def _decoded(source: Source, use: Callable[[Image.Image], T]) -> T:
             if isinstance(image, ImageFile.StubImageFile) or image.format in NO_PICTURES:
                 raise NoPictureError(f"{_name(source)} is not an image, but {image.format}", image.format)
             image.load()
-        with _blaming(source, OSError, ValueError):
-            return use(image)
+            kind = _kind(image, source)
+        with _blaming(source):
+            return use(image, kind)
 
 
 def _name(source: Source) -> str:
@@ -159,18 +160,18 @@ def _name(source: Source) -> str:
 
 @contextlib.contextmanager
 def _blaming(source: Source, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into an UnreadableError that names the image."""
+    """Turn errors of these kinds, and an UnreadableError, into an UnreadableError that names the image."""
     try:
         yield
-    except FileNotFoundError:
-        raise UnreadableError(f"{_name(source)} is no longer there") from None
     except NoPictureError:
         raise
     except UnreadableError as error:
         raise UnreadableError(f"{_name(source)} {error}") from None
-    except UnidentifiedImageError:
-        raise NoPictureError(f"{_name(source)} cannot be read: cannot identify image file") from None
     except kinds as error:
+        if isinstance(error, FileNotFoundError):
+            raise UnreadableError(f"{_name(source)} is no longer there") from None
+        if isinstance(error, UnidentifiedImageError):
+            raise NoPictureError(f"{_name(source)} cannot be read: cannot identify image file") from None
         reason = str(error) or type(error).__name__
         if isinstance(source, Path):
             reason = reason.replace(str(source), source.name)
@@ -204,6 +205,14 @@ def _frames(image: Image.Image) -> int:
         raise UnreadableError(f"cannot be read: {str(error) or type(error).__name__}") from None
 
 
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to another mode of Pillow, which does not know every pair of them."""
+    try:
+        return image.convert(mode)
+    except (OSError, ValueError) as error:
+        raise UnreadableError(f"cannot be read: {error}") from None
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,9 +225,9 @@ def _as_shown(image: Image.Image) -> Picture:
         dark = bool(top == 65535 and values.max(initial=0) < 4096)
         image = Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = _converted(image, "RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return Picture(image.convert("RGB"), frames, dark)
+    return Picture(_converted(image, "RGB"), frames, dark)
 
 
 def _finite(image: Image.Image) -> np.ndarray:
@@ -246,11 +255,11 @@ def _top(values: np.ndarray) -> float:
 def _object(image: Image.Image, soft: bool, kind: str) -> Mask:
     image = _upright(image)
     if image.has_transparency_data and not (image.mode.startswith("I") or image.mode == "F"):
-        opacity = np.asarray(image.convert("RGBA").getchannel("A"))
+        opacity = np.asarray(_converted(image, "RGBA").getchannel("A"))
         opaque = opacity > OPAQUE // 2
         if opaque.any() != opaque.all() or opacity.max() <= INVISIBLE:
             return Mask(opaque, "opacity")
-        image = image.convert("RGBA").convert("RGB") if image.mode != "P" else image
+        image = _converted(image, "RGBA").convert("RGB") if image.mode != "P" else image
     if image.mode == "P":
         numbers = np.asarray(image)
         palette = np.asarray(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -266,7 +275,7 @@ def _object(image: Image.Image, soft: bool, kind: str) -> Mask:
     if image.mode.startswith("I") or image.mode == "F":
         values = _finite(image)
         return Mask(_bright(values, _top(values), kind, soft), "brightness")
-    values = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    values = np.asarray(image if image.mode == "L" else _converted(image, "RGB"))
     return Mask(_bright(values if values.ndim == 2 else values.max(2), OPAQUE, kind, soft), "brightness")
 
 
@@ -407,7 +416,7 @@ def open_squeezed(path: Path, size: int, remedy: str) -> np.ndarray:
     Raises:
         DatasetError: The file is missing or cannot be read.
     """
-    squeezed = _published(path, remedy, lambda image: fitted(image.convert("RGB"), (size, size), "stretch"))
+    squeezed = _published(path, remedy, lambda image: fitted(_converted(image, "RGB"), (size, size), "stretch"))
     return squeezed.transpose(2, 0, 1)
 
 
@@ -424,6 +433,6 @@ def _published(path: Path, remedy: str, use: Callable[[Image.Image], T]) -> T:
     if not path.exists():
         raise DatasetError(f"there is no {path}: {remedy}")
     try:
-        return _decoded(path, use)
+        return _decoded(path, lambda image, kind: use(image))
     except UnreadableError as error:
         raise DatasetError(f"the image {path} cannot be read ({error}): {remedy}") from None

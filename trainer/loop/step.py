@@ -28,6 +28,7 @@ from trainer.stream.stream import Batch, Source, read_block, stored_heatmaps
 
 FLOAT = {name: torch.float64 if name == "float64" else torch.float32 for name in PRECISIONS}  # of parameters
 VANISHED = "vanished"  # beside the losses: 1 for a sample whose map has vanished
+UNTAUGHT = "untaught"  # beside the losses: 1 for a sample whose target is a map of zeros, which teaches nothing
 VANISHING = 1e-6  # a student's mean |relevance| over the teacher's, below which its l1 loss exceeds a thousand
 UNCHANGED = {"target_class", "epsilon", "teacher_logits", "features"}  # fields that are only moved to the device
 
@@ -49,13 +50,14 @@ def forward_backward(
         batch: the batch of n samples, as `on_device` returns it.
 
     Returns:
-        The loss of each method and each sample, (n,), detached, and `VANISHED` as `losses_of` returns it.
+        The loss of each method and each sample, (n,), detached, and `VANISHED` and `UNTAUGHT` as `losses_of` returns
+        them.
 
     Raises:
         TrainingError: a batch norm sees a single value.
     """
     size = len(batch["images"])
-    losses = {name: batch["images"].new_empty(size) for name in (*settings.loss, VANISHED)}
+    losses = {name: batch["images"].new_empty(size) for name in (*settings.loss, VANISHED, UNTAUGHT)}
     for first in range(min(settings.accumulate, size)):
         rows = slice(first, None, settings.accumulate)  # neighbours in a batch are neighbours in the store
         with autocast(), _explain_single_values(settings):
@@ -134,21 +136,23 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
         settings: the methods, and how maps are compared.
 
     Returns:
-        The losses (n,) by the name of the method, and under `VANISHED` 1 for each sample whose map is zero or nearly
-        so, and 0 for others, (n,).
+        The losses (n,) by the name of the method, under `VANISHED` 1 for each sample whose map is zero or nearly so,
+        and 0 for others, (n,), and under `UNTAUGHT` the same of samples whose teacher's map is zero.
     """
     forward = forward_of(model, batch, store, settings)
-    vanished = batch["images"].new_zeros(len(batch["images"]))
+    vanished, untaught = (batch["images"].new_zeros(len(batch["images"])) for _ in range(2))
 
     def compare(ours: Tensor, theirs: Tensor) -> Tensor:
         assert store is not None
         ours, resolution = ours.to(theirs.dtype), store.storage.resolution
         if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
             ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
+        untaught.copy_(theirs.abs().amax(VALUES) == 0)
         vanished.copy_(ours.detach().abs().mean(VALUES) < VANISHING * theirs.abs().mean(VALUES))
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
 
-    return {**{name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}, VANISHED: vanished}
+    losses = {name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}
+    return {**losses, VANISHED: vanished, UNTAUGHT: untaught}
 
 
 def forward_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> Forward:

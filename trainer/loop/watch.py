@@ -17,7 +17,7 @@ from torch import Tensor
 from options import Message, Option
 from trainer.errors import TrainingError
 from trainer.loop.distributed import Ranks
-from trainer.loop.step import VANISHED, weighted
+from trainer.loop.step import UNTAUGHT, VANISHED, weighted
 from trainer.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Step:
 
     losses: the mean loss of each of T methods, (T,). sample_losses: the weighted sum of the losses of each sample,
     (n,). samples: their indices, int64 (n,). gradient_norm: the norm before clipping, a scalar. vanished: 1 for
-    a sample whose map has vanished, else 0, (n,).
+    a sample whose map has vanished, else 0, (n,). untaught: the same of a sample whose target is a map of zeros, (n,).
     """
 
     number: int
@@ -41,13 +41,18 @@ class Step:
     samples: Tensor
     gradient_norm: Tensor
     vanished: Tensor
+    untaught: Tensor
 
     @property
     def of_living(self) -> Tensor:
-        """The share of samples whose maps have not vanished, and the sum of their losses over the number of all."""
+        """Return the shares of living and of taught samples, and the sums of their losses over the number of all.
+
+        A living sample is one whose map has not vanished, and a taught one is living and has a target.
+        """
         living = 1 - self.vanished.to(self.sample_losses)
-        losses = torch.where(living > 0, self.sample_losses, 0)
-        return torch.stack([living.mean(), losses.mean()])
+        taught = living * (1 - self.untaught.to(living))
+        losses = [torch.where(part > 0, self.sample_losses, 0).mean() for part in (living, taught)]
+        return torch.stack([living.mean(), taught.mean(), *losses])
 
 
 class Watch:
@@ -56,7 +61,7 @@ class Watch:
     Args:
         ranks: the processes of the training, which read the same numbers.
         weights: the weight of each method's loss.
-        progress: has the key ``first``, None before the first step.
+        progress: has the key ``first``, None before the first step with a sample that is taught.
     """
 
     def __init__(self, ranks: Ranks, weights: Mapping[str, float], progress: dict[str, Any]):
@@ -69,15 +74,16 @@ class Watch:
 
         Args:
             number: the number of the step, from 1.
-            losses: the loss (n,) of each sample, by method, and `VANISHED` as `losses_of` returns it; by default none.
+            losses: the loss (n,) of each sample, by method, and `VANISHED` and `UNTAUGHT` as `losses_of` returns them;
+                by default none.
             samples: the index of each sample, int64 (n,).
             gradient_norm: the norm of the gradient before clipping, a scalar.
         """
         losses = {name: values.detach() for name, values in losses.items()}
         means = torch.stack([losses[name].mean() for name in self._weights])
         sample_losses = weighted(losses, self._weights)
-        vanished = losses.get(VANISHED, torch.zeros_like(sample_losses))
-        self._recent.append(Step(number, means, sample_losses, samples, gradient_norm.detach(), vanished))
+        vanished, untaught = (losses.get(name, torch.zeros_like(sample_losses)) for name in (VANISHED, UNTAUGHT))
+        self._recent.append(Step(number, means, sample_losses, samples, gradient_norm.detach(), vanished, untaught))
 
     def check(self, run: RunDir | None) -> dict[str, float]:
         """Read the numbers of the steps that were added since the last call.
@@ -92,20 +98,24 @@ class Watch:
         Raises:
             TrainingError: the loss or the gradient of a step is not finite, or the loss has exploded. The first such
                 step is described in ``failure.json``. A sample whose map has vanished, whose loss is a number without
-                meaning, does not count for the explosion unless half of the step's samples are like it.
+                meaning, does not count for the explosion unless half of the step's samples are like it. Neither does a
+                sample whose target is a map of zeros, whose loss says nothing about others, while there are others.
         """
         recent, self._recent = self._recent, []
         if not recent:
             return {}
         rows = [torch.cat([step.losses, step.gradient_norm[None].to(step.losses), step.of_living]) for step in recent]
         numbers = self._ranks.mean(torch.stack(rows)).cpu()
-        for step, (*losses, norm, living, of_living) in zip(recent, numbers.tolist(), strict=True):
+        for step, (*losses, norm, living, taught, of_living, of_taught) in zip(recent, numbers.tolist(), strict=True):
             loss = sum(weight * loss for weight, loss in zip(self._weights.values(), losses, strict=True))
-            counted = of_living / living if living > 0.5 else loss
+            counted = loss
+            if living > 0.5:
+                counted = of_taught / taught if taught else of_living / living
             self._progress["loss"] = loss
-            if self._progress["first"] is None:
+            if self._progress["first"] is None and (taught or living <= 0.5):
                 self._progress["first"] = counted
-            if not math.isfinite(loss + norm) or counted > EXPLODED * max(self._progress["first"], 1e-3):
+            first = self._progress["first"]
+            if not math.isfinite(loss + norm) or (first is not None and counted > EXPLODED * max(first, 1e-3)):
                 self._fail(step, loss, norm, run)
             if living < 1 and not self._told:
                 self._tell(step)
@@ -136,7 +146,7 @@ class Watch:
                 step=step.number, loss=loss, first_loss=first, gradient_norm=norm,
                 samples=[sample for sample, _ in samples], losses=[loss for _, loss in samples],
             )  # fmt: skip
-        problem = f"the loss became {loss:.4g}, from {first:.4g} at first,"
+        problem = f"the loss became {loss:.4g}," + ("" if first is None else f" from {first:.4g} at first,")
         if math.isfinite(loss) and not math.isfinite(norm):
             problem = f"the norm of the gradient became {norm}"
         worst = ", ".join(str(sample) for sample, _ in samples[:NAMED])
