@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -236,60 +235,6 @@ def test_the_loss_and_its_gradient_are_those_of_train_student(sharded, batch, op
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, learnt, allow_unused=True), strict=True):
         assert (ours is None and theirs is None) or torch.allclose(ours, theirs, atol=1e-6)
     assert loss.parts.keys() == {*loss.settings.loss, "vanished"}
-
-
-def changed(batch: dict[str, Tensor], **fields: Tensor | None) -> dict[str, Tensor]:
-    return {name: values for name, values in {**batch, **fields}.items() if values is not None}
-
-
-BAD_BATCHES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "a loop that forgets the ε": (lambda b: changed(b, epsilon=None), "the batch has no 'epsilon'"),
-    "an ε of the loop's own": (lambda b: changed(b, epsilon=b["epsilon"] * 0 + 50), "has an ε of 50, and the store's"),
-    "no heatmaps": (lambda b: {"images": b["images"], "labels": b["labels"]}, "no 'heatmaps' and no 'scale'"),
-    "a tuple": (lambda b: (b["images"], b["labels"]), "is a tuple and not a dictionary"),
-    "normalised images": (lambda b: changed(b, images=b["images"] / 255), "torch.float32 and not torch.uint8"),
-    "cropped images": (lambda b: changed(b, images=b["images"][..., 2:-2]), r"images of the batch are \(3, 28, 24\)"),
-    "pooled heatmaps": (
-        lambda b: changed(b, heatmaps=b["heatmaps"][..., ::2]),
-        r"heatmaps of the batch are \(3, 28, 14\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BATCHES)
-def test_a_batch_that_was_changed_or_lacks_a_field_is_one_clear_error(sharded, batch, case):
-    change, text = BAD_BATCHES[case]
-    with pytest.raises(TrainingError, match=text) as error:
-        DistillationLoss(sharded)(build_student(sharded), change(batch))
-    assert "as they are" in str(error.value)
-
-
-BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no store": ({"method": "lrp"}, TrainingError, "needs cache: make a store"),
-    "a store of other maps": ({"cache": True, "method": "grad-cam"}, CacheError, "needs maps of grad-cam"),
-    "no features": ({"cache": True, "method": "features"}, CacheError, "features=True"),
-    "group-dro": ({"method": "group-dro"}, TrainingError, "another method"),
-    "an unknown method": ({"cache": True, "method": "lpr"}, TrainingError, "lrp"),
-    "an unknown map loss": ({"cache": True, "map_loss": "l3"}, TrainingError, "l3"),
-    "a method that takes no augmentation": (
-        {"cache": True, "method": "output", "augment": ["flip"]},
-        TrainingError,
-        "not valid",
-    ),
-    "backgrounds that the teacher sees": (
-        {"cache": True, "augment": ["background"]},
-        TrainingError,
-        "does not see the background",
-    ),
-    "masks of no maps": ({"cache": True, "method": "output", "mask_target": True}, TrainingError, "leave it out"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_options_that_do_not_fit_the_store_are_one_clear_error(sharded, case):
-    options, kind, text = BAD_OPTIONS[case]
-    with pytest.raises(kind, match=text):
-        DistillationLoss(**{**options, **({"cache": sharded} if options.get("cache") else {})})
 
 
 def test_fields_that_there_are_not_are_one_clear_error(dataset, sharded):

@@ -269,7 +269,7 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     classes, input_shape = len(teacher.config.class_names), teacher.config.input_shape
     head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=input_shape)
     head = head_of(teacher.model.network, classes)
-    of_head = [] if not head else head_parameters(teacher.model.network, classes)
+    of_head = head_parameters(teacher.model.network, classes)
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(
