@@ -58,6 +58,7 @@ METAVARS: dict[str, dict[str, Any]] = {
     "teacher_factory": {"metavar": "MODULE:FUNCTION"},
     "segmenter": {"metavar": "NETWORK"},
     "mask_all": {"metavar": "FILE"},
+    "masks": {"metavar": "FOLDER"},
     "coco": {"metavar": "FOLDER"},
     "places": {"metavar": "FOLDER"},
     "waterbirds": {"metavar": "FOLDER"},

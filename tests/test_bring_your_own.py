@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import types
@@ -20,6 +21,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from cli import main
 from data import open_dataset
 from pipeline import ModelError, OwnTeacher, PreprocessSpec, cache_explanations, explain, export_model, load_classifier
+from pipeline.networks import checkpoints
 from pipeline.networks.class_map import MappedClasses, resolve_class_map
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.preprocessing import Preprocess
@@ -149,6 +151,11 @@ def test_a_masked_pixel_has_no_relevance_behind_preprocessing():
     _, heatmaps = explain(lambda x: classifier(x, masks), torch.rand(1, 3, 32, 32), torch.tensor([0]), epsilon=0.1)
     assert heatmaps[:, :, 8:24, 8:24].any()
     assert not (heatmaps * (1 - masks)).any()
+
+
+def test_a_processor_of_hugging_face_may_have_one_mean_for_all_channels(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": [0.25]}))
+    assert preprocessing_of(f"hf:{tmp_path}") == PreprocessSpec((0.5,), (0.25,))
 
 
 def test_weights_of_a_library_bring_its_preprocessing(dataset, tmp_path):
@@ -289,6 +296,27 @@ def test_a_module_in_python_is_a_teacher_and_stays_as_it_was(dataset, tmp_path, 
     assert first.weights_sha256 != second.weights_sha256
 
 
+def test_a_hugging_face_folder_in_shards_is_the_same_teacher(dataset, tmp_path):
+    _, _, network = _from_hf(tmp_path)
+    network.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    (tmp_path / "shards" / "preprocessor_config.json").write_bytes(
+        (tmp_path / "hf" / "preprocessor_config.json").read_bytes()
+    )
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    names = open_dataset(dataset).class_names
+    whole, shards = (load_teacher(OwnTeacher(f"hf:{tmp_path}/{name}"), names, (3, 28, 28)) for name in ("hf", "shards"))
+    assert whole.sha256 == shards.sha256
+
+
+@pytest.mark.parametrize("factory", [None, "mine:build"])
+def test_the_factory_of_a_teacher_is_trusted_by_its_option_too(dataset, own_module, factory):
+    names = open_dataset(dataset).class_names
+    teacher = OwnTeacher("mine:build", factory=factory)
+    load_teacher(teacher, names, (3, 28, 28), student_factory="mine:build")
+    with pytest.raises(ModelError, match="'mine:plain' was given, but mine:build has none"):
+        load_teacher(teacher, names, (3, 28, 28), student_factory="mine:plain")
+
+
 def test_a_module_in_python_teaches_a_student_that_goes_home(dataset, tmp_path, own_module):
     from safetensors.torch import load_file
 
@@ -296,7 +324,7 @@ def test_a_module_in_python_teaches_a_student_that_goes_home(dataset, tmp_path, 
     cache_explanations(dataset, own_module, cache, draws=1)
     train_student(dataset, cache, run, student_factory="mine:plain", **STEPS)
     assert evaluate(dataset, run, student_factory="mine:plain")["splits"]["iid"]["samples"] == 300
-    export_model(run, "safetensors", out, student_factory="mine:plain")
+    export_model(run, out, "safetensors", student_factory="mine:plain")
     images, home = _images(dataset), Small(10)
     home.load_state_dict(load_file(out))
     with torch.no_grad():
@@ -423,6 +451,17 @@ def test_the_teachers_own_weights_are_no_start_unless_they_are_asked_for(dataset
         train_student(dataset, tmp_path / "cache.zarr", tmp_path / "run", **options)
     result = train_student(dataset, tmp_path / "cache.zarr", tmp_path / "run", teacher_weights=True, **options)
     assert result["start"]["teacher_weights"]
+
+
+def test_a_training_reads_the_weights_that_it_starts_from_once(dataset, cache, tmp_path, monkeypatch):
+    _torchvision_checkpoint(tmp_path / "w.pth")
+    files: list[Path] = []
+    monkeypatch.setattr(checkpoints, "_read", lambda path, read=checkpoints._read: files.append(path) or read(path))
+    result = train_student(
+        dataset, cache, tmp_path / "run", arch="resnet18", init=tmp_path / "w.pth", input_size=32, **STEPS
+    )
+    assert files == [tmp_path / "w.pth"]
+    assert result["start"]["sha256"] == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
 
 
 def test_messages_of_a_command_name_options_that_it_has(dataset, tmp_path, own_module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -295,6 +297,35 @@ def test_a_file_of_which_the_last_layer_alone_is_missing_must_have_something_els
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(ModelError, match="none of its 2 names"):
         load_checkpoint(network, written(tmp_path, nn.BatchNorm2d(3, track_running_stats=False).state_dict()), 3)
+
+
+@pytest.mark.parametrize("end", ["safetensors", "bin"])
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_a_checkpoint_in_several_shards_loads(tmp_path, end, given):
+    source, network = trained(NETWORKS["resnet18"](3)), NETWORKS["resnet18"](3)
+    stem, weight_map = "model" if end == "safetensors" else "pytorch_model", {}
+    for number in range(3):
+        shard = dict(list(source.state_dict().items())[number::3])
+        weight_map |= dict.fromkeys(shard, written(tmp_path, shard, f"{stem}-{number + 1:05}-of-00003.{end}").name)
+    index = tmp_path / f"{stem}.{end}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    report = load_checkpoint(network, tmp_path if given == "folder" else index, 3)
+    assert_same(network, source)
+    assert report.loaded == len(weight_map) == 122
+    assert index.name in report.lines()[0]
+    whole = b"".join((tmp_path / name).read_bytes() for name in sorted(set(weight_map.values())))
+    assert read_weights(index).sha256 == hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_tensors_of_a_device_that_is_not_here_load(tmp_path, monkeypatch, old):
+    source, network = trained(NETWORKS["small-cnn"](3)), NETWORKS["small-cnn"](3)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+        torch.save(source.state_dict(), tmp_path / "w.pt", _use_new_zipfile_serialization=not old)
+    assert b"cuda:7" in (tmp_path / "w.pt").read_bytes()
+    load_checkpoint(network, tmp_path / "w.pt", 3)
+    assert_same(network, source)
 
 
 def test_a_folder_of_hugging_face_means_its_weights(tmp_path):

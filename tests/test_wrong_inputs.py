@@ -28,6 +28,7 @@ from test_four_doors import CLASSES, GOOD, SIZE, TO_FLOAT, pixels, with_item
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from cli import main
 from data import DatasetError, from_arrays, from_torch, open_dataset
@@ -328,6 +329,17 @@ def of_teacher(options: dict[str, Any], words: str, line: str) -> Wrong:
     return Wrong(call, words, command)
 
 
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "num_labels": 10}
+PROCESSORS = {  # folders whose preprocessing is wrong
+    "sizeless": {"size": {}},
+    "sized": {"size": "224"},
+    "cropped": {"do_center_crop": True, "crop_size": {"side": 224}},
+    "words": {"image_mean": ["a", "b", "c"], "image_std": [0.2, 0.2, 0.2]},
+    "unscaled": {"do_rescale": False, "image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]},
+    "listed": {"resample": [3]},
+}
+
+
 def prepare(world: World) -> None:
     """Write files of weights, and folders that are nearly those of Hugging Face."""
     torch.save({"fc.weight": torch.zeros(10, 3)}, "w.pth")
@@ -337,12 +349,19 @@ def prepare(world: World) -> None:
         "typeless": {"architectures": ["ResNetForImageClassification"]},
         "language": {"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1},
         "weightless": {"model_type": "resnet"},
+        "nameless": {**RESNET, "id2label": ["cat", "dog"]},
+        **dict.fromkeys(PROCESSORS, RESNET),
     }
     for name, config in configs.items():
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps(config))
     for name in ("code", "typeless", "language"):
         torch.save({}, Path(name, "pytorch_model.bin"))
+    network = AutoModelForImageClassification.from_config(AutoConfig.for_model(**RESNET))
+    for name in ("nameless", *PROCESSORS):
+        torch.save(network.state_dict(), Path(name, "pytorch_model.bin"))
+    for name, processor in PROCESSORS.items():
+        Path(name, "preprocessor_config.json").write_text(json.dumps(processor))
     Path("code", "evil.py").write_text("raise SystemExit('ran')")
     for name in ("empty", "cut", "list"):
         Path(name).mkdir()
@@ -386,10 +405,28 @@ TEACHERS = {
     "a config that is a list": of_teacher({"network": "hf:list"}, "has no model_type", "--teacher hf:list"),
     "a config without a type": of_teacher({"network": "hf:typeless"}, "has no model_type", "--teacher hf:typeless"),
     "a language model": of_teacher(
-        {"network": "hf:language"}, "the model type 'gpt2' has no image classifier", "--teacher hf:language",
+        {"network": "hf:language"},
+        "^(Error: )?the model type 'gpt2' has no image classifier.*without code of its own$",
+        "--teacher hf:language",
     ),
     "a model with code of its own": of_teacher(
-        {"network": "hf:code"}, "the model type 'mine' has no image classifier", "--teacher hf:code",
+        {"network": "hf:code"},
+        "^(Error: )?the model type 'mine' has no image classifier.*without code of its own$",
+        "--teacher hf:code",
+    ),
+    "classes without numbers": of_teacher(
+        {"network": "hf:nameless"}, "has classes that are not readable: id2label", "--teacher hf:nameless"
+    ),
+    **{
+        f"a preprocessing that is wrong: {name}": of_teacher(
+            {"network": f"hf:{name}"}, f"hf:{name} has a preprocessing that is not readable: {name}/prep",
+            f"--teacher hf:{name}",
+        )
+        for name in ("sizeless", "sized", "cropped", "listed")
+    },
+    "a mean of words": of_teacher({"network": "hf:words"}, "must be finite numbers", "--teacher hf:words"),
+    "a mean of 0 to 255": of_teacher(
+        {"network": "hf:unscaled"}, "divide the values of images", "--teacher hf:unscaled"
     ),
     "a folder without weights": of_teacher(
         {"network": "hf:weightless"}, "has no weights.pt, model.safetensors or pytorch_model.bin: give the file",
@@ -646,7 +683,7 @@ CLASS_MAPS = {
     "a class for two": of_map({"cat": ["a"], "dog": [0]}, "maps 'cat' and 'dog' to the teacher's class 0"),
     "a class twice": of_map({"cat": ["a", 0], "dog": ["b"]}, "maps 'cat' twice to the teacher's class 0"),
     "no classes": of_map({"cat": ["a"], "dog": []}, "maps 'dog' to nothing"),
-    "a file that is not there": of_map_file(None, r"map.yaml cannot be read \(.*No such file.*write a line such as"),
+    "a file that is not there": of_map_file(None, r"map.yaml.* cannot be read \(.*No such file.*write a line such as"),
     "an empty file": of_map_file("", "maps no classes: write a line such as"),
     "a list": of_map_file("- zero\n- one\n", "maps no classes: write a line such as"),
     "no YAML": of_map_file("zero: [1\n", "cannot be read"),
@@ -722,8 +759,8 @@ def of_images(channels: int, words: str) -> Wrong:
 
 
 IMAGES = {
-    "two channels": of_images(2, "channels"),
-    "four channels": of_images(4, "channels"),
+    "two channels": of_images(2, r"of shape \(2, \d+, \d+\).*give images of 3 channels, which it takes, or of 1$"),
+    "four channels": of_images(4, r"of shape \(4, \d+, \d+\).*give images of 3 channels, which it takes, or of 1$"),
 }
 
 

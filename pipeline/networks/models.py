@@ -297,6 +297,8 @@ def _build(
     with_options = f" with {', '.join(of_user)}" if of_user else ""
     try:
         network = builder(**arguments, **options)
+    except ModelError:
+        raise  # it names its remedy
     except Exception as error:
         if (option := _unexpected_keyword(error)) in options:
             raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
@@ -493,8 +495,11 @@ def _not_taken(
     name: str, arch: str, image_shape: ImageShape, error: Exception, network: nn.Module | None = None
 ) -> ModelError:
     remedy = "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
+    first = None if network is None else next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if is_factory(arch):
         remedy = "it must take float32 images (N, C, H, W) in [0, 1]"
+    elif first is not None and first.in_channels != image_shape[0]:
+        remedy = f"give images of {first.in_channels} channels, which it takes, or of 1"
     for key, parameter in [] if network is None else network.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")

@@ -62,8 +62,8 @@ class PreprocessingOptions(OptionSet):
         Any,
         Kind.IMAGE_SIZE,
         Doc(
-            "Size to which images are resized for the network. Default: that of its library, if the network starts from "
-            "weights, and otherwise the dataset's."
+            "Size to which images are resized for the network. Default: that of its library, if the network starts "
+            "from weights, and otherwise the dataset's."
         ),
     ] = None
 

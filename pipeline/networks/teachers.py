@@ -75,8 +75,8 @@ def load_teacher(
         model, config = load_classifier(teacher, student_factory, segmenter)
         check_fits(config, tuple(class_names), image_shape, teacher)
         return Teacher(model, config, weights_sha256(teacher))
-    if isinstance(teacher, OwnTeacher) and student_factory == teacher.factory:
-        student_factory = None  # it says once more that the code is trusted
+    if isinstance(teacher, OwnTeacher) and student_factory is not None and student_factory == teacher.network:
+        teacher, student_factory = replace(teacher, factory=student_factory), None
     for option in (Option("student_factory", student_factory), Option("segmenter", segmenter)):
         if option.value is not None:
             raise ModelError(Message(option, f" was given, but {teacher} has none: leave the option out"))
