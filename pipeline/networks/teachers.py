@@ -64,7 +64,7 @@ def load_teacher(
             teacher.
         class_names: the dataset's classes.
         image_shape: (C, H, W) of the dataset's images.
-        student_factory: as in `load_classifier`.
+        student_factory: as in `load_classifier`; or the function that an `OwnTeacher` names, which is then trusted.
         segmenter: as in `load_classifier`.
 
     Raises:
