@@ -43,28 +43,44 @@ FILES, OUTPUT = "Files", "Output"  # headings of options
 DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explanations", "Stage two: students"
 RESULTS, EVERYTHING = "Results", "Whole experiments"
 
+# flags that are not the Python name with dashes
+FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
+METAVARS: dict[str, dict[str, Any]] = {
+    "device": {"metavar": "DEVICE"},
+    "split": {"metavar": "SPLIT"},
+    "epsilon_range": {"metavar": "LOW HIGH"},
+    "weights": {"metavar": "FILE|FOLDER"},
+    "init": {"metavar": "FILE|FOLDER"},
+    "class_map": {"metavar": "FILE"},
+    "mean": {"metavar": "NUMBER,…"},
+    "std": {"metavar": "NUMBER,…"},
+    "student_factory": {"metavar": "MODULE:FUNCTION"},
+    "teacher_factory": {"metavar": "MODULE:FUNCTION"},
+    "segmenter": {"metavar": "NETWORK"},
+    "mask_all": {"metavar": "FILE"},
+    "masks": {"metavar": "FOLDER"},
+    "coco": {"metavar": "FOLDER"},
+    "places": {"metavar": "FOLDER"},
+    "waterbirds": {"metavar": "FOLDER"},
+    "fashion_mnist": {"metavar": "FOLDER"},
+    "bias_attribute": {"metavar": "NAME"},
+    "loss": {"metavar": "METHOD=WEIGHT,…"},
+    "mask_box": {"metavar": "X0,Y0,X1,Y1"},
+    "class_weights": {"metavar": "none|balanced|W,W,…"},
+}
+
 OF_TEACHERS = [
-    *options_of(OwnTeacherOptions),
+    *options_of(OwnTeacherOptions, {**METAVARS, "debias": {"metavar": "FRONT"}}),
     *options_of(
         VisionLanguageOptions,
         {
+            "prompts": {"metavar": "FILE"},
             "pretrained": {"metavar": "TAG|FILE"},
             "classes": {"metavar": "'A; B; …'"},
             "prompt": {"metavar": "TEMPLATE", "multiple": True},
         },
     ),
 ]
-
-# flags that are not the Python name with dashes
-FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
-METAVARS: dict[str, dict[str, Any]] = {
-    "student_factory": {"metavar": "MODULE:FUNCTION"},
-    "teacher_factory": {"metavar": "MODULE:FUNCTION"},
-    "segmenter": {"metavar": "SPEC"},
-    "loss": {"metavar": "METHOD=WEIGHT,…"},
-    "mask_box": {"metavar": "X0,Y0,X1,Y1"},
-    "class_weights": {"metavar": "none|balanced|W,W,…"},
-}
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
@@ -459,7 +475,7 @@ def train_students_command(
             click.option(
                 "--teacher",
                 type=TeacherName(),
-                help="Teacher, the name of your own network, or clip:ARCH, instead of --model.",
+                help="Folder of a teacher, the name of your own network, or clip:ARCH, instead of --model.",
             ),
         ),
     ),
@@ -578,6 +594,7 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
                 "help": "Number of samples, spread evenly over the split.",
             },
             "explain": {"metavar": "true|predicted|CLASS"},
+            "out": {"metavar": "FILE.png"},
             **METAVARS,
         },
         flags={"models": "--model", "caches": "--cache"},
@@ -587,7 +604,7 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
         click.option(
             "--teacher",
             type=TeacherName(),
-            help="Teacher, the name of your own network, or clip:ARCH, as the first column.",
+            help="Folder of a teacher, the name of your own network, or clip:ARCH, as the first column.",
         ),
     ),
     OF_TEACHERS,
@@ -648,13 +665,13 @@ def show_explanations_command(
 )
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
 @options(
-    options_of(ReportOptions, METAVARS),
+    options_of(ReportOptions, {**METAVARS, "out": {"metavar": "FILE.html"}}),
     under(
         FILES,
         click.option(
             "--teacher",
             type=TeacherName(),
-            help="Teacher, the name of your own network, or clip:ARCH, as the first model.",
+            help="Folder of a teacher, the name of your own network, or clip:ARCH, as the first model.",
         ),
     ),
     OF_TEACHERS,
@@ -684,12 +701,13 @@ def report_command(context: click.Context, /, runs: tuple[Path, ...], teacher: s
     heading=RESULTS,
     example="export --model STUDENT --format onnx --out STUDENT.onnx",
 )
-@options(options_of(ExportOptions, METAVARS))
+@options(options_of(ExportOptions, {**METAVARS, "out": {"metavar": "FILE"}}))
 def export_command(out: Path, **options: Any) -> None:
     """Export a model to a file of its own.
 
     The file does not need this program, and is checked against the model. The exported model takes float32 images (N,
-    C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes).
+    C, H, W) in [0, 1], in batches of any size, and returns logits (N, classes). A file of the weights alone is for the
+    same network in its own library, and that network takes preprocessed images.
     """
     from pipeline import export_model
 

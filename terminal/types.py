@@ -28,6 +28,9 @@ class Location(click.ParamType):
 class LocalFolder(click.Path):
     """A folder on this machine, for models and trainings."""
 
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "FOLDER"
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if "://" in str(value):
             self.fail(f"'{value}' is a URL. Only datasets and stores can have a URL: give a local folder", param, ctx)
@@ -37,7 +40,8 @@ class LocalFolder(click.Path):
 class TeacherName(LocalFolder):
     """A folder, or the name of a network such as timm:resnet18, clip:RN50 or package.module:function."""
 
-    name = "folder or name"
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "FOLDER|NAME"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if ":" in str(value) and "://" not in str(value) else super().convert(value, param, ctx)

@@ -63,6 +63,19 @@ def write(path: Path, values: object) -> Path:
 # --- help ---
 
 
+@pytest.mark.parametrize("path", [path for path in COMMANDS if path[0] != "make-data"], ids=" ".join)
+def test_the_help_says_what_an_option_takes(path):
+    """PATH and TEXT do not tell a folder from a file or a name, nor NAMES numbers."""
+    with whole() as root, click.Context(COMMANDS[path], info_name=path[-1], parent=root) as ctx:
+        told = {
+            param.name: param.make_metavar(ctx)
+            for param in COMMANDS[path].params
+            if isinstance(param, click.Option) and not param.is_flag
+        }
+    assert not {name for name, metavar in told.items() if metavar in ("PATH", "TEXT") or "<" in metavar}
+    assert {"NUMBER,…"} >= {metavar for name, metavar in told.items() if name in ("mean", "std")}
+
+
 @every_command
 def test_help_has_every_option_once_under_a_heading_and_ends_with_an_example(path):
     lines = run(*path, "--help").output.splitlines()

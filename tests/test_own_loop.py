@@ -342,59 +342,6 @@ def changed(batch: dict[str, Tensor], **fields: Tensor | None) -> dict[str, Tens
     return {name: values for name, values in {**batch, **fields}.items() if values is not None}
 
 
-BAD_BATCHES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "a loop that forgets the ε": (lambda b: changed(b, epsilon=None), "the batch has no 'epsilon'"),
-    "an ε of the loop's own": (lambda b: changed(b, epsilon=b["epsilon"] * 0 + 50), "has an ε of 50, and the store's"),
-    "an ε that a collate function popped": (
-        lambda b: default_collate([{name: b[name][row] for name in b if name != "epsilon"} for row in range(16)]),
-        "the batch has no 'epsilon'",
-    ),
-    "an ε of None": (lambda b: {**b, "epsilon": None}, "'epsilon' of the batch is a NoneType"),
-    "one ε as a number": (lambda b: {**b, "epsilon": 0.05}, "'epsilon' of the batch is a float and not a tensor"),
-    "one ε as a tensor": (
-        lambda b: changed(b, epsilon=torch.tensor(0.05)),
-        r"'epsilon' of the batch is .* \(\) and not",
-    ),
-    "one ε of a batch": (
-        lambda b: changed(b, epsilon=b["epsilon"][:1]),
-        r"float32 \(1,\) and not torch.float32 \(16,\)",
-    ),
-    "the ε of a smaller batch": (lambda b: changed(b, epsilon=b["epsilon"][:8]), r"\(8,\) and not torch.float32 \(16,"),
-    "the ε of a larger batch": (lambda b: changed(b, epsilon=b["epsilon"].repeat(2)), r"\(32,\) and not .* \(16,\)"),
-    "an ε as a column": (lambda b: changed(b, epsilon=b["epsilon"][:, None]), r"\(16, 1\) and not .* \(16,\)"),
-    "an ε in half precision": (
-        lambda b: changed(b, epsilon=b["epsilon"].half()),
-        "torch.float16.* and not torch.float32",
-    ),
-    "an ε as an integer": (lambda b: changed(b, epsilon=b["epsilon"].long()), "torch.int64 .* and not torch.float32"),
-    "an ε as an array": (lambda b: {**b, "epsilon": b["epsilon"].numpy()}, "is a ndarray and not a tensor"),
-    "an ε that is no number": (lambda b: changed(b, epsilon=b["epsilon"] / 0 * 0), "has an ε of nan"),
-    "an ε of 0": (lambda b: changed(b, epsilon=b["epsilon"] * 0), "has an ε of 0, and the store's"),
-    "fewer images": (lambda b: changed(b, images=b["images"][:8]), "of 8 samples, as 'images' is"),
-    "one class for all": (
-        lambda b: changed(b, target_class=b["target_class"][:1]),
-        r"'target_class' .* \(1,\) and not",
-    ),
-    "one scale for all": (lambda b: changed(b, scale=b["scale"][:1]), r"'scale' .* \(1,\) and not"),
-    "no heatmaps": (lambda b: {"images": b["images"], "labels": b["labels"]}, "no 'heatmaps' and no 'scale'"),
-    "a tuple": (lambda b: (b["images"], b["labels"]), "is a tuple and not a dictionary"),
-    "normalised images": (lambda b: changed(b, images=b["images"] / 255), "torch.float32 and not torch.uint8"),
-    "cropped images": (lambda b: changed(b, images=b["images"][..., 2:-2]), r"images of the batch are \(3, 28, 24\)"),
-    "pooled heatmaps": (
-        lambda b: changed(b, heatmaps=b["heatmaps"][..., ::2]),
-        r"heatmaps of the batch are \(3, 28, 14\)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BATCHES)
-def test_a_batch_that_was_changed_or_lacks_a_field_is_one_clear_error(sharded, batch, case):
-    change, text = BAD_BATCHES[case]
-    with pytest.raises(TrainingError, match=text) as error:
-        DistillationLoss(sharded)(build_student(sharded), change(batch))
-    assert "as they are" in str(error.value)
-
-
 def test_an_epsilon_in_float64_and_a_class_in_int32_have_the_loss_of_the_stored_ones(sharded, batch):
     """As loops that convert their batches, such as Lightning's in double precision, pass them."""
     student, loss = build_student(sharded), DistillationLoss(sharded)
@@ -419,34 +366,6 @@ def test_a_loss_of_ones_own_that_forgets_the_epsilon_is_one_clear_error(sharded,
         explain(student, images, batch["target_class"])  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="epsilon must be"):
         explain(student, images, batch["target_class"], epsilon)
-
-
-BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "no store": ({"method": "lrp"}, TrainingError, "needs cache: make a store"),
-    "a store of other maps": ({"cache": True, "method": "grad-cam"}, CacheError, "needs maps of grad-cam"),
-    "no features": ({"cache": True, "method": "features"}, CacheError, "features=True"),
-    "group-dro": ({"method": "group-dro"}, TrainingError, "another method"),
-    "an unknown method": ({"cache": True, "method": "lpr"}, TrainingError, "lrp"),
-    "an unknown map loss": ({"cache": True, "map_loss": "l3"}, TrainingError, "l3"),
-    "a method that takes no augmentation": (
-        {"cache": True, "method": "output", "augment": ["flip"]},
-        TrainingError,
-        "not valid",
-    ),
-    "backgrounds that the teacher sees": (
-        {"cache": True, "augment": ["background"]},
-        TrainingError,
-        "does not see the background",
-    ),
-    "masks of no maps": ({"cache": True, "method": "output", "mask_target": True}, TrainingError, "leave it out"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_OPTIONS)
-def test_options_that_do_not_fit_the_store_are_one_clear_error(sharded, case):
-    options, kind, text = BAD_OPTIONS[case]
-    with pytest.raises(kind, match=text):
-        DistillationLoss(**{**options, **({"cache": sharded} if options.get("cache") else {})})
 
 
 def test_fields_that_there_are_not_are_one_clear_error(dataset, sharded):

@@ -13,7 +13,7 @@ import numpy as np
 from data import Dataset, Location, open_dataset
 from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
-from pipeline.networks.checkpoints import checkpoint_file
+from pipeline.networks.checkpoints import Weights, read_weights
 from pipeline.networks.debias import hides_background
 from pipeline.networks.heads import HeadSpec
 from teacher_cache import Cache, CacheError, open_cache
@@ -61,20 +61,21 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     dataset = open_dataset(data)
     dataset.check_classes()
     student = _plan(chosen, dataset)
+    weights = None if chosen.init is None else read_weights(chosen.init)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info
     map_shape = None if info is None or "heatmaps" not in student.needs else info.map_shape
     check_augmentations(student.settings.augment, map_shape, train_split.image_shape, moves(student.settings.loss))
     training = Training(
         out=out,
-        config=_config(chosen, student, dataset),
+        config=_config(chosen, student, dataset, weights),
         material=_material(chosen, student, dataset),
         settings=student.settings,
         runtime=Runtime.of(chosen),
         record=chosen.record(),
         purpose=STUDENT,
         student_factory=chosen.student_factory,
-        weights=None if chosen.init is None else checkpoint_file(chosen.init),
+        weights=weights,
     )
     return train(training)
 
@@ -169,13 +170,13 @@ def check_background(settings: Settings, debias: str) -> None:
         )  # fmt: skip
 
 
-def _config(options: StudentOptions, student: _Plan, dataset: Dataset) -> ModelConfig:
+def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: Weights | None) -> ModelConfig:
     """Describe the student's network, and what decides its weights."""
     info = None if student.explained is None else student.explained.info
     validation = None if student.validation is None else student.validation.info
     head = _teachers_head(options, student)
     split = dataset.split("train")
-    factory, weights = Option("student_factory", options.student_factory), Option("init", options.init)
+    factory = Option("student_factory", options.student_factory)
     network = network_of(options, factory, weights, split.image_shape)
     if network["start"] is not None and options.teacher_weights:
         network["start"]["teacher_weights"] = True

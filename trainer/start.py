@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import nn
 
 from options import Message, Option
 from pipeline import ModelError
-from pipeline.networks.checkpoints import checkpoint_file, is_bias_free_file
+from pipeline.networks.checkpoints import Weights
 from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
 from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import choose_preprocessing
@@ -25,49 +23,48 @@ log = logging.getLogger(__name__)
 
 
 def network_of(
-    options: TeacherOptions | StudentOptions, factory: Option, weights: Option, image_shape: ImageShape
+    options: TeacherOptions | StudentOptions, factory: Option, weights: Weights | None, image_shape: ImageShape
 ) -> dict[str, Any]:
     """Return the fields of a `ModelConfig` that describe the network and what it starts from.
 
     Args:
         options: the options of the training.
         factory: the option with the user's own function, and its value or None.
-        weights: the option with the file of weights, and its value or None.
+        weights: the weights that it starts from; None for random ones.
         image_shape: (C, H, W) of the images.
 
     Raises:
         TrainingError: options exclude each other.
-        ModelError: the weights or the folder of the network cannot be read, or the preprocessing does not fit.
+        ModelError: the folder of the network cannot be read, or the preprocessing does not fit.
     """
     if factory.value is not None and options.arch != "small-cnn":
         raise TrainingError(Message("give ", Option("arch", options.arch), " or ", factory, ", not both"))
     arch = factory.value or options.arch
-    file = None if weights.value is None else checkpoint_file(weights.value)
     hf_config = read_hf_config(arch.removeprefix(HF)) if arch.startswith(HF) else None
     default = None
-    if not is_factory(arch) and (file is not None or hf_config is not None):
+    if not is_factory(arch) and (weights is not None or hf_config is not None):
         default = preprocessing_of(arch)
     spec = choose_preprocessing(options, default)
     if spec is not None:
         spec = spec.for_channels(image_shape[0])
         log.info(f"images are {spec} for {arch}")
-    if hf_config is not None and file is None:
+    if hf_config is not None and weights is None:
         log.info(f"{arch} starts from random weights, not from those in its folder")
     return {
         "arch": arch,
         "arch_options": options.arch_options or {},
         "preprocessing": spec,
         "hf_config": hf_config,
-        "start": None if file is None else {"file": file.name, "sha256": _sha256(file)},
+        "start": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
     }
 
 
-def keeps_biases(weights: Option) -> bool:
-    """Return whether given weights have biases, so that the network keeps them unless it is asked not to."""
-    return weights.value is not None and not is_bias_free_file(checkpoint_file(weights.value))
+def keeps_biases(weights: Weights | None) -> bool:
+    """Return whether the weights have biases, so that the network keeps them unless it is asked not to."""
+    return weights is not None and not weights.bias_free
 
 
-def own_bias_free(arch: str, weights: Option) -> bool:
+def own_bias_free(arch: str, weights: Weights | None) -> bool:
     """Return whether a network is bias-free by default, where no teacher tells: our own networks are."""
     return arch in OWN and not keeps_biases(weights)
 
@@ -109,8 +106,3 @@ def check_not_teachers(network: nn.Module, teacher: str) -> None:
                 " if you want this",
             )
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 from data import Dataset, Location, Split, open_dataset
 from options import Message, Option, renamed, takes
 from pipeline import ModelConfig, ModelError
-from pipeline.networks.checkpoints import checkpoint_file
+from pipeline.networks.checkpoints import Weights, read_weights
 from pipeline.networks.debias import needs_masks
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
@@ -60,7 +60,8 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     split.verify()
     if needing := _needing_masks(chosen):
         check_objects(split, dataset.path, needing[0])
-    network, bias_free = _network(chosen, split)
+    start = None if chosen.weights is None else read_weights(chosen.weights)
+    network, bias_free = _network(chosen, split, start)
     note = unbalanced_note(labels, dataset.class_names) if chosen.class_weights is None else None
     config = ModelConfig(
         **network,
@@ -88,7 +89,7 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
         purpose=TEACHER,
         segmenter=segmenter,
         student_factory=chosen.teacher_factory,
-        weights=None if chosen.weights is None else checkpoint_file(chosen.weights),
+        weights=start,
         notes=() if note is None else (note,),
     )
     try:
@@ -97,9 +98,9 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
         raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
 
 
-def _network(options: TeacherOptions, split: Split) -> tuple[dict[str, Any], bool]:
+def _network(options: TeacherOptions, split: Split, weights: Weights | None) -> tuple[dict[str, Any], bool]:
     """Return the fields of a `ModelConfig` that describe the network, and whether it is bias-free."""
-    factory, weights = Option("teacher_factory", options.teacher_factory), Option("weights", options.weights)
+    factory = Option("teacher_factory", options.teacher_factory)
     network = network_of(options, factory, weights, split.image_shape)
     if options.freeze_backbone:
         if network["start"] is None and options.teacher_factory is None:

@@ -269,7 +269,7 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     classes, input_shape = len(teacher.config.class_names), teacher.config.input_shape
     head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=input_shape)
     head = head_of(teacher.model.network, classes)
-    of_head = [] if not head else head_parameters(teacher.model.network, classes)
+    of_head = head_parameters(teacher.model.network, classes)
     place(teacher.model, device)
     plan = partial(plan_storage, explainer.draws, shape, options.precision, resolution=options.resolution)
     info = CacheInfo(
@@ -310,11 +310,19 @@ def _check_masks(model: Classifier, options: CachingOptions, dataset: Dataset) -
 def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: torch.device) -> tuple[np.ndarray, int]:
     """Explain the first samples: their maps, float32 (n, D, C, h, w), and the width of the features, 0 without any.
 
-    Raises RelevanceError where every map is zero although the network sees something.
+    Raises RelevanceError where every map is zero although the network sees something, or something is not finite.
     """
     images = np.asarray(split.images[:LOOKED_AT])
     masks = None if split.masks is None else np.asarray(split.masks[:LOOKED_AT])
     first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), device)
+    if not (np.isfinite(first.heatmaps).all() and np.isfinite(first.teacher_logits).all()):
+        raise RelevanceError(
+            Message(
+                f"the logits or heatmaps of samples 0 to {len(images) - 1} are not finite, because the teacher "
+                "overflows or its weights are not finite: give other weights, or train it with a smaller ",
+                Option("lr"),
+            )
+        )  # fmt: skip
     visible = masks if model.needs_masks else None
     if model.segmenter is not None:
         visible = model.segmenter(as_input(images, device)).cpu().numpy()

@@ -6,24 +6,32 @@ Not here: what a file is that holds no weights (`weight_files.py`), and our own 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import pathlib
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from options import did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.layers import COLOURS, for_channels, last_layer, outputs_of_last_layer
-from pipeline.networks.weight_files import SAFETENSORS, file_fault, reason_of
+from pipeline.networks.weight_files import SAFETENSORS, ZIP, file_fault, reason_of
 
-IN_FOLDERS = ("weights.pt", "model.safetensors", "pytorch_model.bin")  # of our trainings and of Hugging Face
+INDEX = ".index.json"  # of Hugging Face: which of several files, the shards, has which tensor
+IN_FOLDERS = (  # of our trainings and of Hugging Face; the first ones are preferred
+    "weights.pt", "model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}",
+)  # fmt: skip
+SHARD = re.compile(r"-\d+-of-(\d+)\.\w+$")  # the end of a shard's name
 PARTS = ("state_dict", "model", "module", "network", "net", "model_state_dict")  # the first ones are preferred
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # in names, at any place
 SECOND_MOMENT = "running_second_moment"  # of a `ScaleNorm`, in the files of bias-free networks
@@ -46,7 +54,6 @@ class CheckpointReport:
         changed: sentences on tensors that were changed to fit.
         missing: names in the network that the file lacks.
         unexpected: names in the file that the network lacks.
-        other_shapes: names in both that have other shapes, and were not loaded.
     """
 
     file: str
@@ -59,7 +66,6 @@ class CheckpointReport:
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    other_shapes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the report as lines for the user."""
@@ -79,13 +85,70 @@ class CheckpointReport:
         return lines
 
 
-def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> CheckpointReport:
-    """Load a file of weights into a network, in place. No code of the file runs, and an error leaves the network as is.
+@dataclass(frozen=True)
+class Weights:
+    """The result of `read_weights`.
 
-    The file is one of `torch.save` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) or of safetensors (``.safetensors``). It
-    holds a state dict, or dictionaries with state dicts in them. The state dict and the prefix are taken with which
-    most names and shapes fit the network; names of wrappers (`WRAPPERS`) do not count. Where several fit equally, the
-    moving average is taken (a key that contains ``ema``), then the first of `PARTS`.
+    Attributes:
+        path: the file, or the index of the shards.
+        files: the files with the tensors: the file itself, or the shards.
+        state_dicts: the state dicts, the outer ones first, each with the keys that lead to it. The tensors are on the
+            CPU; they are mapped from the file, and take no memory, if its format allows this.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    state_dicts: tuple[tuple[tuple[str, ...], dict[str, Tensor]], ...]
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the bytes of all files, one after another."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        return digest.hexdigest()
+
+    @property
+    def bias_free(self) -> bool:
+        """Whether they are of a network without any bias, such as our bias-free ones."""
+        longest = max((tensors for _, tensors in self.state_dicts), key=len, default={})
+        return bool(longest) and _is_bias_free(longest)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a file of weights. No code of the file runs.
+
+    The file is one of `torch.save` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) or of safetensors (``.safetensors``), or
+    the index of Hugging Face's shards (``.index.json``). It holds a state dict, or dictionaries with state dicts in
+    them.
+
+    Args:
+        path: the file, or a folder of one of our trainings or of Hugging Face.
+
+    Raises:
+        ModelError: it is no file of weights, it is damaged, it would run code, or a file is missing.
+    """
+    path = _weights_file(Path(path))
+    weights = (
+        _read_shards(path) if path.name.endswith(INDEX) else Weights(path, (path,), tuple(_state_dicts(_read(path))))
+    )
+    for _, tensors in weights.state_dicts:
+        for name, tensor in tensors.items():
+            if tensor.is_meta:
+                raise ModelError(
+                    f"the weights {path} do not load: '{name}' is on the device meta, where it has no values: save the "
+                    "state_dict of the network on the CPU"
+                )
+    return weights
+
+
+def load_checkpoint(network: nn.Module, weights: Weights, num_classes: int) -> CheckpointReport:
+    """Load a file of weights into a network, in place. An error leaves the network as it is.
+
+    The state dict and the prefix are taken with which most names and shapes fit the network; names of wrappers
+    (`WRAPPERS`) do not count. Where several fit equally, the moving average is taken (a key that contains ``ema``),
+    then the first of `PARTS`.
 
     Changed to fit: a last layer for another number of classes, or one that the file lacks, keeps the network's values.
     A first convolution for 3 channels is summed where the network takes 1, and divided by 3 and repeated where the file
@@ -94,17 +157,16 @@ def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> Checkpo
 
     Args:
         network: the network.
-        path: the file, or a folder of one of our trainings or of Hugging Face.
+        weights: the file of weights, see `read_weights`.
         num_classes: the number of the network's logits.
 
     Returns:
         The report.
 
     Raises:
-        ModelError: the file cannot be read, or more than the last layer is missing or has another shape.
+        ModelError: the file holds no network, or more than the last layer is missing or has another shape.
     """
-    path = checkpoint_file(path)
-    fit = _best_fit(network, path)
+    fit = _best_fit(network, weights)
     last = _last_layers(network, fit, num_classes)
     loading = _Loading(network, fit, last_layer(network, num_classes))
     for name, target in loading.targets.items():
@@ -113,10 +175,10 @@ def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> Checkpo
     unexpected = [name for name in fit.tensors if name not in fit.names.values() and name not in loading.moments]
     more = _more_than(network, fit, unexpected, last_layer(network, num_classes))
     if loading.wrong or loading.lacking or not loading.values or more:
-        raise _of_another_network(path, network, loading, unexpected, more)
+        raise _of_another_network(weights.path, network, loading, unexpected, more)
     network.load_state_dict(loading.values, strict=False)
     return CheckpointReport(
-        file=path.name,
+        file=weights.path.name,
         loaded=len(loading.values) - loading.zeros,
         part=fit.part,
         prefix=fit.removed,
@@ -126,53 +188,22 @@ def load_checkpoint(network: nn.Module, path: Path, num_classes: int) -> Checkpo
         changed=tuple(loading.changes()),
         missing=(*(name for name in loading.targets if _of(name, last.names) and name not in fit.names), *loading.left),
         unexpected=tuple(unexpected),
-        other_shapes=tuple(name for name in loading.targets if _of(name, last.names) and name in fit.names),
     )
 
 
-def classes_in(network: nn.Module, path: Path, num_classes: int) -> int | None:
+def classes_in(network: nn.Module, weights: Weights, num_classes: int) -> int | None:
     """Return the number of classes that the last layer of a network has in a file; None if the file lacks that layer.
 
     Args:
         network: the network, of the file's architecture.
-        path: as in `load_checkpoint`.
+        weights: as in `load_checkpoint`.
         num_classes: the number of the network's logits, which may differ from the file's.
 
     Raises:
-        ModelError: the file cannot be read.
+        ModelError: the file holds no network.
     """
-    fit = _best_fit(network, checkpoint_file(path))
     name = last_layer(network, num_classes)
-    return None if name is None else _outputs_in(fit, name)
-
-
-def checkpoint_file(path: str | Path) -> Path:
-    """Return the file of weights that a path means: itself, or the one in a folder of a training or of Hugging Face.
-
-    Raises:
-        ModelError: the folder has none.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    for name in IN_FOLDERS:
-        if (path / name).is_file():
-            return path / name
-    shards = " in one piece: join its pieces first" if any(path.glob("*.index.json")) else ""
-    raise ModelError(
-        f"the folder {path} has no {', '.join(IN_FOLDERS[:-1])} or {IN_FOLDERS[-1]}{shards}: give the file"
-    )
-
-
-def is_bias_free_file(path: str | Path) -> bool:
-    """Return whether a file holds the weights of a network without any bias, such as our bias-free ones.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    parts = [list(tensors) for _, tensors in _state_dicts(_read(checkpoint_file(path), "meta"))]
-    longest = max(parts, key=lambda names: len(names), default=[])
-    return bool(longest) and _is_bias_free(longest)
+    return None if name is None else _outputs_in(_best_fit(network, weights), name)
 
 
 def _is_bias_free(names: Iterable[str]) -> bool:
@@ -183,7 +214,48 @@ def _is_bias_free(names: Iterable[str]) -> bool:
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, device: str = "cpu") -> Any:
+def _weights_file(path: Path) -> Path:
+    """Return the file of weights that a path means: itself, or the one in a folder of a training or of Hugging Face."""
+    if not path.is_dir():
+        return path
+    for name in IN_FOLDERS:
+        if (path / name).is_file():
+            return path / name
+    names = [name for name in IN_FOLDERS if not name.endswith(INDEX)]
+    raise ModelError(f"the folder {path} has no {', '.join(names[:-1])} or {names[-1]}: give the file")
+
+
+def _read_shards(index: Path) -> Weights:
+    """Join the tensors of the shards that an index of Hugging Face lists."""
+    remedy = "give the index that save_pretrained wrote beside the shards"
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(listed.values()))
+    except OSError as error:
+        raise ModelError(f"the weights {index} cannot be read ({error.strerror}): {remedy}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ModelError(
+            f"the weights {index} do not load: {index.name} has no weight_map of names and shards; {remedy}"
+        ) from None
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"the weights {index} do not load: the shard {name!r} is no name of a file; {remedy}")
+        if not (index.parent / name).exists():
+            raise ModelError(
+                f"the weights {index} lack the shard {name}, one of {len(shards)}: fetch it into {index.parent}"
+            )
+        content = _read(index.parent / name)
+        tensors |= next((state for keys, state in _state_dicts(content) if not keys), {})
+        if missing := [tensor for tensor, shard in listed.items() if shard == name and tensor not in tensors]:
+            raise ModelError(
+                f"the weights {index} do not load: the shard {name} lacks {missing[0]!r}, which the index lists; fetch "
+                "all files again"
+            )
+    return Weights(index, tuple(index.parent / name for name in shards), (((), tensors),) if tensors else ())
+
+
+def _read(path: Path) -> Any:
     """Return what a file holds.
 
     Raises:
@@ -194,24 +266,14 @@ def _read(path: Path, device: str = "cpu") -> Any:
         raise ModelError(f"the weights {path} do not load: {path.name} is {fault}")
     try:
         if path.suffix == SAFETENSORS:
-            return _read_safetensors(path)
+            return load_file(path)
+        with path.open("rb") as file:
+            mapped = file.read(len(ZIP)) == ZIP
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of TorchScript archives, which the error below names
-            return torch.load(path, map_location=device, weights_only=True)
-    except ModelError:
-        raise
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for a file that is cut or foreign
         raise ModelError(f"the weights {path} do not load: {reason_of(error, path)}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        raise ModelError(
-            f"the weights {path} need safetensors, which is not installed: pip install safetensors"
-        ) from None
-    return load_file(path)
 
 
 # plain values that trainings save beside the weights: options, paths, and numbers of NumPy
@@ -277,10 +339,10 @@ class _Fit:
         return ((name, self.tensors[key]) for name, key in self.names.items())
 
 
-def _best_fit(network: nn.Module, path: Path) -> _Fit:
+def _best_fit(network: nn.Module, weights: Weights) -> _Fit:
     """Return the state dict of a file, and the prefixes, with which most of a network's names and shapes fit."""
-    own = _tensors(network)
-    fits = [fit for keys, tensors in _state_dicts(_read(path)) for fit in _fits(own, keys, tensors)]
+    own, path = _tensors(network), weights.path
+    fits = [fit for keys, tensors in weights.state_dicts for fit in _fits(own, keys, tensors)]
     if not fits:
         raise ModelError(
             f"the weights {path} do not load: {path.name} holds no tensors by name; it must hold a state_dict, the "
@@ -551,6 +613,8 @@ def _of_another_network(
             + (f", and has {len(unexpected)} others, such as '{unexpected[0]}'" if unexpected else "")
         )
         remedy += "." + did_you_mean(first, unexpected) if did_you_mean(first, unexpected) else ""
+        if shard := SHARD.search(path.name):
+            remedy = f"it is one of {int(shard[1])} shards: give the folder or the index"
         if all(name.endswith(SECOND_MOMENT) for name in loading.lacking):
             remedy = "its batch norms have means and shifts, and the network is bias-free: let it keep its biases"
     if loading.wrong:

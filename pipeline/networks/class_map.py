@@ -38,7 +38,7 @@ def read_class_map(path: str | Path) -> dict[str, list[str | int]]:
     if not isinstance(content, dict) or not content:
         raise ModelError(Message(option, " maps no classes", remedy))
     return {
-        str(name): list(classes) if isinstance(classes, list | tuple) else [classes]
+        str(name): list(classes) if isinstance(classes, list | tuple) else [] if classes is None else [classes]
         for name, classes in content.items()
     }
 
@@ -139,9 +139,9 @@ class MappedClasses(nn.Module):
     constants for relevance, as every denominator is.
     """
 
-    def __init__(self, network: nn.Module, class_map: ClassMap):
+    def __init__(self, network: nn.Module, class_map: ClassMap, classes: int):
         super().__init__()
-        self.network = network
+        self.network, self.classes = network, classes  # of the network
         teacher_classes = [index for indices in class_map for index in indices]
         pooled = torch.zeros(len(teacher_classes), len(class_map))
         place = 0
@@ -172,7 +172,7 @@ def map_classes(network: nn.Module, class_map: ClassMap, teacher_classes: int, i
     name = last_layer(network, teacher_classes)
     single = all(len(indices) == 1 for indices in class_map)
     if not single or name is None or else_in_logits(network, name, teacher_classes, input_shape) is not None:
-        return MappedClasses(network, class_map)
+        return MappedClasses(network, class_map, teacher_classes)
     layer = network.get_submodule(name)
     rows = torch.tensor([indices[0] for indices in class_map])
     assert isinstance(layer, nn.Linear | nn.Conv2d)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from data.storage import Folder
 from options import Message, Option
 from pipeline.errors import ModelError
+from pipeline.networks.checkpoints import Weights
 from pipeline.networks.debias import DEBIAS, needs_masks
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
@@ -217,7 +218,7 @@ def build_classifier(
     segmenter: Segmenter | None = None,
     *,
     to_train: bool = True,
-    weights: Path | None = None,
+    weights: Weights | None = None,
 ) -> Classifier:
     """Build the classifier that a configuration describes, with random weights, or those that it starts from.
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from options import Message, Option
 from pipeline.errors import ModelError
+from pipeline.networks.class_map import MappedClasses
 from pipeline.networks.layers import last_layer, outputs_of_last_layer
 from pipeline.networks.models import error_summary
 from pipeline.networks.sources import ImageShape
@@ -155,7 +156,9 @@ def head_arrays(network: nn.Module, classes: int) -> dict[str, np.ndarray]:
 
 
 def head_parameters(network: nn.Module, classes: int) -> list[str]:
-    """Return the names of the parameters of the last layer; none without one."""
+    """Return the names of the parameters of the last layer, also of pooled classes; none without one."""
+    if isinstance(network, MappedClasses):
+        return [f"network.{name}" for name in head_parameters(network.network, network.classes)]
     name = last_layer(network, classes)
     return [] if name is None else [f"{name}.{key}" for key in network.get_submodule(name).state_dict()]
 

@@ -15,7 +15,6 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torchvision.models.resnet import BasicBlock
 
 from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
-from pipeline.networks.checkpoints import load_checkpoint
+from pipeline.networks.checkpoints import Weights, load_checkpoint
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
 from pipeline.networks.layers import take_channels
 from pipeline.networks.outputs import logits_of, take_logits
@@ -131,7 +130,7 @@ def build_network(
     options: Options | None = None,
     factory: str | None = None,
     to_train: bool = True,
-    weights: Path | None = None,
+    weights: Weights | None = None,
 ) -> tuple[nn.Module, BiasFreeReport]:
     """Build a network, and try it once on random images in each mode. Its weights are random, or those of a file.
 
@@ -149,8 +148,7 @@ def build_network(
         factory: the name of the user's function once more. A function is imported only if both names are equal, so
             that a file alone cannot run code.
         to_train: the network is to be trained, so try it in training mode too.
-        weights: a file with the weights that the network starts from, see `load_checkpoint`; the log tells what did not
-            fit.
+        weights: the weights that the network starts from, see `load_checkpoint`; the log tells what did not fit.
 
     Returns:
         The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
@@ -289,7 +287,7 @@ def _build(
 
     If its weights are ``filled`` in afterwards, a function of the user's own need not load any.
     """
-    name = f"the student factory '{arch}'" if is_factory(arch) else f"the architecture '{arch}'"
+    name = f"the factory '{arch}'" if is_factory(arch) else f"the architecture '{arch}'"
     builder, arguments = _builder(arch, num_classes, image_shape)
     if filled and is_factory(arch) and PRETRAINED in inspect.signature(builder).parameters:
         arguments |= {PRETRAINED: False}
@@ -299,6 +297,8 @@ def _build(
     with_options = f" with {', '.join(of_user)}" if of_user else ""
     try:
         network = builder(**arguments, **options)
+    except ModelError:
+        raise  # it names its remedy
     except Exception as error:
         if (option := _unexpected_keyword(error)) in options:
             raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
@@ -326,7 +326,7 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
     """Return the function that builds a network, and the arguments that we choose for it."""
     arguments: dict[str, Any] = {"num_classes": num_classes}
     if is_factory(arch):
-        function = _import(arch, "student_factory", "student factory")
+        function = _import(arch, "student_factory", "factory")
         if "image_shape" in inspect.signature(function).parameters:
             arguments["image_shape"] = image_shape
         return function, arguments
@@ -495,8 +495,11 @@ def _not_taken(
     name: str, arch: str, image_shape: ImageShape, error: Exception, network: nn.Module | None = None
 ) -> ModelError:
     remedy = "use another architecture (small-cnn takes 8×8 and more), or images of the size that it needs"
+    first = None if network is None else next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if is_factory(arch):
         remedy = "it must take float32 images (N, C, H, W) in [0, 1]"
+    elif first is not None and first.in_channels != image_shape[0]:
+        remedy = f"give images of {first.in_channels} channels, which it takes, or of 1"
     for key, parameter in [] if network is None else network.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")

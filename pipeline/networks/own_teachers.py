@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from options import Message, Option
 from pipeline.errors import ModelError
-from pipeline.networks.checkpoints import checkpoint_file, classes_in
+from pipeline.networks.checkpoints import classes_in, read_weights
 from pipeline.networks.class_map import ClassMap, Given, map_classes, resolve_class_map
 from pipeline.networks.debias import DEBIAS
 from pipeline.networks.homogeneous import copy_of
@@ -49,7 +49,7 @@ class OwnTeacher:
 
     Attributes:
         network: the name of a network, as in `build_network`, or a module that maps images (N, C, H, W) to logits.
-        weights: a file of weights, see `load_checkpoint`; None for a function or a module that has its own, and for
+        weights: a file of weights, see `read_weights`; None for a function or a module that has its own, and for
             ``hf:FOLDER``, whose folder has them.
         factory: the function ``package.module:function`` once more, if one builds the network: its code is run.
         debias: the front before the network.
@@ -68,6 +68,7 @@ class OwnTeacher:
 
     def __post_init__(self) -> None:
         if isinstance(self.network, nn.Module):
+            _check_values(self.network)
             object.__setattr__(self, "sha256", hash_of(self.network, ()))
 
     def __eq__(self, other: object) -> bool:
@@ -86,6 +87,18 @@ class OwnTeacher:
             return self.network
         kind = type(self.network)
         return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _check_values(network: nn.Module) -> None:
+    """Raise ModelError for a network with a tensor that has no values yet."""
+    for name, value in network.state_dict(keep_vars=True).items():
+        is_lazy = nn.parameter.is_lazy(value)
+        if is_lazy or (isinstance(value, Tensor) and value.is_meta):
+            where = "is of a lazy layer that was never called" if is_lazy else "is on the device meta"
+            raise ModelError(
+                f"the network {type(network).__name__} has no values yet: '{name}' {where}; give it its weights first, "
+                "on the CPU or a GPU"
+            )
 
 
 @dataclass(frozen=True)
@@ -154,12 +167,12 @@ def _network(teacher: OwnTeacher, num_classes: int, input_shape: ImageShape) -> 
         network = copy_of(teacher.network).cpu().float()
         return network, _take_logits(network, num_classes, input_shape, str(teacher))
     arch, options = teacher.network, {}
-    weights = None if teacher.weights is None else checkpoint_file(teacher.weights)
+    file = teacher.weights
     if arch.startswith(HF):
         folder = arch.removeprefix(HF)
         options = {"config": read_hf_config(folder)}
-        weights = weights or checkpoint_file(folder)
-    if weights is None and not is_factory(arch):
+        file = file or folder
+    if file is None and not is_factory(arch):
         raise ModelError(
             Message(
                 f"the network {arch} has random weights, and a teacher must know its classes: give ",
@@ -173,9 +186,10 @@ def _network(teacher: OwnTeacher, num_classes: int, input_shape: ImageShape) -> 
             arch, classes, input_shape, free_of_biases=False, options=options, factory=teacher.factory, **given
         )[0].eval()
 
-    if weights is None:  # the function loads them, and knows how many classes they have
+    if file is None:  # the function loads them, and knows how many classes they have
         return build(num_classes), num_classes
     network = build(num_classes)
+    weights = read_weights(file)
     classes = classes_in(network, weights, num_classes) or num_classes
     return build(classes, weights=weights, to_train=False), classes
 

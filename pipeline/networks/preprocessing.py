@@ -6,9 +6,11 @@ It is a part of the model, so that heatmaps lie on the dataset's own pixels and 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -71,8 +73,9 @@ class PreprocessSpec:
         """Return the preprocessing of images with another number of channels; grey images have the channels' mean.
 
         Raises:
-            ModelError: neither is 1, so that no rule tells the values.
+            ModelError: neither is 1, so that no rule tells the values, or a value is none of images in [0, 1].
         """
+        self._check()
         mean, std = self.mean, self.std
         if len(mean) == 1 or len(mean) == channels:
             return dataclasses.replace(self, mean=_expanded(mean, channels), std=_expanded(std, channels))
@@ -85,6 +88,27 @@ class PreprocessSpec:
             )
         )  # fmt: skip
 
+    def _check(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if not values or not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+                raise _no_numbers(name, values)
+            if max(map(abs, values)) > MOST:
+                raise ModelError(
+                    Message(
+                        Option(name), f" is of images in [0, 1], got {max(values, key=abs):g}: divide the values of "
+                        "images in [0, 255] by 255",
+                    )
+                )  # fmt: skip
+        if (least := min(self.std)) <= 0:
+            raise ModelError(Message(Option("std"), f" must be positive, got {least:g}: give the standard deviations"))
+        if len(self.mean) != len(self.std):
+            raise ModelError(
+                Message(
+                    Option("mean"), f" has {len(self.mean)} numbers and ", Option("std"), f" {len(self.std)}: give one "
+                    "for each channel in both",
+                )
+            )  # fmt: skip
+
     def __str__(self) -> str:
         normalised = f"normalised by the mean {_numbers(self.mean)} and the standard deviation {_numbers(self.std)}"
         if self.size is None:
@@ -96,7 +120,7 @@ def choose_preprocessing(options: PreprocessingOptions, default: PreprocessSpec 
     """Return the preprocessing that options give, and the default for what they leave out.
 
     Raises:
-        ModelError: a value is no number, or no standard deviation.
+        ModelError: a value is no number.
     """
     size = options.input_size
     if options.mean is None and options.std is None and size is None:
@@ -104,16 +128,6 @@ def choose_preprocessing(options: PreprocessingOptions, default: PreprocessSpec 
     spec = default or PreprocessSpec((0.0,), (1.0,))
     mean = spec.mean if options.mean is None else _parsed("mean", options.mean)
     std = spec.std if options.std is None else _parsed("std", options.std)
-    if min(std) <= 0:
-        raise ModelError(Message(Option("std"), f" must be positive, got {min(std):g}: give the standard deviations"))
-    for name, values in (("mean", mean), ("std", std)):
-        if max(map(abs, values)) > MOST:
-            raise ModelError(
-                Message(
-                    Option(name), f" is of images in [0, 1], got {max(values):g}: divide the values of images in "
-                    "[0, 255] by 255",
-                )
-            )  # fmt: skip
     channels = max(len(mean), len(std))
     if size is not None:
         size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -127,8 +141,13 @@ def _parsed(name: str, values: Sequence[Any] | float) -> tuple[float, ...]:
     try:
         return tuple(float(value) for value in listed)
     except (TypeError, ValueError):
-        shown = ",".join(map(str, listed))
-        raise ModelError(Message(Option(name, shown), " must be numbers, such as 0.485,0.456,0.406")) from None
+        raise _no_numbers(name, listed) from None
+
+
+def _no_numbers(name: str, values: Sequence[Any]) -> ModelError:
+    return ModelError(
+        Message(Option(name, ",".join(map(str, values))), " must be finite numbers, such as 0.485,0.456,0.406")
+    )
 
 
 def _expanded(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from options import did_you_mean, first_line
+from options import Message, Option, did_you_mean, first_line
 from pipeline.errors import ModelError
 from pipeline.networks.preprocessing import INTERPOLATIONS, SHORTEST, SQUASH, PreprocessSpec
 
@@ -239,15 +239,29 @@ def _hf_preprocessing(folder: str) -> PreprocessSpec | None:
     config = _read_json(path, f"hf:{folder} has a preprocessing that is not readable")
     if config.get("rescale_offset"):
         raise ModelError(f"{path} has a rescale_offset, which is not supported: remove the file, and give mean and std")
-    size, mode = _hf_size(config)
     normalised = config.get("do_normalize", True)
-    return PreprocessSpec(
-        mean=tuple(config.get("image_mean") or (0.0,)) if normalised else (0.0,),
-        std=tuple(config.get("image_std") or (1.0,)) if normalised else (1.0,),
-        size=size,
-        interpolation=RESAMPLE.get(config.get("resample", 2), "bilinear"),
-        resize_mode=mode,
-    )
+    try:
+        size, mode = _hf_size(config)
+        return PreprocessSpec(
+            mean=_listed(config.get("image_mean"), 0.0) if normalised else (0.0,),
+            std=_listed(config.get("image_std"), 1.0) if normalised else (1.0,),
+            size=size,
+            interpolation=RESAMPLE.get(config.get("resample", 2), "bilinear"),
+            resize_mode=mode,
+        )
+    except (TypeError, ValueError, AttributeError, LookupError, StopIteration) as error:
+        raise ModelError(
+            Message(
+                f"hf:{folder} has a preprocessing that is not readable: {path} ({first_line(error)}); fetch it again, ",
+                "or remove it and give ",
+                *(Option("mean"), ", ", Option("std"), " and ", Option("input_size")),
+            )
+        ) from None
+
+
+def _listed(value: Any, default: float) -> tuple[Any, ...]:
+    """Return a processor's value for each channel; it may be one number for all."""
+    return tuple(value) if isinstance(value, list) and value else (default if value in (None, []) else value,)
 
 
 def _hf_size(config: Mapping[str, Any]) -> tuple[tuple[int, int] | None, str]:
@@ -272,7 +286,13 @@ def _hf_classes(folder: str) -> tuple[str, ...] | None:
     names = read_hf_config(folder).get("id2label")
     if not names:
         return None
-    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    try:
+        ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    except (TypeError, ValueError, LookupError):
+        raise ModelError(
+            f"hf:{folder} has classes that are not readable: id2label of its {HF_CONFIG} must have names by number; "
+            "fetch it again"
+        ) from None
     return None if all(name == f"LABEL_{index}" for index, name in enumerate(ordered)) else ordered
 
 

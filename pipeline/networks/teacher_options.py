@@ -47,7 +47,10 @@ class PreprocessingOptions(OptionSet):
 
     mean: Annotated[
         tuple[Any, ...] | None,
-        Doc("Mean of the network's training images, of each channel or one for all, such as 0.485,0.456,0.406."),
+        Doc(
+            "Mean of the network's training images in [0, 1], of each channel or one for all, such as "
+            "0.485,0.456,0.406. Default: that of its library, if the network starts from weights."
+        ),
         Separated(),
     ] = None
     std: Annotated[
@@ -56,7 +59,12 @@ class PreprocessingOptions(OptionSet):
         Separated(),
     ] = None
     input_size: Annotated[
-        Any, Kind.IMAGE_SIZE, Doc("Size to which images are resized for the network. Default: the dataset's size.")
+        Any,
+        Kind.IMAGE_SIZE,
+        Doc(
+            "Size to which images are resized for the network. Default: that of its library, if the network starts "
+            "from weights, and otherwise the dataset's."
+        ),
     ] = None
 
 

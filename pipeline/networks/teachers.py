@@ -64,7 +64,7 @@ def load_teacher(
             teacher.
         class_names: the dataset's classes.
         image_shape: (C, H, W) of the dataset's images.
-        student_factory: as in `load_classifier`.
+        student_factory: as in `load_classifier`; or the function that an `OwnTeacher` names, which is then trusted.
         segmenter: as in `load_classifier`.
 
     Raises:
@@ -75,6 +75,8 @@ def load_teacher(
         model, config = load_classifier(teacher, student_factory, segmenter)
         check_fits(config, tuple(class_names), image_shape, teacher)
         return Teacher(model, config, weights_sha256(teacher))
+    if isinstance(teacher, OwnTeacher) and student_factory is not None and student_factory == teacher.network:
+        teacher, student_factory = replace(teacher, factory=student_factory), None
     for option in (Option("student_factory", student_factory), Option("segmenter", segmenter)):
         if option.value is not None:
             raise ModelError(Message(option, f" was given, but {teacher} has none: leave the option out"))

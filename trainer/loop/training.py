@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from options import Message, Option, first_line
 from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
 from pipeline.device import as_input, pick_device, place, round_to_tf32
+from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.heads import copy_head
 from pipeline.networks.own_teachers import BACKBONE
@@ -78,7 +79,7 @@ class Training:
 
     out: the folder of the run. config: describes the classifier. record: the options as the user gave them, for
     ``config.yaml``. purpose: `TEACHER` or `STUDENT`, a part of the seed of the initial weights. student_factory,
-    segmenter: code and a network that the classifier is built with. weights: the file that it starts from. notes: what
+    segmenter: code and a network that the classifier is built with. weights: those that it starts from. notes: what
     the log tells when the training starts, but not when it is resumed.
     """
 
@@ -91,7 +92,7 @@ class Training:
     purpose: int
     student_factory: str | None = None
     segmenter: Segmenter | None = None
-    weights: Path | None = None
+    weights: Weights | None = None
     notes: tuple[Message, ...] = ()
 
     def build(self, *, to_train: bool = False) -> Classifier:
