@@ -44,7 +44,7 @@ DATA_AND_TEACHER, STAGE_ONE, STAGE_TWO = "Data and teacher", "Stage one: explana
 RESULTS, EVERYTHING = "Results", "Whole experiments"
 
 OF_TEACHERS = [
-    *options_of(OwnTeacherOptions),
+    *options_of(OwnTeacherOptions, {"debias": {"metavar": "FRONT,…"}}),
     *options_of(
         VisionLanguageOptions,
         {
@@ -55,6 +55,7 @@ OF_TEACHERS = [
     ),
 ]
 
+OF_SAVED = ("debias",)  # an option of saved teachers that is one of `OF_TEACHERS` too
 # flags that are not the Python name with dashes
 FLAGS = {"arch_options": "--arch-option", "pyramid": "--pyramid/--flat", "tests": "--test"}
 METAVARS: dict[str, dict[str, Any]] = {
@@ -68,15 +69,22 @@ METAVARS: dict[str, dict[str, Any]] = {
 
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
-    """Return the teacher of this name, or None, and remove its own options from ``options``."""
+    """Return the teacher of this name, or None, and remove its own options from ``options``.
+
+    The user's own functions in ``debias`` stay there, because they let a saved teacher with the same front run them.
+    """
     from pipeline import parse_teacher
+    from pipeline.networks.debias import functions_in
 
     of_clip, own = (
         {field.name: options.pop(field.name) for field in option_fields(kind)}
         for kind in (VisionLanguageOptions, OwnTeacherOptions)
     )
+    options["debias"] = own["debias"] if functions_in(own["debias"] or "") else None
     if name is not None:
         return parse_teacher(name, VisionLanguageOptions(**of_clip), OwnTeacherOptions(**own))
+    if options["debias"] is not None:
+        del own["debias"]
     for kind, values in (("clip:ARCH", of_clip), ("NAME", own)):
         for key, value in values.items():
             if value:
@@ -273,6 +281,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
             "draws": {"show_default": "4; 1 for attention"},
             "scheduler": {"metavar": "ADDRESS"},
         },
+        without=OF_SAVED,
     ),
     OF_TEACHERS,
 )
@@ -451,7 +460,7 @@ def train_students_command(
     example="evaluate --data DATA.zarr --model STUDENT",
 )
 @options(
-    options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
+    options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}, without=OF_SAVED),
     under(
         FILES,
         instead_of(
@@ -512,7 +521,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
 )
 @click.argument("images", metavar="FILE|FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(
-    options_of(PredictOptions, METAVARS, without=("images",)),
+    options_of(PredictOptions, {**METAVARS, "debias": {"metavar": "FRONT,…"}}, without=("images",)),
     options_of(
         WriteOptions,
         {"out": {"required": False, "metavar": "FILE.csv"}},
@@ -580,6 +589,7 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
             "explain": {"metavar": "true|predicted|CLASS"},
             **METAVARS,
         },
+        without=OF_SAVED,
         flags={"models": "--model", "caches": "--cache"},
     ),
     under(
@@ -648,7 +658,7 @@ def show_explanations_command(
 )
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
 @options(
-    options_of(ReportOptions, METAVARS),
+    options_of(ReportOptions, METAVARS, without=OF_SAVED),
     under(
         FILES,
         click.option(
