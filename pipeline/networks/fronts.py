@@ -197,9 +197,8 @@ def tell_unexplainable(front: Front) -> None:
         except RelevanceError as error:
             log.warning(
                 Message(
-                    f"the {FUNCTION} '{part.name}' cannot be explained (", error, "), so that cache-explanations will "
-                    "refuse the teacher: use other operations, or pipeline.stop_relevance for a part that is a "
-                    "constant for relevance",
+                    f"no heatmaps will be made of a teacher behind the {FUNCTION} '{part.name}' (", error,
+                    "; pipeline.stop_relevance makes a part of a front a constant for relevance)",
                 )
             )  # fmt: skip
 
