@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.networks.debias import DEBIAS, Debias, front_names, front_text, functions_in, needs_masks
-from pipeline.networks.models import current_folder_importable, import_function, summary_with_line
+from pipeline.networks.models import current_folder_importable, error_summary, import_function, summary_with_line
 from pipeline.networks.sources import ImageShape
 from pipeline.networks.trials import kind_of, trial_images, undisturbed
 from pipeline.relevance import Trace
@@ -194,7 +194,7 @@ def tell_unexplainable(front: Front) -> None:
         try:
             with undisturbed(nn.Module()), current_folder_importable():
                 Trace(total, images).heatmaps(torch.zeros(len(images), dtype=torch.long), 0.1)
-        except RelevanceError as error:
+        except (RelevanceError, RuntimeError) as error:
             log.warning(
                 Message(
                     f"no heatmaps will be made of a teacher behind the {FUNCTION} '{part.name}' (", error,
@@ -268,7 +268,7 @@ def _try_once(front: OwnFront, images: Tensor, masks: Tensor | None) -> None:
             return front(images, masks)
         except ModelError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             with_masks = "" if masks is None else f" and {MASKS} (N, 1, H, W)"
             raise front.wrong(
                 f"does not take images of shape {tuple(images.shape)} on {images.device}: {summary_with_line(error)}",
@@ -321,7 +321,12 @@ def _check_gradient(front: OwnFront, images: Tensor, run: Callable[[Tensor], Ten
         gradient = None
         if output.requires_grad:
             weights = trial_images(len(images), (images.shape[1], images.shape[2], images.shape[3])).to(images.device)
-            (gradient,) = torch.autograd.grad((output * weights).sum(), pixels, allow_unused=True)
+            try:
+                (gradient,) = torch.autograd.grad((output * weights).sum(), pixels, allow_unused=True)
+            except RuntimeError as error:
+                raise front.wrong(
+                    f"cannot be differentiated ({error_summary(error)})", "compute without changes in place"
+                ) from error
     if gradient is None or not gradient.any():
         raise front.wrong(
             "returns images without a gradient to the pixels, so that no relevance could pass through it",
