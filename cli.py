@@ -70,7 +70,7 @@ METAVARS: dict[str, dict[str, Any]] = {
 }
 
 OF_TEACHERS = [
-    *options_of(OwnTeacherOptions, {**METAVARS, "debias": {"metavar": "FRONT"}}),
+    *options_of(OwnTeacherOptions, {**METAVARS, "debias": {"metavar": "FRONT,…"}}),
     *options_of(
         VisionLanguageOptions,
         {
@@ -82,17 +82,26 @@ OF_TEACHERS = [
     ),
 ]
 
+OF_SAVED = ("debias",)  # an option of saved teachers that is one of `OF_TEACHERS` too
+
 
 def _teacher(name: str | None, options: dict[str, Any]) -> Any:
-    """Return the teacher of this name, or None, and remove its own options from ``options``."""
+    """Return the teacher of this name, or None, and remove its own options from ``options``.
+
+    The user's own functions in ``debias`` stay there, because they let a saved teacher with the same front run them.
+    """
     from pipeline import parse_teacher
+    from pipeline.networks.debias import functions_in
 
     of_clip, own = (
         {field.name: options.pop(field.name) for field in option_fields(kind)}
         for kind in (VisionLanguageOptions, OwnTeacherOptions)
     )
+    options["debias"] = own["debias"] if functions_in(own["debias"] or "") else None
     if name is not None:
         return parse_teacher(name, VisionLanguageOptions(**of_clip), OwnTeacherOptions(**own))
+    if options["debias"] is not None:
+        del own["debias"]
     for kind, values in (("clip:ARCH", of_clip), ("NAME", own)):
         for key, value in values.items():
             if value:
@@ -289,6 +298,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
             "draws": {"show_default": "4; 1 for attention"},
             "scheduler": {"metavar": "ADDRESS"},
         },
+        without=OF_SAVED,
     ),
     OF_TEACHERS,
 )
@@ -467,7 +477,7 @@ def train_students_command(
     example="evaluate --data DATA.zarr --model STUDENT",
 )
 @options(
-    options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}),
+    options_of(EvaluateOptions, {"model": {"required": False}, **METAVARS}, without=OF_SAVED),
     under(
         FILES,
         instead_of(
@@ -528,7 +538,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
 )
 @click.argument("images", metavar="FILE|FOLDER…", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options(
-    options_of(PredictOptions, METAVARS, without=("images",)),
+    options_of(PredictOptions, {**METAVARS, "debias": {"metavar": "FRONT,…"}}, without=("images",)),
     options_of(
         WriteOptions,
         {"out": {"required": False, "metavar": "FILE.csv"}},
@@ -597,6 +607,7 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
             "out": {"metavar": "FILE.png"},
             **METAVARS,
         },
+        without=OF_SAVED,
         flags={"models": "--model", "caches": "--cache"},
     ),
     under(
@@ -665,7 +676,7 @@ def show_explanations_command(
 )
 @click.argument("runs", metavar="RUN_DIR…", nargs=-1, type=LocalFolder(path_type=Path))
 @options(
-    options_of(ReportOptions, {**METAVARS, "out": {"metavar": "FILE.html"}}),
+    options_of(ReportOptions, {**METAVARS, "out": {"metavar": "FILE.html"}}, without=OF_SAVED),
     under(
         FILES,
         click.option(

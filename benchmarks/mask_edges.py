@@ -21,7 +21,6 @@ from data import Split, open_dataset
 from pipeline import explain, load_classifier
 from pipeline.device import as_input, as_mask
 from pipeline.networks.classifier import Classifier
-from pipeline.networks.debias import DEBIAS
 from pipeline.rules import stop_relevance
 
 CPU, EPSILON, AT_ONCE = torch.device("cpu"), 0.1, 100
@@ -34,7 +33,7 @@ def edges(masks: Tensor) -> Tensor:
 
 def behind_constant(model: Classifier, images: Tensor, masks: Tensor) -> Tensor:
     """Return the logits of a classifier whose fill is a constant for relevance."""
-    fill = stop_relevance(DEBIAS[model.debias](images, masks))
+    fill = stop_relevance(model.front(images, masks))
     return model.network(images * masks + (1 - masks) * fill)
 
 

@@ -32,6 +32,13 @@ Weights = Annotated[
     Kind.PATH,
     Doc("Weights to start from: a file (.pt, .pth, .safetensors) or a Hugging Face folder. Default: random ones."),
 ]
+SavedFront = Annotated[
+    Any,
+    Doc(
+        "Debiasing front that the teacher was trained with, if it has a function of your own, MODULE:FUNCTION. Its "
+        "code is run."
+    ),
+]
 SavedSegmenter = Annotated[
     str | None,
     Doc("Segmenter that the teacher was trained with, if it is a file or MODULE:FUNCTION. Its code is run."),

@@ -51,11 +51,13 @@ class Kind(Enum):
 class Among:
     """The value is a name in a registry. If the field is a tuple, every item is such a name.
 
-    ``or_else`` lists other texts that the value may be. The class of the field checks them.
+    ``or_else`` lists other texts that the value may be. The class of the field checks them. With ``several``, the value
+    is one text of names with commas between them, and ``or_else`` are names with a colon, a point or a slash.
     """
 
     registry: Mapping[str, Any]
     or_else: tuple[str, ...] = ()
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class OptionField:
     choices: tuple[Any, ...] = ()  # of a Literal
     registry: Mapping[str, Any] | None = None
     or_else: tuple[str, ...] = ()  # of an `Among`
+    several: bool = False  # of an `Among`
     kind: Kind | None = None
     separator: str | None = None
     instead_of: str | None = None  # the name of another option; a command takes one of the two
@@ -176,6 +179,7 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         bounds=tuple(note for note in notes if isinstance(note, Bound)),
         choices=choices,
         or_else=next((note.or_else for note in notes if isinstance(note, Among)), ()),
+        several=any(note.several for note in notes if isinstance(note, Among)),
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),

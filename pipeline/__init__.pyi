@@ -4,6 +4,7 @@ from .explainers import EXPLAINERS, Explainer
 from .forward import Forward, resize
 from .networks.classifier import Classifier, ModelConfig, load_classifier
 from .networks.export import export_model, plain, save_plain
+from .networks.fronts import Front, build_front
 from .networks.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from .networks.models import architectures, build_network
 from .networks.own_teachers import OwnTeacher
@@ -24,6 +25,7 @@ __all__ = [
     "ClusterError",
     "Explainer",
     "Forward",
+    "Front",
     "LostProcess",
     "ModelConfig",
     "ModelError",
@@ -36,6 +38,7 @@ __all__ = [
     "ZeroShot",
     "architectures",
     "bias_free",
+    "build_front",
     "build_network",
     "cache_explanations",
     "explain",

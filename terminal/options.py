@@ -55,6 +55,23 @@ class RegistryText(click.ParamType):
         return f"[{'|'.join((*self._registry, *self._others))}]"
 
 
+class RegistryTexts(RegistryChoice):
+    """Take names of a registry with commas between them. The options check names with a colon, a point or a slash."""
+
+    def __init__(self, registry: Mapping[str, Any], others: tuple[str, ...]):
+        super().__init__(registry)
+        self._others = others
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join((*self._registry, *self._others))}],…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        for name in str(value).split(","):
+            if name.strip() and not any(sign in name for sign in ":./"):
+                super().convert(name.strip(), param, ctx)
+        return value
+
+
 KINDS: Mapping[Kind, Callable[[], click.ParamType]] = {
     Kind.LOCATION: Location,
     Kind.FOLDER: lambda: LocalFolder(path_type=Path),
@@ -134,6 +151,8 @@ def _type(field: OptionField) -> Any:
         return KINDS[field.kind]()
     if field.separator is not None:
         return Names(field.separator)
+    if field.registry is not None and field.several:
+        return RegistryTexts(field.registry, field.or_else)
     if field.registry is not None:
         return RegistryText(field.registry, field.or_else) if field.or_else else RegistryChoice(field.registry)
     if field.choices:

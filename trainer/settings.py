@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
 from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, TeacherFactory, Threads, Weights
-from pipeline.networks.debias import DEBIAS
+from pipeline.errors import ModelError
+from pipeline.networks.debias import DEBIAS, Debias, front_names, front_text
 from pipeline.networks.teacher_options import PreprocessingOptions
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
@@ -209,13 +210,14 @@ class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, 
     data: DatasetPlace
     out: RunFolder
     debias: Annotated[
-        str,
-        Among(DEBIAS),
+        Debias,
+        Among(DEBIAS, or_else=("MODULE:FUNCTION",), several=True),
         Heading("Debiasing"),
         Doc(
             "Debiasing front of the teacher. grayscale hides hue and brightness, mask and segmenter hide the "
             "background, mask-mean and mask-blur fill it with the object's colours, mask-background-mean and "
-            "mask-background-blur with its own, none trains the ERM baseline."
+            "mask-background-blur with its own, none trains the ERM baseline. MODULE:FUNCTION is a front of your own, "
+            "whose code is run. Several fronts are applied in order: mask,grayscale."
         ),
     ] = "grayscale"
     segmenter: Annotated[
@@ -248,6 +250,18 @@ class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, 
             "keep the last weights."
         ),
     ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.debias, str):
+            try:
+                front_names(self.debias)
+            except ModelError as error:
+                raise TrainingError(Message(error)) from None
+
+    def record(self) -> dict[str, Any]:
+        """Return the options as plain values, a function as its module and name."""
+        return {**super().record(), "debias": front_text(self.debias)}
 
 
 @dataclass(frozen=True, kw_only=True)

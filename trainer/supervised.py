@@ -11,7 +11,8 @@ from data import Dataset, Location, Split, open_dataset
 from options import Message, Option, renamed, takes
 from pipeline import ModelConfig, ModelError
 from pipeline.networks.checkpoints import Weights, read_weights
-from pipeline.networks.debias import needs_masks
+from pipeline.networks.debias import SEGMENTER, uses_segmenter
+from pipeline.networks.fronts import Front, build_front, tell_unexplainable
 from pipeline.networks.segmenters import build_segmenter
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
@@ -54,20 +55,23 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
     weights = class_weights(chosen.class_weights, labels, dataset.class_names)
     settings = Settings.of(chosen, {"erm": 1.0}, total_steps(len(split), chosen, TEACHER_STEPS), weights)
     check_augmentations(settings.augment, None, split.image_shape, moves(settings.loss))
-    _check_front(chosen, split)
-    validation = _validation_split(chosen, dataset) if chosen.validation else None
+    front = build_front(chosen.debias, split.image_shape)
+    _check_front(chosen, front, split)
+    validation = _validation_split(chosen, front, dataset) if chosen.validation else None
     segmenter = None if chosen.segmenter is None else build_segmenter(chosen.segmenter, split.image_shape)
     split.verify()
-    if needing := _needing_masks(chosen):
+    if needing := _needing_masks(chosen, front):
         check_objects(split, dataset.path, needing[0])
     start = None if chosen.weights is None else read_weights(chosen.weights)
     network, bias_free = _network(chosen, split, start)
+    tell_unexplainable(front)
     note = unbalanced_note(labels, dataset.class_names) if chosen.class_weights is None else None
     config = ModelConfig(
         **network,
         kind="teacher",
         bias_free=bias_free,
-        debias=chosen.debias,
+        debias=front.text,
+        front_sha256=front.sha256,
         segmenter=chosen.segmenter,
         class_names=dataset.class_names,
         image_shape=split.image_shape,
@@ -88,6 +92,7 @@ def train_teacher(data: Location, out: str | Path, **options: Any) -> dict[str, 
         record=chosen.record(),
         purpose=TEACHER,
         segmenter=segmenter,
+        front=front,
         student_factory=chosen.teacher_factory,
         weights=start,
         notes=() if note is None else (note,),
@@ -114,18 +119,18 @@ def _network(options: TeacherOptions, split: Split, weights: Weights | None) -> 
     return network, own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
 
 
-def _needing_masks(options: TeacherOptions) -> list[Option]:
+def _needing_masks(options: TeacherOptions, front: Front) -> list[Option]:
     """Return the options that need masks."""
     needing = [Option("augment", BACKGROUND)] if BACKGROUND in options.augment else []
-    return needing + ([Option("debias", options.debias)] if _front_needs_masks(options) else [])
+    return needing + ([Option("debias", front.text)] if _needs_dataset_masks(front) else [])
 
 
-def _front_needs_masks(options: TeacherOptions) -> bool:
-    """Return whether the front needs the dataset's masks; the front ``segmenter`` makes its own."""
-    return needs_masks(options.debias) and options.debias != "segmenter"
+def _needs_dataset_masks(front: Front) -> bool:
+    """Return whether the front needs the dataset's masks; with ``segmenter`` in it, the network makes them."""
+    return front.needs_masks and not uses_segmenter(front.text)
 
 
-def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
+def _validation_split(options: TeacherOptions, front: Front, dataset: Dataset) -> Split:
     """Return the split that selects the weights; raise TrainingError or DatasetError where it cannot."""
     if "validation" not in dataset.splits:
         raise TrainingError(
@@ -135,10 +140,10 @@ def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
             )
         )  # fmt: skip
     split = dataset.split("validation")
-    if _front_needs_masks(options) and split.masks is None:
+    if _needs_dataset_masks(front) and split.masks is None:
         raise TrainingError(
             Message(
-                Option("debias", options.debias), f" needs 'masks' in the validation split of {dataset.path}, which "
+                Option("debias", front.text), f" needs 'masks' in the validation split of {dataset.path}, which "
                 "has none: add them, or leave ", Option("validation", True), " out",
             )
         )  # fmt: skip
@@ -146,21 +151,21 @@ def _validation_split(options: TeacherOptions, dataset: Dataset) -> Split:
     return split
 
 
-def _check_front(options: TeacherOptions, split: Split) -> None:
+def _check_front(options: TeacherOptions, front: Front, split: Split) -> None:
     """Raise TrainingError where the front or an augmentation needs masks that are missing, or a segmenter."""
-    if (needing := _needing_masks(options)) and split.masks is None:
+    if (needing := _needing_masks(options, front)) and split.masks is None:
         raise TrainingError(Message(needing[0], f" needs 'masks' in the train split of {options.data}, which has none"))
-    if (options.debias == "segmenter") != (options.segmenter is not None):
+    if uses_segmenter(front.text) != (options.segmenter is not None):
         if options.segmenter is None:
             raise TrainingError(
                 Message(
-                    Option("debias", "segmenter"), " needs ", Option("segmenter"),
+                    Option("debias", front.text), " needs ", Option("segmenter"),
                     ": give torchvision:lraspp_mobilenet_v3_large, a file or package.module:function",
                 )
             )  # fmt: skip
         raise TrainingError(
             Message(
-                Option("segmenter", options.segmenter), " is for ", Option("debias", "segmenter"), ", and this is ",
-                Option("debias", options.debias), ": leave one out",
+                Option("segmenter", options.segmenter), " is for ", Option("debias", SEGMENTER), ", and this is ",
+                Option("debias", front.text), ": leave one out",
             )
         )  # fmt: skip

@@ -38,6 +38,11 @@ class CachingOptions(OptionSet):
     out: Annotated[Any, Kind.LOCATION, Doc("Heatmap store: new, or an unfinished one to resume.")]
     teacher_factory: Annotated[TeacherFactory, Heading(CUSTOM_CODE)] = None
     segmenter: Annotated[SavedSegmenter, Heading(CUSTOM_CODE)] = None
+    debias: Annotated[
+        Any,
+        Heading(CUSTOM_CODE),
+        Doc("Front of your own network; or of a saved teacher, if it has a function of your own. Its code is run."),
+    ] = None
     explainer: Annotated[
         str,
         Among(EXPLAINERS),

@@ -38,6 +38,7 @@ from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.log_level import log_level
 from pipeline.networks.classifier import Classifier, versions
+from pipeline.networks.debias import Debias
 from pipeline.networks.heads import decisive_head, head_arrays, head_parameters
 from pipeline.networks.own_teachers import BACKBONE, tensor_hashes
 from pipeline.networks.segmenters import FILES
@@ -93,7 +94,7 @@ class Job:
     """All that a process needs to compute shards of a store; it can be pickled, and is a key.
 
     ``data``, ``teacher`` and ``out`` are absolute paths or URLs. ``device`` is chosen by the process that computes.
-    ``segmenter`` is as in `load_classifier`, ``batch_size`` as in `cache_explanations`.
+    ``segmenter`` and ``debias`` are as in `load_teacher`, ``batch_size`` as in `cache_explanations`.
     """
 
     data: Location
@@ -104,6 +105,7 @@ class Job:
     info: CacheInfo = field(hash=False)
     batch_size: BatchSize
     device: str
+    debias: Debias | None = field(default=None, compare=False)  # the teacher's identity in ``info`` has it
 
 
 @takes(CachingOptions)
@@ -125,8 +127,8 @@ def cache_explanations(
     Args:
         data: a dataset.
         teacher: the folder of a teacher; an `nn.Module` that maps images, float32 (N, C, H, W) in [0, 1], to logits
-            (N, K), with its preprocessing inside; an `OwnTeacher`, which also has weights, a front, a preprocessing or
-            a class map; or a vision-language teacher, `ZeroShot`.
+            (N, K), with its preprocessing inside, behind the front ``debias``; an `OwnTeacher`, which also has weights,
+            a front, a preprocessing or a class map; or a vision-language teacher, `ZeroShot`.
         out: the store.
 
     Returns:
@@ -149,6 +151,7 @@ def cache_explanations(
             data=absolute(data),
             teacher=absolute_teacher(asked.teacher),
             teacher_factory=asked.teacher_factory,
+            debias=asked.debias,
             segmenter=_absolute_segmenter(asked.segmenter),
             out=absolute(out),
             info=info,
@@ -180,10 +183,13 @@ def _load(
     image_shape: ImageShape,
     teacher_factory: str | None,
     segmenter: str | None,
+    debias: Debias | None,
 ) -> Teacher:
     """Load the teacher as `load_teacher` does; its errors name the option ``teacher_factory``."""
     try:
-        return load_teacher(teacher, class_names, image_shape, student_factory=teacher_factory, segmenter=segmenter)
+        return load_teacher(
+            teacher, class_names, image_shape, student_factory=teacher_factory, segmenter=segmenter, debias=debias
+        )
     except ModelError as error:
         raise ModelError(renamed(error, {"student_factory": "teacher_factory"})) from error
 
@@ -264,7 +270,9 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     split = dataset.split(options.split)
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
-    teacher = _load(options.teacher, dataset.class_names, shape, options.teacher_factory, options.segmenter)
+    teacher = _load(
+        options.teacher, dataset.class_names, shape, options.teacher_factory, options.segmenter, options.debias
+    )
     _check_masks(teacher.model, options, dataset)
     classes, input_shape = len(teacher.config.class_names), teacher.config.input_shape
     head_of = head_arrays if isinstance(options.teacher, ZeroShot) else partial(decisive_head, image_shape=input_shape)
@@ -465,7 +473,8 @@ def _open(job: Job) -> _Opened:
         split = open_dataset(job.data).split(job.info.dataset.split)
         shape = job.info.dataset.image_shape
         with log_level("pipeline.networks", logging.WARNING):  # notes were logged when the store was planned
-            teacher = _load(job.teacher, job.info.teacher.class_names, shape, job.teacher_factory, job.segmenter)
+            class_names = job.info.teacher.class_names
+            teacher = _load(job.teacher, class_names, shape, job.teacher_factory, job.segmenter, job.debias)
         cache = open_cache(job.out, writable=True)
     except (DatasetError, ModelError, CacheError) as error:
         raise type(error)(Message(error, f" ({here}; {remedy})")) from error

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from data.storage import Folder
 from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import Weights
-from pipeline.networks.debias import DEBIAS, needs_masks
+from pipeline.networks.debias import NONE, Debias, front_names, functions_in, uses_segmenter
+from pipeline.networks.fronts import Front, permitted_front, table_front
 from pipeline.networks.heads import HeadSpec, attach_head
 from pipeline.networks.homogeneous import BiasFreeReport
 from pipeline.networks.layers import last_layer
@@ -35,6 +37,8 @@ from pipeline.networks.sources import ImageShape
 from pipeline.networks.weight_files import load_weights
 from pipeline.rules import stop_relevance
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.pt"  # of a saved model, in its folder
 
@@ -44,7 +48,7 @@ class Classifier(nn.Module):
 
     Args:
         network: the network.
-        debias: the name of the front, in `DEBIAS`.
+        debias: the front, or names of fronts in `DEBIAS` with commas between them.
         bias_free_report: what `bias_free` did to the network, if it is in its bias-free form.
         image_shape: (C, H, W) of the images that the classifier was built for.
         segmenter: a network that makes the masks from the images.
@@ -54,14 +58,15 @@ class Classifier(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        debias: str = "none",
+        debias: str | Front = NONE,
         bias_free_report: BiasFreeReport | None = None,
         image_shape: ImageShape | None = None,
         segmenter: Segmenter | None = None,
         preprocessing: PreprocessSpec | None = None,
     ):
         super().__init__()
-        self.network, self.debias, self.bias_free_report = network, debias, bias_free_report
+        self.network, self.bias_free_report = network, bias_free_report
+        self.front = debias if isinstance(debias, Front) else table_front(debias)
         self.image_shape = image_shape
         self.segmenter = segmenter
         self.preprocess = None if preprocessing is None else Preprocess(preprocessing)
@@ -71,14 +76,26 @@ class Classifier(nn.Module):
         self._frozen: tuple[nn.Module, ...] = ()
 
     @property
+    def debias(self) -> str:
+        """The names of the front."""
+        return self.front.text
+
+    @property
     def needs_masks(self) -> bool:
         """Whether the front needs the masks of a dataset."""
-        return needs_masks(self.debias) and self.segmenter is None
+        return self.front.needs_masks and self.segmenter is None
+
+    def to(self, *args: Any, **kwargs: Any) -> Classifier:
+        """Move the parameters as `nn.Module.to` does, and try the user's own functions of the front there."""
+        super().to(*args, **kwargs)
+        if (parameter := next(self.parameters(), None)) is not None:
+            self.front.try_on(parameter.device)
+        return self
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         if self.segmenter is not None:
             masks = self.segmenter(stop_relevance(images))
-        images = DEBIAS[self.debias](images, masks)
+        images = self.front(images, masks)
         return self.network(images if self.preprocess is None else self.preprocess(images))
 
     def freeze_backbone(self, num_classes: int) -> None:
@@ -116,7 +133,7 @@ class ModelConfig:
         kind: ``"teacher"``, which includes the ERM baseline, or ``"student"``.
         arch: as in `build_network`.
         bias_free: whether the network is in its bias-free form.
-        debias: the name of the front, in `DEBIAS`.
+        debias: the names of the front, with commas between them: of `DEBIAS`, or functions of the user's own.
         class_names: the classes, in the order of the logits.
         image_shape: (C, H, W) of the images.
         dataset: name and fingerprint of the training split.
@@ -128,6 +145,7 @@ class ModelConfig:
         start: the weights that the training started from: ``file``, its ``sha256``, and whether the training has a
             ``frozen`` backbone; None for random ones.
         hf_config: the configuration of an ``hf:`` network.
+        front_sha256: `Front.sha256`; None for a front of `DEBIAS`.
         format_version: version of these fields.
         versions: versions of the software that made the classifier.
     """
@@ -146,6 +164,7 @@ class ModelConfig:
     preprocessing: PreprocessSpec | None = None
     start: dict[str, Any] | None = None
     hf_config: dict[str, Any] | None = None
+    front_sha256: str | None = None
     format_version: int = FORMAT_VERSION
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
@@ -189,16 +208,25 @@ class ModelConfig:
         options = values["arch_options"]
         if not isinstance(options, dict) or not all(isinstance(v, int | float | str) for v in options.values()):
             raise ModelError(f"its arch_options are {options!r}, not names with numbers, switches or words")
-        if values["debias"] not in DEBIAS:
-            raise ModelError(f"its debias is {values['debias']!r}, not one of {', '.join(DEBIAS)}")
-        if (values["debias"] == "segmenter") != isinstance(values["segmenter"], str):
+        try:
+            front_names(values["debias"])
+        except (AttributeError, ModelError) as error:
+            raise ModelError(
+                Message(f"its debias is {values['debias']!r}, which cannot be read (", error, ")")
+            ) from None
+        if uses_segmenter(values["debias"]) != isinstance(values["segmenter"], str):
             raise ModelError(
                 f"its debias is {values['debias']!r} and its segmenter is {values['segmenter']!r}, which do not fit"
             )
         return cls(**values)
 
 
-_LATER_FIELDS = ("preprocessing", "start", "hf_config")  # which older files lack, and new ones without a value too
+_LATER_FIELDS = (
+    "preprocessing",
+    "start",
+    "hf_config",
+    "front_sha256",
+)  # which older files lack, and new ones without a value too
 
 
 def versions() -> dict[str, str]:
@@ -217,6 +245,7 @@ def build_classifier(
     student_factory: str | None = None,
     segmenter: Segmenter | None = None,
     *,
+    front: Front | None = None,
     to_train: bool = True,
     weights: Weights | None = None,
 ) -> Classifier:
@@ -226,6 +255,7 @@ def build_classifier(
         config: the configuration.
         student_factory: as in `load_classifier`.
         segmenter: the segmenter that the configuration names, already built.
+        front: the front that the configuration names, already built, if it has functions of the user's own.
         to_train: the classifier is to be trained, so check that it can be.
         weights: as in `build_network`.
 
@@ -252,7 +282,9 @@ def build_classifier(
             adapter_bias=not config.bias_free,
             to_train=to_train,
         )
-    classifier = Classifier(network, config.debias, report, config.image_shape, segmenter, config.preprocessing)
+    classifier = Classifier(
+        network, front or config.debias, report, config.image_shape, segmenter, config.preprocessing
+    )
     if config.start is not None and config.start.get("frozen"):
         classifier.freeze_backbone(classes)
     return classifier
@@ -292,7 +324,10 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def load_classifier(
-    directory: str | Path, student_factory: str | None = None, segmenter: str | None = None
+    directory: str | Path,
+    student_factory: str | None = None,
+    segmenter: str | None = None,
+    debias: Debias | None = None,
 ) -> tuple[Classifier, ModelConfig]:
     """Load a saved teacher or student, in evaluation mode on the CPU. No code from its files runs.
 
@@ -302,13 +337,15 @@ def load_classifier(
             if it is the one that the configuration names.
         segmenter: the teacher's segmenter, if that is a function or a file. It runs only if the configuration names the
             same one. A segmenter of torchvision's needs no naming.
+        debias: the front, if it has functions of the user's own. They run only if they are those that the configuration
+            names.
 
     Returns:
         The classifier and its configuration.
 
     Raises:
-        ModelError: the folder holds no classifier, its training is unfinished, its factory or segmenter was not given,
-            or its weights do not fit.
+        ModelError: the folder holds no classifier, its training is unfinished, its factory, segmenter or front was not
+            given, or its weights do not fit.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -317,12 +354,13 @@ def load_classifier(
     try:
         check_factory(config.arch, student_factory)
         segmenter_spec = _permitted_segmenter(config.segmenter, segmenter)
+        front = permitted_front(config.debias, debias, config.image_shape)
     except ModelError as error:
         raise ModelError(Message(f"the model {directory} was not loaded: ", error)) from None
     remedy = f"train it again{f', or give the {student_factory} that it was made with' if student_factory else ''}"
     try:
         built = None if segmenter_spec is None else build_segmenter(segmenter_spec, config.image_shape, weights=False)
-        model = build_classifier(config, student_factory, built, to_train=False)
+        model = build_classifier(config, student_factory, built, front=front, to_train=False)
     except (ModelError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             Message(f"the model that the config.json in {directory} describes cannot be built (", error, f"); {remedy}")
@@ -331,6 +369,11 @@ def load_classifier(
         load_weights(model, directory / WEIGHTS_FILE)
     except ModelError as error:
         raise ModelError(f"the weights in {directory} do not load ({error}); {remedy}") from error
+    if front.sha256 != config.front_sha256:
+        log.warning(
+            f"the code of {' and '.join(functions_in(config.debias))} has changed since the training of {directory}: "
+            "train it again if the front returns other images now"
+        )
     return model.eval(), config
 
 

@@ -1,13 +1,17 @@
 """Debiasing fronts: the first part of a teacher, which hides the shortcut from its network.
 
-A front is a part of the model, so that relevance flows through it back to the pixels that a student sees.
+A front is a part of the model, so that relevance flows through it back to the pixels that a student sees. Not here:
+functions of the user's own, and fronts one after another (`fronts.py`).
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from options import Lazy, Message, Option, Registry
 from pipeline.errors import ModelError
@@ -24,7 +28,9 @@ else:
 
 Front = Callable[["Tensor", "Tensor | None"], "Tensor"]  # images (N, C, H, W), masks (N, 1, H, W) → images (N, C, H, W)
 Masked = Callable[["Tensor", "Tensor"], "Tensor"]  # a front that needs the masks
+Debias = str | Callable[..., Any]  # what a user gives: names with commas between them, or a function
 DEBIAS: Registry[Front] = Registry("debias", ModelError)
+NONE, SEGMENTER = "none", "segmenter"  # names in `DEBIAS`
 
 
 def masked(*, hides_background: bool) -> Callable[[Masked], Front]:
@@ -54,14 +60,86 @@ def masked(*, hides_background: bool) -> Callable[[Masked], Front]:
     return mark
 
 
-def needs_masks(name: str) -> bool:
-    """Return whether the front of this name needs masks; False for a name that is not in `DEBIAS`."""
-    return getattr(DEBIAS.get(name), "needs_masks", False)
+def front_names(debias: str) -> tuple[str, ...]:
+    """Return the names of fronts one after another: entries of `DEBIAS`, and functions, which are not imported.
+
+    Args:
+        debias: names with commas between them, such as ``mask,grayscale`` or ``mask,package.module:function``.
+
+    Raises:
+        ModelError: a name is unknown or missing, or ``none`` stands beside other names.
+    """
+    names = tuple(name.strip() for name in debias.split(","))
+    for name in names:
+        if not name:
+            raise ModelError(
+                Message(
+                    Option("debias", debias), " has a comma without a name beside it: give names such as mask,grayscale"
+                )
+            )
+        if not is_function(name):
+            DEBIAS.check(name)
+    if NONE in names and len(names) > 1:
+        raise ModelError(Message(Option("debias", debias), f" has other fronts beside '{NONE}': leave '{NONE}' out"))
+    return names
 
 
-def hides_background(name: str) -> bool:
-    """Return whether the front of this name hides the background; False for a name that is not in `DEBIAS`."""
-    return getattr(DEBIAS.get(name), "hides_background", False)
+def front_text(debias: Debias) -> str:
+    """Return the names of a front as they are stored; of a function its module and name.
+
+    Raises:
+        ModelError: it is neither text nor a function at the top of a module.
+    """
+    if isinstance(debias, str):
+        return ",".join(name.strip() for name in debias.split(","))
+    name = getattr(debias, "__qualname__", "")
+    if not inspect.isfunction(debias) or not name.isidentifier():
+        what = f"'{name}'" if name else f"a {type(debias).__name__}"
+        raise ModelError(
+            Message(
+                Option("debias"), f" must be names or a function at the top of a module, got {what}: write a function "
+                "with def there",
+            )
+        )  # fmt: skip
+    return f"{_module_name(debias)}:{name}"
+
+
+def is_function(name: str) -> bool:
+    """Return whether a name of a front is a function of the user's own, well spelled or not."""
+    return name not in DEBIAS and any(sign in name for sign in ":./")
+
+
+def functions_in(debias: str) -> tuple[str, ...]:
+    """Return the user's own functions among fronts one after another; a name that is not known is none of them."""
+    return tuple(name.strip() for name in debias.split(",") if is_function(name))
+
+
+def needs_masks(debias: str) -> bool:
+    """Return whether a front of the table in ``debias`` needs masks; False for any other name."""
+    return _any(debias, "needs_masks")
+
+
+def hides_background(debias: str) -> bool:
+    """Return whether a front of the table in ``debias`` hides the background; False for any other name."""
+    return _any(debias, "hides_background")
+
+
+def uses_segmenter(debias: str) -> bool:
+    """Return whether a segmentation network makes the masks for these fronts."""
+    return SEGMENTER in (name.strip() for name in debias.split(","))
+
+
+def _any(debias: str, attribute: str) -> bool:
+    return any(getattr(DEBIAS.get(name.strip()), attribute, False) for name in debias.split(","))
+
+
+def _module_name(function: Callable[..., Any]) -> str:
+    """Return the module of a function; of a script the name by which it can be imported later."""
+    module = sys.modules.get(function.__module__)
+    if function.__module__ != "__main__":
+        return function.__module__
+    spec, file = getattr(module, "__spec__", None), getattr(module, "__file__", None)
+    return spec.name if spec is not None else Path(file).stem if file else function.__module__
 
 
 @DEBIAS.add("grayscale")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from options import Message, Option, takes
 from pipeline.errors import ModelError
-from pipeline.networks.classifier import Classifier, ModelConfig, load_classifier, write_whole
+from pipeline.networks.classifier import Classifier, ModelConfig, load_classifier, read_config, write_whole
+from pipeline.networks.debias import NONE
 from pipeline.networks.formats import FORMATS, ExportOptions
 from pipeline.networks.heads import AttentionPool
 from pipeline.networks.homogeneous import ScaleNorm, copy_of
@@ -47,14 +48,7 @@ def plain(model: Classifier, *, preprocessed: bool = False) -> nn.Module:
         ModelError: a debiasing front stands before the network, which is useless without it, or the network cannot be
             copied.
     """
-    if model.debias != "none":
-        raise ModelError(
-            Message(
-                f"this model's network stands behind the front '{model.debias}' and is useless without it: export a "
-                "student, or a teacher with ",
-                Option("debias", "none"),
-            )
-        )
+    _check_no_front(model.debias)
     try:
         network = copy_of(model.network).eval()
     except Exception as error:
@@ -75,6 +69,17 @@ def plain(model: Classifier, *, preprocessed: bool = False) -> nn.Module:
     assert model.image_shape is not None  # a classifier with a preprocessing has one
     before = model.preprocess.cpu().plain(*model.image_shape[1:])
     return nn.Sequential(OrderedDict(preprocess=before, network=network)).eval()
+
+
+def _check_no_front(debias: str) -> None:
+    if debias != NONE:
+        raise ModelError(
+            Message(
+                f"this model's network stands behind the front '{debias}' and is useless without it: export a "
+                "student, or a teacher with ",
+                Option("debias", NONE),
+            )
+        )
 
 
 def library_form(network: nn.Module, config: ModelConfig, student_factory: str | None) -> nn.Module:
@@ -185,6 +190,7 @@ def export_model(model: str | Path, out: str | Path, format: str, **options: Any
     out = Path(out)
     if out.exists():
         raise FileExistsError(Message(f"{out} exists: choose another ", Option("out"), ", or remove it first"))
+    _check_no_front(read_config(Path(model)).debias)  # before it asks to run code
     classifier, config = load_classifier(model, settings.student_factory)
     weights_alone = FORMATS[format].weights_alone
     network = plain(classifier, preprocessed=weights_alone)

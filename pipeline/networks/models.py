@@ -159,7 +159,7 @@ def build_network(
     """
     check_factory(arch, factory)
     report = BiasFreeReport((), ())
-    with _current_folder_importable() if is_factory(arch) else nullcontext():
+    with current_folder_importable() if is_factory(arch) else nullcontext():
         network, name = _build(
             arch, num_classes, image_shape, options or {}, filled=weights is not None or not to_train
         )
@@ -210,7 +210,7 @@ def _try_training(name: str, network: nn.Module, num_classes: int, image_shape: 
     assert failure is not None
     raise ModelError(
         f"the network of {name} takes images of shape {image_shape} in evaluation mode, but not in training mode: "
-        f"{_summary_with_line(failure)}; let its forward work in both modes"
+        f"{summary_with_line(failure)}; let its forward work in both modes"
     ) from failure
 
 
@@ -253,12 +253,12 @@ def call_function(name: str, option: str, what: str) -> Any:
     Raises:
         ModelError: the function cannot be imported, or raises an exception.
     """
-    with _current_folder_importable():
-        function = _import(name, option, what)
+    with current_folder_importable():
+        function = import_function(name, option, what)
         try:
             return function()
         except Exception as error:
-            raise ModelError(f"the {what} '{name}' cannot be built: {_summary_with_line(error)}") from error
+            raise ModelError(f"the {what} '{name}' cannot be built: {summary_with_line(error)}") from error
 
 
 def error_summary(error: BaseException) -> str:
@@ -301,15 +301,15 @@ def _build(
         raise  # it names its remedy
     except Exception as error:
         if (option := _unexpected_keyword(error)) in options:
-            raise _unknown_option(name, str(option), arch, builder, arguments, _summary_with_line(error)) from error
+            raise _unknown_option(name, str(option), arch, builder, arguments, summary_with_line(error)) from error
         if is_factory(arch) and option == "num_classes":
             raise ModelError(
-                f"{name} must take num_classes={num_classes}, with which it is called: {_summary_with_line(error)}"
+                f"{name} must take num_classes={num_classes}, with which it is called: {summary_with_line(error)}"
             ) from error
         if is_factory(arch) or options:
             raise ModelError(
                 f"{name}{with_options} cannot be built for {num_classes} classes and images of shape {image_shape}: "
-                f"{_summary_with_line(error)}"
+                f"{summary_with_line(error)}"
             ) from error
         raise _not_taken(name, arch, image_shape, error) from error
     if not isinstance(network, nn.Module):
@@ -326,7 +326,7 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
     """Return the function that builds a network, and the arguments that we choose for it."""
     arguments: dict[str, Any] = {"num_classes": num_classes}
     if is_factory(arch):
-        function = _import(arch, "student_factory", "factory")
+        function = import_function(arch, "student_factory", "factory")
         if "image_shape" in inspect.signature(function).parameters:
             arguments["image_shape"] = image_shape
         return function, arguments
@@ -343,8 +343,18 @@ def _builder(arch: str, num_classes: int, image_shape: ImageShape) -> tuple[Call
     return of_library.function, of_library.arguments
 
 
-def _import(name: str, option: str, what: str) -> Callable[..., Any]:
-    """Import the function ``package.module:function``; ``option`` and ``what`` are as in `call_function`."""
+def import_function(name: str, option: str, what: str, does: str = "builds a new one") -> Callable[..., Any]:
+    """Import the function ``package.module:function``.
+
+    Args:
+        name: as in `call_function`.
+        option: as in `call_function`.
+        what: as in `call_function`.
+        does: says in the error for a network in place of a function how a function would use it.
+
+    Raises:
+        ModelError: it cannot be imported, does not exist, or is no Python function.
+    """
     module_name, _, function_name = name.partition(":")
     is_path = module_name.endswith(".py") or "/" in module_name or module_name.startswith(".")
     if not module_name or not function_name.isidentifier() or is_path:
@@ -354,7 +364,7 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         raise ModelError(
-            f"the {what} '{name}' cannot be imported: {_summary_with_line(error)}; run where `python -m {module_name}` "
+            f"the {what} '{name}' cannot be imported: {summary_with_line(error)}; run where `python -m {module_name}` "
             "would find it"
         ) from error
     function = getattr(module, function_name, None)
@@ -365,7 +375,7 @@ def _import(name: str, option: str, what: str) -> Callable[..., Any]:
             f"{did_you_mean(function_name, functions) or ' Give the name of one that it has.'}"
         )
     if isinstance(function, nn.Module):
-        raise ModelError(f"the {what} '{name}' is a network and no function: give a function that builds a new one")
+        raise ModelError(f"the {what} '{name}' is a network and no function: give a function that {does}")
     try:
         inspect.signature(function)
     except (ValueError, TypeError) as error:
@@ -381,7 +391,7 @@ def _not_a_function(option: str, name: str) -> ModelError:
 
 
 @contextmanager
-def _current_folder_importable() -> Iterator[None]:
+def current_folder_importable() -> Iterator[None]:
     """Let modules of the current folder be imported, as ``python -m`` does.
 
     Only for as long as it is needed: the folder may have a ``data`` or ``trainer`` of its own.
@@ -485,7 +495,7 @@ def _works_with_biases(arch: str, num_classes: int, image_shape: ImageShape, opt
 def _not_bias_free(name: str, error: Exception) -> ModelError:
     return ModelError(
         Message(
-            f"{name} does not run in its bias-free form: {_summary_with_line(error)}. With its biases it runs: give ",
+            f"{name} does not run in its bias-free form: {summary_with_line(error)}. With its biases it runs: give ",
             Option("bias_free", False),
         )
     )
@@ -507,14 +517,14 @@ def _not_taken(
             remedy += str(parameter.device)
             break
     return ModelError(
-        f"{name} does not take images of shape {image_shape} (channels, height, width): {_summary_with_line(error)}; "
+        f"{name} does not take images of shape {image_shape} (channels, height, width): {summary_with_line(error)}; "
         f"{remedy}"
     )
 
 
-def _summary_with_line(error: BaseException) -> str:
+def summary_with_line(error: BaseException) -> str:
     """Return an error's summary and the line of the user's own code: the command line shows no traceback."""
-    not_theirs = (__file__, *torch.__path__, *torchvision.__path__, "<")
+    not_theirs = (os.path.join(os.path.dirname(__file__), ""), *torch.__path__, *torchvision.__path__, "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return error_summary(error) + where

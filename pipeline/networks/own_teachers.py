@@ -20,7 +20,8 @@ from options import Message, Option
 from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import classes_in, read_weights
 from pipeline.networks.class_map import ClassMap, Given, map_classes, resolve_class_map
-from pipeline.networks.debias import DEBIAS
+from pipeline.networks.debias import NONE, SEGMENTER, Debias, front_text, uses_segmenter
+from pipeline.networks.fronts import Front, build_front
 from pipeline.networks.homogeneous import copy_of
 from pipeline.networks.models import build_network, error_summary, is_factory
 from pipeline.networks.outputs import logits_of, take_logits
@@ -38,7 +39,6 @@ from pipeline.networks.trials import kind_of, trial_images
 
 log = logging.getLogger(__name__)
 HF = "hf:"
-SEGMENTER = "segmenter"
 BACKBONE = "backbone"  # in a store's record of its origin: `tensor_hashes` of the teacher, with commas
 HASH_DIGITS = 10
 
@@ -52,7 +52,7 @@ class OwnTeacher:
         weights: a file of weights, see `read_weights`; None for a function or a module that has its own, and for
             ``hf:FOLDER``, whose folder has them.
         factory: the function ``package.module:function`` once more, if one builds the network: its code is run.
-        debias: the front before the network.
+        debias: the front before the network: names with commas between them, or a function at the top of a module.
         preprocessing: what the network expects of its images; None for what its library says of it.
         class_map: the teacher's classes that stand for each class of the dataset, by name or index; None if they are
             the same.
@@ -61,7 +61,7 @@ class OwnTeacher:
     network: str | nn.Module
     weights: str | None = None
     factory: str | None = None
-    debias: str = "none"
+    debias: Debias = NONE
     preprocessing: PreprocessSpec | None = None
     class_map: tuple[tuple[str, tuple[str | int, ...]], ...] | None = None
     sha256: str = field(init=False, default="")  # of a module's values, so that copies of it are equal
@@ -79,7 +79,7 @@ class OwnTeacher:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        values = (self.weights, self.factory, self.debias, self.preprocessing, self.class_map, self.sha256)
+        values = (self.weights, self.factory, front_text(self.debias), self.preprocessing, self.class_map, self.sha256)
         return str(self), *values
 
     def __str__(self) -> str:
@@ -106,6 +106,7 @@ class Built:
     """The network of a teacher, in evaluation mode and frozen, with what stands in front of it."""
 
     network: nn.Module
+    front: Front
     preprocessing: PreprocessSpec | None
     sha256: str
     record: dict[str, str]
@@ -120,14 +121,15 @@ def build_own(teacher: OwnTeacher, class_names: Sequence[str], image_shape: Imag
         image_shape: (C, H, W) of the dataset's images.
 
     Returns:
-        The network, its preprocessing, its identity (a hash of its values and of what stands before and behind it),
-        and a record of its origin.
+        The network, its front, its preprocessing, its identity (a hash of its values and of what stands before and
+        behind it), and a record of its origin.
 
     Raises:
-        ModelError: the network cannot be built, has no weights, does not take the images, or its classes do not map.
+        ModelError: the network or its front cannot be built, it has no weights, does not take the images, or its
+            classes do not map.
     """
-    DEBIAS.find(teacher.debias)
-    if teacher.debias == SEGMENTER:
+    front = build_front(teacher.debias, image_shape)
+    if uses_segmenter(front.text):
         raise ModelError(
             Message(
                 Option("debias", SEGMENTER), " is a front of trained teachers: give ", Option("debias", "mask"),
@@ -147,11 +149,12 @@ def build_own(teacher: OwnTeacher, class_names: Sequence[str], image_shape: Imag
     if preprocessing is not None:
         log.info(f"images are {preprocessing} for {teacher}")
     name = HF if str(teacher).startswith(HF) else str(teacher)  # a folder may lie elsewhere on another machine
-    specification = (name, teacher.debias, preprocessing, class_map)
+    own_code = () if front.sha256 is None else (front.sha256,)
+    specification = (name, front.text, preprocessing, class_map, *own_code)
     record = {"teacher": str(teacher)}
     if teacher.weights is not None:
         record["weights"] = Path(teacher.weights).name
-    return Built(network, preprocessing, hash_of(network, specification), record)
+    return Built(network, front, preprocessing, hash_of(network, specification), record)
 
 
 def _preprocessing(teacher: OwnTeacher, channels: int) -> PreprocessSpec | None:

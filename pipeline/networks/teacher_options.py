@@ -81,7 +81,10 @@ class OwnTeacherOptions(PreprocessingOptions):
     debias: Annotated[
         str | None,
         Heading(OWN_TEACHER),
-        Doc("Debiasing front of your own network, as for the command train-teacher. Default: none."),
+        Doc(
+            "Debiasing front of your own network, as for the command train-teacher. Default: none. If a saved teacher "
+            "has a front of your own, name its MODULE:FUNCTION here. Its code is run."
+        ),
     ] = None
     class_map: Annotated[
         str | Path | None,

@@ -5,6 +5,7 @@ Not here: how any of them is built (`classifier.py`, `own_teachers.py`, `zero_sh
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipeline.networks.classifier import (
     load_classifier,
     weights_sha256,
 )
+from pipeline.networks.debias import NONE, Debias, front_text, functions_in
+from pipeline.networks.fronts import Front, table_front
 from pipeline.networks.models import is_factory
 from pipeline.networks.own_teachers import HF, OwnTeacher, build_own, class_map_of
 from pipeline.networks.preprocessing import choose_preprocessing
@@ -56,6 +59,7 @@ def load_teacher(
     *,
     student_factory: str | None = None,
     segmenter: str | None = None,
+    debias: Debias | None = None,
 ) -> Teacher:
     """Load a saved classifier, or build a teacher that the user brings, for a dataset.
 
@@ -66,15 +70,16 @@ def load_teacher(
         image_shape: (C, H, W) of the dataset's images.
         student_factory: as in `load_classifier`; or the function that an `OwnTeacher` names, which is then trusted.
         segmenter: as in `load_classifier`.
+        debias: of a saved classifier as in `load_classifier`; of a network or module the front, as in `OwnTeacher`.
 
     Raises:
         ModelError: the teacher cannot be loaded or built, knows other classes, or takes other images.
     """
-    teacher = as_teacher(teacher)
+    teacher = behind(as_teacher(teacher), debias)
     if not isinstance(teacher, Brought):
-        model, config = load_classifier(teacher, student_factory, segmenter)
+        model, config = load_classifier(teacher, student_factory, segmenter, debias)
         check_fits(config, tuple(class_names), image_shape, teacher)
-        return Teacher(model, config, weights_sha256(teacher))
+        return Teacher(model, config, _identity(weights_sha256(teacher), model.front))
     if isinstance(teacher, OwnTeacher) and student_factory is not None and student_factory == teacher.network:
         teacher, student_factory = replace(teacher, factory=student_factory), None
     for option in (Option("student_factory", student_factory), Option("segmenter", segmenter)):
@@ -82,24 +87,45 @@ def load_teacher(
             raise ModelError(Message(option, f" was given, but {teacher} has none: leave the option out"))
     if isinstance(teacher, OwnTeacher):
         built = build_own(teacher, class_names, image_shape)
-        network, preprocessing, debias = built.network, built.preprocessing, teacher.debias
+        network, preprocessing, front = built.network, built.preprocessing, built.front
         sha256, record = built.sha256, built.record
     else:
         network, record = build_zero_shot(teacher, class_names, image_shape)
-        sha256, preprocessing, debias = record.pop("sha256"), None, "none"
+        sha256, preprocessing, front = record.pop("sha256"), None, table_front(NONE)
     config = ModelConfig(
         kind="teacher",
         arch=str(teacher),
         bias_free=False,
-        debias=debias,
+        debias=front.text,
+        front_sha256=front.sha256,
         class_names=tuple(class_names),
         image_shape=image_shape,
         dataset={},
         training={},
         preprocessing=preprocessing,
     )
-    model = Classifier(network, debias, image_shape=image_shape, preprocessing=preprocessing).eval()
+    model = Classifier(network, front, image_shape=image_shape, preprocessing=preprocessing).eval()
     return Teacher(model, config, sha256, record)
+
+
+def _identity(weights: str, front: Front) -> str:
+    """Return the identity of a saved teacher by that of its weights, and of the user's own functions in its front."""
+    return weights if front.sha256 is None else hashlib.sha256(f"{weights} {front.sha256}".encode()).hexdigest()
+
+
+def behind(teacher: str | Path | Brought, debias: Debias | None) -> str | Path | Brought:
+    """Return a network of the user's own with this front. A saved classifier, which has its own, is returned as it is.
+
+    Raises:
+        ModelError: the teacher has another front, or none can stand before it.
+    """
+    if debias is None or not isinstance(teacher, Brought):
+        return teacher
+    text = front_text(debias)
+    if isinstance(teacher, OwnTeacher) and front_text(teacher.debias) in (NONE, text):
+        return replace(teacher, debias=debias)
+    other = f"its front is '{front_text(teacher.debias)}'" if isinstance(teacher, OwnTeacher) else "it has none"
+    raise ModelError(Message(Option("debias", text), f" was given for {teacher}, but {other}: leave the option out"))
 
 
 def as_teacher(teacher: str | Path | Brought | nn.Module) -> str | Path | Brought:
@@ -147,7 +173,8 @@ def parse_teacher(
     Args:
         teacher: the name.
         options: the options of ``clip:ARCH``; other teachers have none of them.
-        own: the options of a network by name, such as ``timm:resnet18``; other teachers have none of them.
+        own: the options of a network by name, such as ``timm:resnet18``. Other teachers have none of them; of a saved
+            classifier, ``debias`` may name the user's own functions, for `load_classifier`.
 
     Raises:
         ModelError: a teacher is given options that it does not have, or a file of theirs cannot be read.
@@ -158,7 +185,9 @@ def parse_teacher(
     if not is_clip:
         _refuse(options, name, "vision-language teachers", Option("teacher", f"{PREFIX}RN50"))
     if not is_own:
-        _refuse(own, name, "networks by their name", Option("teacher", "timm:resnet18"))
+        of_saved = not is_clip and own.debias is not None and functions_in(own.debias)  # it names them to let them run
+        other = replace(own, debias=None) if of_saved else own
+        _refuse(other, name, "networks by their name", Option("teacher", "timm:resnet18"))
     if is_own:
         return _own(name, own)
     if not is_clip:
@@ -182,7 +211,7 @@ def _own(name: str, own: OwnTeacherOptions) -> OwnTeacher:
         network=name,
         weights=None if own.weights is None else str(own.weights),
         factory=name if is_factory(name) else None,
-        debias=own.debias or "none",
+        debias=own.debias or NONE,
         preprocessing=choose_preprocessing(own, default),
         class_map=class_map_of(None if own.class_map is None else read_class_map(own.class_map)),
     )

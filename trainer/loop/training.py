@@ -28,6 +28,7 @@ from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, sav
 from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
+from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
@@ -79,8 +80,8 @@ class Training:
 
     out: the folder of the run. config: describes the classifier. record: the options as the user gave them, for
     ``config.yaml``. purpose: `TEACHER` or `STUDENT`, a part of the seed of the initial weights. student_factory,
-    segmenter: code and a network that the classifier is built with. weights: those that it starts from. notes: what
-    the log tells when the training starts, but not when it is resumed.
+    segmenter, front: code and a network that the classifier is built with. weights: those that it starts from. notes:
+    what the log tells when the training starts, but not when it is resumed.
     """
 
     out: str | Path
@@ -92,13 +93,16 @@ class Training:
     purpose: int
     student_factory: str | None = None
     segmenter: Segmenter | None = None
+    front: Front | None = None
     weights: Weights | None = None
     notes: tuple[Message, ...] = ()
 
     def build(self, *, to_train: bool = False) -> Classifier:
         """Build the classifier, with random weights, or those that it starts from if it is to be trained."""
         weights = self.weights if to_train else None
-        return build_classifier(self.config, self.student_factory, self.segmenter, to_train=to_train, weights=weights)
+        return build_classifier(
+            self.config, self.student_factory, self.segmenter, front=self.front, to_train=to_train, weights=weights
+        )
 
 
 @dataclass
@@ -300,7 +304,8 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     timed = Timed(cleanup.enter_context(closing(batches)))
     state.model.train()
     passes: Passes = partial(forward_backward, state.model, training.material.store, settings, state.autocast)
-    known_code = training.student_factory is None and training.segmenter is None
+    own_front = training.front is not None and bool(training.front.own)
+    known_code = training.student_factory is None and training.segmenter is None and not own_front
     recorded = known_code if runtime.cuda_graph is None else runtime.cuda_graph
     if device.type == "cuda" and ranks.ranks == 1 and recorded:
         passes = Recorded(passes, state.learnt)

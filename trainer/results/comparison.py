@@ -230,7 +230,14 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
     dataset = open_tested(recorded_data(models) if data is None else data)
     shape = dataset.test_splits[0].image_shape
     teachers = [
-        load_teacher(model, dataset.class_names, shape, student_factory=code.student_factory, segmenter=code.segmenter)
+        load_teacher(
+            model,
+            dataset.class_names,
+            shape,
+            student_factory=code.student_factory,
+            segmenter=code.segmenter,
+            debias=code.debias,
+        )
         for model, code in own_code(models, settings)
     ]
     reference = _reference(models, teachers, settings.reference, dataset)

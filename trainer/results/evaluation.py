@@ -62,6 +62,7 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
         dataset.test_splits[0].image_shape,
         student_factory=settings.student_factory,
         segmenter=settings.segmenter,
+        debias=settings.debias,
     )
     tell_untested([(str(model), teacher.model)], dataset)
     config, device = teacher.config, pick_device(settings.device)

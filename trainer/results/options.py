@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from options import Among, Doc, Ge, Heading, Kind, Le, OptionSet
-from options.common import CUSTOM_CODE, DatasetPlace, Device, Fit, SavedSegmenter, StudentFactory
+from options.common import CUSTOM_CODE, DatasetPlace, Device, Fit, SavedFront, SavedSegmenter, StudentFactory
 from pipeline import EXPLAINERS, RelevanceError
 
 EPSILON = 0.1  # ε of a map: the middle of the range from which a store draws by default
@@ -24,6 +24,7 @@ class OwnCode(OptionSet):
 
     student_factory: StudentFactory = None
     segmenter: SavedSegmenter = None
+    debias: SavedFront = None
 
 
 @dataclass(frozen=True, kw_only=True)

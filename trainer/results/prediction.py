@@ -185,7 +185,7 @@ def _plan(settings: PredictOptions) -> _Plan:
     files = find_images([Path(each) for each in ([settings.images] if one else settings.images)], log.warning)
     if not files:
         raise DatasetError("there are no files to predict: give image files, or folders that have some")
-    model, config = load_classifier(settings.model, settings.student_factory, settings.segmenter)
+    model, config = load_classifier(settings.model, settings.student_factory, settings.segmenter, settings.debias)
     if model.needs_masks:
         raise ModelError(
             f"the front of {settings.model} needs masks, which image files do not have: use its student, which needs "

@@ -25,7 +25,9 @@ from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import read_config, versions
+from pipeline.networks.debias import functions_in
 from pipeline.networks.models import is_factory
+from pipeline.networks.own_teachers import OwnTeacher
 from pipeline.networks.segmenters import TORCHVISION
 from pipeline.networks.teachers import Brought, absolute_teacher
 from teacher_cache import Cache, CacheError, open_cache
@@ -200,7 +202,12 @@ def load_shown(model: str | Path | Brought, dataset: Dataset, code: OwnCode) -> 
     """Load a model on the CPU, and return it with the title of its column. Raises ModelError as `load_teacher` does."""
     shape = next(iter(dataset.splits.values())).image_shape
     teacher = load_teacher(
-        model, dataset.class_names, shape, student_factory=code.student_factory, segmenter=code.segmenter
+        model,
+        dataset.class_names,
+        shape,
+        student_factory=code.student_factory,
+        segmenter=code.segmenter,
+        debias=code.debias,
     )
     return teacher.model, str(model) if isinstance(model, Brought) else Path(str(absolute_teacher(model))).name
 
@@ -214,12 +221,17 @@ def own_code(models: Sequence[str | Path | Brought], code: OwnCode) -> list[tupl
         of and (config is None or (config.segmenter is not None and not config.segmenter.startswith(TORCHVISION)))
         for of, config in zip(saved, configs, strict=True)
     ]
+    fronted = [
+        of and (config is None or bool(functions_in(config.debias))) for of, config in zip(saved, configs, strict=True)
+    ]
+    taken = any(isinstance(model, OwnTeacher) and model.debias == code.debias for model in models)
     return [
         (
             model,
             OwnCode(
                 student_factory=code.student_factory if built[place] or not any(built) else None,
                 segmenter=code.segmenter if masked[place] or not any(masked) else None,
+                debias=code.debias if fronted[place] or not (any(fronted) or taken) else None,
             ),
         )
         for place, model in enumerate(models)
