@@ -1,0 +1,197 @@
+"""What the dataset of solar cells promises: its splits, its biases, its masks, and its errors."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import DatasetError, make_solar_cells, open_dataset
+
+elpv = pytest.importorskip("elpv_dataset.utils", reason="elpv-dataset is not installed")
+SIZE = 40
+STAMP = 4, 8  # its height and width
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Read the 2,624 photographs once, not for each dataset."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elpv, "load_dataset", functools.cache(elpv.load_dataset))
+        yield
+
+
+@pytest.fixture(scope="module")
+def photographs(read_once) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return elpv.load_dataset()
+
+
+@pytest.fixture(scope="module")
+def folder(read_once, tmp_path_factory) -> Path:
+    """A dataset of each bias."""
+    path = tmp_path_factory.mktemp("solar")
+    for bias in ("stamp", "type", "none"):
+        make_solar_cells(path / bias, bias=bias, size=SIZE)
+    return path
+
+
+def scaled(images: np.ndarray) -> np.ndarray:
+    return np.stack([Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BILINEAR) for image in images])
+
+
+def cells_of(split, photographs) -> list[int]:
+    """The numbers of the cells of a split, by their pixels without the stamp's corner."""
+    numbers = {image[: -STAMP[0]].tobytes(): number for number, image in enumerate(scaled(photographs[0]))}
+    return [numbers[image[0, : -STAMP[0]].tobytes()] for image in split.images[:]]
+
+
+def test_splits_share_no_cell_and_are_the_same_cells_whatever_the_bias_is(folder, photographs):
+    stamp, kind, none = (
+        {name: cells_of(split, photographs) for name, split in open_dataset(folder / bias).splits.items()}
+        for bias in ("stamp", "type", "none")
+    )
+    assert {name: len(cells) for name, cells in stamp.items()} == {
+        "train": 1574,
+        "validation": 131,
+        "iid": 919,
+        "ood": 919,
+        "shift": 919,
+    }
+    assert stamp["iid"] == stamp["ood"] == stamp["shift"]
+    assert sorted(stamp["train"] + stamp["validation"] + stamp["iid"]) == list(range(2624))
+    assert none == {name: stamp[name] for name in ("train", "validation", "iid")}
+    for name, cells in kind.items():
+        assert set(cells) <= set(stamp[name])
+
+
+@pytest.mark.parametrize("bias", ["stamp", "type", "none"])
+def test_a_cell_is_defective_above_a_probability_of_a_half(folder, photographs, bias):
+    _, probabilities, types = photographs
+    dataset = open_dataset(folder / bias)
+    assert dataset.class_names == ("functional", "defective")
+    for split in dataset.splits.values():
+        for cell, label, group in zip(cells_of(split, photographs), split.labels[:], split.groups[:], strict=True):
+            assert label == (probabilities[cell] in (2 / 3, 1))
+            assert dataset.group_name(group).split(",")[0] == types[cell]
+    if bias == "stamp":
+        assert dataset.split("train").labels[:].sum() == 507
+
+
+def test_the_stamp_tells_the_class_in_training_is_missing_in_ood_and_misleads_in_shift(folder, photographs):
+    dataset = open_dataset(folder / "stamp")
+    plain = scaled(photographs[0])
+    (height, width), defective = STAMP, {"train", "validation", "iid"}
+    for name, split in dataset.splits.items():
+        images, labels = split.images[:, 0], split.labels[:]
+        stamped = (images != plain[cells_of(split, photographs)]).any((1, 2))
+        expected = labels == 1 if name in defective else labels == 0 if name == "shift" else np.zeros(len(labels), bool)
+        assert np.array_equal(stamped, expected)
+        corners = images[stamped, -height:, -width:]
+        assert (corners == corners[:1]).all(), "it is always the same stamp"
+        assert np.array_equal([", stamped" in dataset.group_name(group) for group in split.groups[:]], stamped)
+
+
+def test_masks_cover_all_but_the_stamps_corner_in_every_image(folder):
+    expected = np.full((SIZE, SIZE), 255, np.uint8)
+    expected[-STAMP[0] :, -STAMP[1] :] = 0
+    for split in open_dataset(folder / "stamp").splits.values():
+        assert (split.masks[:] == expected).all()
+    for bias in ("type", "none"):
+        assert all(split.masks is None for split in open_dataset(folder / bias).splits.values())
+
+
+@pytest.mark.parametrize("size", [20, 64, 300])
+def test_a_mask_hides_the_whole_stamp_at_any_size(tmp_path, size):
+    make_solar_cells(tmp_path / "d", size=size, limit=8)
+    splits = open_dataset(tmp_path / "d").splits
+    iid, ood, shift = (splits[name] for name in ("iid", "ood", "shift"))
+    assert iid.image_shape == (1, size, size)
+    kept = iid.masks[:] > 0
+    assert kept.mean() == pytest.approx(0.98, abs=0.005)
+    for split in (iid, shift):
+        differs = split.images[:] != ood.images[:]
+        assert differs.any()
+        assert not (differs & kept).any()
+
+
+def test_the_type_tells_the_class_in_training_nothing_in_ood_and_misleads_in_shift(folder):
+    for name, split in open_dataset(folder / "type").splits.items():
+        labels, types = split.labels[:], split.groups[:]
+        if name == "ood":
+            for label in (0, 1):
+                mono, poly = np.bincount(types[labels == label])
+                assert mono == poly > 100
+        else:
+            assert ((labels == types) == (name != "shift")).all()
+            assert len(np.unique(labels)) == 2
+
+
+def test_images_are_scaled_down_with_antialiasing(folder, photographs):
+    """The mean brightness stays, as no pixel of a photograph is left out."""
+    images = photographs[0]
+    split = open_dataset(folder / "none").split("iid")
+    cells = cells_of(split, photographs)
+    means = images[cells].mean((1, 2))
+    assert np.abs(split.images[:].mean((1, 2, 3)) - means).max() < 2
+    assert np.array_equal(split.images[0, 0], scaled(images[cells[:1]])[0])
+
+
+def test_three_channels_repeat_the_grey_values(folder, tmp_path):
+    make_solar_cells(tmp_path / "d", size=SIZE, channels=3, limit=10)
+    grey = open_dataset(folder / "stamp")
+    for name, split in open_dataset(tmp_path / "d").splits.items():
+        assert split.image_shape == (3, SIZE, SIZE)
+        assert np.array_equal(split.images[:], np.repeat(grey.split(name).images[:10], 3, axis=1))
+
+
+def test_the_same_seed_gives_the_same_dataset_and_another_one_other_splits(folder, tmp_path):
+    for name, seed in (("same", 0), ("other", 1)):
+        make_solar_cells(tmp_path / name, size=SIZE, seed=seed)
+    first, same, other = (
+        open_dataset(path).splits for path in (folder / "stamp", tmp_path / "same", tmp_path / "other")
+    )
+    for split in first:
+        assert first[split].fingerprint == same[split].fingerprint != other[split].fingerprint
+        assert not np.array_equal(first[split].labels[:], other[split].labels[:])
+
+
+def test_the_dataset_names_the_photographs_licence_and_source(folder):
+    for bias in ("stamp", "type", "none"):
+        builder = json.loads((folder / bias / "zarr.json").read_text())["attributes"]["builder"]
+        assert builder["licence"].startswith("CC BY-NC-SA 4.0")
+        assert builder["source"].startswith("elpv-dataset 1.")
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "elpv_dataset", None)
+    monkeypatch.setitem(sys.modules, "elpv_dataset.utils", None)
+    with pytest.raises(DatasetError, match=r"elpv-dataset.* is not installed: pip install -e \"\.\[data\]\""):
+        make_solar_cells(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def wrong(kind: str, photographs):
+    images, probabilities, types = (array[:10] for array in photographs)
+    if kind == "unreadable":
+        raise OSError("image file is truncated")
+    if kind == "other images":
+        images = images[:, :200]
+    if kind == "other types":
+        types = np.array(["thin"] * 10)
+    return images, probabilities, types
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("unreadable", "truncated"), ("other images", r"uint8 \(10, 200, 300\)"), ("other types", "the type 'thin'")],
+)
+def test_a_damaged_package_is_named_with_the_remedy_and_nothing_is_left(tmp_path, monkeypatch, photographs, kind, says):
+    monkeypatch.setattr(elpv, "load_dataset", lambda: wrong(kind, photographs))
+    with pytest.raises(DatasetError, match=rf"elpv-dataset.*{says}.*pip install --force-reinstall elpv-dataset"):
+        make_solar_cells(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
