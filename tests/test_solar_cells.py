@@ -1,17 +1,32 @@
-"""What the dataset of solar cells promises: its splits, its biases, its masks, and its errors."""
+"""What the dataset of solar cells promises, its splits, biases, masks and errors, and what its table does."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data import DatasetError, make_solar_cells, open_dataset
+from data.builders.solar_cells import SolarCellsOptions
+from options import option_fields
+from pipeline import load_classifier
+from pipeline.caching.options import CachingOptions
+from teacher_cache import open_cache
+from trainer import TrainingError, evaluate
+from trainer.reproduction import reproduce as module
+from trainer.reproduction.plan import chosen, plan
+from trainer.reproduction.profiles import BENCHMARKS, SOLAR_CELLS, Profile, SolarCellsTableOptions, with_arch
+from trainer.reproduction.reproduce import reproduce
+from trainer.results.evaluation import wilson_interval
+from trainer.results.tables import summarise
+from trainer.settings import StudentOptions, TeacherOptions
 
 elpv = pytest.importorskip("elpv_dataset.utils", reason="elpv-dataset is not installed")
 SIZE = 40
@@ -195,3 +210,135 @@ def test_a_damaged_package_is_named_with_the_remedy_and_nothing_is_left(tmp_path
     with pytest.raises(DatasetError, match=rf"elpv-dataset.*{says}.*pip install --force-reinstall elpv-dataset"):
         make_solar_cells(tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+# --- the table ----------------------------------------------------------------------------------------------
+
+
+STAMP_PROFILE = SOLAR_CELLS["stamp"]
+TINY = {
+    "teacher": {**STAMP_PROFILE.teacher, "steps": 2, "batch_size": 20},
+    "student": {**STAMP_PROFILE.student, "steps": 2, "batch_size": 20, "snapshots": 1},
+    "of_row": {},
+    "limit": 40,
+    "draws": 1,
+}
+
+
+def tiny(name: str, **more: Any) -> Profile:
+    profile = SOLAR_CELLS[name]
+    data = {**profile.data, "size": SIZE}
+    own = profile.teacher_data and {**profile.teacher_data, "size": SIZE}
+    return dataclasses.replace(profile, data=data, teacher_data=own, **{**TINY, **more})
+
+
+def run(out: Path, profile: Profile, methods: list[str]) -> list[dict[str, Any]]:
+    return reproduce(out, profile, methods, seeds=1, device="cpu", echo=lambda _: None)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    for name in ("heatmap_picture", "groups_picture", "curves_picture"):  # which take seconds
+        monkeypatch.setattr(module, name, lambda *_: None)
+
+
+def test_the_table_has_intervals_and_the_share_of_the_relevance_on_the_stamp(tmp_path, no_pictures):
+    results = run(tmp_path / "r", tiny("stamp"), ["erm", "lrp", "isnet"])
+    assert [line["method"] for line in results] == ["teacher", "erm", "lrp", "isnet"]
+    assert load_classifier(tmp_path / "r" / "models" / "teacher")[1].debias == "mask"
+    for line in results:
+        scores = evaluate(tmp_path / "r" / "data.zarr", tmp_path / "r" / line["model"], device="cpu")["splits"]
+        for key in ("interval", "samples", "classes", "only_prediction", "on_object"):
+            assert line[key] == {split: scores[split][key] for split in ("iid", "ood", "shift")}
+    head, _, *rows = (tmp_path / "r" / "report" / "table.md").read_text().splitlines()
+    cells = [dict(zip(head.split(" | "), row.split(" | "), strict=True)) for row in rows]
+    assert cells[0]["on stamp"] == "0.00"
+    for line, row in zip(results, cells, strict=True):
+        for split, title in (("iid", "IID"), ("ood", "OOD"), ("shift", "shift")):
+            low, high = line["interval"][split]  # of one seed
+            assert row[f"95 % interval: {title}"] == f"{low:.1f}–{high:.1f}"
+        assert float(row["on stamp"]) == pytest.approx(100 - line["on_object"]["shift"], abs=0.006)
+
+
+def test_the_usual_rows_are_the_teacher_erm_distillation_and_the_rivals_that_use_masks():
+    rows = {"teacher", "erm", "lrp", "output", "features"}
+    assert set(chosen(SOLAR_CELLS["stamp"], None)) == rows | {"rrr", "isnet"}
+    assert set(chosen(SOLAR_CELLS["type"], None)) == rows | {"lrp-output"}, "no row needs a mask"
+
+
+def test_the_interval_over_seeds_is_that_of_the_mean_for_the_images_of_one_test():
+    line = {"method": "erm", "title": "ERM", "teacher": None, "published": None, "seconds": 1.0, "gap": 0.0}
+    line |= {"ood": 50.0, "shift": 50.0, "samples": {"iid": 100, "ood": 100, "shift": 100}}
+    benchmark = BENCHMARKS["solar-cells"]
+    (row,) = summarise([{**line, "seed": seed, "iid": iid} for seed, iid in enumerate((70.0, 90.0))], benchmark)
+    low, high = wilson_interval(80, 100)
+    assert row.intervals["IID"] == pytest.approx((100 * low, 100 * high))
+    (row,) = summarise([{**line, "seed": 0, "iid": 80.0}], dataclasses.replace(benchmark, intervals=False))
+    assert row.intervals == {}
+
+
+def test_a_teacher_of_balanced_types_learns_from_a_dataset_of_its_own_and_all_are_tested_on_the_students(
+    tmp_path, no_pictures
+):
+    out = tmp_path / "r"
+    results = run(out, tiny("type"), ["lrp"])
+    own, data = open_dataset(out / "teacher-data.zarr"), open_dataset(out / "data.zarr")
+    assert len(np.unique(2 * own.split("train").labels[:] + own.split("train").groups[:])) == 4
+    assert load_classifier(out / "models" / "teacher")[1].dataset["fingerprint"] == own.split("train").fingerprint
+    assert (
+        open_cache(out / "stores" / "teacher-flex-train.zarr").info.dataset.fingerprint
+        == data.split("train").fingerprint
+    )
+    for line in results:
+        scores = evaluate(out / "data.zarr", out / line["model"], device="cpu")
+        assert [line[split] for split in ("iid", "ood", "shift")] == [scores[name] for name in ("iid", "ood", "shift")]
+
+
+def test_a_profile_chooses_the_explainer_the_front_the_start_and_the_options_of_stores_in_one_place():
+    profile = dataclasses.replace(
+        STAMP_PROFILE,
+        explainer="gamma",
+        caching={"resolution": 2},
+        epsilon_range=(0.3, 0.4),
+        teacher={**STAMP_PROFILE.teacher, "debias": "mask-mean", "weights": "imagenet.pth"},
+        student={**STAMP_PROFILE.student, "init": "imagenet.pth"},
+    )
+    stages = plan(profile, chosen(profile, None), 1)
+    stores = [stage for stage in stages if stage.kind == "store"]
+    assert {stage.path for stage in stores} == {
+        f"stores/teacher-gamma-{split}.zarr" for split in ("train", "validation")
+    }
+    for stage in stores:
+        assert stage.options["explainer"] == "gamma"
+        assert stage.options["resolution"] == 2
+        assert stage.options["epsilon_range"] == (0.3, 0.4)
+    (teacher,) = (stage for stage in stages if stage.kind == "teacher")
+    assert (teacher.options["debias"], teacher.options["weights"]) == ("mask-mean", "imagenet.pth")
+    assert {stage.options["init"] for stage in stages if stage.kind == "student"} == {"imagenet.pth"}
+    other = with_arch(profile, "resnet18")
+    assert "weights" not in other.teacher
+    assert "init" not in other.student
+
+
+@pytest.mark.parametrize("name", SOLAR_CELLS)
+def test_a_profile_of_solar_cells_has_options_that_the_stages_take(name):
+    profile = SOLAR_CELLS[name]
+    kinds = {"data": SolarCellsOptions, "teacher": TeacherOptions, "store": CachingOptions, "student": StudentOptions}
+    for stage in plan(profile, chosen(profile, ["all"]), 1):
+        places = {"data": {}, "store": {"data": "d", "teacher": "t"}}.get(stage.kind, {"data": "d"})
+        kinds[stage.kind](out="out", **places, **stage.options)  # raises for an unknown option or a wrong value
+    (field,) = (field for field in option_fields(SolarCellsTableOptions) if field.name == "profile")
+    assert field.choices == tuple(SOLAR_CELLS)
+
+
+def test_a_table_of_an_earlier_version_is_resumed(tmp_path, no_pictures):
+    profile = tiny("stamp")
+    results = run(tmp_path / "r", profile, ["erm"])
+    marker = tmp_path / "r" / "reproduce.json"
+    state = json.loads(marker.read_text())
+    for name in ("explainer", "caching", "teacher_data"):
+        del state["profile"][name]
+    marker.write_text(json.dumps(state))
+    assert run(tmp_path / "r", profile, ["erm"]) == results
+    with pytest.raises(TrainingError, match="explainer: 'flex', 'gamma'"):
+        run(tmp_path / "r", dataclasses.replace(profile, explainer="gamma"), ["erm"])
