@@ -161,8 +161,7 @@ QUOTED_GAPS = {  # of COCO-on-Places the gap alone is quoted
     key: dataclasses.replace(row, published={"gap": gap}) if (gap := {"lrp": 4.4, "features": 15.1}.get(key)) else row
     for key, row in OBJECTS.items()
 }
-STAMPED = ("teacher", "erm", "lrp", "output", "features", "rrr", "isnet")  # usual rows for a stamp that masks hide
-WITHOUT_MASKS = ("teacher", "erm", "lrp", "lrp-output", "features", "output")
+WITHOUT_MASKS = ("teacher", "erm", "lrp", "output", "features")  # rows that need none
 KNOWN_GROUPS = {**OBJECTS, "group-dro": Row("GroupDRO, told the groups", None, "group-dro", "teacher")}
 
 BENCHMARKS = {
@@ -221,7 +220,7 @@ BENCHMARKS = {
             "no stamp",
             "mask",
             OBJECTS,
-            STAMPED,
+            (*WITHOUT_MASKS, "rrr", "isnet"),
             channels=1,
             intervals=True,
             on_stamp=True,
@@ -233,7 +232,7 @@ BENCHMARKS = {
             64,
             "both types of cells in both classes",
             "none",
-            {key: OBJECTS[key] for key in WITHOUT_MASKS},
+            {key: row for key, row in OBJECTS.items() if key in WITHOUT_MASKS},
             WITHOUT_MASKS,
             channels=1,
             intervals=True,
