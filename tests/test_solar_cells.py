@@ -24,6 +24,7 @@ from trainer.reproduction import reproduce as module
 from trainer.reproduction.plan import chosen, plan
 from trainer.reproduction.profiles import BENCHMARKS, SOLAR_CELLS, Profile, SolarCellsTableOptions, with_arch
 from trainer.reproduction.reproduce import reproduce
+from trainer.results import pictures
 from trainer.results.evaluation import wilson_interval
 from trainer.results.tables import summarise
 from trainer.settings import StudentOptions, TeacherOptions
@@ -342,3 +343,16 @@ def test_a_table_of_an_earlier_version_is_resumed(tmp_path, no_pictures):
     assert run(tmp_path / "r", profile, ["erm"]) == results
     with pytest.raises(TrainingError, match="explainer: 'flex', 'gamma'"):
         run(tmp_path / "r", dataclasses.replace(profile, explainer="gamma"), ["erm"])
+
+
+def test_the_titles_of_a_picture_of_two_classes_are_not_cut_off(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, out: figures.append(figure))
+    make_solar_cells(tmp_path / "d", size=SIZE, limit=10)
+    pictures.heatmap_picture(open_dataset(tmp_path / "d"), ("ood", "shift"), {}, tmp_path / "p.png")
+    (figure,) = figures
+    figure.canvas.draw()
+    for panel in figure.subfigs:
+        extent = panel._suptitle.get_window_extent()
+        assert extent.x0 >= 0
+        assert extent.x1 <= figure.bbox.width
