@@ -290,7 +290,7 @@ def test_a_model_and_an_unfinished_training_from_before_the_trial_stay_usable(
     name = factory(lambda k: Ending(ENDINGS["a softmax"][0]))
     options = {"steps": 4, "batch_size": 25, "student_factory": name, "checkpoint_steps": 2}
 
-    def unchecked(config, student_factory, segmenter, *, to_train, weights):
+    def unchecked(config, student_factory, segmenter, **others):
         return build_classifier(config, student_factory, segmenter, to_train=False)
 
     with monkeypatch.context() as patched:
