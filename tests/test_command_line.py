@@ -268,7 +268,7 @@ def test_the_command_line_wins_over_the_other_of_two_options_too(tmp_path, typed
     ],
 )
 def test_each_way_to_give_masks_on_the_command_line_replaces_every_other_one_of_a_file(tmp_path, file, typed, kept):
-    words = [*"make-data image-folder --train t --size 8 --out o".split(), *typed.split()]
+    words = ["make-data", "image-folder", "--train", "t", "--size", "8", "--out", "o", *typed.split()]
     options = parsed(*words, "--config", write(tmp_path / "a.yaml", file))
     assert {name for name in ("masks", "mask_all", "mask_box", "mask_keeps") if options[name] is not None} == kept
 

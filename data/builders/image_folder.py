@@ -156,8 +156,11 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) ->
         groups = read_groups(Path(chosen.groups))
         splits = {name: with_groups(part, name, groups, bad) for name, part in splits.items()}
         names = {f"{name}/{sample.name}" for name, part in splits.items() for sample in part}
-        if unused := len(groups.keys() - names):
-            echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
+        if unused := [name for name in groups if name not in names]:
+            echo(
+                f"{chosen.groups}: {len(unused)} of {len(groups)} rows name no image, such as {unused[0]}: a path is "
+                f"SPLIT/CLASS/FILE, and SPLIT is one of {', '.join(splits)}"
+            )
         _tell_without(splits, "group", echo)
         if not any(sample.group for part in splits.values() for sample in part):
             raise DatasetError(

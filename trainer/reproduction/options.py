@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from options import Doc, Ge, Heading, Kind, OptionSet, Separated
+from options import Doc, Ge, Heading, Kind, Metavar, OptionSet, Separated
 from options.common import Device, Seed
 from trainer.errors import TrainingError
 
@@ -66,6 +66,7 @@ class SweepOptions(OptionSet):
     devices: Annotated[
         tuple[str, ...] | None,
         Separated(),
+        Metavar("DEVICE,…"),
         Heading("Run"),
         Doc("Devices, such as cuda:0,cuda:1. Each trains one student at a time. Default: all GPUs, or the CPU."),
     ] = None
