@@ -21,6 +21,7 @@ class ReproduceOptions(OptionSet):
     methods: Annotated[
         tuple[str, ...] | None,
         Separated(),
+        Metavar("ROW,…"),
         Doc("Rows of the table, such as lrp,output, or all. Default: the usual rows of the benchmark."),
     ] = None
     seeds: Annotated[int, Ge(1), Doc("Number of students in each row. Each has its own seed.")] = 3
