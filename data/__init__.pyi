@@ -4,6 +4,7 @@ from .builders.fashion_on_textures import make_fashion_on_textures
 from .builders.hf import make_hf
 from .builders.image_folder import make_image_folder
 from .builders.masked import make_masked
+from .builders.solar_cells import make_solar_cells
 from .builders.torch_datasets import from_arrays, from_torch
 from .builders.waterbirds import make_waterbirds
 from .builders.webdataset import make_webdataset
@@ -26,6 +27,7 @@ __all__ = [
     "make_hf",
     "make_image_folder",
     "make_masked",
+    "make_solar_cells",
     "make_waterbirds",
     "make_webdataset",
     "open_dataset",

@@ -100,6 +100,7 @@ class _Seen:
         self._learnt: dict[tuple[int, ...], int] = {}  # by sizes: when a layer with parameters last returned such
         self._began: dict[nn.Module, int] = {}
         self._returned = 0
+        self._taken: tuple[int, int] | None = None  # (h, w) of what the first convolution takes
 
     def enters(self, layer: nn.Linear | nn.Conv2d, inputs: Any) -> None:
         if inputs:
@@ -115,6 +116,9 @@ class _Seen:
         self._returned += 1
         sizes = tuple(output.shape)
         entered = [(tuple(x.shape)[2:], x) for x in inputs if isinstance(x, Tensor) and x.dim() == 4]
+        if self._taken is None and isinstance(module, nn.Conv2d) and entered:
+            self._taken = entered[0][0][0], entered[0][0][1]
+            self._no_maps.add(self._taken)  # images that were resized are images
         if isinstance(module, _CHANNELS_FIRST) and len(sizes) == 4:
             self._grids.update([*(grid for grid, _ in entered), sizes[2:]])
         taken = {grid: (self._returned, x) for grid, x in entered if grid not in self._no_maps}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.heads import HeadSpec, attach_head
+from pipeline.networks.preprocessing import PreprocessSpec
 from terminal.spelling import text_of
 
 COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
@@ -277,6 +278,14 @@ def test_a_network_that_ends_in_no_feature_maps_is_refused_with_what_else_there_
 def test_swin_of_one_position_at_its_end_is_refused_as_its_other_maps_lie_otherwise():
     with pytest.raises(ModelError, match="with more than one position"):
         Forward(small_swin().eval(), images(side=8).float(), "attention")
+
+
+@pytest.mark.parametrize("name", COARSE)
+def test_the_feature_maps_behind_a_preprocessing_that_resizes_are_the_networks(name):
+    network = small_resnet().eval()
+    model, x = Classifier(network, preprocessing=PreprocessSpec((0.5,), (0.5,), size=(64, 64))), images(side=48).float()
+    expected = Forward(network, F.interpolate(x, (64, 64)), name).feature_maps
+    assert Forward(model, x, name).feature_maps.shape == expected.shape
 
 
 def test_feature_maps_beside_the_way_to_the_logits_are_refused():

@@ -10,7 +10,7 @@ from options import Message, Option, did_you_mean
 from pipeline.explainers import EXPLAINERS
 from trainer.errors import TrainingError
 from trainer.loop.methods import needs, parse_terms
-from trainer.reproduction.profiles import Options, Profile
+from trainer.reproduction.profiles import USUAL_EXPLAINER, Options, Profile, Row
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Stage:
         path: its path in the reproduction's folder.
         says: its description in a line of progress.
         options: the options of the function that makes it.
-        needs: the stages before it, in the order of that function's parameters.
+        needs: the stages before it, in the order of that function's parameters. Those of a teacher with a dataset of
+            its own are the dataset of the tests, and its own.
         row: the row of a model.
         seed: the seed of a model.
     """
@@ -95,21 +96,34 @@ def before(stage: Stage) -> dict[str, Stage]:
 
 
 def _data(profile: Profile) -> Stage:
-    options = {**profile.data, **({"seed": profile.seed} if profile.table.seeded else {}), "limit": profile.limit}
-    return Stage("data", "data.zarr", profile.table.says, options)
+    return Stage("data", "data.zarr", profile.table.says, _of_data(profile, profile.data))
+
+
+def _of_data(profile: Profile, options: Options) -> Options:
+    return {**options, **({"seed": profile.seed} if profile.table.seeded else {}), "limit": profile.limit}
 
 
 def _teacher(profile: Profile, row: str) -> Stage:
-    options = {**profile.teacher, "debias": profile.table.debias, "bias_free": _bias_free(profile, row)}
+    options = {"debias": profile.table.debias, **profile.teacher, "bias_free": _bias_free(profile, row)}
     options |= {"seed": profile.seed}
     says = f"{row}, which sees {profile.table.sees}: {_length(options)}"
-    return Stage("teacher", f"models/{row}", says, options, (_data(profile),), row, profile.seed)
+    data: tuple[Stage, ...] = (_data(profile),)
+    if profile.teacher_data is not None:
+        own = _of_data(profile, profile.teacher_data)
+        data += (Stage("data", "teacher-data.zarr", f"the teacher's dataset: {profile.table.sees}", own),)
+    return Stage("teacher", f"models/{row}", says, options, data, row, profile.seed)
+
+
+def _explainer(profile: Profile, row: Row) -> str | None:
+    return profile.explainer if row.explainer == USUAL_EXPLAINER else row.explainer
 
 
 def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
     rows = profile.table.rows
     readers = [
-        row for key in profile.rows or rows if ((row := rows[key]).teacher, row.explainer) == (teacher, explainer)
+        row
+        for key in profile.rows or rows
+        if ((row := rows[key]).teacher, _explainer(profile, row)) == (teacher, explainer)
     ]
     explained = profile.draws if split == "train" else 1  # a validation uses the first draw alone
     options = {
@@ -119,6 +133,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
         "draws": None if EXPLAINERS.find(explainer).rules is None else explained,
         "epsilon_range": profile.epsilon_range,
         "seed": profile.seed,
+        **profile.caching,
     }
     says = f"stage one: {teacher}'s maps ({explainer}) of the {split} split, written to a store"
     path = f"stores/{teacher}-{explainer}-{split}.zarr"
@@ -132,10 +147,10 @@ def _student(profile: Profile, key: str, seed: int) -> Stage:
     if row.augment:
         options["augment"] = row.augment
     stores: tuple[Stage, ...] = ()
-    if row.explainer is not None:
+    if (explainer := _explainer(profile, row)) is not None:
         assert row.teacher is not None
         splits = ("train", "validation") if profile.table.biased_validation else ("train",)
-        stores = tuple(_store(profile, row.teacher, row.explainer, split) for split in splits)
+        stores = tuple(_store(profile, row.teacher, explainer, split) for split in splits)
     says = f"{key}, seed {seed}: {_length(options)}"
     return Stage("student", f"models/{key}-{seed}", says, options, (_data(profile), *stores), key, seed)
 

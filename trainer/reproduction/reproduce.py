@@ -38,6 +38,7 @@ from trainer.supervised import train_teacher
 MARKER = "reproduce.json"
 CURVE_IMAGES = 2000  # of each test split
 TOLD = 5  # differences in an error
+OF_SPLITS = ("on_object", "interval", "samples", "classes", "only_prediction")  # recorded of each split
 
 Result = dict[str, Any]
 
@@ -66,9 +67,10 @@ def reproduce(
 
     Returns:
         The lines of ``results.jsonl``, one for each model: ``method``, ``title``, ``seed``, ``arch``; the accuracy in %
-        on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and ``on_object`` of each
-        split, as `evaluate` returns them; ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and of
-        the ``stages`` before it; the ``published`` numbers.
+        on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and ``on_object``,
+        ``interval``, ``samples``, ``classes`` and ``only_prediction`` of each split, as `evaluate` returns them;
+        ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and of the ``stages`` before it; the
+        ``published`` numbers.
 
     Raises:
         FileExistsError: the folder holds anything else.
@@ -164,7 +166,7 @@ def _check_ours(out: Path) -> None:
 def _read_state(marker: Path, profile: Profile) -> dict[str, Any]:
     try:
         state: dict[str, Any] = json.loads(marker.read_text())
-        recorded = state["profile"]
+        recorded = {**_defaults(), **state["profile"]}  # an earlier version has not recorded all of its fields
     except (ValueError, TypeError, KeyError):
         raise TrainingError(
             Message(f"{marker} is damaged: remove the folder, or choose another ", Option("out"))
@@ -179,6 +181,11 @@ def _read_state(marker: Path, profile: Profile) -> dict[str, Any]:
             )
         )
     return state
+
+
+def _defaults() -> Mapping[str, Any]:
+    """Return the profile's fields that have a default, with it."""
+    return dataclasses.asdict(Profile("", {}, {}))
 
 
 def _kept(out: Path, name: str) -> list[Result]:
@@ -231,11 +238,12 @@ def _check_networks(profile: Profile, device: str) -> None:
     """Raise ModelError for networks that cannot be built and a device that cannot be used, before anything is made."""
     pick_device(device)
     side = profile.data.get("size", profile.table.size)
+    channels = profile.data.get("channels", profile.table.channels)
     for of in (profile.teacher, profile.student):
         build_network(
             of["arch"],
             10,
-            (3, side, side),
+            (channels, side, side),
             free_of_biases=bool(profile.teacher["bias_free"]),
             options=of.get("arch_options"),
         )
@@ -248,7 +256,7 @@ def _make(job: _Job, stage: Stage) -> None:
         return
     data, *others = (job.out / needed.path for needed in stage.needs)
     if stage.kind == "teacher":
-        train_teacher(data, path, device=device, **options)
+        train_teacher(others[0] if others else data, path, device=device, **options)
     elif stage.kind == "store":
         (teacher,) = others
         cache_explanations(data, teacher, path, device=device, **options)
@@ -274,7 +282,7 @@ def _test(job: _Job, stage: Stage) -> Result:
         "teacher": row.teacher,
         **{split: scores["splits"][split]["accuracy"] for split in table.tests},
         **{key: scores[key] for key in ("gap", "worst_group")},
-        "on_object": {name: split["on_object"] for name, split in scores["splits"].items()},
+        **{key: {name: split.get(key) for name, split in scores["splits"].items()} for key in OF_SPLITS},
         "groups": [group for split in scores["splits"].values() for group in split["groups"]],
         "steps": result["steps"],
         "batch_size": run.config.training["batch_size"],

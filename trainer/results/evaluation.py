@@ -339,7 +339,7 @@ def _proportion(correct: int, samples: int) -> dict[str, Any]:
     return {"accuracy": 100 * (correct / samples), "interval": [100 * low, 100 * high], "samples": samples}
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Compute the score interval of a proportion (Wilson, JASA 22, 1927), within [0, 1]."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = successes / trials

@@ -81,7 +81,8 @@ def heatmap_picture(
 
     loaded = {title: load_classifier(path)[0] for title, path in models.items()}
     columns, rows = min(10, len(dataset.class_names)), len(models) + 1
-    figure = Figure(figsize=(1.15 * columns + 1.4, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
+    width = max(1.15 * columns + 1.4, 6.4)  # of the title at least
+    figure = Figure(figsize=(width, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
     with legible([*dataset.class_names, *split_names, *models], out) as drawable:
         for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
             panel.suptitle(

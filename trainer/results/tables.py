@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.reproduction.profiles import Benchmark
+from trainer.results.evaluation import wilson_interval
 
 Result = Mapping[str, Any]  # a line of results.jsonl
 MISSING = "–"
-TOTALS = ("gap", "worst group", "on object")  # columns behind those of the splits, in this order
+TOTALS = ("gap", "worst group", "on object", "on stamp")  # columns behind those of the splits, in this order
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Line:
 
     Attributes:
         title: its name.
-        ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object.
+        ours: the test splits, the gap IID − OOD, the worst group, and the share of the relevance on the object or the
+            stamp.
         to_teacher: the accuracy on each split but IID, less the teacher's.
         published: the published accuracies.
         seconds: the mean time of a training in seconds; None for a row that is not trained.
         note: where the values are from.
+        intervals: the 95 % intervals of the mean accuracies for the images of a test, if the benchmark has them.
     """
 
     title: str
@@ -46,6 +49,7 @@ class Line:
     published: Mapping[str, float]
     seconds: float | None
     note: str
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def measured(values: Sequence[float]) -> Measured:
@@ -77,9 +81,11 @@ def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benc
     ours = {heading(split): _known(seeds, split) for split in benchmark.tests}
     ours["gap"] = [result["gap"] for result in seeds if result.get("gap") is not None]
     ours["worst group"] = [group["accuracy"] for result in seeds if (group := result.get("worst_group"))]
-    ours["on object"] = [
-        share for result in seeds if (share := result.get("on_object", {}).get(last)) is not None
-    ]  # of all |relevance|
+    shares = [share for result in seeds if (share := result.get("on_object", {}).get(last)) is not None]
+    if benchmark.on_stamp:  # of all |relevance|
+        ours["on stamp"] = [100 - share for share in shares]
+    else:
+        ours["on object"] = shares
     return Line(
         title=first["title"],
         ours={name: measured(values) for name, values in ours.items() if values},
@@ -92,7 +98,18 @@ def _line(seeds: Sequence[Result], methods: Mapping[str, Sequence[Result]], benc
         seconds=statistics.fmean(result["seconds"] for result in seeds),
         note=f"measured, {len(seeds)} seed{'s' * (len(seeds) > 1)}; "
         + ("no number quoted" if first["published"] is None else "published numbers as quoted"),
+        intervals={
+            heading(split): _interval(statistics.fmean(accuracies), first["samples"][split])
+            for split in benchmark.tests
+            if benchmark.intervals and (accuracies := _known(seeds, split)) and first.get("samples")
+        },
     )
+
+
+def _interval(accuracy: float, samples: int) -> tuple[float, float]:
+    """Compute the 95 % Wilson interval of an accuracy in % for so many images, which all seeds share."""
+    low, high = wilson_interval(accuracy / 100 * samples, samples)
+    return 100 * low, 100 * high
 
 
 def _last_with_masks(methods: Mapping[str, Sequence[Result]], benchmark: Benchmark) -> str | None:
@@ -134,6 +151,7 @@ def _columns(lines: Sequence[Line]) -> list[_Columns]:
 
     columns = (
         of("accuracy", lambda line: line.ours, str),
+        of("95 % interval", lambda line: line.intervals, lambda ends: f"{ends[0]:.1f}–{ends[1]:.1f}"),
         of("less its teacher's", lambda line: line.to_teacher, lambda points: f"{points:+.2f}".replace("-", "−")),
         of("published", lambda line: line.published, lambda score: f"{score:.2f}"),
     )
