@@ -481,7 +481,7 @@ def train_students_command(
     under(
         FILES,
         instead_of(
-            "model",
+            ("model",),
             click.option(
                 "--teacher",
                 type=TeacherName(),
@@ -622,7 +622,7 @@ def _prediction_line(prediction: Prediction, probabilities: bool) -> str:
     under(
         "Samples",
         instead_of(
-            "samples",
+            ("samples",),
             click.option(
                 "--sample",
                 "indices",

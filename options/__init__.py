@@ -12,6 +12,7 @@ from options.fields import (
     Heading,
     InsteadOf,
     Kind,
+    Metavar,
     OptionField,
     OptionSet,
     Positional,
@@ -21,7 +22,7 @@ from options.fields import (
     takes,
 )
 from options.lazy import Lazy
-from options.messages import Call, Message, Option, Word, did_you_mean, first_line, joined, renamed
+from options.messages import Call, Message, Option, Word, did_you_mean, first_line, import_problem, joined, renamed
 from options.registry import Registry
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Le",
     "Lt",
     "Message",
+    "Metavar",
     "Option",
     "OptionField",
     "OptionSet",
@@ -46,6 +48,7 @@ __all__ = [
     "Word",
     "did_you_mean",
     "first_line",
+    "import_problem",
     "joined",
     "option_fields",
     "overridden",

@@ -69,9 +69,12 @@ class Separated:
 
 @dataclass(frozen=True)
 class InsteadOf:
-    """The option is given instead of another one, never together with it: ``InsteadOf("steps")``."""
+    """The option is given instead of others, never together with one of them: ``InsteadOf("steps")``."""
 
-    other: str
+    others: tuple[str, ...]
+
+    def __init__(self, *others: str) -> None:
+        object.__setattr__(self, "others", others)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,13 @@ class Positional:
     """The value is an argument of a command, without a flag. ``metavar`` stands for it in the help."""
 
     metavar: str
+
+
+@dataclass(frozen=True)
+class Metavar:
+    """The word that stands for the value of an option in the help, if its type does not tell: ``Metavar("COLUMN")``."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,9 @@ class OptionField:
     several: bool = False  # of an `Among`
     kind: Kind | None = None
     separator: str | None = None
-    instead_of: str | None = None  # the name of another option; a command takes one of the two
+    instead_of: tuple[str, ...] = ()  # names of other options; a command takes none of them together with this one
     positional: str | None = None  # the metavar, of a `Positional`
+    metavar: str | None = None  # of a `Metavar`
 
     @property
     def required(self) -> bool:
@@ -141,9 +152,9 @@ def option_fields(options: type[OptionSet]) -> tuple[OptionField, ...]:
 
 def overridden(options: type[OptionSet], names: Iterable[str]) -> set[str]:
     """Return the names of options that these override: themselves, and those that exclude one of them."""
-    pairs = [(field.name, field.instead_of) for field in option_fields(options) if field.instead_of is not None]
-    others = dict([*pairs, *((other, name) for name, other in pairs)])
-    return {*names, *(others[name] for name in names if name in others)}
+    own = set(names)
+    pairs = [(field.name, other) for field in option_fields(options) for other in field.instead_of]
+    return own | {other for name, other in pairs if name in own} | {name for name, other in pairs if other in own}
 
 
 @cache
@@ -183,8 +194,9 @@ def _option_field(name: str, hint: Any, default: Any, heading: str) -> OptionFie
         registry=next((note.registry for note in notes if isinstance(note, Among)), None),
         kind=next((note for note in notes if isinstance(note, Kind)), None),
         separator=next((note.separator for note in notes if isinstance(note, Separated)), None),
-        instead_of=next((note.other for note in notes if isinstance(note, InsteadOf)), None),
+        instead_of=next((note.others for note in notes if isinstance(note, InsteadOf)), ()),
         positional=next((note.metavar for note in notes if isinstance(note, Positional)), None),
+        metavar=next((note.text for note in notes if isinstance(note, Metavar)), None),
     )
 
 

@@ -124,6 +124,17 @@ def unknown(option: str, value: object, known: Iterable[object]) -> Message:
     )
 
 
+def import_problem(error: ImportError, library: str) -> str:
+    """Tell why a library cannot be imported, as the end of a sentence: it is missing, or the error that it raised.
+
+    An empty folder of the library's name is a module without content, which counts as missing.
+    """
+    of_library = (error.name or "").partition(".")[0] == library
+    if of_library and (isinstance(error, ModuleNotFoundError) or error.path is None):
+        return "is not installed"
+    return f"cannot be imported ({first_line(error)})"
+
+
 def first_line(error: BaseException | str) -> str:
     """Return the first line of an error's text, or the name of its type if it has no text."""
     lines = str(error).strip().splitlines()

@@ -15,7 +15,7 @@ from options import did_you_mean
 from options.yaml_file import read_yaml
 
 FILE = f"{__name__}.file"  # key of a context's meta: the path of the file
-INSTEAD_OF = "instead_of"  # attribute of a click option: the other one, where a command takes one of the two
+INSTEAD_OF = "instead_of"  # attribute of a click option: the options that it excludes
 
 
 def config_option() -> click.Option:
@@ -39,9 +39,11 @@ def naming_the_file(error: click.BadParameter, ctx: click.Context) -> click.BadP
 
 
 def drop_replaced(ctx: click.Context) -> None:
-    """Reset an option of the file to its default if the command line has the option that is given instead of it."""
+    """Reset an option of the file to its default if the command line has an option that is given instead of it."""
     params = {param.name: param for param in ctx.command.params}
-    pairs = [(name, other) for name, param in params.items() if (other := getattr(param, INSTEAD_OF, None)) in params]
+    pairs = [
+        (name, other) for name, param in params.items() for other in getattr(param, INSTEAD_OF, ()) if other in params
+    ]
     for typed, other in [*pairs, *((other, name) for name, other in pairs)]:
         is_typed = ctx.get_parameter_source(str(typed)) is click.core.ParameterSource.COMMANDLINE
         if is_typed and _is_from_file(ctx, other):

@@ -39,16 +39,16 @@ def under(heading: str, *parts: Any) -> list[Decorator]:
     return [_with_attribute(option, "heading", heading) for option in _flat(parts)]
 
 
-def instead_of(other: str, option: Decorator) -> Decorator:
-    """Mark an option of which a command takes either this one or another one, not both.
+def instead_of(others: tuple[str, ...], option: Decorator) -> Decorator:
+    """Mark an option that a command does not take together with any of some others.
 
-    An option on the command line then replaces the other one of a config file.
+    An option on the command line then replaces the others of a config file.
 
     Args:
-        other: the Python name of the other option.
+        others: the Python names of the other options. Those that the command does not have are ignored.
         option: a decorator such as ``click.option(…)``.
     """
-    return _with_attribute(option, config_file.INSTEAD_OF, other)
+    return _with_attribute(option, config_file.INSTEAD_OF, others)
 
 
 def options(*parts: Any) -> Decorator:

@@ -113,9 +113,10 @@ def options_of(
                 decorators.append(click.argument(field.name, metavar=field.positional, type=_type(field)))
                 continue
             flag = flags.get(field.name) or _flag(field)
-            arguments = {"help": field.doc, **_arguments(field), **changes.get(field.name, {})}
+            metavar = {} if field.metavar is None else {"metavar": field.metavar}
+            arguments = {"help": field.doc, **metavar, **_arguments(field), **changes.get(field.name, {})}
             option = click.option(flag, field.name, **arguments)
-            if field.instead_of is not None:
+            if field.instead_of:
                 option = instead_of(field.instead_of, option)
             decorators += under(field.heading, option)
     return decorators
@@ -150,7 +151,7 @@ def _type(field: OptionField) -> Any:
     if field.kind is not None:
         return KINDS[field.kind]()
     if field.separator is not None:
-        return Names(field.separator)
+        return Names(field.separator, field.registry)
     if field.registry is not None and field.several:
         return RegistryTexts(field.registry, field.or_else)
     if field.registry is not None:

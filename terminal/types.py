@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,11 @@ class Names(click.ParamType):
 
     name = "names"
 
-    def __init__(self, separator: str = ",") -> None:
-        self.separator = separator
+    def __init__(self, separator: str = ",", registry: Mapping[str, Any] | None = None) -> None:
+        self.separator, self._registry = separator, registry
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return None if self._registry is None else f"[{'|'.join(self._registry)}]{self.separator}…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):

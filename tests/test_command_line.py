@@ -63,7 +63,7 @@ def write(path: Path, values: object) -> Path:
 # --- help ---
 
 
-@pytest.mark.parametrize("path", [path for path in COMMANDS if path[0] != "make-data"], ids=" ".join)
+@every_command
 def test_the_help_says_what_an_option_takes(path):
     """PATH and TEXT do not tell a folder from a file or a name, nor NAMES numbers."""
     with whole() as root, click.Context(COMMANDS[path], info_name=path[-1], parent=root) as ctx:
@@ -72,7 +72,7 @@ def test_the_help_says_what_an_option_takes(path):
             for param in COMMANDS[path].params
             if isinstance(param, click.Option) and not param.is_flag
         }
-    assert not {name for name, metavar in told.items() if metavar in ("PATH", "TEXT") or "<" in metavar}
+    assert not {name for name, metavar in told.items() if metavar in ("PATH", "TEXT", "NAMES") or "<" in metavar}
     assert {"NUMBER,…"} >= {metavar for name, metavar in told.items() if name in ("mean", "std")}
 
 
@@ -254,6 +254,23 @@ def test_the_command_line_wins_over_the_other_of_two_options_too(tmp_path, typed
     file = write(tmp_path / "c.yaml", {"arch": "resnet18"})
     options = parsed(*STUDENT, "--student-factory", "a:b", "--config", file)
     assert (options["arch"], options["student_factory"]) == ("small-cnn", "a:b")
+
+
+@pytest.mark.parametrize(
+    ("file", "typed", "kept"),
+    [
+        ({"masks": "m"}, "--mask-box 0,0,12,8 --mask-keeps outside", {"mask_box", "mask_keeps"}),
+        ({"masks": "m"}, "--mask-all f", {"mask_all"}),
+        ({"mask_all": "f", "mask_keeps": "inside"}, "--mask-box 0,0,12,8", {"mask_box", "mask_keeps"}),
+        ({"mask_all": "f", "mask_keeps": "inside"}, "--masks m", {"masks"}),
+        ({"mask_box": "0,0,12,8", "mask_keeps": "inside"}, "--masks m", {"masks"}),
+        ({"mask_box": "0,0,12,8", "mask_keeps": "inside"}, "--mask-keeps outside", {"mask_box", "mask_keeps"}),
+    ],
+)
+def test_each_way_to_give_masks_on_the_command_line_replaces_every_other_one_of_a_file(tmp_path, file, typed, kept):
+    words = ["make-data", "image-folder", "--train", "t", "--size", "8", "--out", "o", *typed.split()]
+    options = parsed(*words, "--config", write(tmp_path / "a.yaml", file))
+    assert {name for name in ("masks", "mask_all", "mask_box", "mask_keeps") if options[name] is not None} == kept
 
 
 MODELS = "--data d --model m --out o.png"

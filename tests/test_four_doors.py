@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import tarfile
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -777,3 +778,27 @@ def test_bad_samples_of_shards_are_left_out_if_asked(shard, tmp_path):
 def test_a_missing_library_is_an_error_with_the_extra(command, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     assert f'is not installed: pip install -e ".[{command}]"' in run(command, tmp_path, "--out", tmp_path / "d")
+
+
+@pytest.mark.parametrize(("command", "module"), [("hf", "datasets"), ("webdataset", "webdataset")])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("import no_such_dependency", "cannot be imported (No module named 'no_such_dependency')"),
+        ("raise ImportError('numpy is too new\\nfor this')", "cannot be imported (numpy is too new)"),
+        (None, "is not installed"),  # a folder of this name is no library
+    ],
+)
+def test_a_library_that_cannot_be_imported_tells_its_own_error(
+    command, module, content, problem, tmp_path, monkeypatch
+):
+    (tmp_path / module).mkdir()
+    if content is not None:
+        (tmp_path / module / "__init__.py").write_text(content)
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    if content is None:
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+        sys.modules[module].__path__ = [str(tmp_path / module)]
+    monkeypatch.syspath_prepend(tmp_path)
+    assert f'{problem}: pip install -e ".[{command}]"' in run(command, tmp_path, "--out", tmp_path / "d")

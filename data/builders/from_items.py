@@ -34,7 +34,7 @@ from data.builders.samples import (
     write_samples,
 )
 from data.errors import DatasetError, check_name
-from options import Doc, Gt, Heading, Kind, Lt, Message, Option, Separated
+from options import Doc, Gt, Heading, Kind, Lt, Message, Metavar, Option, Separated
 
 LOGGER = logging.getLogger(__name__)
 COMPARED = 64  # items of a split that are read twice
@@ -56,10 +56,18 @@ class ItemsOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if there is no split.")
     ] = 0.1
     class_names: Annotated[
-        tuple[str, ...] | None, Separated(), Heading(HOW), Doc("Names of the classes, in the order of their numbers.")
+        tuple[str, ...] | None,
+        Separated(),
+        Heading(HOW),
+        Metavar("CLASS,…"),
+        Doc("Names of the classes, in the order of their numbers."),
     ] = None
     group_names: Annotated[
-        tuple[str, ...] | None, Separated(), Heading(HOW), Doc("Names of the groups, in the order of their numbers.")
+        tuple[str, ...] | None,
+        Separated(),
+        Heading(HOW),
+        Metavar("GROUP,…"),
+        Doc("Names of the groups, in the order of their numbers."),
     ] = None
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out items that cannot be used.")] = False
 

@@ -21,13 +21,12 @@ from data.builders.pictures import Encoded
 from data.builders.registry import HOW, builder
 from data.builders.samples import check_tests
 from data.errors import DatasetError
-from options import Doc, Heading, Kind, Message, Option, Positional, did_you_mean, first_line
+from options import Doc, Heading, Kind, Message, Metavar, Option, Positional, did_you_mean, first_line, import_problem
 
 if TYPE_CHECKING:
     from data.storage import Location
 
 LOGGER = logging.getLogger(__name__)
-MISSING = 'the library datasets, which reads datasets of Hugging Face, is not installed: pip install -e ".[hf]"'
 TRAIN, VALIDATION = ("train", "training"), ("validation", "valid", "val", "dev")
 SHARD = re.compile(r"(.+?)(?:[-_.]\d+(?:-of-\d+(?:-\w+)?)?)?")  # train-00000-of-00002, train_0, train
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream of Arrow
@@ -39,9 +38,12 @@ class HfOptions(ItemsOptions):
     """The options of ``make-data hf``."""
 
     dataset: Annotated[Any, Kind.PATH, Positional("DATASET_FOLDER"), Doc("Folder of the dataset.")]
-    train: Annotated[str | None, Doc("Split of the training images. Default: train, or the only one.")] = None
+    train: Annotated[
+        str | None, Metavar("SPLIT"), Doc("Split of the training images. Default: train, or the only one.")
+    ] = None
     validation: Annotated[
         str | None,
+        Metavar("SPLIT"),
         Doc("Split of the validation images. Default: validation, if any, or a share of the training images."),
     ] = None
     tests: Annotated[
@@ -49,10 +51,18 @@ class HfOptions(ItemsOptions):
         Kind.NAMED_SPLITS,
         Doc("Split of a test by its name, such as ood=test. Repeatable. Default: all other splits under their names."),
     ] = field(default_factory=dict)
-    image: Annotated[str | None, Heading(HOW), Doc("Column of the images. Default: the one of images.")] = None
-    label: Annotated[str | None, Heading(HOW), Doc("Column of the labels. Default: the one of class labels.")] = None
-    mask: Annotated[str | None, Heading(HOW), Doc("Column of the masks. Default: mask, if it has images.")] = None
-    group: Annotated[str | None, Heading(HOW), Doc("Column of the groups. Default: group, if there is one.")] = None
+    image: Annotated[
+        str | None, Heading(HOW), Metavar("COLUMN"), Doc("Column of the images. Default: the one of images.")
+    ] = None
+    label: Annotated[
+        str | None, Heading(HOW), Metavar("COLUMN"), Doc("Column of the labels. Default: the one of class labels.")
+    ] = None
+    mask: Annotated[
+        str | None, Heading(HOW), Metavar("COLUMN"), Doc("Column of the masks. Default: mask, if it has images.")
+    ] = None
+    group: Annotated[
+        str | None, Heading(HOW), Metavar("COLUMN"), Doc("Column of the groups. Default: group, if there is one.")
+    ] = None
 
 
 @builder("hf", HfOptions, example="make-data hf DATASET_FOLDER --test ood=test --size 64 --out DATA.zarr")
@@ -95,8 +105,11 @@ def _opened(folder: Path) -> Iterator[Mapping[str, Any]]:
     """
     try:
         from datasets import DatasetDict, load_dataset, load_from_disk
-    except ImportError:  # a folder called datasets is a module without content
-        raise DatasetError(MISSING) from None
+    except ImportError as error:
+        problem = import_problem(error, "datasets")
+        raise DatasetError(
+            f'the library datasets, which reads datasets of Hugging Face, {problem}: pip install -e ".[hf]"'
+        ) from None
     if not folder.exists():
         raise DatasetError(Message(Option("dataset", str(folder)), " does not exist: give the folder of a dataset"))
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))

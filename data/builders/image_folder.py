@@ -42,7 +42,7 @@ from data.builders.samples import (
     write_samples,
 )
 from data.errors import DatasetError
-from options import Doc, Gt, Heading, Kind, Lt, Message, Option
+from options import Doc, Gt, Heading, Kind, Lt, Message, Metavar, Option
 
 if TYPE_CHECKING:
     from data.storage import Location
@@ -54,9 +54,14 @@ LOGGER = logging.getLogger(__name__)
 class ImageFolderOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     """The options of ``make-data image-folder``."""
 
-    train: Annotated[Any, Kind.PATH, Doc("Folder of the training images, with a folder for each class.")]
+    train: Annotated[
+        Any, Kind.PATH, Metavar("FOLDER"), Doc("Folder of the training images, with a folder for each class.")
+    ]
     validation: Annotated[
-        Any, Kind.PATH, Doc("Folder of the validation images. Default: a share of the training images.")
+        Any,
+        Kind.PATH,
+        Metavar("FOLDER"),
+        Doc("Folder of the validation images. Default: a share of the training images."),
     ] = None
     tests: Annotated[
         Mapping[str, Any], Kind.NAMED_FOLDERS, Doc("Folder of a test by its name, such as ood=DIR. Repeatable.")
@@ -64,7 +69,9 @@ class ImageFolderOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     masks: Annotated[
         Any, Kind.PATH, Doc("Folder with masks under the paths and names of the images. Splits may lack them.")
     ] = None
-    groups: Annotated[Any, Kind.PATH, Doc("CSV file with the columns path and group. Splits may be missing.")] = None
+    groups: Annotated[
+        Any, Kind.PATH, Metavar("FILE.csv"), Doc("CSV file with the columns path and group. Splits may be missing.")
+    ] = None
     validation_share: Annotated[
         float, Gt(0), Lt(1), Heading(HOW), Doc("Share of the training images for validation, if no folder is given.")
     ] = 0.1
@@ -149,8 +156,11 @@ def _paired(splits: Splits, chosen: ImageFolderOptions, bad: Bad, echo: Echo) ->
         groups = read_groups(Path(chosen.groups))
         splits = {name: with_groups(part, name, groups, bad) for name, part in splits.items()}
         names = {f"{name}/{sample.name}" for name, part in splits.items() for sample in part}
-        if unused := len(groups.keys() - names):
-            echo(f"{chosen.groups}: {unused} of {len(groups)} rows name no image")
+        if unused := [name for name in groups if name not in names]:
+            echo(
+                f"{chosen.groups}: {len(unused)} of {len(groups)} rows name no image, such as {unused[0]}: a path is "
+                f"SPLIT/CLASS/FILE, and SPLIT is one of {', '.join(splits)}"
+            )
         _tell_without(splits, "group", echo)
         if not any(sample.group for part in splits.values() for sample in part):
             raise DatasetError(

@@ -31,13 +31,13 @@ class OneMaskOptions(OptionSet):
     mask_all: Annotated[
         Any,
         Kind.PATH,
-        InsteadOf("masks"),
+        InsteadOf(*OWN_MASKS),
         Doc("Mask file for all images. It has the size of the original images or of the dataset's images."),
     ] = None
     mask_box: Annotated[
         str | tuple[int | str, ...] | None,
         Separated(),
-        InsteadOf("mask_all"),
+        InsteadOf(*OWN_MASKS, "mask_all"),
         Doc(
             "Box for all images, in pixels of the dataset's images from the upper left corner: X0,Y0,X1,Y1, where "
             "column X1 and row Y1 are outside."
@@ -45,6 +45,7 @@ class OneMaskOptions(OptionSet):
     ] = None
     mask_keeps: Annotated[
         Keeps | None,
+        InsteadOf(*OWN_MASKS),
         Doc(
             "Part of each image that is the object: inside or outside of the mask or box. outside hides a stamp. "
             "Required for a box; for a mask file, the default is inside."

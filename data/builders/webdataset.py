@@ -25,13 +25,12 @@ from data.builders.pictures import Encoded
 from data.builders.registry import HOW, builder
 from data.builders.samples import check_tests
 from data.errors import DatasetError
-from options import Doc, Heading, Kind, Message, Option, Positional, first_line
+from options import Doc, Heading, Kind, Message, Metavar, Option, Positional, first_line, import_problem
 
 if TYPE_CHECKING:
     from data.storage import Location
 
 LOGGER = logging.getLogger(__name__)
-MISSING = 'the library webdataset, which knows the samples of shards, is not installed: pip install -e ".[webdataset]"'
 NUMBER = re.compile(r"[+-]?\d+")
 META = re.compile(r"(.*/)?__[^/]*__($|/)")  # files on the shard, and no samples
 BLOCK = 512  # bytes of a tar file
@@ -46,24 +45,40 @@ class WebDatasetOptions(ItemsOptions):
         Any, Kind.PATH, Positional("SHARDS"), Doc("Shards of the training images, such as 'train-{000..099}.tar'.")
     ]
     validation: Annotated[
-        Any, Kind.PATH, Doc("Shards of the validation images. Default: a share of the training images.")
+        Any,
+        Kind.PATH,
+        Metavar("SHARDS"),
+        Doc("Shards of the validation images. Default: a share of the training images."),
     ] = None
     tests: Annotated[
         Mapping[str, Any],
         Kind.NAMED_FOLDERS,
+        Metavar("NAME=SHARDS"),
         Doc("Shards of a test by its name, such as 'ood=ood-{0..9}.tar'. Repeatable."),
     ] = field(default_factory=dict)
     image: Annotated[
-        str | None, Heading(HOW), Doc("Suffix of the images, such as 'jpg;png'. Default: any suffix of images.")
+        str | None,
+        Heading(HOW),
+        Metavar("SUFFIX"),
+        Doc("Suffix of the images, such as 'jpg;png'. Default: any suffix of images."),
     ] = None
     label: Annotated[
-        str | None, Heading(HOW), Doc("Suffix of the labels, or json:KEY. Default: cls, or the key label of json.")
+        str | None,
+        Heading(HOW),
+        Metavar("SUFFIX|json:KEY"),
+        Doc("Suffix of the labels, or json:KEY. Default: cls, or the key label of json."),
     ] = None
     mask: Annotated[
-        str | None, Heading(HOW), Doc("Suffix of the masks. Default: mask.png or similar, if there is one.")
+        str | None,
+        Heading(HOW),
+        Metavar("SUFFIX"),
+        Doc("Suffix of the masks. Default: mask.png or similar, if there is one."),
     ] = None
     group: Annotated[
-        str | None, Heading(HOW), Doc("Suffix of the groups, or json:KEY. Default: group, or the key group of json.")
+        str | None,
+        Heading(HOW),
+        Metavar("SUFFIX|json:KEY"),
+        Doc("Suffix of the groups, or json:KEY. Default: group, or the key group of json."),
     ] = None
 
 
@@ -133,8 +148,11 @@ def _shards(pattern: str) -> list[Path]:
     """
     try:
         from webdataset.shardlists import expand_urls
-    except ImportError:
-        raise DatasetError(MISSING) from None
+    except ImportError as error:
+        problem = import_problem(error, "webdataset")
+        raise DatasetError(
+            f'the library webdataset, which knows the samples of shards, {problem}: pip install -e ".[webdataset]"'
+        ) from None
     if re.match(r"\w+:/|pipe:", pattern):
         raise DatasetError(f"{pattern} is a URL, and shards are files on this machine: download them first")
     if os.path.isdir(pattern):

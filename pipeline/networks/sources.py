@@ -15,7 +15,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
-from options import Message, Option, did_you_mean, first_line
+from options import Message, Option, did_you_mean, first_line, import_problem
 from pipeline.errors import ModelError
 from pipeline.networks.preprocessing import INTERPOLATIONS, SHORTEST, SQUASH, PreprocessSpec
 
@@ -123,8 +123,9 @@ def _torchvision_classes(name: str) -> tuple[str, ...] | None:
 def _timm() -> Any:
     try:
         import timm
-    except ImportError:
-        raise ModelError("a timm: network needs timm, which is not installed: pip install timm") from None
+    except ImportError as error:
+        problem = import_problem(error, "timm")
+        raise ModelError(f"a timm: network needs timm, which {problem}: pip install timm") from None
     return timm
 
 
@@ -200,10 +201,9 @@ def _hf_network(num_classes: int, channels: int, config: Mapping[str, Any]) -> n
     """Build the network of a configuration with random weights. No code of the folder runs."""
     try:
         from transformers import AutoConfig, AutoModelForImageClassification
-    except ImportError:
-        raise ModelError(
-            "an hf: network needs transformers, which is not installed: pip install transformers"
-        ) from None
+    except ImportError as error:
+        problem = import_problem(error, "transformers")
+        raise ModelError(f"an hf: network needs transformers, which {problem}: pip install transformers") from None
     settings = {key: value for key, value in config.items() if key not in ("model_type", "id2label", "label2id")}
     settings |= {"num_labels": num_classes, "num_channels": channels}
     try:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from options import Message, Option, Word, did_you_mean
+from options import Message, Option, Word, did_you_mean, import_problem
 from pipeline.errors import ModelError
 from pipeline.log_level import log_level
 from pipeline.networks.heads import l2_norm
@@ -191,9 +191,10 @@ def build_zero_shot(
         raise ModelError(f"{teacher} takes images with 3 channels, the dataset's have {image_shape[0]}")
     try:
         import open_clip
-    except ImportError:
+    except ImportError as error:
+        problem = import_problem(error, "open_clip")
         raise ModelError(
-            f"{teacher} needs open_clip, which is not installed: pip install open_clip_torch, or "
+            f"{teacher} needs open_clip, which {problem}: pip install open_clip_torch, or "
             "pip install -e '.[clip]' in the checkout"
         ) from None
     model, tokenizer = _load(teacher)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from options import Doc, Ge, Heading, Kind, OptionSet, Separated
+from options import Doc, Ge, Heading, Kind, Metavar, OptionSet, Separated
 from options.common import Device, Seed
 from trainer.errors import TrainingError
 
@@ -21,6 +21,7 @@ class ReproduceOptions(OptionSet):
     methods: Annotated[
         tuple[str, ...] | None,
         Separated(),
+        Metavar("ROW,…"),
         Doc("Rows of the table, such as lrp,output, or all. Default: the usual rows of the benchmark."),
     ] = None
     seeds: Annotated[int, Ge(1), Doc("Number of students in each row. Each has its own seed.")] = 3
@@ -66,6 +67,7 @@ class SweepOptions(OptionSet):
     devices: Annotated[
         tuple[str, ...] | None,
         Separated(),
+        Metavar("DEVICE,…"),
         Heading("Run"),
         Doc("Devices, such as cuda:0,cuda:1. Each trains one student at a time. Default: all GPUs, or the CPU."),
     ] = None
