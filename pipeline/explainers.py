@@ -25,18 +25,30 @@ class Explainer:
     """One way to explain decisions; ``read`` makes the maps of a `Forward`, with the arguments of `Forward.maps`.
 
     ``rules`` is the rule set that the pass is traced with; None is an ordinary pass, and maps that know neither class
-    nor ε. ``coarse`` maps have a value for each position of the last feature maps, (N, 1, h, w), others are shaped as
-    the images.
+    nor ε. ``coarse`` maps have a value for each position of feature maps, (N, 1, h, w), others are shaped as the
+    images. These feature maps are the last ones, or, with a ``stride``, the last ones that are that many times smaller
+    than what the network takes.
     """
 
     read: Callable[..., Tensor]
     rules: str | None
     coarse: bool = False
+    stride: int | None = None
 
 
 def heatmaps(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
     """Return ``x · G`` by the rule set, see `explain`."""
     return forward.trace.heatmaps(target_class, epsilon, **graph)
+
+
+def feature_heatmaps(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
+    """Return Σ_k A_k · G_k, the relevance of each position of feature maps A, with G the modified gradient at A.
+
+    The layers behind A alone are explained. Their maps are less noisy than those of the pixels, and account for more of
+    the logit, in deep networks with batch norms. Each position stands for the pixels that it sees (docs/engine.md).
+    """
+    maps = forward.feature_maps
+    return (forward.trace.gradient(target_class, epsilon, at=maps, **graph) * maps).sum(1, keepdim=True)
 
 
 def input_gradient(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
@@ -64,9 +76,12 @@ def attention(forward: Forward, target_class: Tensor, epsilon: float | Tensor, *
     return forward.feature_maps.square().sum(1, keepdim=True)
 
 
+STRIDES = (4, 8, 16, 32)
 EXPLAINERS: Registry[Explainer] = Registry("explainer", RelevanceError)
 for _rules in RULE_SETS:
     EXPLAINERS[_rules] = Explainer(heatmaps, _rules)
 EXPLAINERS["input-gradient"] = Explainer(input_gradient, "gradient-x-input")
 EXPLAINERS["grad-cam"] = Explainer(grad_cam, "gradient-x-input", coarse=True)
+for _stride in STRIDES:
+    EXPLAINERS[f"flex-stride{_stride}"] = Explainer(feature_heatmaps, "flex", coarse=True, stride=_stride)
 EXPLAINERS["attention"] = Explainer(attention, None, coarse=True)

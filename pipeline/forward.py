@@ -41,7 +41,7 @@ class Forward:
         self._explainer = None if explainer is None else EXPLAINERS.find(explainer)
         call = model if masks is None else partial(model, masks=masks)
         coarse = self._explainer is not None and self._explainer.coarse
-        seen = _Seen(images)
+        seen = _Seen(images, coarse and self._explainer is not None and self._explainer.stride is not None)
         with _watched(model, seen, coarse):
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
@@ -49,7 +49,8 @@ class Forward:
                 self.trace = Trace(call, images, self._explainer.rules)
                 self.logits = self.trace.logits
         if coarse:
-            self.feature_maps = seen.feature_maps(str(explainer))
+            assert self._explainer is not None
+            self.feature_maps = seen.feature_maps(str(explainer), self._explainer.stride)
         if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(images):
             raise ModelError(
                 f"the network returns {kind_of(self.logits)} for {len(images)} images: return logits (N, K)"
@@ -92,15 +93,17 @@ class Forward:
 class _Seen:
     """What the hooks of one pass note: what enters layers, and the last activations that have positions."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, strided: bool) -> None:
+        self._strided = strided
         self.entering: dict[int, tuple[nn.Module, Tensor]] = {}  # by number of outputs, of the layer that came last
         self._samples, self._no_maps = len(images), {(1, 1), tuple(images.shape[2:])}
         self._grids = set(self._no_maps)  # (h, w) of what is (N, C, h, w) for certain
-        self._maps: dict[tuple[int, ...], tuple[int, Tensor]] = {}  # by last two sizes: when, and what came last
+        # by last two sizes: when, and what came last; what came before it, as it may turn out to be within a branch
+        self._maps: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
         self._learnt: dict[tuple[int, ...], int] = {}  # by sizes: when a layer with parameters last returned such
         self._began: dict[nn.Module, int] = {}
+        self._taken: tuple[int, int] | None = None  # (h, w) of what the first layer takes
         self._returned = 0
-        self._taken: tuple[int, int] | None = None  # (h, w) of what the first convolution takes
 
     def enters(self, layer: nn.Linear | nn.Conv2d, inputs: Any) -> None:
         if inputs:
@@ -125,20 +128,30 @@ class _Seen:
         if taken and type(module).forward is not nn.Sequential.forward:
             # all that is explained goes through what it takes and what it returns; what is within may be a branch
             began = self._began[module]
-            self._maps = {grid: (when, x) for grid, (when, x) in self._maps.items() if when <= began} | taken
+            before = {grid: [each for each in seen if each[0] <= began] for grid, seen in self._maps.items()}
+            self._maps = {grid: seen for grid, seen in before.items() if seen}
+            for grid, each in taken.items():
+                self._add(grid, each)
         if len(sizes) == 4 and sizes[2:] != (1, 1) and (1, 1) not in dict(entered):  # one position, repeated
-            self._maps[sizes[2:]] = self._returned, output
+            self._add(sizes[2:], (self._returned, output))
         if len(sizes) > 2 and next(module.parameters(), None) is not None:
             self._learnt[sizes] = self._returned
 
-    def feature_maps(self, explainer: str) -> Tensor:
+    def _add(self, grid: tuple[int, ...], each: tuple[int, Tensor]) -> None:
+        """Note an activation; without strides only the last one of a grid counts, and the others are let go."""
+        self._maps[grid] = [*(self._maps.get(grid, []) if self._strided else []), each]
+
+    def feature_maps(self, explainer: str, stride: int | None = None) -> Tensor:
         """The last activation (N, C, h, w) with more than one position that modules hand on to each other.
 
-        Raises ModelError where there is none, and where layers behind it learn of positions that lie otherwise, as
-        tokens do: then it is one of the first and not of the last.
+        With a ``stride`` it is the last one with (h, w) of what the first layer takes, over the stride. Raises
+        ModelError where there is none, and where layers behind it learn of positions that lie otherwise, as tokens do:
+        then the last one is one of the first.
         """
-        candidates = [self._maps[grid] for grid in self._maps.keys() & self._grids]
-        when, maps = max(candidates, default=(0, None), key=lambda each: each[0])
+        candidates = {grid: self._maps[grid][-1] for grid in self._maps.keys() & self._grids}
+        if stride is not None:
+            return self._of_stride(explainer, stride, candidates)
+        when, maps = max(candidates.values(), default=(0, None), key=lambda each: each[0])
         behind = [sizes for sizes, time in self._learnt.items() if time > when and sizes[2:] not in self._grids]
         if maps is None or any(math.prod(sizes[:-1]) > self._samples for sizes in behind):
             raise ModelError(
@@ -150,6 +163,24 @@ class _Seen:
                 )
             )
         return maps
+
+    def _of_stride(self, explainer: str, stride: int, candidates: dict[tuple[int, ...], tuple[int, Tensor]]) -> Tensor:
+        """Return the last activation of a stride; raise ModelError, with the strides that there are, without it."""
+        taken = self._taken or (0, 0)
+        for rounded in (math.ceil, math.floor):  # layers pad, or they do not
+            grid = tuple(rounded(side / stride) for side in taken)
+            if grid in candidates and min(taken) > 0:
+                return candidates[grid][1]
+        strides = sorted({round(taken[0] / grid[0]) for grid in candidates if grid[0]})
+        raise ModelError(
+            Message(
+                f"the explainer '{explainer}' needs feature maps that are {stride} times smaller than the "
+                f"{taken[0]}×{taken[1]} pixels that the network takes, and this network has "
+                + (f"those of stride {', '.join(map(str, strides))}" if strides else "none")
+                + ": choose another ",
+                Option("explainer"),
+            )
+        )
 
 
 # modules whose tensors of four axes are (N, C, h, w), in any network; of others, as of a ReLU, it cannot be known

@@ -26,7 +26,7 @@ from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs,
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
-from trainer.start import keeps_biases, loads_weights, network_of, own_bias_free
+from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, own_bias_free
 from trainer.stream.stream import explained_source, labelled_source
 
 log = logging.getLogger(__name__)
@@ -189,9 +189,11 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: 
                 Message(
                     "the student keeps the biases of the weights that it starts from, although its teacher is "
                     "bias-free: its heatmaps do not account for what they add to a logit (",
-                    Option("bias_free", True), " removes them, and with them what the weights know)",
+                    Option("bias_free", True), " lets them fade out while it trains)",
                 )
             )  # fmt: skip
+    if bias_free:
+        fade_biases(network, weights)
     training = {
         **student.settings.to_dict(),
         "cache": info and {key: value for key, value in info.to_dict().items() if key not in ("dataset", "written_by")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +15,12 @@ from pipeline import ModelError
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
 from pipeline.networks.own_teachers import HF, tensor_hashes
-from pipeline.networks.preprocessing import choose_preprocessing
+from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
 from trainer.errors import TrainingError
 from trainer.settings import StudentOptions, TeacherOptions
+
+FADING = 0.5  # share of the steps of a training in which the additive terms of given weights fade out
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,26 @@ def network_of(
         "hf_config": hf_config,
         "start": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
     }
+
+
+def fade_biases(network: dict[str, Any], weights: Weights | None) -> None:
+    """Let what a bias-free network starts from lose its additive terms step by step, and the mean of its images too.
+
+    Args:
+        network: the fields of `network_of`, changed in place.
+        weights: the weights that it starts from.
+    """
+    if not keeps_biases(weights):
+        return
+    spec: PreprocessSpec | None = network["preprocessing"]
+    network["start"]["fades"] = True
+    if spec is not None:
+        network["start"]["mean"] = list(spec.mean)
+        network["preprocessing"] = dataclasses.replace(spec, mean=(0.0,) * len(spec.mean))
+    log.info(
+        f"the biases of the given weights fade out in the first {FADING:.0%} of the steps, because heatmaps do not "
+        "account for what they add to a logit"
+    )
 
 
 def keeps_biases(weights: Weights | None) -> bool:

@@ -22,7 +22,7 @@ from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
-from trainer.start import network_of, own_bias_free
+from trainer.start import fade_biases, network_of, own_bias_free
 from trainer.stream.stream import labelled_source
 
 
@@ -116,7 +116,10 @@ def _network(options: TeacherOptions, split: Split, weights: Weights | None) -> 
                 )
             )  # fmt: skip
         network["start"] = {**(network["start"] or {}), "frozen": True}
-    return network, own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
+    bias_free = own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
+    if bias_free:
+        fade_biases(network, weights)
+    return network, bias_free
 
 
 def _needing_masks(options: TeacherOptions, front: Front) -> list[Option]:

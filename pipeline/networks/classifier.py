@@ -248,6 +248,7 @@ def build_classifier(
     front: Front | None = None,
     to_train: bool = True,
     weights: Weights | None = None,
+    fades: bool = False,
 ) -> Classifier:
     """Build the classifier that a configuration describes, with random weights, or those that it starts from.
 
@@ -258,6 +259,7 @@ def build_classifier(
         front: the front that the configuration names, already built, if it has functions of the user's own.
         to_train: the classifier is to be trained, so check that it can be.
         weights: as in `build_network`.
+        fades: as in `build_network`; the mean of the preprocessing fades too.
 
     Raises:
         ModelError: see `build_network` and `attach_head`.
@@ -272,6 +274,7 @@ def build_classifier(
         factory=student_factory,
         to_train=to_train,
         weights=weights,
+        fades=fades,
     )
     if config.head is not None:
         attach_head(
@@ -285,6 +288,8 @@ def build_classifier(
     classifier = Classifier(
         network, front or config.debias, report, config.image_shape, segmenter, config.preprocessing
     )
+    if fades and classifier.preprocess is not None and config.start is not None:
+        classifier.preprocess.fade_from(config.start.get("mean", ()))
     if config.start is not None and config.start.get("frozen"):
         classifier.freeze_backbone(classes)
     return classifier

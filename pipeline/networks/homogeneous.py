@@ -61,7 +61,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
         The copy, and the report.
     """
     model = copy_of(model)
-    norms = {module: _scale_norm_like(module) for module in model.modules() if isinstance(module, BatchNormBase)}
+    norms = {module: scale_norm_like(module) for module in model.modules() if isinstance(module, BatchNormBase)}
     if model in norms:
         return norms[model], BiasFreeReport((f"{type(model).__name__} to ScaleNorm",), ())
     changed, could_not = [], []
@@ -71,7 +71,7 @@ def bias_free(model: nn.Module) -> tuple[nn.Module, BiasFreeReport]:
         if module in norms:
             model.set_submodule(name, norms[module])
             changed.append(f"{name}: {type(module).__name__} to ScaleNorm")
-        elif isinstance(module, _WITH_BIAS):
+        elif isinstance(module, WITH_BIAS):
             if module.bias is not None and "bias" not in module._buffers:
                 zeros = torch.zeros_like(module.bias.detach())
                 changed.append(f"{name}: bias removed from {type(module).__name__}")
@@ -102,9 +102,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 def _parametrizations(model: nn.Module) -> set[nn.Module]:
     """Return the modules that compute the weights of layers without an additive term of their own."""
-    layers = [
-        layer for layer in model.modules() if isinstance(layer, _WITH_BIAS) and parametrize.is_parametrized(layer)
-    ]
+    layers = [layer for layer in model.modules() if isinstance(layer, WITH_BIAS) and parametrize.is_parametrized(layer)]
     return {part for layer in layers for part in layer.get_submodule("parametrizations").modules()}
 
 
@@ -119,7 +117,7 @@ def _remove_bias(layer: nn.Module) -> None:
     layer.register_parameter("bias", None)
 
 
-def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
+def scale_norm_like(norm: nn.Module) -> ScaleNorm:
     """Return a scale-only norm with the width, γ, momentum, mode, dtype and device of a batch norm."""
     assert isinstance(norm, BatchNormBase)
     scale = ScaleNorm(norm.num_features, norm.eps, norm.momentum or 0.1).train(norm.training)
@@ -132,7 +130,7 @@ def _scale_norm_like(norm: nn.Module) -> ScaleNorm:
     return scale
 
 
-_WITH_BIAS = (
+WITH_BIAS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,

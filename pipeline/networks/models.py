@@ -25,6 +25,7 @@ from torchvision.models.resnet import BasicBlock
 from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
 from pipeline.networks.checkpoints import Weights, load_checkpoint
+from pipeline.networks.fading import fading
 from pipeline.networks.homogeneous import BiasFreeReport, bias_free
 from pipeline.networks.layers import take_channels
 from pipeline.networks.outputs import logits_of, take_logits
@@ -131,6 +132,7 @@ def build_network(
     factory: str | None = None,
     to_train: bool = True,
     weights: Weights | None = None,
+    fades: bool = False,
 ) -> tuple[nn.Module, BiasFreeReport]:
     """Build a network, and try it once on random images in each mode. Its weights are random, or those of a file.
 
@@ -149,6 +151,7 @@ def build_network(
             that a file alone cannot run code.
         to_train: the network is to be trained, so try it in training mode too.
         weights: the weights that the network starts from, see `load_checkpoint`; the log tells what did not fit.
+        fades: the form of `fading` instead of the bias-free form.
 
     Returns:
         The network in training mode, and the report of `bias_free`; the report is empty without ``free_of_biases``.
@@ -170,7 +173,9 @@ def build_network(
             if free_of_biases:
                 if any(nn.parameter.is_lazy(buffer) for buffer in network.buffers()):  # which cannot be copied
                     network.eval()(trial_images(2, image_shape))
+                with_biases = network
                 network, report = bias_free(network)
+                network = fading(with_biases) if fades else network
             logits = _logits_of_two(network, image_shape)
         except Exception as error:
             if free_of_biases and _works_with_biases(arch, num_classes, image_shape, options or {}):

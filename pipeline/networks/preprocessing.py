@@ -172,13 +172,22 @@ class Preprocess(nn.Module):
 
     mean: Tensor
     std: Tensor
+    fading_mean: Tensor | None
 
     def __init__(self, spec: PreprocessSpec, fill: float = 0.0):
         super().__init__()
+        self.register_buffer("fading_mean", None, persistent=False)
         self.size, self.mode, self.resize_mode = spec.size, spec.interpolation, spec.resize_mode
         self.fill = fill
         for name, values in (("mean", spec.mean), ("std", spec.std)):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def fade_from(self, mean: Sequence[float]) -> None:
+        """Subtract a mean that `pipeline.networks.fading.set_remaining` fades out."""
+        if mean:
+            self.register_buffer("fading_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+            assert self.fading_mean is not None
+            self.mean = self.fading_mean.clone()
 
     def forward(self, images: Tensor) -> Tensor:
         for step in self._steps(images.shape[2], images.shape[3], _clip):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
+from pipeline.networks.fading import FadingNorm
 from pipeline.networks.homogeneous import ScaleNorm
 from pipeline.networks.processes import Processes
 from pipeline.private_torch import BatchNormBase
@@ -54,7 +55,8 @@ class SynchronisedScaleNorm(ScaleNorm):
         return scale_norm(x, self.weight, self.running_second_moment, True, self.momentum, self.eps, self.processes)
 
 
-_SIBLINGS: dict[type[nn.Module], type[SynchronisedBatchNorm | SynchronisedScaleNorm]] = {
+_SIBLINGS: dict[type[nn.Module], type[SynchronisedBatchNorm | SynchronisedScaleNorm | FadingNorm]] = {
+    FadingNorm: FadingNorm,
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), SynchronisedBatchNorm),
     SynchronisedBatchNorm: SynchronisedBatchNorm,
     **dict.fromkeys((ScaleNorm, SynchronisedScaleNorm), SynchronisedScaleNorm),

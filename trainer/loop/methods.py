@@ -64,10 +64,12 @@ def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Call
 
 
 _LRP = ("flex", "cp-lrp", "epsilon-plus", "gamma")
+_HIDDEN_LRP = ("flex-stride4", "flex-stride8", "flex-stride16", "flex-stride32")
 
 
 @method("attention", needs=("heatmaps",), explainers=("attention",), moves=("flip",))
 @method("grad-cam", needs=("heatmaps",), explainers=("grad-cam",), moves=("flip",))
+@method("hidden-lrp", needs=("heatmaps",), explainers=_HIDDEN_LRP, moves=("flip",))
 @method("input-gradient", needs=("heatmaps",), explainers=("input-gradient",), moves=("flip", "shift"))
 @method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
 @method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))

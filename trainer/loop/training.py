@@ -28,6 +28,7 @@ from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, sav
 from pipeline.device import as_input, pick_device, place, round_to_tf32
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
+from pipeline.networks.fading import bias_free_state, set_remaining
 from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
 from pipeline.networks.own_teachers import BACKBONE
@@ -47,7 +48,7 @@ from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
 from trainer.run_dir import Run, RunDir
 from trainer.settings import Runtime, Settings
-from trainer.start import check_not_teachers
+from trainer.start import FADING, check_not_teachers
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
 
@@ -97,11 +98,22 @@ class Training:
     weights: Weights | None = None
     notes: tuple[Message, ...] = ()
 
-    def build(self, *, to_train: bool = False) -> Classifier:
+    @property
+    def fades(self) -> bool:
+        """Whether the additive terms of the weights that it starts from fade out."""
+        return "fades" in (self.config.start or {})
+
+    def build(self, *, to_train: bool = False, fades: bool = False) -> Classifier:
         """Build the classifier, with random weights, or those that it starts from if it is to be trained."""
         weights = self.weights if to_train else None
         return build_classifier(
-            self.config, self.student_factory, self.segmenter, front=self.front, to_train=to_train, weights=weights
+            self.config,
+            self.student_factory,
+            self.segmenter,
+            front=self.front,
+            to_train=to_train,
+            weights=weights,
+            fades=fades,
         )
 
 
@@ -212,7 +224,7 @@ def prepare(training: Training, cleanup: ExitStack) -> State:
     autocast, precision = choose_precision(settings.precision, device)
     seed_torch(settings.seed, training.purpose)
     begun = Run(Path(training.out)).begun
-    model = training.build(to_train=not begun)
+    model = training.build(to_train=not begun, fades=training.fades)
     if not begun and material.store is not None and not (training.config.start or {}).get("teacher_weights"):
         check_not_teachers(model.network, str(material.store.written_by.get(BACKBONE, "")))
     if training.config.head is not None:
@@ -321,6 +333,8 @@ def step(state: State, loop: Loop) -> float:
     inputs = on_device(batch, state.training.material.store, settings, state.device, position)
     if state.group_weights is not None:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
+    if state.training.fades:
+        _fade(state)
     losses = loop.passes(inputs)
     if state.group_weights is not None:
         state.group_weights.update(inputs["groups"], losses["group-dro"] / inputs["group_weights"])
@@ -348,6 +362,8 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
     interval = math.ceil(settings.steps / VALIDATIONS)
     if material.validation is None or not (number % interval == 0 or state.finished):
         return
+    if training.fades and remaining(number, settings.steps) > 0:
+        return
     loss = validate(state.averaged, material.validation, material.store, settings, state.device, state.ranks)
     loop.show(step=number, validation_loss=loss)
     if not math.isfinite(loss):
@@ -361,7 +377,9 @@ def keep(state: State, loop: Loop) -> None:
     training, ranks, run, number = state.training, state.ranks, state.run, state.progress["step"]
     steps, runtime = training.settings.steps, training.runtime
     if run is not None and is_moment(number, steps, runtime.snapshots):
-        run.save_snapshot(number, _on_cpu(state.averaged))  # first, as a resumed training does not make it again
+        run.save_snapshot(
+            number, {n: v.cpu().clone() for n, v in bias_free_state(state.averaged).items()}
+        )  # first, as a resumed training does not make it again
     interrupted = ranks.agree(loop.interruption.signal is not None)
     due = runtime.checkpoint_steps is not None and number % runtime.checkpoint_steps == 0
     minutes = runtime.checkpoint_minutes or math.inf
@@ -398,7 +416,7 @@ def finish(state: State) -> dict[str, Any]:
     }
     if run is not None:
         classifier = training.build().eval()
-        classifier.load_state_dict({name: value.cpu() for name, value in averaged.state_dict().items()})
+        classifier.load_state_dict({name: value.cpu() for name, value in bias_free_state(averaged).items()})
         images = read_block(training.material.source, 0, 0)["images"][:64]
         result["bias_free"] = bias_free_summary(classifier, images)
         save_weights(run.path, classifier)
@@ -410,6 +428,17 @@ def finish(state: State) -> dict[str, Any]:
 
 
 # --- the parts of the above -----------------------------------------------------------------------------------------
+
+
+def remaining(step: int, steps: int) -> float:
+    """Return the share of the additive terms that remains in a step, counted from 0, of a network that loses them."""
+    return max(0.0, 1 - step / (FADING * steps))
+
+
+def _fade(state: State) -> None:
+    share = remaining(state.progress["step"], state.training.settings.steps)
+    for model in (state.model, state.averaged):
+        set_remaining(model, share)
 
 
 def _share_batch(training: Training, ranks: Ranks) -> int:
