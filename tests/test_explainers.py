@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from pipeline import EXPLAINERS, Forward, ModelError, RelevanceError, build_network, explain, resize
 from pipeline.networks.classifier import Classifier
 from pipeline.networks.heads import HeadSpec, attach_head
+from pipeline.networks.homogeneous import bias_free
 from pipeline.networks.preprocessing import PreprocessSpec
 from terminal.spelling import text_of
 
-COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse]
+COARSE = [name for name, explainer in EXPLAINERS.items() if explainer.coarse and explainer.stride is None]
+STRIDED = [name for name, explainer in EXPLAINERS.items() if explainer.stride is not None]
 TARGETS = torch.tensor([2, 0, 1])
 
 
@@ -137,7 +139,7 @@ def test_parameter_gradients_of_a_loss_on_maps_are_finite_differences(name):
     assert_gradients_are_finite_differences(loss, parameters, moving)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in ("input-gradient", *COARSE)])
+@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in ("input-gradient", *COARSE, *STRIDED)])
 def test_a_rule_set_gives_the_heatmaps_of_explain(name):
     model, x, epsilon = plain(), images(), torch.tensor([0.01, 0.1, 1.0], dtype=torch.float64)
     forward = Forward(model, x, name)
@@ -173,7 +175,7 @@ def test_grad_cam_behind_average_pooling_sums_to_the_logit(seed, positive):
 def test_epsilon_and_class_change_just_what_knows_them():
     model, x = plain(), images()
     other = (TARGETS + 1) % 3
-    for name in EXPLAINERS:
+    for name in (name for name in EXPLAINERS if name not in STRIDED):
         forward = Forward(model, x, name)
         maps = forward.maps(TARGETS, 0.1, keep_graph=True)
         same_epsilon = torch.equal(maps, forward.maps(TARGETS, 0.9, keep_graph=True))
@@ -280,7 +282,7 @@ def test_swin_of_one_position_at_its_end_is_refused_as_its_other_maps_lie_otherw
         Forward(small_swin().eval(), images(side=8).float(), "attention")
 
 
-@pytest.mark.parametrize("name", COARSE)
+@pytest.mark.parametrize("name", [*COARSE, STRIDED[1]])
 def test_the_feature_maps_behind_a_preprocessing_that_resizes_are_the_networks(name):
     network = small_resnet().eval()
     model, x = Classifier(network, preprocessing=PreprocessSpec((0.5,), (0.5,), size=(64, 64))), images(side=48).float()
@@ -292,6 +294,82 @@ def test_feature_maps_beside_the_way_to_the_logits_are_refused():
     forward = Forward(Aside(), images().float(), "grad-cam")
     with pytest.raises(RelevanceError, match="it lies on no path from the image to them"):
         forward.maps(TARGETS, 0.1)
+
+
+# Feature maps of a stride
+
+
+def bias_free_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return bias_free(torchvision.models.resnet18(num_classes=3))[0].double().eval()
+
+
+@pytest.mark.parametrize(("stride", "module"), [(4, "layer1"), (8, "layer2"), (16, "layer3"), (32, "layer4")])
+def test_relevance_at_a_stride_is_that_of_the_layers_behind_it_alone(stride, module):
+    """As plain autograd pulls it back to the last activation of that size, and the sum of a bias-free network's is the
+    logit at any depth.
+    """
+    model, x = bias_free_resnet(), images(side=64)
+    activations: list[Tensor] = []
+    hook = model.get_submodule(module).register_forward_hook(lambda m, i, output: activations.append(output))
+    forward = Forward(model, x, f"flex-stride{stride}")
+    maps = forward.maps(TARGETS, 0.0, keep_graph=True)
+    assert maps.shape == (3, 1, 64 // stride, 64 // stride)
+    activations.clear()
+    logits = model(x).gather(1, TARGETS[:, None])[:, 0]
+    (gradient,) = torch.autograd.grad(logits.sum(), activations[0])
+    torch.testing.assert_close(maps, (activations[0] * gradient).sum(1, keepdim=True).detach())
+    torch.testing.assert_close(maps.sum((1, 2, 3)), logits.detach())
+    assert stride == 32 or not torch.allclose(forward.maps(TARGETS, 0.5), maps)  # no ReLU stands behind the last
+    hook.remove()
+
+
+def test_the_second_order_of_relevance_at_a_stride_is_that_of_finite_differences():
+    model, x = plain(), images()
+    parameters = dict(model.named_parameters())
+    assert_gradients_are_finite_differences(
+        lambda: Forward(model, x, "flex-stride4").maps(TARGETS, 0.3, create_graph=True).square().sum(),
+        parameters,
+        moving=[name for name in parameters if name != "last.bias"],
+    )
+
+
+class Padded(nn.Module):
+    """A block that pads its maps to the size of an earlier layer's, as EfficientNet's 5×5 convolutions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.block = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 2, 2), PaddedBlock()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.two(self.one(x).relu())).mean((2, 3)))
+
+
+class PaddedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pad, self.conv = nn.ZeroPad2d(1), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad(x))
+
+
+def test_maps_within_a_block_do_not_hide_those_of_the_same_size_in_front_of_it():
+    model, x = Padded(), images(side=16).float()  # 4×4, 2×2, and 4×4 again by padding
+    forward = Forward(model, x, "flex-stride4")
+    assert forward.maps(TARGETS, 0.1).shape == (3, 1, 4, 4)
+    torch.testing.assert_close(forward.feature_maps, model.one(x).relu())
+
+
+def test_a_stride_that_a_network_lacks_is_one_clear_error_with_those_that_it_has():
+    with pytest.raises(ModelError, match=r"32 times smaller than the 28×28 pixels .* of stride 1, 2, 4") as error:
+        Forward(
+            build_network("small-cnn", 3, (3, 28, 28), free_of_biases=True)[0], images(side=28).float(), STRIDED[-1]
+        )
+    assert "choose another --explainer" in text_of(error.value)
+    with pytest.raises(ModelError, match="has none"):
+        Forward(nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 3)), images(side=16).float(), STRIDED[0])
 
 
 # Features
@@ -379,7 +457,7 @@ def test_the_model_is_left_as_it_was_whatever_happens():
     def fail(module: nn.Module, inputs: object) -> None:
         raise OSError("in the middle")
 
-    for name in (None, *EXPLAINERS):
+    for name in (None, *(name for name in EXPLAINERS if name not in STRIDED[1:])):
         forward = Forward(model, images(side=16).float(), name)
         if name is not None:
             forward.maps(TARGETS, 0.1)
@@ -393,7 +471,7 @@ def test_the_model_is_left_as_it_was_whatever_happens():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in STRIDED[1:]])  # small-cnn ends there
 def test_every_explainer_teaches_in_training_mode_and_needs_no_gradient_to_explain(name, device):
     """A student with norms over the batch, and a teacher under no_grad and inference mode."""
     network, _ = build_network("small-cnn", 3, (3, 16, 16), free_of_biases=False)
@@ -412,7 +490,7 @@ def test_every_explainer_teaches_in_training_mode_and_needs_no_gradient_to_expla
     assert not expected.requires_grad
 
 
-@pytest.mark.parametrize("name", EXPLAINERS)
+@pytest.mark.parametrize("name", [name for name in EXPLAINERS if name not in STRIDED[1:]])
 def test_masks_reach_the_model(name):
     model = Classifier(plain(), debias="mask")
     masks = torch.zeros(3, 1, 8, 8, dtype=torch.float64)

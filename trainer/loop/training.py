@@ -362,7 +362,7 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
     interval = math.ceil(settings.steps / VALIDATIONS)
     if material.validation is None or not (number % interval == 0 or state.finished):
         return
-    if training.fades and remaining(number, settings.steps) > 0:
+    if training.fades and remaining(number - 1, settings.steps) > 0:
         return
     loss = validate(state.averaged, material.validation, material.store, settings, state.device, state.ranks)
     loop.show(step=number, validation_loss=loss)

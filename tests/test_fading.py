@@ -1,0 +1,141 @@
+"""What fading promises: a network as it was, then its bias-free form, and a training that ends in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import trainer.loop.training
+from data import make_coloured_mnist
+from pipeline import bias_free, cache_explanations, explain, load_classifier
+from pipeline.networks.classifier import read_config
+from pipeline.networks.fading import bias_free_state, fading, set_remaining
+from trainer import evaluate, train_student, train_teacher
+from trainer.loop.training import remaining
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=5),
+    "vgg11_bn, with biases": lambda: torchvision.models.vgg11_bn(num_classes=5, dropout=0),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=5, dropout=0),
+}
+
+
+def pretrained(name: str) -> nn.Module:
+    """A network in double precision whose norms have statistics and shifts."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]().double()
+    network.train()(images())
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return network
+
+
+def images() -> Tensor:
+    return torch.rand(4, 3, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_has_faded_at_the_start(name, training):
+    network = pretrained(name)
+    faded = fading(network).train(training)
+    network.train(training)
+    torch.testing.assert_close(faded(images()), network(images()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_all_has_faded_at_the_end_and_the_weights_are_those_of_the_bias_free_form(name):
+    network = pretrained(name)
+    faded, (expected, _) = fading(network), bias_free(network)
+    set_remaining(faded, 0.0)
+    torch.testing.assert_close(faded.train()(images()), expected.train()(images()))
+    expected.load_state_dict(bias_free_state(faded))
+    torch.testing.assert_close(faded.eval()(images()), expected.eval()(images()))
+
+
+def test_the_gradient_in_between_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    network = fading(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
+    )
+    set_remaining(network.train(), 0.4)
+    x = torch.rand(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(network, x)
+    _, maps = explain(network, x, torch.tensor([0, 1, 1]), 0.1, create_graph=True)
+    maps.square().sum().backward()
+    assert all(parameter.grad is not None for name, parameter in network.named_parameters() if "weight" in name)
+
+
+def test_what_remains_falls_to_nothing_in_half_of_the_steps():
+    assert [remaining(step, 10) for step in range(10)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0, 0, 0, 0, 0])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("start") / "weights.pt"
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=7)
+    network.train()(torch.rand(8, 3, 32, 32))
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_a_teacher_and_a_student_that_start_from_weights_end_bias_free(tmp_path, start):
+    make_coloured_mnist(tmp_path / "d.zarr", limit=64)
+    options = {"arch": "resnet18", "bias_free": True, "batch_size": 16, "input_size": 32}
+    train_teacher(tmp_path / "d.zarr", tmp_path / "t", weights=start, steps=6, **options)
+    cache_explanations(tmp_path / "d.zarr", tmp_path / "t", tmp_path / "c.zarr", explainer="flex-stride8", draws=1)
+    result = train_student(tmp_path / "d.zarr", tmp_path / "c.zarr", tmp_path / "s", init=start, steps=4, **options)
+    for run in ("t", "s"):
+        model, config = load_classifier(tmp_path / run)
+        assert config.preprocessing.mean == (0, 0, 0)
+        assert config.start["mean"] == pytest.approx([0.485, 0.456, 0.406])
+        assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
+        x = torch.rand(3, 3, 32, 32)
+        torch.testing.assert_close(model.eval().network(2 * x), 2 * model.network(x), rtol=1e-3, atol=1e-4)
+    assert result["bias_free"]["homogeneity_error"] < 1e-3
+    assert evaluate(tmp_path / "d.zarr", tmp_path / "s")["splits"]["ood"]["samples"] == 64
+
+
+def test_an_interrupted_training_resumes_its_fading(tmp_path, start, monkeypatch):
+    make_coloured_mnist(tmp_path / "d.zarr", limit=64)
+    options = {"arch": "resnet18", "bias_free": True, "batch_size": 16, "input_size": 32, "ema": 0.5, "device": "cpu"}
+    whole = tmp_path / "whole"
+    train_teacher(tmp_path / "d.zarr", whole, weights=start, steps=8, snapshots=4, **options)
+    step = trainer.loop.training.step
+
+    def stopped(state, loop):
+        if state.progress["step"] == 3:
+            raise KeyboardInterrupt
+        return step(state, loop)
+
+    monkeypatch.setattr(trainer.loop.training, "step", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        train_teacher(
+            tmp_path / "d.zarr", tmp_path / "cut", weights=start, steps=8, snapshots=4, checkpoint_steps=1, **options
+        )
+    monkeypatch.setattr(trainer.loop.training, "step", step)
+    train_teacher(
+        tmp_path / "d.zarr", tmp_path / "cut", weights=start, steps=8, snapshots=4, checkpoint_steps=1, **options
+    )
+    one, other = (torch.load(run / "weights.pt", weights_only=True) for run in (whole, tmp_path / "cut"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert read_config(whole) == read_config(tmp_path / "cut")
+
+
+def test_weights_are_chosen_among_those_whose_terms_have_faded(tmp_path, start, monkeypatch):
+    make_coloured_mnist(tmp_path / "d.zarr", limit=64)
+    losses = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr(trainer.loop.training, "validate", lambda *_: next(losses))
+    result = train_teacher(
+        tmp_path / "d.zarr", tmp_path / "t", weights=start, steps=10, arch="resnet18", bias_free=True, batch_size=16,
+        input_size=32, validation=True,
+    )  # fmt: skip
+    assert result["kept_step"] in (6, 8, 10)
+    assert next(losses, None) is None
