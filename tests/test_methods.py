@@ -146,9 +146,9 @@ class Tiny(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, stride=2)
         self.relu = nn.ReLU()
-        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.pool = nn.AdaptiveAvgPool2d((2, 3))
         self.flatten = nn.Flatten()
-        self.head = nn.Linear(16, 5)
+        self.head = nn.Linear(24, 5)
 
     def forward(self, images):
         return self.head(self.flatten(self.pool(self.relu(self.conv(images)))))
@@ -192,6 +192,9 @@ def by_hand(name, model, images, target):
             elif name in ("gradient-x-input", "input-gradient"):
                 (own,) = torch.autograd.grad(logits[t], x)
                 own = own * x if name == "gradient-x-input" else own
+            elif name == "hidden-lrp":  # no ReLU stands behind these feature maps
+                (gradient,) = torch.autograd.grad(logits[t], feature_maps)
+                own = sum(gradient[:, k] * feature_maps[:, k] for k in range(4))[:, None]
             elif name == "grad-cam":
                 (gradient,) = torch.autograd.grad(logits[t], feature_maps)
                 own = sum(gradient[:, k].mean() * feature_maps[:, k] for k in range(4))[:, None]
@@ -253,13 +256,13 @@ def test_the_loss_of_each_method_is_its_formula_written_as_loops(name):
     explainer = METHODS[name].explainers[0] if METHODS[name].explainers else METHODS[name].explains
     masks = torch.zeros(6, 1, 10, 12, dtype=torch.float64)
     masks[:, :, 3:8, 2:7] = 1
-    shape = (1, 2, 2) if name in ("grad-cam", "attention") else (3, 10, 12)
+    shape = (1, 2, 3) if name in ("grad-cam", "attention", "hidden-lrp") else (3, 10, 12)
     target = {
         "target_class": torch.tensor([0, 1, 2, 3, 4, 0]),
         "epsilon": torch.tensor([0.01, 0.1, 1, 0.02, 0.5, 0.3], dtype=torch.float64),
         "labels": torch.tensor([4, 3, 2, 1, 0, 2]),
         "teacher_logits": 4 * torch.randn(6, 5, dtype=torch.float64),
-        "features": torch.rand(6, 16, dtype=torch.float64),
+        "features": torch.rand(6, 24, dtype=torch.float64),
         "heatmaps": torch.randn(6, *shape, dtype=torch.float64),
         "masks": masks,
         "group_weights": torch.rand(6, dtype=torch.float64),

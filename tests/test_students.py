@@ -394,8 +394,8 @@ def test_a_student_of_the_users_own_is_evaluated_by_name(tiny, tmp_path, dataset
     assert f"--student-factory {tiny}" in result.output
     result = CliRunner().invoke(main, [*arguments, "--student-factory", tiny, "--json"])
     assert result.exit_code == 0
-    assert json.loads(result.output)["arch"] == tiny
-    assert evaluate(dataset, path, student_factory=tiny) == json.loads(result.output)
+    assert json.loads(result.stdout)["arch"] == tiny
+    assert evaluate(dataset, path, student_factory=tiny) == json.loads(result.stdout)
 
 
 def test_a_file_of_a_models_folder_is_told_to_be_no_folder(tmp_path):

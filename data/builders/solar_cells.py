@@ -60,7 +60,11 @@ class SolarCellsOptions(BuilderOptions, Seeded, Limited):
         ),
     ] = "stamp"
     size: Annotated[
-        int, Ge(SMALLEST), Le(ORIGINAL_SIDE), Heading(HOW), Doc("Height and width of the images, in pixels.")
+        int,
+        Ge(SMALLEST),
+        Le(ORIGINAL_SIDE),
+        Heading(HOW),
+        Doc("Side of the square images, in pixels, up to the 300 of the photographs."),
     ] = 64
     channels: Annotated[
         Literal[1, 3],
