@@ -41,7 +41,8 @@ class Forward:
         self._explainer = None if explainer is None else EXPLAINERS.find(explainer)
         call = model if masks is None else partial(model, masks=masks)
         coarse = self._explainer is not None and self._explainer.coarse
-        seen = _Seen(images, coarse and self._explainer is not None and self._explainer.stride is not None)
+        stride = None if self._explainer is None else self._explainer.stride
+        seen = _Seen(images, stride)
         with _watched(model, seen, coarse):
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
@@ -49,8 +50,7 @@ class Forward:
                 self.trace = Trace(call, images, self._explainer.rules)
                 self.logits = self.trace.logits
         if coarse:
-            assert self._explainer is not None
-            self.feature_maps = seen.feature_maps(str(explainer), self._explainer.stride)
+            self.feature_maps = seen.feature_maps(str(explainer))
         if not isinstance(self.logits, Tensor) or self.logits.dim() != 2 or len(self.logits) != len(images):
             raise ModelError(
                 f"the network returns {kind_of(self.logits)} for {len(images)} images: return logits (N, K)"
@@ -91,10 +91,13 @@ class Forward:
 
 
 class _Seen:
-    """What the hooks of one pass note: what enters layers, and the last activations that have positions."""
+    """What the hooks of one pass note: what enters layers, and the last activations that have positions.
 
-    def __init__(self, images: Tensor, strided: bool) -> None:
-        self._strided = strided
+    With a ``stride``, the last ones that are that many times smaller than what the first layer takes are looked for.
+    """
+
+    def __init__(self, images: Tensor, stride: int | None) -> None:
+        self._stride = stride
         self.entering: dict[int, tuple[nn.Module, Tensor]] = {}  # by number of outputs, of the layer that came last
         self._samples, self._no_maps = len(images), {(1, 1), tuple(images.shape[2:])}
         self._grids = set(self._no_maps)  # (h, w) of what is (N, C, h, w) for certain
@@ -139,9 +142,9 @@ class _Seen:
 
     def _add(self, grid: tuple[int, ...], each: tuple[int, Tensor]) -> None:
         """Note an activation; without strides only the last one of a grid counts, and the others are let go."""
-        self._maps[grid] = [*(self._maps.get(grid, []) if self._strided else []), each]
+        self._maps[grid] = [each] if self._stride is None else [*self._maps.get(grid, []), each]
 
-    def feature_maps(self, explainer: str, stride: int | None = None) -> Tensor:
+    def feature_maps(self, explainer: str) -> Tensor:
         """The last activation (N, C, h, w) with more than one position that modules hand on to each other.
 
         With a ``stride`` it is the last one with (h, w) of what the first layer takes, over the stride. Raises
@@ -149,8 +152,8 @@ class _Seen:
         then the last one is one of the first.
         """
         candidates = {grid: self._maps[grid][-1] for grid in self._maps.keys() & self._grids}
-        if stride is not None:
-            return self._of_stride(explainer, stride, candidates)
+        if self._stride is not None:
+            return self._of_stride(explainer, self._stride, candidates)
         when, maps = max(candidates.values(), default=(0, None), key=lambda each: each[0])
         behind = [sizes for sizes, time in self._learnt.items() if time > when and sizes[2:] not in self._grids]
         if maps is None or any(math.prod(sizes[:-1]) > self._samples for sizes in behind):

@@ -59,6 +59,35 @@ def test_all_has_faded_at_the_end_and_the_weights_are_those_of_the_bias_free_for
     torch.testing.assert_close(faded.eval()(images()), expected.eval()(images()))
 
 
+class Twice(nn.Module):
+    """A layer and a norm under two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.second, self.again = self.first, self.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.second(self.norm(self.first(x)).relu())).mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [Twice, lambda: nn.BatchNorm2d(3)], ids=["shared modules", "a norm alone"])
+def test_modules_with_several_names_and_a_network_that_is_a_norm_fade_once(make):
+    torch.manual_seed(0)
+    network = make().double()
+    network.train()(images())
+    faded, (expected, _) = fading(network), bias_free(network)
+    torch.testing.assert_close(faded.eval()(images()), network.eval()(images()))
+    set_remaining(faded, 0.5)
+    if isinstance(faded, Twice):
+        torch.testing.assert_close(faded.first.bias, 0.5 * network.first.bias)
+        assert faded.norm is faded.again
+    set_remaining(faded, 0.0)
+    torch.testing.assert_close(faded.train()(images()), expected.train()(images()))
+    expected.load_state_dict(bias_free_state(faded))
+    torch.testing.assert_close(faded.eval()(images()), expected.eval()(images()))
+
+
 def test_the_gradient_in_between_is_that_of_finite_differences():
     torch.manual_seed(0)
     network = fading(

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 from data.builders.registry import HOW, BuilderOptions, Limited, Seeded, builder
 from data.errors import DatasetError
-from options import Doc, Ge, Heading, Le
+from options import Doc, Ge, Heading, Le, import_problem
 
 if TYPE_CHECKING:
     from data.storage import Location
@@ -190,9 +190,10 @@ def _cells() -> _Cells:
     """Read the cells, or raise DatasetError."""
     try:
         from elpv_dataset.utils import load_dataset
-    except ImportError:
+    except ImportError as error:
+        problem = import_problem(error, "elpv_dataset")
         raise DatasetError(
-            'elpv-dataset, which contains the photographs, is not installed: pip install -e ".[data]"'
+            f'elpv-dataset, which contains the photographs, {problem}: pip install -e ".[data]"'
         ) from None
     try:
         images, probabilities, types = load_dataset()

@@ -221,12 +221,8 @@ class ModelConfig:
         return cls(**values)
 
 
-_LATER_FIELDS = (
-    "preprocessing",
-    "start",
-    "hf_config",
-    "front_sha256",
-)  # which older files lack, and new ones without a value too
+# which older files lack, and new ones without a value too
+_LATER_FIELDS = ("preprocessing", "start", "hf_config", "front_sha256")
 
 
 def versions() -> dict[str, str]:

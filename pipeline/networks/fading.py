@@ -75,10 +75,15 @@ def fading(model: nn.Module) -> nn.Module:
     layers. Biases that other parametrizations compute are left as they are.
     """
     model = copy_of(model)
+    layers = list(model.modules())  # each once, also one that the network has under several names
+    norms = {module: _fading_norm_like(module) for module in layers if isinstance(module, BatchNormBase)}
+    if model in norms:
+        return norms[model]
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, BatchNormBase):
-            model.set_submodule(name, _fading_norm_like(module))
-        elif isinstance(module, WITH_BIAS) and module._parameters.get("bias") is not None:
+        if module in norms:
+            model.set_submodule(name, norms[module])
+    for module in layers:
+        if isinstance(module, WITH_BIAS) and module._parameters.get("bias") is not None:
             parametrize.register_parametrization(module, "bias", _Fading())
     return model
 
@@ -95,7 +100,7 @@ def set_remaining(model: nn.Module, share: float) -> None:
 def bias_free_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the ``state_dict`` of the bias-free form that a network of `fading` becomes; of others their own."""
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FadingNorm):
             added: tuple[str, ...] = ("bias", "running_mean", "remaining")
         elif isinstance(module, WITH_BIAS) and _fades(module):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import Lazy, Message, Option, Registry
+from pipeline.explainers import EXPLAINERS
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND
 
@@ -64,7 +65,7 @@ def method(name: str, **declared: Any) -> Callable[[Callable[..., Tensor]], Call
 
 
 _LRP = ("flex", "cp-lrp", "epsilon-plus", "gamma")
-_HIDDEN_LRP = ("flex-stride4", "flex-stride8", "flex-stride16", "flex-stride32")
+_HIDDEN_LRP = tuple(name for name, explainer in EXPLAINERS.items() if explainer.stride is not None)
 
 
 @method("attention", needs=("heatmaps",), explainers=("attention",), moves=("flip",))

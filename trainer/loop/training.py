@@ -315,6 +315,8 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     )
     timed = Timed(cleanup.enter_context(closing(batches)))
     state.model.train()
+    if training.fades:
+        _fade(state)
     passes: Passes = partial(forward_backward, state.model, training.material.store, settings, state.autocast)
     own_front = training.front is not None and bool(training.front.own)
     known_code = training.student_factory is None and training.segmenter is None and not own_front
@@ -333,7 +335,7 @@ def step(state: State, loop: Loop) -> float:
     inputs = on_device(batch, state.training.material.store, settings, state.device, position)
     if state.group_weights is not None:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
-    if state.training.fades:
+    if state.training.fades and remaining(number - 1, settings.steps) > 0:
         _fade(state)
     losses = loop.passes(inputs)
     if state.group_weights is not None:
@@ -369,7 +371,7 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
     if not math.isfinite(loss):
         log.warning(f"{training.out}: the validation loss of step {number} is {loss}, so its weights are not chosen")
     elif progress["best"] is None or loss < progress["best"]["loss"]:
-        progress["best"] = {"loss": loss, "step": number, "weights": _on_cpu(state.averaged)}
+        progress["best"] = {"loss": loss, "step": number, "weights": _on_cpu(state.averaged.state_dict())}
 
 
 def keep(state: State, loop: Loop) -> None:
@@ -377,9 +379,8 @@ def keep(state: State, loop: Loop) -> None:
     training, ranks, run, number = state.training, state.ranks, state.run, state.progress["step"]
     steps, runtime = training.settings.steps, training.runtime
     if run is not None and is_moment(number, steps, runtime.snapshots):
-        run.save_snapshot(
-            number, {n: v.cpu().clone() for n, v in bias_free_state(state.averaged).items()}
-        )  # first, as a resumed training does not make it again
+        # first, as a resumed training does not make it again
+        run.save_snapshot(number, _on_cpu(bias_free_state(state.averaged)))
     interrupted = ranks.agree(loop.interruption.signal is not None)
     due = runtime.checkpoint_steps is not None and number % runtime.checkpoint_steps == 0
     minutes = runtime.checkpoint_minutes or math.inf
@@ -416,7 +417,7 @@ def finish(state: State) -> dict[str, Any]:
     }
     if run is not None:
         classifier = training.build().eval()
-        classifier.load_state_dict({name: value.cpu() for name, value in bias_free_state(averaged).items()})
+        classifier.load_state_dict(_on_cpu(bias_free_state(averaged)))
         images = read_block(training.material.source, 0, 0)["images"][:64]
         result["bias_free"] = bias_free_summary(classifier, images)
         save_weights(run.path, classifier)
@@ -436,6 +437,7 @@ def remaining(step: int, steps: int) -> float:
 
 
 def _fade(state: State) -> None:
+    """Let the additive terms fade to what remains of them in the next step."""
     share = remaining(state.progress["step"], state.training.settings.steps)
     for model in (state.model, state.averaged):
         set_remaining(model, share)
@@ -520,9 +522,9 @@ def processor(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a copy of the weights."""
-    return {name: value.cpu().clone() for name, value in model.state_dict().items()}
+    return {name: value.cpu().clone() for name, value in weights.items()}
 
 
 def _save_plain(run: RunDir, model: Classifier) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
 from options import Message, Option, takes
-from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, load_teacher
+from pipeline import Classifier, ModelConfig, ModelError, RelevanceError
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
@@ -27,6 +27,7 @@ from trainer.results.evaluation import (
     Answers,
     answers,
     lacks_masks,
+    load_with,
     no_masks,
     open_tested,
     score,
@@ -229,17 +230,7 @@ def compare(models: Sequence[Model], data: Location | None = None, **options: An
     models = _models_to_compare(models, settings.reference)
     dataset = open_tested(recorded_data(models) if data is None else data)
     shape = dataset.test_splits[0].image_shape
-    teachers = [
-        load_teacher(
-            model,
-            dataset.class_names,
-            shape,
-            student_factory=code.student_factory,
-            segmenter=code.segmenter,
-            debias=code.debias,
-        )
-        for model, code in own_code(models, settings)
-    ]
+    teachers = [load_with(model, dataset, shape, code) for model, code in own_code(models, settings)]
     reference = _reference(models, teachers, settings.reference, dataset)
     device = pick_device(settings.device)
     measuring = _Measuring(dataset, settings.samples, device, compares=reference is not None and len(models) > 1)

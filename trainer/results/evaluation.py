@@ -17,9 +17,10 @@ from options import Message, Option, takes
 from pipeline import Classifier, ModelError, RelevanceError, load_classifier, load_teacher
 from pipeline.batch import explain_batch
 from pipeline.device import as_input, as_mask, pick_device, place
-from pipeline.networks.teachers import Brought
+from pipeline.networks.sources import ImageShape
+from pipeline.networks.teachers import Brought, Teacher
 from pipeline.networks.weight_files import load_weights
-from trainer.results.options import EPSILON, EvaluateOptions
+from trainer.results.options import EPSILON, EvaluateOptions, OwnCode
 from trainer.run_dir import Run
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,7 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
     """
     settings = EvaluateOptions(data=data, model=model, **options)
     dataset = open_tested(data)
-    teacher = load_teacher(
-        model,
-        dataset.class_names,
-        dataset.test_splits[0].image_shape,
-        student_factory=settings.student_factory,
-        segmenter=settings.segmenter,
-        debias=settings.debias,
-    )
+    teacher = load_with(model, dataset, dataset.test_splits[0].image_shape, settings)
     tell_untested([(str(model), teacher.model)], dataset)
     config, device = teacher.config, pick_device(settings.device)
     place(teacher.model, device)
@@ -82,6 +76,18 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
         "arch": config.arch,
         "debias": config.debias,
     }
+
+
+def load_with(model: str | Path | Brought, dataset: Dataset, image_shape: ImageShape, code: OwnCode) -> Teacher:
+    """Load a model for a dataset, with the user's own code that may run. Raises ModelError as `load_teacher` does."""
+    return load_teacher(
+        model,
+        dataset.class_names,
+        image_shape,
+        student_factory=code.student_factory,
+        segmenter=code.segmenter,
+        debias=code.debias,
+    )
 
 
 def open_tested(data: Location) -> Dataset:

@@ -19,7 +19,7 @@ import torch
 from data import Dataset, DatasetError, Location, Split, open_dataset
 from data.storage import absolute
 from options import Call, Message, Option, did_you_mean, takes
-from pipeline import Classifier, ModelConfig, ModelError, RelevanceError, load_teacher
+from pipeline import Classifier, ModelConfig, ModelError, RelevanceError
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches
 from pipeline.device import pick_device, place
@@ -32,7 +32,7 @@ from pipeline.networks.segmenters import TORCHVISION
 from pipeline.networks.teachers import Brought, absolute_teacher
 from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_paired
-from trainer.results.evaluation import lacks_masks, no_masks
+from trainer.results.evaluation import lacks_masks, load_with, no_masks
 from trainer.results.options import PREDICTED, TRUE, OwnCode, ShowOptions
 from trainer.results.pictures import Cell, Grid, grid_picture, rows_of
 from trainer.run_dir import NEW_FOLDER
@@ -201,14 +201,7 @@ def _class_number(dataset: Dataset, name: str) -> int:
 def load_shown(model: str | Path | Brought, dataset: Dataset, code: OwnCode) -> tuple[Classifier, str]:
     """Load a model on the CPU, and return it with the title of its column. Raises ModelError as `load_teacher` does."""
     shape = next(iter(dataset.splits.values())).image_shape
-    teacher = load_teacher(
-        model,
-        dataset.class_names,
-        shape,
-        student_factory=code.student_factory,
-        segmenter=code.segmenter,
-        debias=code.debias,
-    )
+    teacher = load_with(model, dataset, shape, code)
     return teacher.model, str(model) if isinstance(model, Brought) else Path(str(absolute_teacher(model))).name
 
 
