@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import trainer.loop.training
 from data import make_coloured_mnist
-from pipeline import bias_free, cache_explanations, explain, load_classifier
+from pipeline import Classifier, bias_free, cache_explanations, explain, load_classifier
 from pipeline.networks.classifier import read_config
 from pipeline.networks.fading import bias_free_state, fading, set_remaining
+from pipeline.networks.preprocessing import PreprocessSpec
 from trainer import evaluate, train_student, train_teacher
 from trainer.loop.training import remaining
 
@@ -130,6 +131,16 @@ def test_a_teacher_and_a_student_that_start_from_weights_end_bias_free(tmp_path,
         torch.testing.assert_close(model.eval().network(2 * x), 2 * model.network(x), rtol=1e-3, atol=1e-4)
     assert result["bias_free"]["homogeneity_error"] < 1e-3
     assert evaluate(tmp_path / "d.zarr", tmp_path / "s")["splits"]["ood"]["samples"] == 64
+
+
+def test_a_bias_free_network_that_only_takes_the_size_of_its_preprocessing_finishes():
+    """As VGG does, whose poolings leave nothing of 28×28: the training had ended in a traceback."""
+    network, report = bias_free(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)))
+    spec = PreprocessSpec((0.0,), (0.5,), size=(32, 32))
+    model = Classifier(network, bias_free_report=report, image_shape=(3, 28, 28), preprocessing=spec)
+    summary = trainer.loop.training.bias_free_summary(model, torch.full((2, 3, 28, 28), 99, dtype=torch.uint8))
+    assert summary is not None
+    assert summary["homogeneity_error"] < 1e-6
 
 
 def test_an_interrupted_training_resumes_its_fading(tmp_path, start, monkeypatch):

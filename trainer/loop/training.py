@@ -539,8 +539,8 @@ def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | Non
 
     Args:
         model: the classifier, on the CPU.
-        images: uint8 (N, C, H, W), on which ``homogeneity_error`` is measured: max |f(2·x) − 2·f(x)| relative to
-            max |2·f(x)|. Near 0, heatmaps account for the whole logit.
+        images: uint8 (N, C, H, W). ``homogeneity_error`` is measured on what the network takes of them: max |f(2·x) −
+            2·f(x)| relative to max |2·f(x)|. Near 0, heatmaps account for the whole logit.
 
     Returns:
         ``changed``, ``could_not`` and ``homogeneity_error``; None for a network with its biases.
@@ -548,8 +548,11 @@ def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | Non
     report = model.bias_free_report
     if report is None or not (report.changed or report.could_not):
         return None
+    taken = as_input(images, torch.device("cpu"))
     return {
         "changed": report.changed,
         "could_not": report.could_not,
-        "homogeneity_error": homogeneity_error(model.network, as_input(images, torch.device("cpu"))),
+        "homogeneity_error": homogeneity_error(
+            model.network, taken if model.preprocess is None else model.preprocess(taken)
+        ),
     }
