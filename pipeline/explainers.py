@@ -35,6 +35,11 @@ class Explainer:
     coarse: bool = False
     stride: int | None = None
 
+    @property
+    def sums_to_logit(self) -> bool:
+        """Whether a map is a share of the logit, so that its sum has the meaning of a logit."""
+        return self.read in (heatmaps, feature_heatmaps)
+
 
 def heatmaps(forward: Forward, target_class: Tensor, epsilon: float | Tensor, **graph: Any) -> Tensor:
     """Return ``x · G`` by the rule set, see `explain`."""

@@ -144,3 +144,9 @@ def save_clip(folder: Path, tower: str = "resnet") -> tuple[str, str]:
     config.write_text(json.dumps({"embed_dim": 16, "vision_cfg": TOWERS[tower], "text_cfg": CLIP_TEXT}))
     torch.save(small_clip(TOWERS[tower]).state_dict(), folder / "weights.pt")
     return str(config), str(folder / "weights.pt")
+
+
+@pytest.fixture
+def without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage one without its first look, for tests that count what else it runs or says."""
+    monkeypatch.setattr("pipeline.caching.stage_one._tell_first_look", lambda job, client: None)

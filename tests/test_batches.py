@@ -89,6 +89,7 @@ def test_the_c_librarys_lack_of_memory_is_known_by_its_words():
     assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
 
+@pytest.mark.usefixtures("without_a_look")
 @pytest.mark.parametrize("in_maps", [False, True], ids=["forward", "last draw"])
 def test_out_of_memory_halves_the_batch_and_changes_no_draw(dataset, teacher, cache, tmp_path, monkeypatch, in_maps):
     memory = Memory(monkeypatch, holds=40, in_maps=in_maps)
@@ -103,6 +104,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_draw(dataset, teacher, ca
     np.testing.assert_allclose(mine.teacher_logits, theirs.teacher_logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_a_look")
 def test_a_size_that_was_too_large_is_not_tried_again_in_the_next_shard(dataset, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher_cache.layout, "MAX_SHARD_SAMPLES", 64)
     memory = Memory(monkeypatch, holds=20)
@@ -120,6 +122,7 @@ def test_the_default_and_auto_are_the_same_on_a_cpu_bit_for_bit(dataset, teacher
     assert mine.heatmaps.tobytes() == theirs.heatmaps.tobytes()
 
 
+@pytest.mark.usefixtures("without_a_look")
 def test_a_given_size_that_does_not_fit_is_named_and_the_store_can_be_continued(
     dataset, teacher, tmp_path, monkeypatch
 ):

@@ -298,6 +298,7 @@ def test_what_is_wrong_with_a_task_reaches_the_user_as_in_a_local_run(dataset, t
     assert_one_paragraph(result, "64 maps, and none is any good")
 
 
+@pytest.mark.usefixtures("without_a_look")
 def test_each_worker_finds_the_batch_that_its_own_memory_holds(dataset, teacher, client, tmp_path):
     client.run(hold_twenty_images)
     options = {"draws": 2, "batch_size": "auto", "scheduler": client.scheduler.address}

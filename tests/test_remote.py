@@ -199,6 +199,7 @@ def test_every_kind_of_request_survives_every_fault(s3, url, fault):
         assert found == expected.get(name, [f"a/{key}" for key in listed] if name == "keys" else listed), name
 
 
+@pytest.mark.usefixtures("without_a_look")
 @pytest.mark.parametrize("fault", [403, 500, "lose"])
 def test_lasting_errors_stop_with_a_reason_and_the_same_command_goes_on(s3, url, local, fault):
     cache = f"{url}/cache.zarr"

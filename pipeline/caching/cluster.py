@@ -93,7 +93,7 @@ def _greet(address: str, patience: float) -> None:
 
 
 def run_on_cluster(
-    client: Client, task: Callable[[int], int], shards: Sequence[int], name: str, done: Callable[[int], object]
+    client: Client, task: Callable[[int], Any], shards: Sequence[int], name: str, done: Callable[[Any], object]
 ) -> None:
     """Run ``task(shard)`` on the cluster's workers for every shard, and tell ``done`` each result as it comes.
 
@@ -107,11 +107,11 @@ def run_on_cluster(
     if shards and not client.nthreads():
         print(f"{where} has no worker yet: waiting for one", file=sys.stderr)
     run = uuid.uuid4().hex  # what an earlier run with this name left on the scheduler is another task
-    outstanding: dict[Future[int], int] = {}
+    outstanding: dict[Future[Any], int] = {}
 
     pickled = pickle.dumps(task)
 
-    def unpickled(shard: int) -> int:  # nested, so it travels by value: the scheduler need not have our packages
+    def unpickled(shard: int) -> Any:  # nested, so it travels by value: the scheduler need not have our packages
         try:
             there = pickle.loads(pickled)
         except Exception as error:  # no such module, or one of another version
@@ -122,7 +122,7 @@ def run_on_cluster(
             error.__cause__ = error.__context__ = None  # which the journey might not let through, and the error with it
             raise
 
-    def submit(shard: int) -> Future[int]:
+    def submit(shard: int) -> Future[Any]:
         future = client.submit(unpickled, shard, key=(f"explain {name}-{run}", shard), pure=False)
         outstanding[future] = shard
         return future
@@ -140,12 +140,12 @@ def run_on_cluster(
             client.cancel(list(outstanding))
 
 
-def _result(future: Future[int], shard: int, where: str) -> int:
+def _result(future: Future[Any], shard: int, where: str) -> Any:
     from distributed import KilledWorker
     from distributed.comm.core import CommClosedError
 
     try:
-        return int(future.result())
+        return future.result()
     except KilledWorker as error:
         raise ClusterError(
             f"{error.allowed_failures + 1} workers of {where} died while they computed shard {shard}, the last of them "

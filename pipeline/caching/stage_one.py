@@ -32,6 +32,7 @@ from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches, BatchSize
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
+from pipeline.caching.first_look import FirstLook, first_look
 from pipeline.caching.options import DRAWS, CachingOptions
 from pipeline.device import as_input, pick_device, place
 from pipeline.errors import ModelError, RelevanceError
@@ -163,6 +164,8 @@ def cache_explanations(
             tqdm(total=info.dataset.samples, unit="image", desc=f"explaining {asked.split}", disable=None) as bar,
         ):
             try:
+                if not cache.committed().any():  # a store that is resumed was looked at when it was begun
+                    _tell_first_look(job, client)
                 if client is None:
                     computed = _run_here(job, cache, claims, asked.share, bar)
                 else:
@@ -196,6 +199,27 @@ def _load(
 
 def _absolute_segmenter(segmenter: str | None) -> str | None:
     return str(absolute(segmenter)) if segmenter is not None and segmenter.endswith(FILES) else segmenter
+
+
+def _tell_first_look(job: Job, client: Any) -> None:
+    """Log the numbers of a first look at the maps, and warn where they are too low; a worker of a cluster looks."""
+    looks: list[FirstLook | None] = []
+    if client is None:
+        looks.append(_look(job))
+    else:
+        run_on_cluster(client, partial(_look, job), [0], str(job.out), looks.append)
+    for look in looks:
+        if look is not None:
+            log.info(look.line())
+            for warning in look.warnings():
+                log.warning(warning)
+
+
+def _look(job: Job, shard: int = 0) -> FirstLook | None:
+    """Look at the maps of a job, in the process that computes its shards."""
+    opened = _opened_for(job)
+    with _computing:
+        return first_look(opened.model, opened.split, job.info, opened.batches.size, opened.device)
 
 
 def _run_here(job: Job, cache: Cache, claims: Claims, share: bool, bar: Any) -> int:
@@ -444,11 +468,7 @@ def compute_shard(job: Job, shard: int) -> int:
     The first shard of a job opens what the process needs for all of them, see `_open` for its errors. A process
     computes one shard at a time, as it takes every core or the one GPU, and reads and writes others meanwhile.
     """
-    with _opening:
-        if job not in _opened:
-            _opened.clear()
-            _opened[job] = _open(job)
-        opened = _opened[job]
+    opened = _opened_for(job)
     start, stop = job.info.shard_range(shard)
     images = np.asarray(opened.split.images[start:stop])
     masks = None if opened.split.masks is None else np.asarray(opened.split.masks[start:stop])
@@ -456,6 +476,15 @@ def compute_shard(job: Job, shard: int) -> int:
         content = explain_shard(opened.model, images, masks, job.info, start, opened.batches, opened.device)
     opened.cache.write_shard(shard, content)
     return stop - start
+
+
+def _opened_for(job: Job) -> _Opened:
+    """Return what the process keeps for a job; the first call opens it."""
+    with _opening:
+        if job not in _opened:
+            _opened.clear()
+            _opened[job] = _open(job)
+        return _opened[job]
 
 
 def forget(job: Job) -> None:
