@@ -502,7 +502,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     for every image. A split has no accuracy if it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
-    from trainer.results.by_class import class_table, one_class_warning
+    from trainer.results.by_class import class_table, one_class_warning, prediction_table
     from trainer.results.evaluation import bias_warning
 
     if (model is None) == (teacher is None):
@@ -527,8 +527,9 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         click.echo(line)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
-    if table := class_table(result["splits"], "give --json"):
-        click.echo(f"\n{table}")
+    for table in (class_table(result["splits"], "give --json"), prediction_table(result["splits"])):
+        if table:
+            click.echo(f"\n{table}")
 
 
 @main.command(

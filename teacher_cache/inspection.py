@@ -14,6 +14,7 @@ from teacher_cache.errors import CacheError
 from teacher_cache.store import Cache
 
 SAMPLED_SHARDS = 8  # for the maps' statistics
+NO_SHARES = ("input-gradient",)  # explainers whose maps of the size of the images are no shares of the logit
 
 
 def inspect_cache(cache: Cache) -> dict[str, Any]:
@@ -26,7 +27,10 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
         Its attributes, ``path``, ``shards`` and ``committed_shards``, ``samples`` and ``committed_samples``,
         ``complete``, ``bytes`` (of everything that is stored), ``raw_bytes`` (of the committed maps as float32 at full
         resolution), ``ratio`` of the two, and ``maps``: statistics over up to 8 evenly spaced shards, None without
-        any. Statistics leave damaged shards out; `damaged_shards` names those.
+        any. Statistics leave damaged shards out; `damaged_shards` names those. ``maps.sums`` has, for the lower and the
+        upper half of the range of ε on a logarithmic scale: ``epsilon_low`` and ``epsilon_high``, the number of
+        ``maps``, the median ``share`` of the sum of a map in its logit, and the ``correlation`` of the two. It is empty
+        for maps that are no shares of a logit.
 
     Raises:
         OSError: The store cannot be read.
@@ -54,6 +58,7 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
 def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
     """Compute how sparse, how large and how concentrated the maps (n, D, C, h, w) are, and what the draws explain."""
     statistics: list[dict[str, float]] = []
+    sums: list[np.ndarray] = []  # ε, sum and logit of each map, float64 (3, n · D)
     for shard in shards:
         try:
             content = cache.read_shard(shard)
@@ -61,6 +66,10 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
             continue
         maps, top = content.heatmaps, content.teacher_logits.argmax(1)
         absolute = np.abs(maps).sum((-3, -2, -1))
+        logits = np.take_along_axis(content.teacher_logits, content.target_class, 1)
+        pixels = cache.info.storage.resolution**2  # of which a stored value is the mean
+        of_maps = (content.epsilon, pixels * maps.sum((-3, -2, -1), dtype=np.float64), logits)
+        sums.append(np.stack([values.ravel() for values in of_maps]).astype(np.float64))
         statistics.append({
             "zeros": float((maps == 0).mean()),
             "empty": float((absolute == 0).mean()),
@@ -76,7 +85,44 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
     combine: dict[str, Any] = {"largest": max, "epsilon_low": min, "epsilon_high": max}
     values = {key: [part[key] for part in statistics] for key in statistics[0]}
     combined = {key: float(combine.get(key, np.mean)(each)) for key, each in values.items()}
-    return {"shards": len(statistics), **combined}
+    return {"shards": len(statistics), **combined, "sums": _sums(cache, np.concatenate(sums, 1))}
+
+
+def _sums(cache: Cache, of_maps: np.ndarray) -> list[dict[str, float | None]]:
+    """Compare the sums of maps with their logits, in two halves of the range of ε.
+
+    Args:
+        cache: The store.
+        of_maps: ε, sum and logit of each map, float64 (3, M).
+    """
+    info = cache.info.explainer
+    coarse = info.map_shape != cache.info.dataset.image_shape
+    if coarse or info.class_policy == "none" or info.rule in NO_SHARES:
+        return []
+    low, high = info.epsilon_low, info.epsilon_high
+    middle = (low * high) ** 0.5
+    epsilon, total, logits = of_maps
+    halves = {(low, high): epsilon > 0}
+    if low < high:
+        halves = {(low, middle): epsilon < middle, (middle, high): epsilon >= middle}
+    return [
+        {
+            "epsilon_low": start,
+            "epsilon_high": stop,
+            "maps": int(rows.sum()),
+            "share": float(np.quantile(total[rows & (logits != 0)] / logits[rows & (logits != 0)], 0.5)),
+            "correlation": _correlation(total[rows], logits[rows]),
+        }
+        for (start, stop), rows in halves.items()
+        if (rows & (logits != 0)).any()
+    ]
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Compute the correlation; None if one of the two is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / size if size else None
 
 
 def damaged_shards(cache: Cache, shards: Iterable[int] | None = None) -> dict[int, Message]:
@@ -164,6 +210,13 @@ def describe(inspection: dict[str, Any]) -> str:
             f"{maps['zeros']:.1%} zeros, {maps['empty']:.1%} empty, mean relevance {maps['relevance']:.3g} of which "
             f"{maps['positive']:.0%} positive, largest {maps['largest']:.3g}"
         )
+        if maps["sums"]:
+            lines["sums"] = "; ".join(
+                f"{half['share']:.0%} of the logit, correlation "
+                + ("unknown" if half["correlation"] is None else f"{half['correlation']:.2f}")
+                + f", with ε from {half['epsilon_low']:.3g} to {half['epsilon_high']:.3g}"
+                for half in maps["sums"]
+            )
         top_class = "" if explainer["class_policy"] == "none" else f"{maps['top_class']:.1%} explain the top class, "
         lines["draws"] = f"{top_class}ε from {maps['epsilon_low']:.3g} to {maps['epsilon_high']:.3g}"
         lines["looked at"] = f"{maps['shards']} of {inspection['committed_shards']:,} shards, for maps and draws"

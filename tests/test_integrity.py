@@ -325,6 +325,36 @@ def test_inspect_cache_shows_coarse_maps_and_what_they_do_not_explain(tmp_path):
     assert json.loads(inspect(tmp_path / "c.zarr", "--json"))["raw_bytes"] == 10 * 1 * 3 * 2 * 4
 
 
+@pytest.mark.parametrize("resolution", [1, 2])
+def test_inspect_cache_says_how_much_of_the_logit_the_maps_sum_to_by_epsilon(tmp_path, resolution):
+    of = info(samples=12, image_shape=(3, 6, 6), resolution=resolution)
+    cache = create_cache(tmp_path / "c.zarr", of, HEAD)
+    for shard in range(of.shards):
+        random = content(of, shard)
+        epsilon = np.where(np.arange(2) == 0, np.float32(0.02), np.float32(0.5)) + np.zeros((4, 1), np.float32)
+        logits = np.take_along_axis(random.teacher_logits, random.target_class, 1)
+        parts = logits * [[0.9, 0.25]]
+        maps = np.full((4, 2, 3, 6, 6), 1 / 108) * parts[..., None, None, None]
+        cache.write_shard(shard, dataclasses.replace(random, heatmaps=maps.astype(np.float32), epsilon=epsilon))
+    low, high = inspect_cache(open_cache(tmp_path / "c.zarr"))["maps"]["sums"]
+    assert (low["epsilon_low"], low["epsilon_high"], low["maps"]) == (0.01, pytest.approx(0.1), 12)
+    assert (low["share"], high["share"]) == (pytest.approx(0.9, rel=1e-3), pytest.approx(0.25, rel=1e-3))
+    assert (low["correlation"], high["correlation"]) == (pytest.approx(1, abs=1e-3), pytest.approx(1, abs=1e-3))
+    shown = {line[:12].strip(): line[12:] for line in inspect(tmp_path / "c.zarr").splitlines()}
+    assert shown["sums"] == (
+        "90% of the logit, correlation 1.00, with ε from 0.01 to 0.1; "
+        "25% of the logit, correlation 1.00, with ε from 0.1 to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "explainer", [{"rule": "input-gradient"}, {"rule": "attention", "class_policy": "none", "map_shape": (1, 3, 2)}]
+)
+def test_inspect_cache_says_nothing_of_sums_that_mean_no_logit(tmp_path, explainer):
+    filled(tmp_path / "c.zarr", info(draws=1, explainer=explainer))
+    assert "sums" not in {line[:12].strip() for line in inspect(tmp_path / "c.zarr").splitlines()}
+
+
 def test_inspect_cache_counts_what_there_is(path):
     found = json.loads(inspect(path, "--json"))
     assert found["bytes"] == sum(len(raw) for raw in files(path).values())

@@ -37,6 +37,7 @@ from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.clock import Clock, Timed
+from trainer.loop.collapse import Falling, class_counts, one_class_warning, shares
 from trainer.loop.cuda_graph import Passes, Recorded
 from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
@@ -64,6 +65,7 @@ class Material:
 
     source: the samples. store: describes the store of their heatmaps. head: the teacher's last layer, to be copied.
     groups: the number of groups in the source's ``groups``. validation: the samples that choose the weights to keep.
+    answers: the images with the teacher's logits, by which a collapse is noticed; None where the source has labels.
     paths: where all of it lies, for the record.
     """
 
@@ -72,6 +74,7 @@ class Material:
     head: Mapping[str, np.ndarray] = field(default_factory=dict)
     groups: int = 0
     validation: Source | None = None
+    answers: Source | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -299,7 +302,7 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     """Start the stream of batches, and what watches, times, shows and interrupts the loop."""
     training, ranks, device = state.training, state.ranks, state.device
     settings, runtime, first = training.settings, training.runtime, state.progress["step"]
-    watch = Watch(ranks, settings.loss, state.progress)
+    watch = Watch(ranks, settings.loss, state.progress, Falling(settings, state.progress))
     show = cleanup.enter_context(display(state.run, first, settings.steps))
     profile = cleanup.enter_context(profiler(state.run if runtime.profile else None, device))
     interruption = cleanup.enter_context(Interruption())
@@ -413,6 +416,7 @@ def finish(state: State) -> dict[str, Any]:
         "processes": state.ranks.ranks,
         "precision": state.precision,
         "bias_free": None,
+        "predictions": None,
         **({} if training.config.start is None else {"start": training.config.start}),
     }
     if run is not None:
@@ -423,6 +427,7 @@ def finish(state: State) -> dict[str, Any]:
         save_weights(run.path, classifier)
         if training.config.debias == "none":
             _save_plain(run, classifier)
+        result["predictions"] = _predictions(state)
         run.finish(result)
     state.ranks.wait()
     return result
@@ -532,6 +537,22 @@ def _save_plain(run: RunDir, model: Classifier) -> None:
         save_plain(run.path / "model.pt", model)
     except ModelError as error:  # of a network of the user's own, and no reason to lose the training
         log.warning(f"{run.path}: no model.pt is written, because {error}")
+
+
+def _predictions(state: State) -> dict[str, Any]:
+    """Return the share of each class in the predictions on some training samples, and warn of a collapse."""
+    training, material = state.training, state.training.material
+    names, answers = training.config.class_names, material.answers or material.source
+    counts = class_counts(state.averaged, answers, training.settings, state.device, state.autocast, len(names))
+    warning = one_class_warning(*counts, names, training.settings, of_teacher=material.answers is not None)
+    if warning is not None:
+        log.warning(warning)
+    predicted, expected = counts
+    return {
+        "samples": int(predicted.sum()),
+        "predicted": shares(predicted, names),
+        "labels" if material.answers is None else "teacher": shares(expected, names),
+    }
 
 
 def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | None:

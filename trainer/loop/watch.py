@@ -16,6 +16,7 @@ from torch import Tensor
 
 from options import Message, Option
 from trainer.errors import TrainingError
+from trainer.loop.collapse import Falling
 from trainer.loop.distributed import Ranks
 from trainer.loop.step import UNTAUGHT, VANISHED, weighted
 from trainer.run_dir import RunDir
@@ -62,10 +63,13 @@ class Watch:
         ranks: the processes of the training, which read the same numbers.
         weights: the weight of each method's loss.
         progress: has the key ``first``, None before the first step with a sample that is taught.
+        falling: warns of a heatmap loss that does not fall; None warns of nothing.
     """
 
-    def __init__(self, ranks: Ranks, weights: Mapping[str, float], progress: dict[str, Any]):
-        self._ranks, self._weights, self._progress = ranks, weights, progress
+    def __init__(
+        self, ranks: Ranks, weights: Mapping[str, float], progress: dict[str, Any], falling: Falling | None = None
+    ):
+        self._ranks, self._weights, self._progress, self._falling = ranks, weights, progress, falling
         self._recent: list[Step] = []
         self._told = False
 
@@ -119,6 +123,10 @@ class Watch:
                 self._fail(step, loss, norm, run)
             if living < 1 and not self._told:
                 self._tell(step)
+            by_method = dict(zip(self._weights, losses, strict=True))
+            warning = None if self._falling is None else self._falling.add(step.number, by_method)
+            if warning is not None and self._ranks.main:
+                log.warning(warning)
         last_step = {"loss": loss, "gradient_norm": norm}
         if len(losses) > 1:
             last_step |= {f"loss_{name}": loss for name, loss in zip(self._weights, losses, strict=True)}

@@ -1,4 +1,4 @@
-"""The accuracy of each class as text: a table for a terminal, and a warning of a model that says one class for all.
+"""The accuracy and the predictions of each class as tables for a terminal, and a warning of a model that says only one.
 
 Not here: the numbers (`evaluation.py`).
 """
@@ -66,6 +66,40 @@ def class_table(splits: Mapping[str, Mapping[str, Any]], where_all: str) -> str:
     rows += [[BALANCED, *(f"{splits[split]['balanced_accuracy']:.2f}" for split in scores)]]
     if left_out:
         rows.append([f"{left_out} more classes: {where_all}", *[""] * len(scores)])
+    return _aligned(rows)
+
+
+def prediction_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Write how often the model predicts each class, beside how frequent the class is, as a table for a terminal.
+
+    Args:
+        splits: the ``splits`` of the result of `evaluate`.
+
+    Returns:
+        The table, in which each cell is the share of the predictions and that of the samples, both in %. Of more than
+        12 classes it has the five that are predicted most. It is empty without shares.
+    """
+    shares = {name: split["predictions"] for name, split in splits.items() if split.get("predictions")}
+    if not shares:
+        return ""
+    names = list(dict.fromkeys(name for of_split in shares.values() for name in of_split))
+    title = "share of the predictions (of the images), in %"
+    if len(names) > FEW_CLASSES:
+        names = sorted(names, key=lambda name: -max(of_split.get(name, 0.0) for of_split in shares.values()))[:WORST]
+        title = f"the {WORST} classes predicted most: {title}"
+    rows = [[title, *shares]]
+    for name in names:
+        cells = []
+        for split, of_split in shares.items():
+            samples = {score["class"]: score["samples"] for score in classes_of(splits[split])}
+            frequency = 100 * samples.get(name, 0) / max(1, sum(samples.values()))
+            cells.append(f"{of_split.get(name, 0.0):.1f} ({frequency:.1f})")
+        rows.append([_short(name), *cells])
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Write rows of cells in columns, the first of which may be wide."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.ljust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join(lines)

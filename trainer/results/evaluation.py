@@ -45,8 +45,9 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
         ``worst_group``, and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
         without masks). ``classes`` has the same as ``groups`` for each class that has samples, in the order of the
         labels, ``balanced_accuracy`` is the mean of their accuracies, and ``only_prediction`` is the class that the
-        model says for every image, None if it says several. On a split without the masks that a teacher's front needs,
-        ``accuracy`` and ``interval`` are None, and the three entries of the classes are missing; the log names it. At
+        model says for every image, None if it says several; ``predictions`` is the share of the predictions of each
+        class in %. On a split without the masks that a teacher's front needs,
+        ``accuracy`` and ``interval`` are None, and the four entries of the classes are missing; the log names it. At
         the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a split, or its accuracy), the
         worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``, ``kind``, ``arch``, ``debias``.
 
@@ -165,8 +166,10 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequenc
         class_names: the names of the classes.
 
     Returns:
-        ``classes``, ``balanced_accuracy`` and ``only_prediction``, as `evaluate` returns them for a split.
+        ``classes``, ``balanced_accuracy``, ``only_prediction`` and ``predictions``, as `evaluate` returns them for a
+        split.
     """
+    shares = 100 * np.bincount(predicted, minlength=len(class_names)) / len(predicted)
     samples = np.bincount(labels, minlength=len(class_names)).tolist()
     correct = np.bincount(labels[predicted == labels], minlength=len(class_names)).tolist()
     scores = [
@@ -178,6 +181,7 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequenc
         "balanced_accuracy": float(np.mean([score["accuracy"] for score in scores])),
         "classes": scores,
         "only_prediction": class_names[int(predicted[0])] if (predicted == predicted[0]).all() else None,
+        "predictions": dict(zip(class_names, shares.tolist(), strict=True)),
     }
 
 

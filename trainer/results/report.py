@@ -192,7 +192,11 @@ class _Page:
         """
         models = self.tested(split)
         scores = {model.title: classes_of(model.splits[split.name].score) for model in models}
-        by_name = [{score["class"]: score for score in of_model} for of_model in scores.values()]
+        said = [model.splits[split.name].score["predictions"] for model in models]
+        by_name = [
+            {score["class"]: {**score, "said": shares[score["class"]]} for score in of_model}
+            for of_model, shares in zip(scores.values(), said, strict=True)
+        ]
         names = list(by_name[0])
         listed = names if len(names) <= LISTED_CLASSES else worst_first(scores)[:LISTED_CLASSES]
         rows = [(name, by_name[0][name]["samples"], [of_model[name] for of_model in by_name]) for name in listed]
