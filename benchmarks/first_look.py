@@ -277,9 +277,10 @@ def draw(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+@click.option("--only", default="", help="Measure only settings whose name contains this text, such as small-cnn.")
 @click.option("--teacher-steps", default=400, show_default=True, type=click.IntRange(1), help="Steps of a teacher.")
 @click.option("--student-steps", default=300, show_default=True, type=click.IntRange(1), help="Steps of a student.")
-def main(work: Path, teacher_steps: int, student_steps: int) -> None:
+def main(work: Path, only: str, teacher_steps: int, student_steps: int) -> None:
     """Measure each setting, print two tables, and draw `first-look.png`."""
     torch.set_num_threads(1)
     path, file = work / "cells.zarr", work / "results.jsonl"
@@ -287,19 +288,20 @@ def main(work: Path, teacher_steps: int, student_steps: int) -> None:
     if not path.exists():
         make_solar_cells(path, size=SIZE, channels=3)
     bench = Bench(work, open_dataset(path), teacher_steps, student_steps)
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    measured = {Setting(**result["setting"]).name for result in results}
     for setting in SETTINGS:
-        if setting.name in measured:
-            continue
-        result = bench.measure(setting)
-        with file.open("a") as lines:
-            lines.write(json.dumps(result, ensure_ascii=False) + "\n")
-        results.append(json.loads(json.dumps(result)))
-        click.echo(f"{setting.name}: {result['look']} {result['student']} {result['seconds']} s")
+        if only in setting.name and setting.name not in {Setting(**result["setting"]).name for result in _read(file)}:
+            result = bench.measure(setting)
+            with file.open("a") as lines:
+                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+            click.echo(f"{setting.name}: {result['look']} {result['student']} {result['seconds']} s")
+    results = _read(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}, one thread")
     print(setting_table(results), correlation_table(results), sep="\n\n")
     draw(results, work / "first-look.png")
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":
