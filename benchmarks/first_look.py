@@ -52,14 +52,14 @@ class Family:
     pretrained: bool = False
 
 
-def _small(arch: str, width: int) -> Family:
-    both = {"arch": arch, "arch_options": {"width": width}}
+def _small(arch: str) -> Family:
+    both = {"arch": arch, "arch_options": {"width": 16, "depth": 1}}
     return Family(both, {"batch_size": 64, "lr": 4e-3}, {"batch_size": 32, "lr": 4e-3})
 
 
 FAMILIES = {
-    "small-cnn": _small("small-cnn", 16),
-    "small-resnet": _small("small-resnet", 8),
+    "small-cnn": _small("small-cnn"),
+    "small-resnet": _small("small-resnet"),
     "EfficientNet-Lite0": Family(LITE0, {"batch_size": 32, "lr": 7e-4}, {"batch_size": 32, "lr": 1e-3}, True),
 }
 
