@@ -36,7 +36,7 @@ from trainer.results.charts import COLOURS, FAINT, INK, MARKERS
 from trainer.results.evaluation import class_scores, predict
 
 CPU, SIZE, DRAWS, LOOKED_AT_ONCE = torch.device("cpu"), 64, 2, 16
-LOW, MIDDLE, HIGH = (0.01, 0.1), (0.05, 0.2), (0.1, 1.0)  # ranges of ε
+LOW, MIDDLE, HIGH, HIGHEST = (0.01, 0.1), (0.05, 0.2), (0.1, 1.0), (1.0, 10.0)  # ranges of ε
 FACTORY = "photographs:build"
 LITE0 = {"mean": (0.498,), "std": (0.502,)}  # the preprocessing of TensorFlow's Lite models
 SHARED: dict[str, Any] = {"augment": ("flip",), "class_weights": "balanced", "threads": 1, "device": "cpu"}
@@ -91,6 +91,9 @@ SETTINGS = [
     *(Setting("EfficientNet-Lite0", False, *how) for how in (("flex", LOW), ("flex-stride8", MIDDLE))),
     *(Setting("small-resnet", True, *how) for how in (("flex", LOW), ("flex", HIGH))),
     *(Setting("small-resnet", False, *how) for how in (("flex", LOW), ("flex", HIGH))),
+    *(Setting("small-cnn", bias_free, "flex", HIGHEST) for bias_free in (True, False)),
+    *(Setting("small-cnn", False, *how) for how in (("flex-stride4", HIGH), ("epsilon-plus", LOW))),
+    *(Setting("small-resnet", bias_free, "flex-stride4", HIGH) for bias_free in (True, False)),
     *(Setting("EfficientNet-Lite0", True, *how) for how in (("epsilon-plus", LOW), ("flex", HIGH))),
     *(Setting("EfficientNet-Lite0", False, *how) for how in (("gamma", LOW), ("flex-stride16", MIDDLE))),
 ]
