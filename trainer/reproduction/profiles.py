@@ -308,11 +308,13 @@ def with_arch(profile: Profile, arch: str | None) -> Profile:
     """Replace the architecture of teachers and students, whose own options do not apply to it; None keeps it."""
     if arch is None:
         return profile
-    teacher, student = (
-        {**{name: value for name, value in network.items() if name not in OF_ARCHITECTURE}, "arch": arch}
-        for network in (profile.teacher, profile.student)
-    )
-    return dataclasses.replace(profile, teacher=teacher, student=student)
+
+    def of_any(options: Options) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name not in OF_ARCHITECTURE}
+
+    teacher, student = ({**of_any(network), "arch": arch} for network in (profile.teacher, profile.student))
+    of_row = {row: of_any(options) for row, options in profile.of_row.items()}
+    return dataclasses.replace(profile, teacher=teacher, student=student, of_row=of_row)
 
 
 # the paper's, but for the epochs of its teacher and ERM rows, which the paper does not state
