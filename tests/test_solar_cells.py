@@ -267,9 +267,9 @@ def own_code(tmp_path, monkeypatch) -> Iterator[Path]:
     (folder / "own_lite.py").write_text(OWN_CODE)
     monkeypatch.syspath_prepend(folder)
     network = importlib.import_module("own_lite").build(1000)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.bias)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.bias)
     torch.save(network.state_dict(), folder / "start.pth")
     yield folder
     del sys.modules["own_lite"]
@@ -428,17 +428,21 @@ def test_networks_that_a_function_builds_from_weights_are_trained_resumed_elsewh
     assert [(line["method"], line["arch"]) for line in results] == [(row, OWN) for row in rows]
     own = hashlib.sha256((tmp_path / "elsewhere" / "start.pth").read_bytes()).hexdigest()
     for line in results:
-        model, config = load_classifier(out / line["model"], OWN)
+        config = load_classifier(out / line["model"], OWN)[1]
         from_weights = line["method"] != "lrp-from-scratch"
         assert (config.start or {}).get("sha256") == (own if from_weights else None)
         assert config.bias_free
         assert (config.preprocessing.mean, config.preprocessing.std) == ((0.0,) * 3, (0.502,) * 3)
         scores = evaluate(out / "data.zarr", out / line["model"], student_factory=OWN, device="cpu")
-        assert [line[split] for split in ("iid", "ood", "shift")] == [scores[split] for split in ("iid", "ood", "shift")]
+        assert [line[split] for split in ("iid", "ood", "shift")] == [
+            scores[split] for split in ("iid", "ood", "shift")
+        ]
         if line["method"].startswith("lrp"):
             assert config.training["loss"] == {"hidden-lrp": 1.0}
             assert config.training["mask_target"] == (name == "pretrained")
-    assert {point["method"] for point in map(json.loads, (out / "curves.jsonl").read_text().splitlines())} == {*rows[1:]}
+    assert {point["method"] for point in map(json.loads, (out / "curves.jsonl").read_text().splitlines())} == {
+        *rows[1:]
+    }
     for picture in ("heatmaps", "groups", "curves"):
         assert (out / "report" / f"{picture}.png").exists()
     assert run(out, profile, rows) == results
@@ -471,9 +475,7 @@ def test_missing_packages_of_pretrained_networks_are_named_with_the_extra_before
 @pytest.mark.parametrize(
     ("value", "says"), [("absent.pth", "absent.pth"), ("own_lite:wieghts", "Did you mean weights")]
 )
-def test_weights_that_are_not_there_are_named_before_anything_is_made(
-    tmp_path, own_code, network, option, value, says
-):
+def test_weights_that_are_not_there_are_named_before_anything_is_made(tmp_path, own_code, network, option, value, says):
     profile = of_own_code("pretrained")
     profile = dataclasses.replace(profile, **{network: {**getattr(profile, network), option: value}})
     with pytest.raises(ModelError, match=says):
@@ -495,7 +497,9 @@ def test_a_profile_of_solar_cells_has_options_that_the_stages_take(name):
     kinds = {"data": SolarCellsOptions, "teacher": TeacherOptions, "store": CachingOptions, "student": StudentOptions}
     for stage in plan(profile, chosen(profile, ["all"]), 1):
         places = {"data": {}, "store": {"data": "d", "teacher": "t"}}.get(stage.kind, {"data": "d"})
-        options = kinds[stage.kind](out="out", **places, **stage.options)  # raises for an unknown option or a wrong value
+        options = kinds[stage.kind](
+            out="out", **places, **stage.options
+        )  # raises for an unknown option or a wrong value
         if stage.kind == "student":
             terms = parse_terms(None, options.loss)
             assert set(options.augment) <= set(moves(terms))
