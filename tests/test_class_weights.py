@@ -1,4 +1,4 @@
-"""What a teacher of unbalanced data promises: weights of the classes, a validation split, and a note."""
+"""What trainings on unbalanced data promise: weights of the classes, a validation split, and a note."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from click.testing import CliRunner
 import trainer.loop.training
 from cli import main
 from data import DatasetWriter, open_dataset
-from pipeline import load_classifier
-from trainer import TrainingError, evaluate, train_teacher
+from pipeline import cache_explanations, load_classifier
+from teacher_cache import open_cache
+from trainer import TrainingError, evaluate, train_student, train_teacher
 from trainer.loop.class_weights import class_weights
 from trainer.loop.interruption import TrainingInterrupted
-from trainer.loop.methods import METHODS
-from trainer.loop.step import forward_backward, on_device
+from trainer.loop.step import forward_backward, losses_of, on_device
 from trainer.settings import Settings
 
 NAMES = ("good", "crack", "dent")
@@ -57,6 +57,66 @@ def config_of(run) -> dict:
 
 def weights_of(run) -> dict[str, torch.Tensor]:
     return torch.load(run / "weights.pt", weights_only=True)
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explained(parts, tmp_path_factory):
+    """The store of a teacher whose answers are not the labels."""
+    folder = tmp_path_factory.mktemp("explained")
+    train(parts, folder / "t", steps=30, class_weights="3,1,2")
+    cache_explanations(parts, folder / "t", folder / "c.zarr", draws=2, device="cpu")
+    return folder / "c.zarr"
+
+
+def student(data, store, out, **options):
+    return train_student(data, store, out, **{"steps": 3, "batch_size": 16, "arch_options": {"width": 4}, **options})
+
+
+def answers_of(store) -> np.ndarray:
+    cache = open_cache(store)
+    return np.concatenate([cache.read_shard(shard).teacher_logits.argmax(1) for shard in range(cache.info.shards)])
+
+
+def test_a_student_balances_the_answers_of_its_teacher_and_not_the_labels(parts, explained, tmp_path):
+    answers = answers_of(explained)
+    assert (answers != open_dataset(parts).split("train").labels[:]).any()
+    student(parts, explained, tmp_path / "s", class_weights="balanced")
+    assert config_of(tmp_path / "s")["class_weights"] == pytest.approx(class_weights("balanced", answers, NAMES))
+
+
+@pytest.mark.parametrize("method", ["lrp", "complete-lrp", "output"])
+def test_weights_of_ones_change_no_student_and_others_do(parts, explained, tmp_path, method):
+    for name, option in (("none", None), ("ones", "1,1,1"), ("others", "1,9,3")):
+        student(parts, explained, tmp_path / name, method=method, class_weights=option)
+    none, ones, others = (weights_of(tmp_path / name) for name in ("none", "ones", "others"))
+    assert all(torch.equal(none[key], ones[key]) for key in none)
+    assert not all(torch.equal(none[key], others[key]) for key in none)
+    assert "class_weights" not in config_of(tmp_path / "none"), "the record is that of earlier versions"
+
+
+def test_a_student_without_a_store_balances_the_labels(parts, tmp_path):
+    student(parts, None, tmp_path / "s", method="erm", class_weights="balanced")
+    assert config_of(tmp_path / "s")["class_weights"] == pytest.approx([110 / (3 * n) for n in COUNTS])
+
+
+def test_a_sample_of_a_store_has_the_weight_of_its_teachers_answer():
+    batch = {
+        "images": torch.zeros(3, 3, 4, 4, dtype=torch.uint8),
+        "labels": torch.tensor([0, 0, 0]),
+        "teacher_logits": torch.tensor([[0.0, 1, 2], [0, 2, 1], [2, 1, 0]]),
+    }
+    settings = Settings(loss={"output": 1.0}, steps=1, class_weights=(0.5, 3.0, 1.25))
+    assert on_device(batch, None, settings, torch.device("cpu"))["class_weights"].tolist() == [1.25, 3.0, 0.5]
+
+
+@pytest.mark.parametrize("option", ["auto", "1,2"])
+def test_wrong_weights_of_a_student_are_refused_before_anything_is_written(parts, explained, tmp_path, option):
+    with pytest.raises(TrainingError, match="class_weights="):
+        student(parts, explained, tmp_path / "s", class_weights=option)
+    assert not (tmp_path / "s").exists()
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
@@ -107,7 +167,7 @@ def test_other_weights_are_refused_before_anything_is_written(parts, tmp_path, o
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_the_loss_of_a_sample_is_its_cross_entropy_times_the_weight_of_its_class(precision):
+def test_the_loss_of_a_sample_is_its_cross_entropy_times_the_weight_of_its_class(precision, monkeypatch):
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0], dtype=torch.int16)
     weights = (0.5, 3.0, 1.25)
@@ -116,7 +176,8 @@ def test_the_loss_of_a_sample_is_its_cross_entropy_times_the_weight_of_its_class
     target = on_device(batch, None, settings, torch.device("cpu"))
     assert target["class_weights"].dtype == getattr(torch, precision)
     forward = type("Forward", (), {"logits": logits.to(getattr(torch, precision))})
-    losses = METHODS["erm"].loss(forward, target, None)
+    monkeypatch.setattr("trainer.loop.step.forward_of", lambda *_: forward)
+    losses = losses_of(None, target, None, settings)["erm"]
     weight = torch.tensor(weights, dtype=torch.float64)
     expected = F.cross_entropy(logits, labels.long(), weight=weight, reduction="none")
     assert torch.allclose(losses.double(), expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data import Dataset, Location, open_dataset
+from data import Dataset, Location, Split, open_dataset
 from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
 from pipeline.networks.checkpoints import Weights, read_weights
@@ -20,6 +21,7 @@ from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_explains, check_same_teacher, open_paired
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
+from trainer.loop.class_weights import class_weights
 from trainer.loop.groups import groups_of
 from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
@@ -118,12 +120,31 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
+    answers = _answers(train_split, explained) if options.class_weights else np.zeros(0, np.int64)
+    weights = class_weights(options.class_weights, answers, dataset.class_names)
+    if weights is not None:
+        settings = dataclasses.replace(settings, class_weights=weights)
+        by = "labels" if explained is None else "teacher_logits"
+        needed, batch_fields = ((*dict.fromkeys((*names, by)),) for names in (needed, batch_fields))
     if "masks" in batch_fields:
         background = Option("augment", BACKGROUND)
         check_objects(train_split, dataset.path, reason if "masks" in needed else background)
     if "masks" in needed and validation is not None:
         check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
+
+
+def _answers(split: Split, explained: Cache | None) -> np.ndarray:
+    """Read the class that the teacher says for each sample, or, without a store, its label: int64 (n,)."""
+    if explained is None:
+        return np.asarray(split.labels[:]).astype(np.int64)
+    answers, (shape, kind) = [], explained.sample_fields["teacher_logits"]
+    for shard in range(explained.info.shards):
+        start, stop = explained.info.shard_range(shard)
+        logits = np.empty((stop - start, *shape), kind)
+        explained.read_samples(shard, {"teacher_logits": logits})
+        answers.append(logits.argmax(1))
+    return np.concatenate(answers)
 
 
 def _open_stores(

@@ -25,6 +25,16 @@ TEACHER_STEPS, STUDENT_STEPS = 1000, 3000  # where neither steps nor epochs is g
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
 Head = Literal["frozen", "attention-pool", "free"]
+ClassWeights = Annotated[
+    str | tuple[str | float, ...] | None,
+    Heading("Training"),
+    Separated(),
+    Doc(
+        "Weight of each class in the loss, for unbalanced data: none, balanced (samples / (classes · samples of "
+        "the class)), or a number for each class in the dataset's order, such as 1,3.5. With a heatmap store, the "
+        "class of a sample is the teacher's answer."
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +127,7 @@ class Settings(Comparison, Learning):
     """What decides the weights, besides data, store and network; ``config.json`` has it under ``training``.
 
     loss: the weight of each method of `trainer.loop.methods`. steps: the number of optimizer steps. class_weights: the
-    weight of each class in the loss of the method erm; None for no weights.
+    weight of each class in the loss; None for no weights.
     """
 
     loss: Mapping[str, float]
@@ -233,15 +243,7 @@ class TeacherOptions(_Trained, PreprocessingOptions, Network, Length, Learning, 
         bool, Heading("Network"), Doc("Train the last layer alone, on top of the weights to start from.")
     ] = False
     teacher_factory: Annotated[TeacherFactory, Heading("Network"), InsteadOf("arch")] = None
-    class_weights: Annotated[
-        str | tuple[str | float, ...] | None,
-        Heading("Training"),
-        Separated(),
-        Doc(
-            "Weight of each class in the loss, for unbalanced data: none, balanced (samples / (classes · samples of "
-            "the class)), or a number for each class in the dataset's order, such as 1,3.5."
-        ),
-    ] = None
+    class_weights: ClassWeights = None
     validation: Annotated[
         bool,
         Heading("Training"),
@@ -311,6 +313,7 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
     teacher_weights: Annotated[
         bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
     ] = False
+    class_weights: ClassWeights = None
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
 
 

@@ -148,12 +148,8 @@ def output(forward: Forward, target: Target, compare: Compare) -> Tensor:
 
 @method("erm", needs=("labels",), moves=("flip", "shift", "crop"))
 def erm(forward: Forward, target: Target, compare: Compare) -> Tensor:
-    """Return the cross-entropy with the labels; there is no teacher, and the student learns the bias.
-
-    With ``class_weights``, (N,), the loss of a sample is multiplied by the weight of its class.
-    """
-    losses = F.cross_entropy(forward.logits, target["labels"], reduction="none")
-    return losses * target["class_weights"] if "class_weights" in target else losses
+    """Return the cross-entropy with the labels; there is no teacher, and the student learns the bias."""
+    return F.cross_entropy(forward.logits, target["labels"], reduction="none")
 
 
 @method("group-dro", needs=("labels", "group_weights"), moves=("flip", "shift", "crop"))

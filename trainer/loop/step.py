@@ -87,16 +87,17 @@ def on_device(
     Returns:
         ``images`` (n, C, H, W) in [0, 1], ``masks`` (n, 1, H, W) in [0, 1], ``heatmaps`` (n, C, h, w), ``labels`` and
         ``groups`` int64 (n,), ``group_weights`` (n,) of ones, and the fields of `UNCHANGED`; those that the batch has.
-        ``class_weights`` (n,), the weight of each label, if the settings have weights. Floating tensors have the type
-        of the parameters.
+        ``class_weights`` (n,), if the settings have weights: that of the teacher's answer, and of the label where the
+        batch has no logits of a teacher. Floating tensors have the type of the parameters.
     """
     fields = {name: to_device(batch[name], device) for name in UNCHANGED & set(batch)}
     fields["images"] = as_input(batch["images"], device)
     if "labels" in batch:
         fields["labels"] = to_device(batch["labels"], device).long()
-        if settings.class_weights is not None:
-            weights = torch.tensor(settings.class_weights, dtype=FLOAT[settings.precision])
-            fields["class_weights"] = to_device(weights, device)[fields["labels"]]
+    if settings.class_weights is not None:
+        weights = to_device(torch.tensor(settings.class_weights, dtype=FLOAT[settings.precision]), device)
+        logits = fields.get("teacher_logits")
+        fields["class_weights"] = weights[fields["labels"] if logits is None else logits.argmax(1)]
     if "groups" in batch:
         fields["groups"] = to_device(batch["groups"], device).long()
         fields["group_weights"] = torch.ones(len(fields["groups"]), device=device)
@@ -136,8 +137,9 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
         settings: the methods, and how maps are compared.
 
     Returns:
-        The losses (n,) by the name of the method, under `VANISHED` 1 for each sample whose map is zero or nearly so,
-        and 0 for others, (n,), and under `UNTAUGHT` the same of samples whose teacher's map is zero.
+        The losses (n,) by the name of the method, multiplied by the ``class_weights`` of the batch, if it has them;
+        under `VANISHED` 1 for each sample whose map is zero or nearly so, and 0 for others, (n,), and under `UNTAUGHT`
+        the same of samples whose teacher's map is zero.
     """
     forward = forward_of(model, batch, store, settings)
     vanished, untaught = (batch["images"].new_zeros(len(batch["images"])) for _ in range(2))
@@ -152,6 +154,8 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
 
     losses = {name: METHODS[name].loss(forward, batch, compare) for name in settings.loss}
+    if "class_weights" in batch:
+        losses = {name: values * batch["class_weights"] for name, values in losses.items()}
     return {**losses, VANISHED: vanished, UNTAUGHT: untaught}
 
 
