@@ -397,11 +397,10 @@ _ON_STAMP = Profile(
     of_row={"erm": {"steps": 500}},
     epsilon_range=_COARSER,
 )
-_LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32, "augment": ("flip",)}
+_LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32}
 # as the mean of the others, which fades out with their biases
 _FROM_SCRATCH: Options = {"init": None, "mean": (0.0,)}
-# what a store has of the outputs and features is right for unmoved images alone
-_UNMOVED: Mapping[str, Options] = {"output": {"augment": ()}, "features": {"augment": ()}}
+_OF_LABELS: Options = {"augment": ("flip",), "steps": 300}  # what a store has is right for unmoved images alone
 _PRETRAINED = Profile(
     "pretrained",
     benchmark="solar-cells-pretrained",
@@ -413,13 +412,21 @@ _PRETRAINED = Profile(
         "bias_free": True,
         "steps": 600,
         "lr": 7e-4,
+        "augment": ("flip",),
         "class_weights": "balanced",
     },
-    student={**_LITE0, "student_factory": FACTORY, "init": WEIGHTS, "steps": 700, "lr": 1e-3},
+    student={
+        **_LITE0,
+        "student_factory": FACTORY,
+        "init": WEIGHTS,
+        "steps": 500,
+        "lr": 1e-3,
+        "class_weights": "balanced",
+    },
     of_row={
         "lrp": {"mask_target": True},
         "lrp-from-scratch": {"mask_target": True, **_FROM_SCRATCH},
-        **_UNMOVED,
+        **dict.fromkeys(("erm", "rrr", "isnet"), _OF_LABELS),
     },
     draws=2,
     epsilon_range=(0.05, 0.2),
@@ -443,7 +450,7 @@ SOLAR_CELLS = {
             benchmark="solar-cells-type-pretrained",
             data={**_PRETRAINED.data, "bias": "type"},
             teacher_data={**_PRETRAINED.data, "bias": "none"},
-            of_row={"lrp-from-scratch": _FROM_SCRATCH, **_UNMOVED},  # there are no masks for mask_target
+            of_row={"erm": _OF_LABELS, "lrp-from-scratch": _FROM_SCRATCH},  # there are no masks for mask_target
         ),
     )
 }
