@@ -120,7 +120,7 @@ def _network(options: TeacherOptions, split: Split, weights: Weights | None) -> 
     if bias_free and options.freeze_backbone and keeps_biases(weights):
         raise TrainingError(
             Message(
-                Option("bias_free", True), " lets the biases of the weights fade out while the network adapts to it, and ",
+                Option("bias_free", True), " lets the biases of the weights fade out while the network adapts, and ",
                 Option("freeze_backbone", True), " keeps the network as it is: leave one of the two out",
             )
         )  # fmt: skip
