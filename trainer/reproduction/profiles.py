@@ -398,10 +398,10 @@ _ON_STAMP = Profile(
     epsilon_range=_COARSER,
 )
 _LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32, "augment": ("flip",)}
-# as the mean of the others, which fades out with their biases
-_FROM_SCRATCH: Options = {"init": None, "mean": (0.0,)}
-# what a store has of the outputs and features is right for unmoved images alone
-_UNMOVED: Mapping[str, Options] = {"output": {"augment": ()}, "features": {"augment": ()}}
+# what a store has of feature maps, outputs and features is right for unmoved images alone
+_UNMOVED: Options = {"augment": ()}
+# the mean is that of the others, which fades out with their biases
+_FROM_SCRATCH: Options = {**_UNMOVED, "init": None, "mean": (0.0,)}
 _PRETRAINED = Profile(
     "pretrained",
     benchmark="solar-cells-pretrained",
@@ -417,9 +417,10 @@ _PRETRAINED = Profile(
     },
     student={**_LITE0, "student_factory": FACTORY, "init": WEIGHTS, "steps": 700, "lr": 1e-3},
     of_row={
-        "lrp": {"mask_target": True},
+        "lrp": {"mask_target": True, **_UNMOVED},
         "lrp-from-scratch": {"mask_target": True, **_FROM_SCRATCH},
-        **_UNMOVED,
+        "output": _UNMOVED,
+        "features": _UNMOVED,
     },
     draws=2,
     epsilon_range=(0.05, 0.2),
@@ -443,7 +444,12 @@ SOLAR_CELLS = {
             benchmark="solar-cells-type-pretrained",
             data={**_PRETRAINED.data, "bias": "type"},
             teacher_data={**_PRETRAINED.data, "bias": "none"},
-            of_row={"lrp-from-scratch": _FROM_SCRATCH, **_UNMOVED},  # there are no masks for mask_target
+            of_row={  # there are no masks for mask_target
+                "lrp": _UNMOVED,
+                "lrp-from-scratch": _FROM_SCRATCH,
+                "output": _UNMOVED,
+                "features": _UNMOVED,
+            },
         ),
     )
 }
