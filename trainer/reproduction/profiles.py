@@ -398,9 +398,9 @@ _ON_STAMP = Profile(
     epsilon_range=_COARSER,
 )
 _LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32}
-# as the mean of the others, which fades out with their biases
+# the mean is that of the others, which fades out with their biases
 _FROM_SCRATCH: Options = {"init": None, "mean": (0.0,)}
-_OF_LABELS: Options = {"augment": ("flip",), "steps": 300}  # what a store has is right for unmoved images alone
+_OF_LABELS: Options = {"augment": ("flip",), "steps": 300}  # stored maps are right for unmoved images alone
 _PRETRAINED = Profile(
     "pretrained",
     benchmark="solar-cells-pretrained",
