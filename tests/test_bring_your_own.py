@@ -414,6 +414,14 @@ def test_a_frozen_backbone_needs_weights(dataset, tmp_path):
         train_teacher(dataset, tmp_path / "run", freeze_backbone=True, **STEPS)
 
 
+def test_a_frozen_backbone_cannot_adapt_to_biases_that_fade(dataset, tmp_path):
+    _torchvision_checkpoint(tmp_path / "w.pth")
+    options = {"arch": "resnet18", "weights": tmp_path / "w.pth", "input_size": 32, "freeze_backbone": True}
+    with pytest.raises(TrainingError, match=r"bias_free=True lets .* fade out .*freeze_backbone=True keeps"):
+        train_teacher(dataset, tmp_path / "run", bias_free=True, **options, **STEPS)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_student_keeps_the_biases_of_its_start_behind_a_bias_free_teacher(dataset, cache, tmp_path, caplog):
     _torchvision_checkpoint(tmp_path / "w.pth")
     options = {"arch": "resnet18", "init": tmp_path / "w.pth", "input_size": 32, **STEPS}

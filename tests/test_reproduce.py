@@ -278,9 +278,11 @@ def made(tmp_path_factory) -> tuple[Path, list[dict], list[str], list[str]]:
         assert looked == expected
         return evaluate_snapshots(data, model, **more)
 
-    def gallery(dataset, splits, models, path):  # the picture itself is the quickstart's too, and takes seconds
+    def gallery(dataset, splits, models, path, factories):
+        """Draw nothing: the picture itself is the quickstart's too, and takes seconds."""
         assert list(models) == [row.title for row in ROWS.values()]
         assert list(models.values()) == [out / path for path in expected]
+        assert set(factories.values()) == {None}
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "evaluate", once_trained)

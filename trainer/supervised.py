@@ -22,7 +22,7 @@ from trainer.loop.methods import moves
 from trainer.loop.training import TEACHER, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
-from trainer.start import fade_biases, network_of, own_bias_free
+from trainer.start import fade_biases, keeps_biases, network_of, own_bias_free
 from trainer.stream.stream import labelled_source
 
 
@@ -117,6 +117,13 @@ def _network(options: TeacherOptions, split: Split, weights: Weights | None) -> 
             )  # fmt: skip
         network["start"] = {**(network["start"] or {}), "frozen": True}
     bias_free = own_bias_free(network["arch"], weights) if options.bias_free is None else options.bias_free
+    if bias_free and options.freeze_backbone and keeps_biases(weights):
+        raise TrainingError(
+            Message(
+                Option("bias_free", True), " lets the biases of the weights fade out while the network adapts, and ",
+                Option("freeze_backbone", True), " keeps the network as it is: leave one of the two out",
+            )
+        )  # fmt: skip
     if bias_free:
         fade_biases(network, weights)
     return network, bias_free

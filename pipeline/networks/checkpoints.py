@@ -49,7 +49,7 @@ class CheckpointReport:
         loaded: the number of tensors that were loaded.
         part: the keys under which the file holds them, joined by dots; empty for a plain state dict.
         prefix: what was taken off the names in the file.
-        replaced: the names of last layers that keep their random weights.
+        replaced: the names of last layers whose weights are not loaded.
         classes: the number of classes that the last layer has in the file; None if the file has no last layer.
         changed: sentences on tensors that were changed to fit.
         missing: names in the network that the file lacks.
@@ -74,7 +74,7 @@ class CheckpointReport:
         lines = [f"loaded {self.loaded} tensors of {source}{without}"]
         for name in self.replaced:
             in_file = "missing in the file" if self.classes is None else f"{self.classes} classes in the file"
-            lines.append(f"replaced: '{name}' ({in_file}, {self.new_classes} here); it keeps its random weights")
+            lines.append(f"replaced: '{name}' ({in_file}, {self.new_classes} here); its weights are not loaded")
         lines += self.changed
         of_last = tuple(f"{name}." for name in self.replaced)
         missing = [name for name in self.missing if not name.startswith(of_last)] if of_last else self.missing

@@ -262,6 +262,8 @@ def call_function(name: str, option: str, what: str) -> Any:
         function = import_function(name, option, what)
         try:
             return function()
+        except ModelError:
+            raise  # it names its remedy
         except Exception as error:
             raise ModelError(f"the {what} '{name}' cannot be built: {summary_with_line(error)}") from error
 

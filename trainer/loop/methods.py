@@ -70,7 +70,7 @@ _HIDDEN_LRP = tuple(name for name, explainer in EXPLAINERS.items() if explainer.
 
 @method("attention", needs=("heatmaps",), explainers=("attention",), moves=("flip",))
 @method("grad-cam", needs=("heatmaps",), explainers=("grad-cam",), moves=("flip",))
-@method("hidden-lrp", needs=("heatmaps",), explainers=_HIDDEN_LRP, moves=("flip",))
+@method("hidden-lrp", needs=("heatmaps",), explainers=_HIDDEN_LRP)
 @method("input-gradient", needs=("heatmaps",), explainers=("input-gradient",), moves=("flip", "shift"))
 @method("gradient-x-input", needs=("heatmaps",), explainers=("gradient-x-input",), moves=("flip", "shift", "crop"))
 @method("lrp", needs=("heatmaps",), explainers=_LRP, moves=("flip", "shift", "crop"))

@@ -9,7 +9,7 @@ from typing import Any
 from options import Message, Option, did_you_mean
 from pipeline.explainers import EXPLAINERS
 from trainer.errors import TrainingError
-from trainer.loop.methods import needs, parse_terms
+from trainer.loop.methods import method_of, needs, parse_terms
 from trainer.reproduction.profiles import USUAL_EXPLAINER, Options, Profile, Row
 
 
@@ -87,6 +87,13 @@ def plan(profile: Profile, rows: Sequence[str], seeds: int) -> list[Stage]:
     return list(stages.values())
 
 
+def factory_of(profile: Profile, key: str) -> str | None:
+    """Return the function that builds the networks of a row; None if they have an architecture by name."""
+    if profile.table.rows[key].loss is None:
+        return profile.teacher.get("teacher_factory")
+    return {**profile.student, **profile.of_row.get(key, {})}.get("student_factory")
+
+
 def before(stage: Stage) -> dict[str, Stage]:
     """Collect all stages before a stage, by path."""
     stages: dict[str, Stage] = {}
@@ -118,6 +125,15 @@ def _explainer(profile: Profile, row: Row) -> str | None:
     return profile.explainer if row.explainer == USUAL_EXPLAINER else row.explainer
 
 
+def _loss(profile: Profile, row: Row) -> str:
+    """Return the loss of a student, with the method that matches the maps of the profile's explainer for ``lrp``."""
+    assert row.loss is not None
+    matching, terms = method_of(profile.explainer), parse_terms(None, row.loss)
+    if matching == "lrp" or "lrp" not in terms:
+        return row.loss
+    return ",".join(f"{matching if name == 'lrp' else name}={weight:g}" for name, weight in terms.items())
+
+
 def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
     rows = profile.table.rows
     readers = [
@@ -132,6 +148,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
         "features": any("features" in needs(parse_terms(None, row.loss)) for row in readers),
         "draws": None if EXPLAINERS.find(explainer).rules is None else explained,
         "epsilon_range": profile.epsilon_range,
+        "teacher_factory": factory_of(profile, teacher),
         "seed": profile.seed,
         **profile.caching,
     }
@@ -143,7 +160,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
 def _student(profile: Profile, key: str, seed: int) -> Stage:
     row = profile.table.rows[key]
     options: dict[str, Any] = {**profile.student, **profile.of_row.get(key, {})}
-    options |= {"loss": row.loss, "bias_free": _bias_free(profile, key), "seed": seed}
+    options |= {"loss": _loss(profile, row), "bias_free": _bias_free(profile, key), "seed": seed}
     if row.augment:
         options["augment"] = row.augment
     stores: tuple[Stage, ...] = ()
@@ -164,4 +181,5 @@ def _bias_free(profile: Profile, key: str) -> bool:
 
 def _length(options: Options) -> str:
     length = f"{options['steps']:,} steps" if "steps" in options else f"{options['epochs']:g} epochs"
-    return f"{length} of {options['arch']}"
+    factory = options.get("teacher_factory") or options.get("student_factory")
+    return f"{length} of {factory or options['arch']}"

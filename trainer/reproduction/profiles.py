@@ -16,13 +16,18 @@ from data.builders.fashion_on_textures import FashionMnistSource, make_fashion_o
 from data.builders.solar_cells import make_solar_cells
 from data.builders.waterbirds import WaterbirdsSource, make_waterbirds
 from options import Doc, Kind, option_fields
+from trainer.reproduction.efficientnet_lite import FACTORY, MEAN, STD, WEIGHTS
 from trainer.reproduction.options import ReproduceOptions
 
 Published = Mapping[str, float]  # accuracies in %, by test split, and the gap IID − OOD
 Options = Mapping[str, Any]
 TESTS = ("iid", "ood", "shift")
 USUAL_EXPLAINER = "flex"  # of rows that take the explainer of the profile
-OF_ARCHITECTURE = ("arch_options", "weights", "init")  # options of a network that fit no other architecture
+# options of a network that fit no other architecture
+OF_ARCHITECTURE = (
+    *("arch_options", "teacher_factory", "student_factory", "weights", "init"),
+    *("mean", "std", "input_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Row:
     Attributes:
         title: its name in the table.
         published: the numbers of Bassi et al., arXiv 2407.09788.
-        loss: the loss of a student, as `train_student` takes it; None for a row that is a teacher.
+        loss: the loss of a student, as `train_student` takes it; None for a row that is a teacher. ``lrp`` stands for
+            the method that matches the maps of the profile's explainer.
         teacher: the row of its teacher, with which it is compared.
         explainer: the explainer of the teacher's store; None for a student that learns without a store. A profile with
             another usual explainer than ``flex`` has that one in place of ``flex``.
@@ -162,6 +168,11 @@ QUOTED_GAPS = {  # of COCO-on-Places the gap alone is quoted
     for key, row in OBJECTS.items()
 }
 WITHOUT_MASKS = ("teacher", "erm", "lrp", "output", "features")  # rows that need none
+OF_PRETRAINED: dict[str, Row] = {  # of students that start from weights
+    **{key: OBJECTS[key] for key in ("teacher", "erm", "lrp")},
+    "lrp-from-scratch": Row("LRP distillation without pretraining", None, "lrp", "teacher", "flex"),
+    **{key: OBJECTS[key] for key in ("output", "features", "rrr", "isnet")},
+}
 KNOWN_GROUPS = {**OBJECTS, "group-dro": Row("GroupDRO, told the groups", None, "group-dro", "teacher")}
 
 BENCHMARKS = {
@@ -239,6 +250,14 @@ BENCHMARKS = {
         ),
     )
 }
+for _of, _rows in (
+    ("solar-cells", tuple(OF_PRETRAINED)),
+    ("solar-cells-type", tuple(key for key in OF_PRETRAINED if key not in ("rrr", "isnet"))),
+):
+    _name = f"{_of}-pretrained"
+    BENCHMARKS[_name] = dataclasses.replace(
+        BENCHMARKS[_of], name=_name, rows={key: OF_PRETRAINED[key] for key in _rows}, usual=_rows
+    )
 
 
 @dataclass(frozen=True)
@@ -247,9 +266,10 @@ class Profile:
 
     Attributes:
         name: its name.
-        teacher: options of `train_teacher`, such as ``arch``, ``weights`` and ``debias``, whose default is the
-            benchmark's.
-        student: options of `train_student`, such as ``arch`` and ``init``.
+        teacher: options of `train_teacher`, such as ``arch`` or ``teacher_factory``, ``weights``, and ``debias``, whose
+            default is the benchmark's. The weights are a path, or a function MODULE:FUNCTION that returns it, since a
+            path is another one on another machine.
+        student: options of `train_student`, such as ``arch`` or ``student_factory``, and ``init``, as ``weights``.
         benchmark: a name of `BENCHMARKS`.
         data: options of the benchmark's ``make``.
         of_row: options of the students of a row that differ from ``student``.
@@ -288,11 +308,13 @@ def with_arch(profile: Profile, arch: str | None) -> Profile:
     """Replace the architecture of teachers and students, whose own options do not apply to it; None keeps it."""
     if arch is None:
         return profile
-    teacher, student = (
-        {**{name: value for name, value in network.items() if name not in OF_ARCHITECTURE}, "arch": arch}
-        for network in (profile.teacher, profile.student)
-    )
-    return dataclasses.replace(profile, teacher=teacher, student=student)
+
+    def of_any(options: Options) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name not in OF_ARCHITECTURE}
+
+    teacher, student = ({**of_any(network), "arch": arch} for network in (profile.teacher, profile.student))
+    of_row = {row: of_any(options) for row, options in profile.of_row.items()}
+    return dataclasses.replace(profile, teacher=teacher, student=student, of_row=of_row)
 
 
 # the paper's, but for the epochs of its teacher and ERM rows, which the paper does not state
@@ -375,6 +397,41 @@ _ON_STAMP = Profile(
     of_row={"erm": {"steps": 500}},
     epsilon_range=_COARSER,
 )
+_LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32}
+# the mean is that of the others, which fades out with their biases
+_FROM_SCRATCH: Options = {"init": None, "mean": (0.0,)}
+_OF_LABELS: Options = {"augment": ("flip",), "steps": 300}  # stored maps are right for unmoved images alone
+_PRETRAINED = Profile(
+    "pretrained",
+    benchmark="solar-cells-pretrained",
+    data={"bias": "stamp", "size": 128, "channels": 3},
+    teacher={
+        **_LITE0,
+        "teacher_factory": FACTORY,
+        "weights": WEIGHTS,
+        "bias_free": True,
+        "steps": 600,
+        "lr": 7e-4,
+        "augment": ("flip",),
+        "class_weights": "balanced",
+    },
+    student={
+        **_LITE0,
+        "student_factory": FACTORY,
+        "init": WEIGHTS,
+        "steps": 500,
+        "lr": 1e-3,
+        "class_weights": "balanced",
+    },
+    of_row={
+        "lrp": {"mask_target": True},
+        "lrp-from-scratch": {"mask_target": True, **_FROM_SCRATCH},
+        **dict.fromkeys(("erm", "rrr", "isnet"), _OF_LABELS),
+    },
+    draws=2,
+    epsilon_range=(0.05, 0.2),
+    explainer="flex-stride8",
+)
 SOLAR_CELLS = {
     profile.name: profile
     for profile in (
@@ -385,6 +442,15 @@ SOLAR_CELLS = {
             benchmark="solar-cells-type",
             data={**_ON_STAMP.data, "bias": "type"},
             teacher_data={**_ON_STAMP.data, "bias": "none"},
+        ),
+        _PRETRAINED,
+        dataclasses.replace(
+            _PRETRAINED,
+            name="pretrained-type",
+            benchmark="solar-cells-type-pretrained",
+            data={**_PRETRAINED.data, "bias": "type"},
+            teacher_data={**_PRETRAINED.data, "bias": "none"},
+            of_row={"erm": _OF_LABELS, "lrp-from-scratch": _FROM_SCRATCH},  # there are no masks for mask_target
         ),
     )
 }
@@ -436,10 +502,11 @@ class SolarCellsTableOptions(ReproduceOptions):
     """Options of the table of solar cells."""
 
     profile: Annotated[
-        Literal["stamp", "type"],
+        Literal["stamp", "type", "pretrained", "pretrained-type"],
         Doc(
             "Bias, networks and length of the trainings. With stamp, a mask hides the bias from the teacher. With "
-            "type, the teacher learns from cells of both types in both classes."
+            "type, the teacher learns from cells of both types in both classes. With pretrained and pretrained-type, "
+            "teacher and students are EfficientNet-Lite0 with ImageNet weights, which needs the extra [pretrained]."
         ),
     ] = "stamp"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,14 +22,15 @@ from data.storage import PARTIAL, Folder
 from options import Message, Option, takes
 from pipeline import cache_explanations
 from pipeline.device import pick_device
+from pipeline.networks.checkpoints import read_weights
 from pipeline.networks.classifier import versions
-from pipeline.networks.models import build_network
+from pipeline.networks.models import build_network, call_function
 from teacher_cache import CacheError, check_complete, open_cache
 from trainer.distill import train_student
 from trainer.errors import TrainingError
 from trainer.reproduction.options import ReproduceOptions
-from trainer.reproduction.plan import Stage, before, chosen, plan
-from trainer.reproduction.profiles import Profile, with_arch
+from trainer.reproduction.plan import Stage, before, chosen, factory_of, plan
+from trainer.reproduction.profiles import Options, Profile, with_arch
 from trainer.results.evaluation import evaluate, evaluate_snapshots
 from trainer.results.pictures import curves_picture, groups_picture, heatmap_picture
 from trainer.results.tables import latex, markdown, summarise
@@ -37,6 +39,8 @@ from trainer.supervised import train_teacher
 
 MARKER = "reproduce.json"
 CURVE_IMAGES = 2000  # of each test split
+_START = ("weights", "init")  # options whose value is a file of weights, or a function that returns its path
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 TOLD = 5  # differences in an error
 OF_SPLITS = ("on_object", "interval", "samples", "classes", "only_prediction")  # recorded of each split
 
@@ -240,17 +244,29 @@ def _check_networks(profile: Profile, device: str) -> None:
     side = profile.data.get("size", profile.table.size)
     channels = profile.data.get("channels", profile.table.channels)
     for of in (profile.teacher, profile.student):
+        factory = of.get("teacher_factory") or of.get("student_factory")
         build_network(
-            of["arch"],
+            factory or of["arch"],
             10,
             (channels, side, side),
             free_of_biases=bool(profile.teacher["bias_free"]),
             options=of.get("arch_options"),
+            factory=factory,
         )
+        options = _with_paths(of)
+        for name in _START:
+            if options.get(name) is not None:
+                read_weights(options[name])
+
+
+def _with_paths(options: Options) -> dict[str, Any]:
+    """Replace functions that return the path of a file of weights, MODULE:FUNCTION, by the path."""
+    functions = {name: options[name] for name in _START if _FUNCTION.fullmatch(str(options.get(name)))}
+    return {**options, **{name: call_function(value, name, "file of weights") for name, value in functions.items()}}
 
 
 def _make(job: _Job, stage: Stage) -> None:
-    path, options, device = job.out / stage.path, stage.options, job.device
+    path, options, device = job.out / stage.path, _with_paths(stage.options), job.device
     if stage.kind == "data":
         job.profile.table.make(path, **job.sources, **options)
         return
@@ -272,7 +288,8 @@ def _test(job: _Job, stage: Stage) -> Result:
     assert stage.row is not None
     assert result is not None
     row, (data, *_) = table.rows[stage.row], stage.needs
-    scores = evaluate(job.out / data.path, run.path, device=job.device)
+    factory = factory_of(job.profile, stage.row)
+    scores = evaluate(job.out / data.path, run.path, student_factory=factory, device=job.device)
     return {
         "model": stage.path,
         "method": stage.row,
@@ -303,8 +320,10 @@ def _test_snapshots(job: _Job, results: Sequence[Result], points: list[Result]) 
             model, files = result["model"], models[result["model"]]
             if files and model not in drawn:
                 about = {key: result[key] for key in ("model", "method", "title", "seed")}
-                data, device = out / "data.zarr", job.device
-                for point in evaluate_snapshots(data, out / model, images=CURVE_IMAGES, device=device):
+                data, factory, device = out / "data.zarr", factory_of(job.profile, result["method"]), job.device
+                for point in evaluate_snapshots(
+                    data, out / model, images=CURVE_IMAGES, student_factory=factory, device=device
+                ):
                     points.append({**about, **point, "used_for": "a picture; nothing was chosen by it"})
                     bar.update()
                 points = _in_order(job.profile, points)
@@ -332,7 +351,8 @@ def _draw(job: _Job, results: Sequence[Result], points: Sequence[Result]) -> Non
     first = {result["title"]: out / result["model"] for result in reversed(results)}  # of the first seed
     models = {title: first[title] for title in dict.fromkeys(result["title"] for result in results)}
     harder = tuple(split for split in tests if split != "iid")
-    heatmap_picture(open_dataset(out / "data.zarr"), harder, models, report / "heatmaps.png")
+    factories = {result["title"]: factory_of(job.profile, result["method"]) for result in results}
+    heatmap_picture(open_dataset(out / "data.zarr"), harder, models, report / "heatmaps.png", factories)
     groups_picture(results, harder, report / "groups.png")
     if points:
         curves_picture(points, tests, report / "curves.png")

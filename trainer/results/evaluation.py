@@ -230,7 +230,7 @@ def bias_warning(result: dict[str, Any]) -> Message | None:
 
 
 def evaluate_snapshots(
-    data: Location, model: str | Path, *, images: int, device: str = "auto"
+    data: Location, model: str | Path, *, images: int, student_factory: str | None = None, device: str = "auto"
 ) -> Iterator[dict[str, float | None]]:
     """Measure the accuracy of each snapshot of a finished training on a part of each test split.
 
@@ -239,6 +239,7 @@ def evaluate_snapshots(
         model: the folder of a training.
         images: every n-th image of a split is used, the same for all snapshots and models, so that there are at least
             this many and less than twice as many; all images of a smaller split.
+        student_factory: as in `load_classifier`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Yields:
@@ -250,7 +251,7 @@ def evaluate_snapshots(
         ModelError: the model cannot be loaded.
     """
     dataset = open_dataset(data)
-    classifier, _ = load_classifier(model)
+    classifier, _ = load_classifier(model, student_factory)
     torch_device = pick_device(device)
     place(classifier, torch_device)
     for step, path in Run(Path(model)).snapshots.items():

@@ -64,7 +64,11 @@ class Grid:
 
 
 def heatmap_picture(
-    dataset: Dataset, split_names: tuple[str, ...], models: Mapping[str, str | Path], out: str | Path
+    dataset: Dataset,
+    split_names: tuple[str, ...],
+    models: Mapping[str, str | Path],
+    out: str | Path,
+    factories: Mapping[str, str | None] | None = None,
 ) -> None:
     """Write a PNG: of each split one image per class (ten at most), and each model's heatmap of the true class.
 
@@ -76,10 +80,11 @@ def heatmap_picture(
         split_names: the splits to show.
         models: the folders of saved models by the titles of their rows.
         out: the file to write; an existing one is overwritten.
+        factories: the functions of the user's own that built models, as in `load_classifier`, by the same titles.
     """
     from matplotlib.figure import Figure
 
-    loaded = {title: load_classifier(path)[0] for title, path in models.items()}
+    loaded = {title: load_classifier(path, (factories or {}).get(title))[0] for title, path in models.items()}
     columns, rows = min(10, len(dataset.class_names)), len(models) + 1
     width = max(1.15 * columns + 1.4, 6.4)  # of the title at least
     figure = Figure(figsize=(width, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
