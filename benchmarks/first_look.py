@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,6 @@ from typing import Any
 
 import click
 import numpy as np
-import photographs
 import torch
 from report import processor, table
 
@@ -32,13 +30,13 @@ from pipeline import cache_explanations, load_classifier, load_teacher
 from pipeline.caching.first_look import DECIDES, STABLE, first_look
 from teacher_cache import open_cache
 from trainer import train_student, train_teacher
+from trainer.reproduction.efficientnet_lite import FACTORY, MEAN, STD, weights
 from trainer.results.charts import COLOURS, FAINT, INK, MARKERS
 from trainer.results.evaluation import class_scores, predict
 
 CPU, SIZE, DRAWS, LOOKED_AT_ONCE = torch.device("cpu"), 64, 2, 16
 LOW, MIDDLE, HIGH, HIGHEST = (0.01, 0.1), (0.05, 0.2), (0.1, 1.0), (1.0, 10.0)  # ranges of ε
-FACTORY = "photographs:build"
-LITE0 = {"mean": (0.498,), "std": (0.502,)}  # the preprocessing of TensorFlow's Lite models
+LITE0 = {"mean": (MEAN,), "std": (STD,)}
 SHARED: dict[str, Any] = {"augment": ("flip",), "class_weights": "balanced", "threads": 1, "device": "cpu"}
 
 
@@ -94,8 +92,6 @@ SETTINGS = [
     *(Setting("small-cnn", bias_free, "flex", HIGHEST) for bias_free in (True, False)),
     *(Setting("small-cnn", False, *how) for how in (("flex-stride4", HIGH), ("epsilon-plus", LOW))),
     *(Setting("small-resnet", bias_free, "flex-stride4", HIGH) for bias_free in (True, False)),
-    *(Setting("EfficientNet-Lite0", True, *how) for how in (("epsilon-plus", LOW), ("flex", HIGH))),
-    *(Setting("EfficientNet-Lite0", False, *how) for how in (("gamma", LOW), ("flex-stride16", MIDDLE))),
 ]
 NUMBERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "decides, worse end": lambda look: min(look["decides"]),
@@ -133,7 +129,7 @@ class Bench:
         """Train the teacher behind the mask, unless it is there; a bias-free pretrained one fades its biases."""
         folder, family = self.work / "teachers" / _slug(setting.teacher), FAMILIES[setting.family]
         if not (folder / "result.json").exists():
-            start = {"weights": photographs.weights()} if family.pretrained else {}
+            start = {"weights": weights()} if family.pretrained else {}
             options = family.of_both | family.of_teacher | start | self.factory(setting, "teacher_factory") | SHARED
             train_teacher(
                 self.dataset.path, folder, bias_free=setting.bias_free, debias="mask", steps=self.teacher_steps,
@@ -155,7 +151,7 @@ class Bench:
         look = first_look(model, split, open_cache(cache).info, LOOKED_AT_ONCE, CPU)
         if look is None or look.decides is None:
             raise click.ClickException(f"{setting.name}: no map has relevance, or sums mean no logit")
-        start = {"init": photographs.weights()} if family.pretrained else {}
+        start = {"init": weights()} if family.pretrained else {}
         # maps of features: they see beyond the mask, and a flip does not move them exactly
         of_maps = {"mask_target": True, "augment": ()} if "stride" in setting.explainer else {}
         options = SHARED | family.of_both | family.of_student | start | code | of_maps
@@ -310,5 +306,4 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))  # where `photographs` can be imported, as its users' modules are
     main()
