@@ -103,11 +103,11 @@ NUMBERS: dict[str, Callable[[dict[str, Any]], float]] = {
 }
 SCORES: dict[str, Callable[[dict[str, Any]], float]] = {
     "balanced accuracy": lambda result: result["student"]["balanced_accuracy"],
-    "… less the teacher's": lambda result: (
+    "balanced accuracy, less the teacher's": lambda result: (
         result["student"]["balanced_accuracy"] - result["teacher"]["balanced_accuracy"]
     ),
     "accuracy": lambda result: result["student"]["accuracy"],
-    "… of the teacher less it": lambda result: result["student"]["accuracy"] - result["teacher"]["accuracy"],
+    "accuracy, less the teacher's": lambda result: result["student"]["accuracy"] - result["teacher"]["accuracy"],
     "agreement with the teacher": lambda result: result["student"]["agreement"],
 }
 
