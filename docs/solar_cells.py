@@ -114,7 +114,7 @@ def blurred(relevance: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def name_rows(panel: Any) -> None:
     """Write the names of the rows."""
     names = ("image", "trained as usual\n(ERM)", "teacher\n(stamp masked)", "student\n(no mask)")
-    for axis, name in zip(panel.axes[:: EACH], names, strict=True):
+    for axis, name in zip(panel.axes[::EACH], names, strict=True):
         axis.set_ylabel(name, fontsize=10, rotation=90, labelpad=6)
 
 
