@@ -125,6 +125,15 @@ def test_coarse_maps_have_neither_number(dataset, teacher, tmp_path, caplog, exp
     assert told(dataset, teacher, tmp_path / "c", caplog, explainer=explainer)[0] == []
 
 
+def test_maps_of_strided_features_have_both_numbers(dataset, teacher, tmp_path, caplog):
+    ((line,), _) = told(dataset, teacher, tmp_path / "c", caplog, explainer="flex-stride4", epsilon_range=(0.01, 0.01))
+    assert "at ε = 0.01: their sums decide" in line  # a bias-free network's sums do, at any of its layers
+    share, correlation = (float(line.split(word)[1].split(end)[0]) for word, end in ((" on ", "%"), ("logits ", ")")))
+    assert share > 90
+    assert correlation > 0.95
+    assert "median cosine" in line
+
+
 def test_gradients_have_no_sum_that_means_a_logit(dataset, teacher, tmp_path, caplog):
     ((line,), _) = told(dataset, teacher, tmp_path / "c", caplog, explainer="input-gradient")
     assert "sums" not in line
