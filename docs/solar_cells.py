@@ -10,6 +10,7 @@ The picture shows photographs of elpv-dataset, so it is written to images/solar-
 from __future__ import annotations
 
 import io
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import click
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.transforms.functional import gaussian_blur
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # import the packages of this checkout
@@ -105,10 +108,10 @@ def show(axis: Any, image: np.ndarray, relevance: np.ndarray | None = None) -> N
 
 def blurred(relevance: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Scale a map to the shape of its image, and blur it a little, so that single pixels do not hide its regions."""
-    from scipy.ndimage import gaussian_filter, zoom
-
-    whole = zoom(relevance, [side / old for side, old in zip(shape, relevance.shape, strict=True)], order=1)
-    return gaussian_filter(whole, BLUR * max(shape))
+    sigma = BLUR * max(shape)
+    size = 2 * math.ceil(3 * sigma) + 1
+    whole = F.interpolate(torch.from_numpy(relevance)[None, None], shape, mode="bilinear", align_corners=False)
+    return gaussian_blur(whole, [size, size], [sigma, sigma])[0, 0].numpy()
 
 
 def name_rows(panel: Any) -> None:
