@@ -14,7 +14,7 @@ from teacher_cache.errors import CacheError
 from teacher_cache.store import Cache
 
 SAMPLED_SHARDS = 8  # for the maps' statistics
-NO_SHARES = ("input-gradient",)  # explainers whose maps of the size of the images are no shares of the logit
+NO_SHARES = ("input-gradient", "grad-cam", "attention")  # explainers whose maps are no shares of the logit
 
 
 def inspect_cache(cache: Cache) -> dict[str, Any]:
@@ -96,8 +96,7 @@ def _sums(cache: Cache, of_maps: np.ndarray) -> list[dict[str, float | None]]:
         of_maps: ε, sum and logit of each map, float64 (3, M).
     """
     info = cache.info.explainer
-    coarse = info.map_shape != cache.info.dataset.image_shape
-    if coarse or info.class_policy == "none" or info.rule in NO_SHARES:
+    if info.rule in NO_SHARES:
         return []
     low, high = info.epsilon_low, info.epsilon_high
     middle = (low * high) ** 0.5

@@ -113,7 +113,10 @@ def test_a_sample_of_a_store_has_the_weight_of_its_teachers_answer():
 
 
 @pytest.mark.parametrize("option", ["auto", "1,2"])
-def test_wrong_weights_of_a_student_are_refused_before_anything_is_written(parts, explained, tmp_path, option):
+def test_wrong_weights_of_a_student_are_refused_before_anything_is_read_or_written(
+    parts, explained, tmp_path, monkeypatch, option
+):
+    monkeypatch.setattr("trainer.distill._answers", lambda *_: pytest.fail("the answers were read"))
     with pytest.raises(TrainingError, match="class_weights="):
         student(parts, explained, tmp_path / "s", class_weights=option)
     assert not (tmp_path / "s").exists()

@@ -107,7 +107,7 @@ def test_a_student_that_learns_and_a_short_training_are_not_warned_of(noise, bla
 
 
 def settings_of(steps, kind="l1", loss=("lrp",)):
-    return types.SimpleNamespace(steps=steps, map_loss=kind, loss=dict.fromkeys(loss, 1.0))
+    return types.SimpleNamespace(steps=steps, map_loss=kind, loss=dict.fromkeys(loss, 1.0), class_weights=None)
 
 
 def told(settings, losses, progress=None):

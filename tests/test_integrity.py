@@ -325,9 +325,13 @@ def test_inspect_cache_shows_coarse_maps_and_what_they_do_not_explain(tmp_path):
     assert json.loads(inspect(tmp_path / "c.zarr", "--json"))["raw_bytes"] == 10 * 1 * 3 * 2 * 4
 
 
-@pytest.mark.parametrize("resolution", [1, 2])
-def test_inspect_cache_says_how_much_of_the_logit_the_maps_sum_to_by_epsilon(tmp_path, resolution):
-    of = info(samples=12, image_shape=(3, 6, 6), resolution=resolution)
+@pytest.mark.parametrize(
+    ("resolution", "explainer"), [(1, {}), (2, {}), (1, {"rule": "flex-stride8", "map_shape": (3, 6, 6)})]
+)
+def test_inspect_cache_says_how_much_of_the_logit_the_maps_sum_to_by_epsilon(tmp_path, resolution, explainer):
+    of = info(
+        samples=12, image_shape=(3, 48, 48) if explainer else (3, 6, 6), resolution=resolution, explainer=explainer
+    )
     cache = create_cache(tmp_path / "c.zarr", of, HEAD)
     for shard in range(of.shards):
         random = content(of, shard)

@@ -378,6 +378,7 @@ def test_a_profile_chooses_the_explainer_the_front_the_start_and_the_options_of_
 def test_another_architecture_does_without_the_function_weights_and_preprocessing_of_the_profiles_own(name):
     profile = with_arch(SOLAR_CELLS[name], "resnet18")
     for stage in plan(profile, chosen(profile, ["all"]), 1):
+        assert stage.row != "lrp-from-scratch"  # would be the row lrp
         if stage.row is not None:
             assert stage.options["arch"] == "resnet18"
             assert not {"teacher_factory", "student_factory", "weights", "init", "mean", "std"} & stage.options.keys()

@@ -120,9 +120,9 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
-    answers = _answers(train_split, explained) if options.class_weights else np.zeros(0, np.int64)
-    weights = class_weights(options.class_weights, answers, dataset.class_names)
-    if weights is not None:
+    once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
+    if class_weights(options.class_weights, once, dataset.class_names) is not None:
+        weights = class_weights(options.class_weights, _answers(train_split, explained), dataset.class_names)
         settings = dataclasses.replace(settings, class_weights=weights)
         by = "labels" if explained is None else "teacher_logits"
         needed, batch_fields = ((*dict.fromkeys((*names, by)),) for names in (needed, batch_fields))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class FirstLook:
         correlation: the correlation of the differences of the sums and of the logits, with each pair of classes in both
             orders; None as for ``decides``.
         stable: the median cosine of the map of the top class and that of the image shifted by a pixel.
+        ignores_epsilon: whether the maps are the same at both ends of the range of ε.
     """
 
     epsilons: tuple[float, ...]
@@ -50,6 +51,7 @@ class FirstLook:
     decides: tuple[float, ...] | None
     correlation: tuple[float, ...] | None
     stable: tuple[float, ...]
+    ignores_epsilon: bool = False
 
     def line(self) -> str:
         """Write the numbers as one line for the log."""
@@ -75,7 +77,7 @@ class FirstLook:
                 Message(
                     f"the maps do not decide as the teacher does: their sums agree with its choice between the two top "
                     f"classes on {share:.0%} of {self.compared} images at ε = {epsilon:g} (50% is chance), and a "
-                    "student that matches such maps decides no better: use ",
+                    "student that matches such maps alone decides no better: use ",
                     *self._remedies(epsilon),
                 )
             )
@@ -84,9 +86,7 @@ class FirstLook:
             warnings.append(
                 Message(
                     "the maps are largely noise: when the image is shifted by one pixel, the map changes so much that "
-                    f"the cosine of the two is {cosine:.2f} at ε = {epsilon:g}: use a coarser ",
-                    Option("resolution"),
-                    ", ",
+                    f"the cosine of the two is {cosine:.2f} at ε = {epsilon:g}: use ",
                     *self._remedies(epsilon),
                 )
             )
@@ -95,7 +95,7 @@ class FirstLook:
     def _remedies(self, worst: float) -> tuple[str | Option, ...]:
         """Name what may help, of which one is another range if this ε is the worst one."""
         remedies = ("another ", Option("explainer"), " or a teacher trained with ", Option("bias_free", True))
-        if len(self.epsilons) == 1:
+        if self.ignores_epsilon:
             return remedies
         size = "larger" if worst == self.epsilons[0] else "smaller"
         return ("an ", Option("epsilon_range"), f" of {size} ε, ", *remedies)
@@ -130,62 +130,75 @@ def first_look(
     masks = None if split.masks is None else np.asarray(split.masks[rows])
     ends = tuple(dict.fromkeys((info.explainer.epsilon_low, info.explainer.epsilon_high)))
 
-    def explain(part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def look(part: slice) -> _Seen:
         of_part = None if masks is None else masks[part]
-        return _explain_twice(model, images[part], of_part, ends, explainer=info.explainer.rule, device=device)
+        return _look_twice(model, images[part], of_part, ends, info=info, device=device)
 
-    batches = Batches(min(batch_size, LOOKED_AT), given=False)
-    logits, maps, shifted = map(np.concatenate, zip(*batches.run(len(images), explain), strict=True))
-    if len(ends) > 1 and np.array_equal(maps[:, :, 0], maps[:, :, 1]):  # the explainer ignores ε
-        ends, maps, shifted = ends[:1], maps[:, :, :1], shifted[:, :1]
-    two = -np.sort(-logits, 1)[:, :2].astype(np.float64)
-    finite = (
-        np.isfinite(logits).all(1) & np.isfinite(maps).all((1, 2, 3, 4, 5)) & np.isfinite(shifted).all((1, 2, 3, 4))
-    )
-    compared = finite & maps.any((1, 2, 3, 4, 5)) & (two[:, 0] > two[:, 1])
+    at_once = min(batch_size, LOOKED_AT, info.storage.shard_samples)  # as in stage one itself, whose memory suffices
+    seen = _Seen(*map(np.concatenate, zip(*Batches(at_once, given=False).run(len(images), look), strict=True)))
+    compared = seen.compared
     if not compared.any():
         return None
-    maps, shifted, margins = maps[compared], shifted[compared], (two[:, 0] - two[:, 1])[compared]
-    height, width = (min(GRID, max(1, size // info.storage.resolution)) for size in maps.shape[-2:])
+    ignores_epsilon = bool(seen.same.all())
+    of_ends = slice(1 if ignores_epsilon else len(ends))
+    differences, cosines = seen.differences[compared, of_ends].T, seen.cosines[compared, of_ends].T  # (E, n)
     decides = correlation = None
     if explainer.sums_to_logit:
-        sums = maps.sum((3, 4, 5), dtype=np.float64)  # (n, 2, E)
-        differences = (sums[:, 0] - sums[:, 1]).T  # (E, n)
         decides = tuple(float((of_epsilon > 0).mean()) for of_epsilon in differences)
-        correlation = tuple(_uncentred(of_epsilon, margins) for of_epsilon in differences)
-    stable = tuple(
-        _median_cosine(maps[:, 0, end], shifted[:, end], (height, width), not explainer.coarse)
-        for end in range(len(ends))
+        correlation = tuple(_uncentred(of_epsilon, seen.margins[compared]) for of_epsilon in differences)
+    stable = tuple(float(np.quantile(of_epsilon, 0.5)) for of_epsilon in cosines)
+    return FirstLook(
+        ends[of_ends], len(split), int(compared.sum()), decides, correlation, stable, ignores_epsilon and len(ends) > 1
     )
-    return FirstLook(ends, len(split), len(maps), decides, correlation, stable)
 
 
-def _explain_twice(
+class _Seen(NamedTuple):
+    """What is kept of the maps of n images at E ends of the range of ε.
+
+    Attributes:
+        margins: the logit of the top class less that of the runner-up, float64 (n,).
+        differences: the same of the sums of their maps, float64 (n, E).
+        cosines: of the map of the top class and that of the shifted image, float64 (n, E).
+        compared: whether everything is finite, no map is empty and the logits differ, bool (n,).
+        same: whether the maps are the same at both ends, bool (n,); False for one end.
+    """
+
+    margins: np.ndarray
+    differences: np.ndarray
+    cosines: np.ndarray
+    compared: np.ndarray
+    same: np.ndarray
+
+
+def _look_twice(
     model: nn.Module,
     images: np.ndarray,
     masks: np.ndarray | None,
     ends: Sequence[float],
     *,
-    explainer: str,
+    info: CacheInfo,
     device: torch.device,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Explain n images at E ends of the range of ε, and once more after a shift by one pixel.
-
-    Returns:
-        The logits (n, K); the maps of the two top classes (n, 2, E, C, H, W); the maps of the same top class of the
-        shifted images (n, E, C, H, W); all float32.
-    """
+) -> _Seen:
+    """Explain the two top classes of n images at the ends of the range of ε, and the top class after a shift."""
     epsilon = np.tile(np.array(ends, np.float32), (len(images), 1))
 
     def two_top(logits: np.ndarray) -> np.ndarray:
         return np.argsort(-logits, 1, kind="stable")[:, :2].repeat(len(ends), 1)
 
-    how: dict[str, Any] = {"explainer": explainer, "device": device}
+    how: dict[str, Any] = {"explainer": info.explainer.rule, "device": device}
     batch = explain_batch(model, images, masks, two_top, np.tile(epsilon, (1, 2)), **how)
     maps = batch.maps.reshape(len(images), 2, len(ends), *batch.maps.shape[2:])
     shifted_masks = None if masks is None else _shift(masks)
-    shifted = explain_batch(model, _shift(images), shifted_masks, batch.classes[:, : len(ends)], epsilon, **how)
-    return batch.logits, maps, shifted.maps
+    top = batch.classes[:, : len(ends)]
+    shifted = explain_batch(model, _shift(images), shifted_masks, top, epsilon, **how).maps  # (n, E, C, H, W)
+    two = -np.sort(-batch.logits, 1)[:, :2].astype(np.float64)
+    margins = two[:, 0] - two[:, 1]
+    every = (1, 2, 3, 4, 5)
+    finite = np.isfinite(batch.logits).all(1) & np.isfinite(maps).all(every) & np.isfinite(shifted).all((1, 2, 3, 4))
+    sums = maps.sum((3, 4, 5), dtype=np.float64)
+    same = (maps[:, :, 0] == maps[:, :, 1]).all((1, 2, 3, 4)) if len(ends) > 1 else np.zeros(len(images), np.bool_)
+    cosines = _cosines(maps[:, 0], shifted, info.storage.resolution, not EXPLAINERS[info.explainer.rule].coarse)
+    return _Seen(margins, sums[:, 0] - sums[:, 1], cosines, finite & maps.any(every) & (margins > 0), same)
 
 
 def _shift(images: np.ndarray) -> np.ndarray:
@@ -199,14 +212,16 @@ def _uncentred(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b) / size if size else 0.0
 
 
-def _median_cosine(maps: np.ndarray, shifted: np.ndarray, side: tuple[int, int], pixels: bool) -> float:
-    """Return the median cosine of maps (n, C, H, W) and those of shifted images, moved back and average-pooled.
+def _cosines(maps: np.ndarray, shifted: np.ndarray, resolution: int, pixels: bool) -> np.ndarray:
+    """Return the cosines (n, E) of maps (n, E, C, H, W) and those of shifted images, moved back and average-pooled.
 
     Maps of features, not ``pixels``, are not moved back: a pixel is a small part of their positions.
     """
+    height, width = (min(GRID, max(1, size // resolution)) for size in maps.shape[-2:])
     if pixels:
         maps, shifted = maps[..., :-1], shifted[..., 1:]
     one, other = (
-        F.adaptive_avg_pool2d(torch.from_numpy(each.astype(np.float64)), side).flatten(1) for each in (maps, shifted)
+        F.adaptive_avg_pool2d(torch.from_numpy(each.astype(np.float64)).flatten(0, 1), (height, width)).flatten(1)
+        for each in (maps, shifted)
     )
-    return float(F.cosine_similarity(one, other, eps=1e-300).median())
+    return F.cosine_similarity(one, other, eps=1e-300).numpy().reshape(maps.shape[:2])

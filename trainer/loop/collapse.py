@@ -24,7 +24,7 @@ FALLS = 0.1  # share by which a heatmap loss must fall
 WINDOW = 20  # steps whose median loss is compared
 # by the kind of loss: its value for maps that have nothing in common, and a value below which it need not fall
 LEVELS = {"l1": (2.0, 1.0), "cosine": (1.0, 0.5)}
-LOOKED_AT, BLOCKS, AT_ONCE = 512, 16, 64  # training images at most, from so many blocks, and of one forward pass
+LOOKED_AT, BLOCKS = 512, 16  # training images at most, from so many blocks
 CONSTANT, PRESENT = 0.99, 0.05  # share of the predictions of one class, and of the true or the teacher's other classes
 
 
@@ -108,14 +108,15 @@ def class_counts(
     model.eval()
     blocks = np.unique(np.linspace(0, source.blocks - 1, min(BLOCKS, source.blocks)).astype(int)).tolist()
     predicted, expected = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+    at_once = -(-settings.batch_size // settings.accumulate)  # as in a step, whose memory sufficed
     for block in blocks:
         batch = read_block(source, block, 0)
         every = -(-len(batch["images"]) // (LOOKED_AT // len(blocks)))
         batch = {name: values[::every] for name, values in batch.items()}
         answers = batch["teacher_logits"].argmax(1) if "teacher_logits" in batch else batch["labels"].long()
         expected += np.bincount(answers.numpy(), minlength=classes)
-        for first in range(0, len(answers), AT_ONCE):
-            part = {name: values[first : first + AT_ONCE] for name, values in batch.items()}
+        for first in range(0, len(answers), at_once):
+            part = {name: values[first : first + at_once] for name, values in batch.items()}
             inputs = on_device(part, None, settings, device)
             with autocast():
                 logits = model(inputs["images"], inputs.get("masks"))
@@ -153,9 +154,11 @@ def one_class_warning(
             "see whether the maps decide as the teacher does (", Call("inspect_cache"), "), or give more ",
             Option("steps"), ", another ", Option("optimizer"), " or ", Option("lr"),
         )  # fmt: skip
+        if settings.class_weights is None:
+            remedies = (*remedies, ", and for unbalanced data ", Option("class_weights", "balanced"))
     else:
         remedies = ("give a smaller ", Option("lr"), " or more ", Option("steps"))
-        if "erm" in settings.loss:
+        if settings.class_weights is None:
             remedies = (*remedies, ", and for unbalanced data ", Option("class_weights", "balanced"))
     answers = f"its teacher says that of {expected[most] / samples:.0%}" if of_teacher else (
         f"{expected[most] / samples:.0%} are of this class"

@@ -124,6 +124,8 @@ class Watch:
             if living < 1 and not self._told:
                 self._tell(step)
             by_method = dict(zip(self._weights, losses, strict=True))
+            if len(by_method) == 1:  # of the samples that are taught and whose map has not vanished
+                by_method = {name: counted / weight for name, weight in self._weights.items()}
             warning = None if self._falling is None else self._falling.add(step.number, by_method)
             if warning is not None and self._ranks.main:
                 log.warning(warning)

@@ -314,7 +314,10 @@ def with_arch(profile: Profile, arch: str | None) -> Profile:
 
     teacher, student = ({**of_any(network), "arch": arch} for network in (profile.teacher, profile.student))
     of_row = {row: of_any(options) for row, options in profile.of_row.items()}
-    return dataclasses.replace(profile, teacher=teacher, student=student, of_row=of_row)
+    rows = profile.rows
+    if "lrp-from-scratch" in profile.table.rows:  # without weights, it is the row lrp
+        rows = tuple(row for row in rows or profile.table.rows if row != "lrp-from-scratch")
+    return dataclasses.replace(profile, teacher=teacher, student=student, of_row=of_row, rows=rows)
 
 
 # the paper's, but for the epochs of its teacher and ERM rows, which the paper does not state

@@ -42,7 +42,7 @@ CURVE_IMAGES = 2000  # of each test split
 _START = ("weights", "init")  # options whose value is a file of weights, or a function that returns its path
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 TOLD = 5  # differences in an error
-OF_SPLITS = ("on_object", "interval", "samples", "classes", "only_prediction")  # recorded of each split
+OF_SPLITS = ("on_object", "interval", "samples", "classes", "only_prediction", "predictions")  # recorded of each split
 
 Result = dict[str, Any]
 
