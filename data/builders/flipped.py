@@ -11,7 +11,6 @@ import numpy as np
 import data as datasets
 from data.builders.registry import HOW, BuilderOptions, builder
 from data.errors import DatasetError
-from data.layout import read_builder
 from options import Doc, Heading, Message, Option
 from options.common import DatasetPlace
 
@@ -66,6 +65,8 @@ def make_flipped(out: Location, data: Location, **options: Any) -> dict[str, int
         FileExistsError: There is something at ``out``.
         DatasetError: An option is wrong, the dataset cannot be opened, or its images are not square and have to be.
     """
+    from data.layout import read_builder
+
     chosen = FlippedOptions(out=out, data=data, **options)
     dataset = datasets.open_dataset(data)
     train = dataset.split(TRAIN)
