@@ -77,7 +77,7 @@ class FirstLook:
                 Message(
                     f"the maps do not decide as the teacher does: their sums agree with its choice between the two top "
                     f"classes on {share:.0%} of {self.compared} images at ε = {epsilon:g} (50% is chance), and a "
-                    "student that matches such maps alone decides no better: use ",
+                    "student without biases that matches such maps decides no better: use ",
                     *self._remedies(epsilon),
                 )
             )
