@@ -109,12 +109,18 @@ def _sums(cache: Cache, of_maps: np.ndarray) -> list[dict[str, float | None]]:
             "epsilon_low": start,
             "epsilon_high": stop,
             "maps": int(rows.sum()),
-            "share": float(np.quantile(total[rows & (logits != 0)] / logits[rows & (logits != 0)], 0.5)),
+            "share": _median(total[rows & (logits != 0)] / logits[rows & (logits != 0)]),
             "correlation": _correlation(total[rows], logits[rows]),
         }
         for (start, stop), rows in halves.items()
         if (rows & (logits != 0)).any()
     ]
+
+
+def _median(values: np.ndarray) -> float:
+    """Compute the median; NumPy's imports its masked arrays, which `inspect-cache` needs for nothing else."""
+    ordered = np.sort(values)
+    return float(ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
