@@ -21,7 +21,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = html_css_files = ["site.css"]
 html_title = "Explanation distillation"
-exclude_patterns = ["_build", "images/**.md"]  # the licence beside pictures is no page of the site
+exclude_patterns = ["_build"]
 default_role = "py:obj"  # docstrings name functions in single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"  # Args sections add shapes and units
