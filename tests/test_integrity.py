@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 
 from cli import main
 from data.storage import open_store
+from pipeline import EXPLAINERS
 from teacher_cache import (
     Cache,
     CacheError,
@@ -32,6 +33,7 @@ from teacher_cache import (
     inspect_cache,
     open_cache,
 )
+from teacher_cache.inspection import NO_SHARES
 from terminal.spelling import spell
 
 INFO = info()
@@ -349,6 +351,10 @@ def test_inspect_cache_says_how_much_of_the_logit_the_maps_sum_to_by_epsilon(tmp
         "90% of the logit, correlation 1.00, with ε from 0.01 to 0.1; "
         "25% of the logit, correlation 1.00, with ε from 0.1 to 1"
     )
+
+
+def test_the_explainers_whose_maps_are_no_shares_of_the_logit_are_those_of_the_registry():
+    assert set(NO_SHARES) == {name for name, explainer in EXPLAINERS.items() if not explainer.sums_to_logit}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 import data as datasets
+from data.builders.copies import finish_copy
 from data.builders.registry import HOW, BuilderOptions, builder
 from data.errors import DatasetError
 from options import Doc, Heading, Message, Option
@@ -92,18 +93,8 @@ def make_flipped(out: Location, data: Location, **options: Any) -> dict[str, int
                 arrays["groups"] = _repeat(split.groups, moves_of_split)
             writer.write_split(name, **arrays)
             sizes[name] = len(split) * len(moves_of_split)
-        names = {"bias_attribute": dataset.bias_attribute, "group_names": list(dataset.group_names)}
-        writer.finish(
-            name=dataset.name,
-            class_names=list(dataset.class_names),
-            builder={
-                "command": "make-data flipped",
-                "symmetries": chosen.symmetries,
-                "fingerprints": {name: split.fingerprint for name, split in dataset.splits.items()},
-                "source": read_builder(data, train.fingerprint) or {},
-            },
-            **{key: value for key, value in names.items() if value},
-        )
+        source = read_builder(data, train.fingerprint) or {}
+        finish_copy(writer, dataset, "make-data flipped", symmetries=chosen.symmetries, source=source)
     return sizes
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import data as datasets
+from data.builders.copies import finish_copy
 from data.builders.one_mask import OneMaskOptions, one_mask
 from data.builders.registry import BuilderOptions, builder
 from data.errors import DatasetError
@@ -69,15 +70,5 @@ def make_masked(
             split.verify()
             arrays = {"images": split.images, "labels": split.labels, "masks": mask.of_samples(len(split))}
             writer.write_split(name, **arrays, **({} if split.groups is None else {"groups": split.groups}))
-        named = {"bias_attribute": dataset.bias_attribute, "group_names": list(dataset.group_names)}
-        writer.finish(
-            name=dataset.name,
-            class_names=list(dataset.class_names),
-            builder={
-                "command": "make-data masked",
-                "fingerprints": {name: split.fingerprint for name, split in splits.items()},
-                **chosen.mask_record(),
-            },
-            **{key: value for key, value in named.items() if value},
-        )
+        finish_copy(writer, dataset, "make-data masked", **chosen.mask_record())
     return {name: len(split) for name, split in splits.items()}

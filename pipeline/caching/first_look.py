@@ -1,8 +1,9 @@
-"""Two numbers that say, before a student is trained, whether it can learn from the maps of a store.
+"""Two numbers on the maps of a store, before a student is trained: do their sums decide, and are they stable?
 
 A student without additive terms has logits that are the sums of its maps. If the sums of the teacher's maps do not
-decide as the teacher does, a student that matches these maps cannot decide so either. And a map that changes when the
-image is moved by a pixel is noise. Nothing is written to the store.
+decide as the teacher does, such a student that matches these maps cannot decide so either. And a map that changes when
+the image is moved by a pixel is noise. docs/results/first-look.md measures what the numbers predict. Nothing is written
+to the store.
 """
 
 from __future__ import annotations

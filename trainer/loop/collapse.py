@@ -154,12 +154,10 @@ def one_class_warning(
             "see whether the maps decide as the teacher does (", Call("inspect_cache"), "), or give more ",
             Option("steps"), ", another ", Option("optimizer"), " or ", Option("lr"),
         )  # fmt: skip
-        if settings.class_weights is None:
-            remedies = (*remedies, ", and for unbalanced data ", Option("class_weights", "balanced"))
     else:
         remedies = ("give a smaller ", Option("lr"), " or more ", Option("steps"))
-        if settings.class_weights is None:
-            remedies = (*remedies, ", and for unbalanced data ", Option("class_weights", "balanced"))
+    if settings.class_weights is None:
+        remedies = (*remedies, ", and for unbalanced data ", Option("class_weights", "balanced"))
     answers = f"its teacher says that of {expected[most] / samples:.0%}" if of_teacher else (
         f"{expected[most] / samples:.0%} are of this class"
     )  # fmt: skip

@@ -435,24 +435,24 @@ _PRETRAINED = Profile(
     epsilon_range=(0.05, 0.2),
     explainer="flex-stride8",
 )
+
+
+def _of_type(profile: Profile, name: str, benchmark: str, **changes: Any) -> Profile:
+    """Replace the bias of a profile by the type of the cell; its teacher learns from a dataset without a bias."""
+    data, teacher_data = ({**profile.data, "bias": bias} for bias in ("type", "none"))
+    return dataclasses.replace(profile, name=name, benchmark=benchmark, data=data, teacher_data=teacher_data, **changes)
+
+
 SOLAR_CELLS = {
     profile.name: profile
     for profile in (
         _ON_STAMP,
-        dataclasses.replace(
-            _ON_STAMP,
-            name="type",
-            benchmark="solar-cells-type",
-            data={**_ON_STAMP.data, "bias": "type"},
-            teacher_data={**_ON_STAMP.data, "bias": "none"},
-        ),
+        _of_type(_ON_STAMP, "type", "solar-cells-type"),
         _PRETRAINED,
-        dataclasses.replace(
+        _of_type(
             _PRETRAINED,
-            name="pretrained-type",
-            benchmark="solar-cells-type-pretrained",
-            data={**_PRETRAINED.data, "bias": "type"},
-            teacher_data={**_PRETRAINED.data, "bias": "none"},
+            "pretrained-type",
+            "solar-cells-type-pretrained",
             of_row={"erm": _OF_LABELS, "lrp-from-scratch": _FROM_SCRATCH},  # there are no masks for mask_target
         ),
     )

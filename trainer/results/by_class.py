@@ -87,15 +87,12 @@ def prediction_table(splits: Mapping[str, Mapping[str, Any]]) -> str:
     if len(names) > FEW_CLASSES:
         names = sorted(names, key=lambda name: -max(of_split.get(name, 0.0) for of_split in shares.values()))[:WORST]
         title = f"the {WORST} classes predicted most: {title}"
-    rows = [[title, *shares]]
-    for name in names:
-        cells = []
-        for split, of_split in shares.items():
-            samples = {score["class"]: score["samples"] for score in classes_of(splits[split])}
-            frequency = 100 * samples.get(name, 0) / max(1, sum(samples.values()))
-            cells.append(f"{of_split.get(name, 0.0):.1f} ({frequency:.1f})")
-        rows.append([_short(name), *cells])
-    return _aligned(rows)
+    columns = []
+    for split, of_split in shares.items():
+        samples = {score["class"]: score["samples"] for score in classes_of(splits[split])}
+        total = max(1, sum(samples.values()))
+        columns.append([f"{of_split.get(name, 0.0):.1f} ({100 * samples.get(name, 0) / total:.1f})" for name in names])
+    return _aligned([[title, *shares], *([_short(name), *cells] for name, *cells in zip(names, *columns, strict=True))])
 
 
 def _aligned(rows: list[list[str]]) -> str:
