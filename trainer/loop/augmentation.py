@@ -52,7 +52,9 @@ def check_augmentations(
     for name in names:
         AUGMENTATIONS.check(name)
         if name not in valid:
-            remedy = f"it can have {', '.join(valid)}" if valid else "it can have none"
+            remedy = f"it can have {', '.join(valid) or 'none'}"
+            if name == "flip":
+                remedy += "; make-data flipped adds flipped images to a dataset"
             raise TrainingError(Message(Option("augment", name), f" is not valid for this method: {remedy}"))
         if name not in ("flip", BACKGROUND) and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
             (h, w), (height, width) = map_shape[-2:], image_shape[-2:]
