@@ -522,7 +522,7 @@ def test_a_table_of_an_earlier_version_is_resumed(tmp_path, no_pictures):
         run(tmp_path / "r", dataclasses.replace(profile, explainer="gamma"), ["erm"])
 
 
-def test_the_titles_of_a_picture_of_two_classes_are_not_cut_off(tmp_path, monkeypatch):
+def test_a_picture_of_two_classes_shows_two_images_of_each_and_whole_titles(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(pictures, "_save", lambda figure, out: figures.append(figure))
     make_solar_cells(tmp_path / "d", size=SIZE, limit=10)
@@ -530,6 +530,8 @@ def test_the_titles_of_a_picture_of_two_classes_are_not_cut_off(tmp_path, monkey
     (figure,) = figures
     figure.canvas.draw()
     for panel in figure.subfigs:
+        classes = [axis.get_xlabel() for axis in panel.axes]
+        assert classes == ["functional"] * 2 + ["defective"] * 2
         extent = panel._suptitle.get_window_extent()
         assert extent.x0 >= 0
         assert extent.x1 <= figure.bbox.width

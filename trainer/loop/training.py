@@ -31,8 +31,10 @@ from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
 from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
+from pipeline.networks.homogeneous import ScaleNorm
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
+from pipeline.private_torch import BatchNormBase
 from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
@@ -318,6 +320,7 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     )
     timed = Timed(cleanup.enter_context(closing(batches)))
     state.model.train()
+    _shorten_memories(state.model, settings.steps)
     if training.fades:
         _fade(state)
     passes: Passes = partial(forward_backward, state.model, training.material.store, settings, state.autocast)
@@ -446,6 +449,26 @@ def _fade(state: State) -> None:
     share = remaining(state.progress["step"], state.training.settings.steps)
     for model in (state.model, state.averaged):
         set_remaining(model, share)
+
+
+def _shorten_memories(model: nn.Module, steps: int) -> None:
+    """Let the running statistics of norms reach back over a fiftieth of the steps, but over ten steps at least.
+
+    Norms of networks that were trained for millions of steps average over hundreds (EfficientNet, MobileNetV3) or
+    thousands (MNASNet). After a training of some hundred steps they would describe networks that it has left behind.
+    Norms that forget faster stay as they are.
+    """
+    least = min(0.1, 50 / steps)
+    changed = set()
+    for module in model.modules():
+        if isinstance(module, (BatchNormBase, ScaleNorm)) and (module.momentum or 1) < least:
+            changed.add(module.momentum)
+            module.momentum = least
+    if changed:
+        log.info(
+            f"the running statistics of norms have the momentum {least:.2g} in this training, not "
+            f"{' or '.join(f'{momentum:.2g}' for momentum in sorted(changed))}, which is for longer ones"
+        )
 
 
 def _share_batch(training: Training, ranks: Ranks) -> int:

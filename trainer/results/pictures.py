@@ -32,6 +32,7 @@ from trainer.run_dir import NEW_FOLDER
 CPU = torch.device("cpu")
 DPI = 130
 SIDE = 1.7  # inches, of a picture in a grid
+FEWEST_COLUMNS = 4  # of images: with two classes, two of each
 COLOURS = "RdBu_r"  # diverging, and told apart by all kinds of colour vision
 ENDS, TICKS = (0.004, 0.9995), (0.01, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of an axis of accuracies
 
@@ -70,7 +71,7 @@ def heatmap_picture(
     out: str | Path,
     factories: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write a PNG: of each split one image per class (ten at most), and each model's heatmap of the true class.
+    """Write a PNG: of each split some images of each class (of ten at most), and each model's heatmap of the true class.
 
     Heatmaps are summed over the channels; red speaks for the class, blue against it, each map on its own scale. Below
     each map is the model's prediction.
@@ -85,15 +86,16 @@ def heatmap_picture(
     from matplotlib.figure import Figure
 
     loaded = {title: load_classifier(path, (factories or {}).get(title))[0] for title, path in models.items()}
-    columns, rows = min(10, len(dataset.class_names)), len(models) + 1
-    width = max(1.15 * columns + 1.4, 6.4)  # of the title at least
+    classes, rows = min(10, len(dataset.class_names)), len(models) + 1
+    each = max(1, FEWEST_COLUMNS // classes)
+    width = max(1.15 * classes * each + 1.4, 6.4)  # of the title at least
     figure = Figure(figsize=(width, 1.32 * rows * len(split_names) + 0.6), layout="constrained")
     with legible([*dataset.class_names, *split_names, *models], out) as drawable:
         for panel, name in zip(figure.subfigures(len(split_names), 1, squeeze=False).flat, split_names, strict=True):
             panel.suptitle(
                 f"{drawable(name)}: image, and relevance for its true class (red for, blue against)", fontsize=10
             )
-            _draw_split(panel, dataset, name, columns, loaded, drawable)
+            _draw_split(panel, dataset, name, classes, each, loaded, drawable)
         _save(figure, out)
 
 
@@ -101,13 +103,14 @@ def _draw_split(
     panel: Any,
     dataset: Dataset,
     split_name: str,
-    columns: int,
+    classes: int,
+    each: int,
     models: Mapping[str, Classifier],
     drawable: Callable[[str], str],
 ) -> None:
-    """Draw a split's images, one per class, and below them each model's heatmaps."""
+    """Draw a split's images, ``each`` of each class, and below them each model's heatmaps."""
     split, class_names = dataset.split(split_name), [drawable(name) for name in dataset.class_names]
-    picked = _one_per_class(split, columns)
+    picked = _of_each_class(split, classes, each)
     labels = np.asarray(split.labels[:])[picked].astype(np.int64)
     images = rows_of(split.images, picked)
     masks = None if split.masks is None else rows_of(split.masks, picked)
@@ -342,9 +345,9 @@ def _row_title(axis: object, title: str) -> None:
     axis.set_ylabel(textwrap.fill(title, 14, break_long_words=False), fontsize=9)  # type: ignore[attr-defined]
 
 
-def _one_per_class(split: Split, classes: int) -> np.ndarray:
+def _of_each_class(split: Split, classes: int, each: int) -> np.ndarray:
     labels = np.asarray(split.labels[:])
-    return np.array([np.flatnonzero(labels == label)[0] for label in range(classes) if (labels == label).any()])
+    return np.concatenate([np.flatnonzero(labels == label)[:each] for label in range(classes)])
 
 
 def rows_of(array: zarr.Array, rows: np.ndarray) -> np.ndarray:
