@@ -411,6 +411,41 @@ def test_a_batch_shown_in_parts_is_learnt_as_the_whole(dataset, cache, tmp_path,
             torch.testing.assert_close(weights(tmp_path / str(parts))[name], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias_free", [False, True])
+def test_norms_that_average_over_longer_than_the_training_describe_the_network_that_it_ends_with(
+    dataset, tmp_path, monkeypatch, caplog, bias_free
+):
+    (tmp_path / "with_norms.py").write_text(
+        "from torch import nn\n\n"
+        "def net(num_classes, momentum):\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 5, 2), nn.BatchNorm2d(8, momentum=momentum), nn.ReLU(),\n"
+        "                         nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, num_classes))\n\n"
+        "def fast(num_classes): return net(num_classes, 0.1)\n\n"
+        "def slow(num_classes): return net(num_classes, 0.001)\n\n"
+        "def all_batches(num_classes): return net(num_classes, None)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    caplog.set_level("INFO")
+    told = []
+    for name in ("fast", "slow", "all_batches"):
+        caplog.clear()
+        options = {"teacher_factory": f"with_norms:{name}", "bias_free": bias_free}
+        train_teacher(dataset, tmp_path / name, steps=20, batch_size=16, device="cpu", **options)
+        told.append("momentum 0.1 in this training, not 0.001" in caplog.text)
+    assert told == [False, True, False]
+    fast, slow = weights(tmp_path / "fast"), weights(tmp_path / "slow")
+    assert fast.keys() == slow.keys()
+    assert any("running" in key for key in fast)
+    assert all(torch.equal(fast[key], slow[key]) for key in fast)
+
+
+def test_the_longer_a_training_the_longer_its_norms_may_average():
+    for steps, momentum in ((10, 0.1), (500, 0.1), (1000, 0.05), (5000, 0.01), (100_000, 0.01)):
+        network = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3, momentum=0.5))
+        trainer.loop.training._shorten_memories(network, steps)
+        assert [norm.momentum for norm in network] == [momentum, 0.5]
+
+
 def test_clipping_bounds_the_update(dataset, cache, tmp_path):
     train_student(dataset, cache, tmp_path / "before", batch_size=16, **{**SGD, "lr": 1e-30})
     train_student(dataset, cache, tmp_path / "after", batch_size=16, lr=1.0, clip_norm=0.01, **SGD)

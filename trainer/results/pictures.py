@@ -71,7 +71,7 @@ def heatmap_picture(
     out: str | Path,
     factories: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Write a PNG: of each split some images of each class (of ten at most), and each model's heatmap of the true class.
+    """Write a PNG: some images of each class (ten at most) from each split, and each model's heatmaps of their class.
 
     Heatmaps are summed over the channels; red speaks for the class, blue against it, each map on its own scale. Below
     each map is the model's prediction.
