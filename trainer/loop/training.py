@@ -461,7 +461,7 @@ def _shorten_memories(model: nn.Module, steps: int) -> None:
     least = min(0.1, 50 / steps)
     changed = set()
     for module in model.modules():
-        if isinstance(module, (BatchNormBase, ScaleNorm)) and (module.momentum or 1) < least:
+        if isinstance(module, (BatchNormBase, ScaleNorm)) and module.momentum and module.momentum < least:
             changed.add(module.momentum)
             module.momentum = least
     if changed:
