@@ -186,7 +186,12 @@ def test_what_is_unknown_or_does_not_fit_is_refused_with_the_reason():
     for names, map_shape, valid, message in (
         (["spin"], None, ("flip",), "unknown augment 'spin': choose one of flip, shift, crop, background"),
         (["crop"], None, ("flip", "shift"), "augment='crop' is not valid for this method: it can have flip, shift"),
-        (["flip"], None, (), "augment='flip' is not valid for this method: it can have none; make-data flipped adds"),
+        (
+            ["flip"],
+            None,
+            (),
+            "augment='flip' is not valid for this method: it can have none; make_flipped.. adds flipped images",
+        ),
         (
             ["flip", "shift"],
             (1, 7, 9),

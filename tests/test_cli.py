@@ -138,7 +138,7 @@ BAD = {
     f"{STUDENT} --augment background": (1, "--augment background needs 'masks' in the train split of data.zarr"),
     f"{STUDENT} --method output --augment flip": (
         1,
-        "--augment flip is not valid for this method: it can have background",
+        "--augment flip is not valid for this method: it can have background; python cli.py make-data flipped adds",
     ),
     f"{STUDENT} --map-loss l3": (2, "'l3' is not one of 'l1', 'cosine'"),
     f"{STUDENT} --loss lrp=x": (1, "--loss lrp=x: 'x' is not a weight. Give a positive number"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Literal
 
-from options import Lazy, Message, Option, Registry
+from options import Call, Lazy, Message, Option, Registry
 from trainer.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -52,10 +52,14 @@ def check_augmentations(
     for name in names:
         AUGMENTATIONS.check(name)
         if name not in valid:
-            remedy = f"it can have {', '.join(valid) or 'none'}"
+            remedy: tuple[object, ...] = ()
             if name == "flip":
-                remedy += "; make-data flipped adds flipped images to a dataset"
-            raise TrainingError(Message(Option("augment", name), f" is not valid for this method: {remedy}"))
+                copy = Call("make_flipped", command="make-data flipped")
+                remedy = ("; ", copy, " adds flipped images to a dataset")
+            can = ", ".join(valid) or "none"
+            raise TrainingError(
+                Message(Option("augment", name), f" is not valid for this method: it can have {can}", *remedy)
+            )
         if name not in ("flip", BACKGROUND) and map_shape is not None and map_shape[-2:] != image_shape[-2:]:
             (h, w), (height, width) = map_shape[-2:], image_shape[-2:]
             raise TrainingError(

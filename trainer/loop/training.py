@@ -452,7 +452,7 @@ def _fade(state: State) -> None:
 
 
 def _shorten_memories(model: nn.Module, steps: int) -> None:
-    """Let the running statistics of norms reach back over a fiftieth of the steps, but over ten steps at least.
+    """Let the running statistics of norms reach back over a fiftieth of the steps at most, or over ten steps.
 
     Norms of networks that were trained for millions of steps average over hundreds (EfficientNet, MobileNetV3) or
     thousands (MNASNet). After a training of some hundred steps they would describe networks that it has left behind.
