@@ -199,13 +199,14 @@ def test_a_worker_killed_while_it_computes_costs_nothing(dataset, teacher, local
 
 
 def test_a_shard_that_kills_every_worker_is_named(dataset, teacher, cluster, client, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
     client.run(killed_while_it_computes_its_second_shard)
     paths = ["--data", dataset, "--teacher", teacher, "--out", tmp_path / "c.zarr"]
-    result = command(*paths, "--scheduler", client.scheduler.address)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster.scheduler, "allowed_failures", 0)
+        result = command(*paths, "--scheduler", client.scheduler.address)
     assert_one_paragraph(result, "while they computed shard ")
     assert "look in the workers' logs" in result.output
-    client.run(restore)
+    client.run(restore, on_error="ignore")  # the other worker may die just now, and its successor needs no restoring
     assert command(*paths, "--scheduler", client.scheduler.address).exit_code == 0
 
 
