@@ -22,6 +22,7 @@ convolution_backward: Any = torch.ops.aten.convolution_backward
 threshold_backward: Any = torch.ops.aten.threshold_backward
 native_batch_norm: Any = torch.native_batch_norm
 native_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
+batch_norm_update_stats: Any = torch.ops.aten.batch_norm_update_stats
 
 # A reshape whose result is no view for autograd, so that the output of our own autograd function may be changed in
 # place. All public reshapes return views.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -89,17 +90,81 @@ def test_modules_with_several_names_and_a_network_that_is_a_norm_fade_once(make)
     torch.testing.assert_close(faded.eval()(images()), expected.eval()(images()))
 
 
-def test_the_gradient_in_between_is_that_of_finite_differences():
+def norm_of(x: Tensor, gamma: Tensor, beta: Tensor, share: float) -> Tensor:
+    """The formula, plainly."""
+    z = x - share * x.mean((0, 2, 3), keepdim=True)
+    scale = gamma / (z.square().mean((0, 2, 3)) + 1e-3).sqrt()
+    return z * scale.view(1, -1, 1, 1) + share * beta.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_fading_norm_equals_its_formula_with_first_and_second_derivatives(share):
     torch.manual_seed(0)
-    network = fading(
-        nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)).double()
-    )
+    norm = fading(nn.BatchNorm2d(3, eps=1e-3).double())
+    set_remaining(norm, share)
+    x = torch.rand(4, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    gamma, beta = (torch.rand(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bias = {} if share == 0 else {"bias": beta}
+
+    def call(x: Tensor, gamma: Tensor, *beta: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": gamma, **dict(zip(bias, beta, strict=True))}, x)
+
+    inputs = (x, gamma, *bias.values())
+    torch.testing.assert_close(call(*inputs), norm_of(x, gamma, beta, share))
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    for given, expected in zip(
+        torch.autograd.grad(call(*inputs).pow(3).sum(), inputs),
+        torch.autograd.grad(norm_of(x, gamma, beta, share).pow(3).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fading_norm_averages_its_statistics_and_evaluates_with_them(dtype):
+    norm = fading(nn.BatchNorm2d(2, momentum=0.25))
+    set_remaining(norm, 0.5)
+    x = (torch.rand(8, 2, 4, 4) + 1).to(dtype)
+    norm.train()(x)
+    mean = x.float().mean((0, 2, 3))
+    second = (x.float() - 0.5 * mean.view(1, 2, 1, 1)).square().mean((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean, 0.25 * mean)
+    torch.testing.assert_close(norm.running_second_moment, 0.75 + 0.25 * second)
+    z = x - 0.5 * norm.running_mean.view(1, 2, 1, 1)
+    expected = z / (norm.running_second_moment + 1e-5).sqrt().view(1, 2, 1, 1)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(norm.eval()(x).float(), expected.detach(), rtol=tolerance, atol=tolerance)
+
+
+def test_maps_and_their_gradients_in_between_are_those_of_the_formulas():
+    """The subtracted mean and the shift take no relevance. Through the statistics passes a gradient all the same."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)]
+    network = fading(nn.Sequential(*layers).double())
     set_remaining(network.train(), 0.4)
     x = torch.rand(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(network, x)
+    conv, norm, _, _, linear = network
+
+    def plainly(rows: Tensor) -> Tensor:
+        inputs = rows.detach().requires_grad_()
+        pre = F.conv2d(inputs, conv.weight, conv.bias)
+        subtracted = 0.4 * pre.mean((0, 2, 3), keepdim=True)
+        second = (pre - subtracted).square().mean((0, 2, 3), keepdim=True)
+        scale = norm.weight.view(1, -1, 1, 1) / (second + norm.eps).sqrt()
+        z = (pre - subtracted) * scale + 0.4 * norm.bias.view(1, -1, 1, 1)
+        a = z.relu()
+        g = linear.weight[[0, 1, 1]].view_as(a)
+        at_z = g * (a / (a + 0.1))
+        return inputs * F.conv_transpose2d(at_z * scale, conv.weight)
+
     _, maps = explain(network, x, torch.tensor([0, 1, 1]), 0.1, create_graph=True)
-    maps.square().sum().backward()
-    assert all(parameter.grad is not None for name, parameter in network.named_parameters() if "weight" in name)
+    torch.testing.assert_close(maps, plainly(x))
+    loss = maps.square().sum()
+    given = torch.autograd.grad(loss, [conv.weight, norm.weight])
+    expected = torch.autograd.grad(plainly(x).square().sum(), [conv.weight, norm.weight])
+    torch.testing.assert_close(given, expected)
 
 
 def test_what_remains_falls_to_nothing_in_half_of_the_steps():

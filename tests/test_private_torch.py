@@ -23,6 +23,7 @@ from pipeline.private_torch import (
     BatchNormBase,
     aten_convolution,
     base_of,
+    batch_norm_update_stats,
     collate,
     convolution_backward,
     current_backward_pass,
@@ -60,7 +61,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 17
+    assert len(parts) == 18
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -99,6 +100,17 @@ def test_native_batch_norm_and_its_backward(training):
     statistics = (None, None, batch_mean, inverse) if training else (mean, var, None, None)
     gradients = native_batch_norm_backward(g, z, gamma, *statistics, training, 1e-5, [True, True, True])
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (z, gamma, beta), g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics_have_the_dtype_of_the_running_ones(dtype):
+    z = _values(4, 3, 2).to(dtype)
+    running_mean, running_var = (torch.zeros(3, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    mean, var = batch_norm_update_stats(z, running_mean, running_var, 0.5)
+    assert mean.dtype == var.dtype == running_mean.dtype
+    torch.testing.assert_close(mean, z.to(mean.dtype).mean((0, 2)))
+    torch.testing.assert_close(var, z.to(var.dtype).var((0, 2), correction=0))
+    torch.testing.assert_close(running_mean, 0.5 * mean)
 
 
 def test_unsafe_view_is_no_view_so_that_it_may_be_changed_in_place():

@@ -17,6 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline import ModelError, ScaleNorm, bias_free, explain, synchronise_batch_norm
+from pipeline.networks.fading import fading, set_remaining
 from pipeline.rules.batch_norm import moments
 from trainer import heatmap_loss
 from trainer.loop.distributed import Ranks, connect
@@ -50,6 +51,15 @@ def batch_norms() -> nn.Module:
 
 def scale_norms() -> nn.Module:
     return bias_free(batch_norms())[0]
+
+
+def fading_norms() -> nn.Module:
+    model = fading(batch_norms())
+    set_remaining(model, 0.4)
+    return model
+
+
+NORMS = (batch_norms, scale_norms, fading_norms)
 
 
 def resnet() -> nn.Module:
@@ -164,12 +174,12 @@ def statistics(ranks: Ranks) -> Results:
 
 CASES: dict[str, Callable[[Ranks], Results]] = {
     f"{make.__name__}, {rules}": partial(training, make=make, rules=rules)
-    for make in (batch_norms, scale_norms)
+    for make in NORMS
     for rules in ("flex", "cp-lrp", "gradient-x-input", "epsilon-plus", "gamma", None)
 }
 # the relevance of the first process then goes through other nodes than that of the others, in all branches
 CASES["resnet, ε of 0 in one process"] = partial(training, make=resnet, side=28, without=3)
-for make in (batch_norms, scale_norms):
+for make in NORMS:
     name = make.__name__
     CASES |= {
         f"{name}, uneven shares": partial(training, make=make, shares=UNEVEN),
@@ -184,7 +194,7 @@ def _all_cases(directory: str) -> None:
     with connect("cpu") as (ranks, _):
         for case, function in CASES.items():
             torch.save(function(ranks), Path(directory) / f"{case}.{ranks.rank}.pt")
-        for make in (batch_norms, scale_norms):
+        for make in NORMS:
             torch.save(collectives(ranks, make), Path(directory) / f"{make.__name__}.collectives.{ranks.rank}.pt")
         torch.save(statistics(ranks), Path(directory) / f"statistics.{ranks.rank}.pt")
 
@@ -226,7 +236,7 @@ def test_all_processes_hold_the_same_bits(results):
             )
 
 
-@pytest.mark.parametrize("make", [batch_norms, scale_norms])
+@pytest.mark.parametrize("make", NORMS)
 def test_a_norm_takes_one_operation_in_each_direction_and_none_in_evaluation(results, make):
     norms = sum("Norm" in type(module).__name__ for module in make())
     for found in results(f"{make.__name__}.collectives"):
@@ -238,7 +248,7 @@ def test_a_small_variance_far_from_zero_is_kept(results):
         torch.testing.assert_close(found["variance"].double(), found["expected"], rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("make", [batch_norms, scale_norms])
+@pytest.mark.parametrize("make", NORMS)
 def test_alone_a_synchronised_norm_is_the_plain_one(make):
     model = filled(make)
     twin = copy.deepcopy(model)
@@ -251,7 +261,7 @@ def test_alone_a_synchronised_norm_is_the_plain_one(make):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("make", [batch_norms, scale_norms, resnet])
+@pytest.mark.parametrize("make", [*NORMS, resnet])
 def test_parameters_names_modules_and_copies_stay_as_they_were(make):
     model = filled(make)
     modules, tensors = dict(model.named_modules()), model.state_dict(keep_vars=True)

@@ -17,8 +17,7 @@ from pipeline.networks.homogeneous import WITH_BIAS, ScaleNorm, copy_of, scale_n
 from pipeline.networks.preprocessing import Preprocess
 from pipeline.networks.processes import Processes
 from pipeline.private_torch import BatchNormBase
-from pipeline.rules import stop_relevance
-from pipeline.rules.batch_norm import scale_norm
+from pipeline.rules.batch_norm import fading_norm, scale_norm
 
 
 class FadingNorm(ScaleNorm):
@@ -31,6 +30,7 @@ class FadingNorm(ScaleNorm):
     running_mean: Tensor
     remaining: Tensor
     processes: Processes | None = None
+    has_faded = False  # remaining == 0, which on a GPU would have to wait for the device
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__(num_features, eps, momentum)
@@ -39,20 +39,11 @@ class FadingNorm(ScaleNorm):
         self.register_buffer("remaining", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (1, -1, *[1] * (x.dim() - 2))
         together = self.processes if self.processes is not None and self.processes.count > 1 else None
-        if self.training:
-            mean = x.mean([axis for axis in range(x.dim()) if axis != 1])
-            if together is not None:
-                mean = together.total(mean) / together.count
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
-        else:
-            mean = self.running_mean
-        centred = x - stop_relevance(self.remaining * mean).view(shape)
-        moments = self.running_second_moment
-        normalised = scale_norm(centred, self.weight, moments, self.training, self.momentum, self.eps, together)
-        return normalised + (self.remaining * self.bias).view(shape)
+        options = (self.running_second_moment, self.training, self.momentum, self.eps, together)
+        if self.has_faded:
+            return scale_norm(x, self.weight, *options)
+        return fading_norm(x, self.weight, self.bias, self.running_mean, options[0], self.remaining, *options[1:])
 
 
 class _Fading(nn.Module):
@@ -93,6 +84,8 @@ def set_remaining(model: nn.Module, share: float) -> None:
     for module in model.modules():
         if isinstance(module, FadingNorm | _Fading):
             module.remaining.fill_(share)
+            if isinstance(module, FadingNorm):
+                module.has_faded = share == 0
         elif isinstance(module, Preprocess) and module.fading_mean is not None:
             module.mean.copy_(share * module.fading_mean)
 

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pipeline.networks.processes import Processes
-from pipeline.private_torch import native_batch_norm, native_batch_norm_backward
+from pipeline.private_torch import batch_norm_update_stats, native_batch_norm, native_batch_norm_backward
 from pipeline.rules.table import PassState, require_constant, rule_for
 from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
 
@@ -157,7 +157,7 @@ class SecondMomentNorm:
             inverse = torch.rsqrt(self._second_moment(z) + self.eps)
         at_k, dz = dk, None
         if g is not None:
-            from_output = sum_per_channel(g * z)
+            _, from_output = _sums(g, z, torch.zeros_like(inverse))
             at_k = from_output if dk is None else dk + from_output
             dz = g * channels(_k(gamma, inverse, z), g)
         assert at_k is not None
@@ -170,6 +170,78 @@ class SecondMomentNorm:
     def _second_moment(self, z: Tensor) -> Tensor:
         squares, count = _over_all(self.processes, z, sum_per_channel(z.square()))
         return squares / count
+
+
+@dataclass(frozen=True, eq=False)
+class FadingBatchNorm:
+    """``(z − rμ) / σ · γ + rβ``, σ = sqrt(E[(z − rμ)²] + eps): a `BatchNorm` at r = 1, a `SecondMomentNorm` at 0."""
+
+    running_mean: Tensor
+    running_second_moment: Tensor  # of z − rμ
+    remaining: Tensor  # r, without dimensions
+    training: bool
+    momentum: float
+    eps: float
+    processes: Processes | None = None
+
+    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        if self.training:
+            mean, second_moment = self._moments(z)
+            for running, latest in ((self.running_mean, mean), (self.running_second_moment, second_moment)):
+                running.lerp_(latest.to(running.dtype), self.momentum)
+        else:
+            mean, second_moment = self.running_mean.clone(), self.running_second_moment
+        inverse = torch.rsqrt(second_moment + self.eps)
+        scale = inverse if gamma is None else gamma * inverse
+        shift = -self.remaining * mean * scale
+        if beta is not None:
+            shift = shift + self.remaining * beta
+        out = torch.addcmul(channels(shift, z), z.to(scale.dtype), channels(scale, z)).to(z.dtype)
+        return out, _k(gamma, inverse, z), mean, inverse
+
+    def backward(
+        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
+    ) -> Gradients:
+        mean, inverse = saved
+        if self.training and torch.is_grad_enabled():  # a second derivative passes through the statistics too
+            mean, second_moment = self._moments(z)
+            inverse = torch.rsqrt(second_moment + self.eps)
+        subtracted = self.remaining * mean
+        at_shift, at_k = torch.zeros_like(mean), torch.zeros_like(mean) if dk is None else dk.to(mean.dtype)
+        scale = inverse if gamma is None else gamma * inverse
+        if g is not None:
+            at_shift, from_output = _sums(g, z, subtracted)
+            at_k = at_k + from_output
+        dgamma, dbeta = None if gamma is None else at_k * inverse, None if g is None else self.remaining * at_shift
+        if not self.training:
+            return None if g is None else (g * channels(scale, g)).to(z.dtype), dgamma, dbeta
+        at_shift, at_k, count = _over_all(self.processes, z, at_shift, at_k)
+        slope = _slope(at_k if gamma is None else at_k * gamma, inverse, count)
+        level = -subtracted * slope - self.remaining * (scale * at_shift / count + (mean - subtracted) * slope)
+        dz = torch.addcmul(channels(level, z), z.to(level.dtype), channels(slope, z))
+        if g is not None:
+            dz.addcmul_(g.to(level.dtype), channels(scale, g))
+        return dz.to(z.dtype), dgamma, dbeta
+
+    def _moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Return E[z] and E[(z − rμ)²], (C,)."""
+        if self.processes is None and z.numel() and not torch.is_grad_enabled():
+            scratch = torch.zeros_like(self.running_mean)  # whose dtype is that of the results
+            mean, var = batch_norm_update_stats(z, scratch, scratch.clone(), 0.0)
+        else:
+            mean, var, _ = moments(z, self.processes)
+        return mean, var + ((1 - self.remaining) * mean).square()
+
+
+def _sums(g: Tensor, z: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of g and of g · (z − centre) in each channel, (C,)."""
+    if torch.is_grad_enabled() or not z.numel():  # of no values, the kernel would crash the process
+        g = g.to(centre.dtype)
+        return sum_per_channel(g), sum_per_channel(g * (z - channels(centre, z)))
+    # a norm whose running statistics are the centre and 1 has these gradients, and its kernel reads g and z once
+    running = (centre, torch.ones_like(centre))
+    _, weighted, plain = native_batch_norm_backward(g, z, None, *running, None, None, False, 0.0, [False, True, True])
+    return plain, weighted
 
 
 def _k(gamma: Tensor | None, inverse: Tensor, z: Tensor) -> Tensor:
@@ -325,6 +397,47 @@ def scale_norm(
         return handle_torch_function(scale_norm, (x,), x, weight, *options)
     norm = SecondMomentNorm(*options)
     return _Normalised.apply(PassState(), x, norm, weight, None)[0]
+
+
+def fading_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_second_moment: Tensor,
+    remaining: Tensor,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    processes: Processes | None = None,
+) -> Tensor:
+    """Compute a batch norm of whose mean and shift a share r remains: ``γ · z / sqrt(E[z²] + eps) + r·β``, z = x − r·μ.
+
+    For relevance r·μ and r·β are constants. At r = 1 this is ``F.batch_norm``, at 0 `scale_norm`.
+
+    Args:
+        x: (N, C, ...).
+        weight: γ, (C,).
+        bias: β, (C,).
+        running_mean: the running E[x], (C,). Training updates it in place.
+        running_second_moment: the running E[z²], (C,). Training updates it in place.
+        remaining: r in [0, 1], without dimensions.
+        training: whether this is training, which uses the μ and E[z²] of the batch.
+        momentum: weight of the batch in the running statistics.
+        eps: added to E[z²].
+        processes: in training, take μ and E[z²] over the batches of all these processes, each of which must call it.
+    """
+    arguments = (weight, bias, running_mean, running_second_moment, remaining, training, momentum, eps, processes)
+    if has_torch_function_unary(x):
+        return handle_torch_function(fading_norm, (x,), x, *arguments)
+    norm = FadingBatchNorm(*arguments[2:])
+    return _Normalised.apply(PassState(), x, norm, weight, bias)[0]
+
+
+@rule_for(fading_norm)
+def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
+    require_constant(trace, func, weight, bias)
+    return _norm(trace, FadingBatchNorm(*args), x, weight, bias)
 
 
 @rule_for(scale_norm)
