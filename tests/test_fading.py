@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import trainer.loop.training
 from data import make_coloured_mnist
-from pipeline import Classifier, bias_free, cache_explanations, explain, load_classifier
+from pipeline import RULE_SETS, Classifier, bias_free, cache_explanations, explain, load_classifier
 from pipeline.networks.classifier import read_config
 from pipeline.networks.fading import bias_free_state, fading, set_remaining
 from pipeline.networks.preprocessing import PreprocessSpec
@@ -165,6 +165,23 @@ def test_maps_and_their_gradients_in_between_are_those_of_the_formulas():
     given = torch.autograd.grad(loss, [conv.weight, norm.weight])
     expected = torch.autograd.grad(plainly(x).square().sum(), [conv.weight, norm.weight])
     torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize(
+    ("rules", "share"),  # the other rules merge a batch norm with its layer, and no fading one
+    [("flex", 1.0), ("gradient-x-input", 1.0), *((rules, 0.0) for rules in RULE_SETS if rules != "cp-lrp")],
+)
+def test_maps_are_those_of_the_network_as_it_was_and_of_its_bias_free_form(rules, share):
+    network = pretrained("resnet18")
+    faded = fading(network)
+    set_remaining(faded, share)
+    expected = network if share else bias_free(network)[0]
+    target = torch.tensor([0, 1, 2, 3])
+    for model in (faded, expected):
+        model.train()
+    _, given = explain(faded, images(), target, 0.1, rules=rules)
+    _, maps = explain(expected, images(), target, 0.1, rules=rules)
+    torch.testing.assert_close(given, maps)
 
 
 def test_what_remains_falls_to_nothing_in_half_of_the_steps():

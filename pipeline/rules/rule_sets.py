@@ -70,6 +70,7 @@ def gradient_x_input() -> RuleSet:
         linear.stop_relevance: linear.stop,
         **dict.fromkeys((F.batch_norm, batch_norm.joint_batch_norm), _or_gradient(batch_norm.batch_norm)),
         batch_norm.scale_norm: _or_gradient(batch_norm.scale_norm_rule),
+        batch_norm.fading_norm: _or_gradient(batch_norm.fading_norm_rule),
         F.hardsigmoid: activations.hardsigmoid_by_gradient,
         F.scaled_dot_product_attention: attention.scaled_dot_product_attention,
         F.multi_head_attention_forward: attention.multi_head_attention,
