@@ -1,0 +1,399 @@
+"""Which number, of the biased validation split alone, tells how good a student is without the bias?
+
+    pip install -e ".[data,benchmarks]" && python benchmarks/choosing.py --work FOLDER
+
+On three datasets, students learn from one teacher by recipes that differ in their loss, their range of ε, optimizer,
+length, biases and architecture. Each is measured on the biased validation split, and tested on splits without the
+bias. All images, those of the tests too, are from the training files of MNIST and Fashion-MNIST: the benchmarks' own
+tests are not looked at. A training that `results.jsonl` has is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from first_look import spearman
+from report import processor, table
+from torch import Tensor
+
+from data import Dataset, make_coloured_mnist, make_fashion_on_textures, open_dataset
+from data.builders import coloured_mnist, fashion_on_textures
+from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
+from data.builders.coloured_mnist import BIASING_COLOURS, read_mnist
+from pipeline import Classifier, cache_explanations, explain, load_classifier
+from trainer import train_student, train_teacher
+from trainer.loop.losses import heatmap_loss
+from trainer.loop.repainting import repaint
+
+TESTS, MEASURED, AT_ONCE = ("ood", "shift"), 1000, 100
+LOW, WIDE, HIGH = (0.01, 0.1), (0.01, 1.0), (0.1, 1.0)  # ranges of ε
+EPSILONS = (0.1, 1.0)  # at which the maps of all students are compared
+HELD_OUT = 5000  # of the training files, for the tests
+SAMPLES = 12_000  # in training, at most
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+def _held_out(read: Callable[..., Any], *folder: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Read a part of MNIST or Fashion-MNIST, of which both parts are from the training files."""
+    *folder, part = folder
+    images, labels = read(*folder, "train")
+    rows = slice(-HELD_OUT, None) if part == "t10k" else slice(None, -HELD_OUT)
+    return images[rows], labels[rows]
+
+
+def colours(path: Path) -> None:
+    """The colour of the digit tells the class: COLOURED MNIST."""
+    with mock.patch.object(coloured_mnist, "read_mnist", partial(_held_out, read_mnist)):
+        make_coloured_mnist(path, seed=1, limit=SAMPLES)
+
+
+def textures(path: Path) -> None:
+    """The photograph behind a garment tells the class: Fashion-on-Textures."""
+    with mock.patch.object(fashion_on_textures, "_read", partial(_held_out, fashion_on_textures._read)):
+        make_fashion_on_textures(path, size=32, seed=1, limit=SAMPLES)
+
+
+def grounds(path: Path) -> None:
+    """The colour of the ground behind a white digit tells the class, one of five."""
+    images, labels = read_mnist("train")
+    of_five = np.flatnonzero(labels < 5)
+    held, rest = of_five[-HELD_OUT // 2 :], of_five[: -HELD_OUT // 2]
+    parts = {"train": rest[1000 : 1000 + SAMPLES], "validation": rest[:1000], **dict.fromkeys(("iid", *TESTS), held)}
+    palette = np.concatenate([BIASING_COLOURS[:5], 255 - BIASING_COLOURS[5:]])  # the latter are unseen in training
+    splits = {}
+    for number, (split, rows) in enumerate(parts.items()):
+        rng = np.random.default_rng([1, number])
+        groups = tied_groups(split, labels[rows], 5, 5, rng)
+        shades = np.clip(palette[groups] + rng.integers(-20, 21, (len(rows), 3)), 0, 255).astype(np.uint8)
+
+        def cut_out(sample: int, rows: np.ndarray = rows) -> tuple[np.ndarray, np.ndarray]:
+            digit = images[rows[sample]]
+            return np.full((3, 28, 28), 255, np.uint8), np.where(digit > 127, 255, 0).astype(np.uint8)
+
+        def background(sample: int, shades: np.ndarray = shades) -> np.ndarray:
+            return np.broadcast_to(shades[sample][:, None, None], (3, 28, 28))
+
+        splits[split] = Scenes(labels[rows], groups, cut_out, background)
+    names = [f"ground {number}" for number in range(10)]
+    write_on_backgrounds(path, splits, 28, name="grounds", class_names=[*"01234"], group_names=names)
+
+
+@dataclass(frozen=True)
+class World:
+    """A dataset and its teacher; ``student`` has the options of all its students."""
+
+    make: Callable[[Path], None]
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any]
+
+
+_SMALL = {"arch": "small-cnn", "batch_size": 128}
+_RESIDUAL = {"arch": "small-resnet", "batch_size": 64}
+WORLDS = {
+    "colours": World(colours, {**_SMALL, "debias": "grayscale", "steps": 600}, _SMALL),
+    "grounds": World(grounds, {**_SMALL, "debias": "mask", "steps": 600}, _SMALL),
+    "textures": World(textures, {**_RESIDUAL, "debias": "mask", "steps": 1000}, _RESIDUAL),
+}
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student learns: options of `train_student`, and the ε of its store."""
+
+    epsilon_range: tuple[float, float] = HIGH
+    options: Mapping[str, Any] = field(default_factory=dict)
+    masks: bool = False  # whether the dataset must have masks
+
+
+_ADAM, _MUON, STEPS = {"lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}, 600
+RECIPES = {
+    "adam, low ε": Recipe(LOW, _ADAM),
+    "adam, high ε": Recipe(HIGH, _ADAM),
+    "adam, wide ε": Recipe(WIDE, _ADAM),
+    "muon, low ε": Recipe(LOW, _MUON),
+    "muon, high ε": Recipe(HIGH, _MUON),
+    "muon, high ε, a quarter of the steps": Recipe(HIGH, {**_MUON, "steps": STEPS // 4}),
+    "adam, low ε, a quarter of the steps": Recipe(LOW, {**_ADAM, "steps": STEPS // 4}),
+    "adam, high ε, a tenth of the rate": Recipe(HIGH, {"lr": 4e-4}),
+    "muon, high ε, with biases": Recipe(HIGH, {**_MUON, "bias_free": False}),
+    "muon, high ε, wider": Recipe(HIGH, {**_MUON, "arch_options": {"width": 48}}),
+    "muon, high ε, and outputs": Recipe(HIGH, {**_MUON, "loss": "lrp=1,output=0.1"}),
+    "muon, high ε, repainted": Recipe(HIGH, {**_MUON, "augment": ("background",)}, masks=True),
+    "outputs": Recipe(HIGH, {**_ADAM, "method": "output"}),
+    "features": Recipe(HIGH, {**_ADAM, "method": "features"}),
+}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What teacher and student say of n biased images, and their maps: by ε, of the label and of another class."""
+
+    labels: Tensor  # (n,)
+    teacher: Tensor  # logits (n, K)
+    student: Tensor
+    teacher_maps: Mapping[tuple[float, str], Tensor]  # (n, C, H, W)
+    student_maps: Mapping[tuple[float, str], Tensor]
+    recoloured: Tensor  # the student's logits for recoloured images
+    repainted: Tensor | None  # and for images before other backgrounds
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).float()
+
+
+def _rank_correlation(one: Tensor, other: Tensor) -> float:
+    """Return the mean over the samples of the rank correlation of two maps."""
+    ranks = [maps.flatten(1).argsort(1).argsort(1).float() for maps in (one, other)]
+    centred = [values - values.mean(1, keepdim=True) for values in ranks]
+    return float(F.cosine_similarity(*centred, dim=1).mean())
+
+
+def _excess(seen: Seen) -> float:
+    return float((_right(seen.student, seen.labels) - _right(seen.teacher, seen.labels)).mean())
+
+
+def _right_where_wrong(seen: Seen) -> float:
+    wrong = _right(seen.teacher, seen.labels) == 0
+    return float(_right(seen.student, seen.labels)[wrong].mean()) if wrong.any() else 0.0
+
+
+def _loss(epsilon: float, of: str, seen: Seen) -> float:
+    return float(heatmap_loss(seen.student_maps[epsilon, of], seen.teacher_maps[epsilon, of]).mean())
+
+
+def _rank(epsilon: float, of: str, seen: Seen) -> float:
+    return -_rank_correlation(seen.student_maps[epsilon, of], seen.teacher_maps[epsilon, of])
+
+
+def _sums(epsilon: float, seen: Seen) -> float:
+    """Return how far the sums of the student's maps are from the teacher's, per unit of the teacher's."""
+    ours, theirs = (maps[epsilon, "label"].sum((1, 2, 3)) for maps in (seen.student_maps, seen.teacher_maps))
+    return float((ours - theirs).abs().mean() / theirs.abs().mean())
+
+
+def _disagreement(seen: Seen) -> float:
+    return float((seen.student.argmax(1) != seen.teacher.argmax(1)).float().mean())
+
+
+def _output_distance(seen: Seen) -> float:
+    ours, theirs = seen.student.log_softmax(1), seen.teacher.log_softmax(1)
+    return float(F.kl_div(ours, theirs, reduction="batchmean", log_target=True))
+
+
+def _recoloured(seen: Seen) -> float:
+    return float((seen.recoloured.argmax(1) != seen.student.argmax(1)).float().mean())
+
+
+def _repainted(seen: Seen) -> float | None:
+    if seen.repainted is None:
+        return None
+    return float((seen.repainted.argmax(1) != seen.teacher.argmax(1)).float().mean())
+
+
+NUMBERS: dict[str, Callable[[Seen], float | None]] = {  # the larger, the worse a student is expected to be
+    "excess over the teacher": _excess,
+    "right where the teacher is wrong": _right_where_wrong,
+    "disagrees with the teacher": _disagreement,
+    "distance of the outputs": _output_distance,
+    **{f"heatmap loss, ε = {e:g}": partial(_loss, e, "label") for e in EPSILONS},
+    **{f"heatmap loss of another class, ε = {e:g}": partial(_loss, e, "other") for e in EPSILONS},
+    **{f"rank correlation of the maps, ε = {e:g}": partial(_rank, e, "label") for e in EPSILONS},
+    **{f"distance of the sums, ε = {e:g}": partial(_sums, e) for e in EPSILONS},
+    "changes its mind when recoloured": _recoloured,
+    "disagrees when repainted": _repainted,
+}
+
+
+def _recolour(images: Tensor) -> Tensor:
+    """Exchange and dim the colour channels of each image at random."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(len(images), 3, generator=generator).argsort(1)
+    gains = 0.4 + 0.6 * torch.rand(len(images), 3, 1, 1, generator=generator)
+    return images.gather(1, order[:, :, None, None].expand_as(images)) * gains
+
+
+def look(teacher: Classifier, student: Classifier, dataset: Dataset) -> Seen:
+    """Explain up to a thousand images of the validation split by teacher and student."""
+    split, parts = dataset.split("validation"), []
+    rng = np.random.default_rng(0)
+    for first in range(0, min(MEASURED, len(split)), AT_ONCE):
+        rows = slice(first, first + AT_ONCE)
+        images = torch.from_numpy(np.asarray(split.images[rows])).float() / 255
+        masks = None if split.masks is None else torch.from_numpy(np.asarray(split.masks[rows])).float() / 255
+        labels = torch.from_numpy(np.asarray(split.labels[rows]).astype(np.int64))
+        classes = len(dataset.class_names)
+        others = (labels + torch.from_numpy(rng.integers(1, classes, len(labels)))) % classes
+        part: dict[str, Any] = {"labels": labels}
+        for who, model in (("teacher", teacher), ("student", student)):
+            network = partial(model, masks=masks) if who == "teacher" else model
+            for of, target in (("label", labels), ("other", others)):
+                for epsilon in EPSILONS:
+                    logits, part[who, epsilon, of] = explain(network, images, target, epsilon)
+            part[who] = logits
+        with torch.no_grad():
+            part["recoloured"] = student(_recolour(images))
+            if masks is not None:
+                at = {"seed": 0, "step": 0, "first": first, "of": MEASURED}
+                part["repainted"] = student(repaint(images, masks, **at))
+        parts.append(part)
+    joined = {name: torch.cat([part[name] for part in parts]).detach() for name in parts[0]}
+    maps = {
+        who: {name[1:]: values for name, values in joined.items() if name[0] == who} for who in ("teacher", "student")
+    }
+    return Seen(
+        joined["labels"], joined["teacher"], joined["student"], maps["teacher"], maps["student"], joined["recoloured"],
+        joined.get("repainted"),
+    )  # fmt: skip
+
+
+# --- trainings --------------------------------------------------------------------------------------------------------
+
+
+def accuracies(model: Classifier, dataset: Dataset, with_masks: bool) -> dict[str, float]:
+    found = {}
+    for name in TESTS:
+        split, right = dataset.split(name), []
+        for first in range(0, len(split), 500):
+            rows = slice(first, first + 500)
+            images = torch.from_numpy(np.asarray(split.images[rows])).float() / 255
+            masks = (
+                torch.from_numpy(np.asarray(split.masks[rows])).float() / 255
+                if with_masks and split.masks is not None
+                else None
+            )
+            labels = torch.from_numpy(np.asarray(split.labels[rows]).astype(np.int64))
+            with torch.no_grad():
+                right.append(_right(model(images, masks), labels))
+        found[name] = 100 * float(torch.cat(right).mean())
+    return found
+
+
+@dataclass(frozen=True)
+class Bench:
+    work: Path
+    threads: int
+
+    def dataset(self, world: str) -> Dataset:
+        path = self.work / world / "data.zarr"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            WORLDS[world].make(path)
+        return open_dataset(path)
+
+    def teacher(self, world: str) -> Path:
+        folder = self.work / world / "teacher"
+        if not (folder / "result.json").exists():
+            options = {"bias_free": True, **WORLDS[world].teacher, "threads": self.threads}
+            train_teacher(self.dataset(world).path, folder, **options)
+        return folder
+
+    def cache(self, world: str, epsilon_range: tuple[float, float]) -> Path:
+        folder = self.work / world / "cache-{:g}-{:g}.zarr".format(*epsilon_range)
+        cache_explanations(
+            self.dataset(world).path, self.teacher(world), folder, epsilon_range=epsilon_range, draws=2,
+            features=True, threads=self.threads,
+        )  # fmt: skip
+        return folder
+
+    def measure(self, world: str, name: str, recipe: Recipe) -> dict[str, Any]:
+        """Train, measure and test the student, and remove it."""
+        began, dataset = time.perf_counter(), self.dataset(world)
+        folder = self.work / world / "student"
+        options = {"steps": STEPS, **WORLDS[world].student, **recipe.options, "threads": self.threads}
+        cache = self.cache(world, recipe.epsilon_range)
+        train_student(dataset.path, cache, folder, **options)
+        teacher, student = (load_classifier(run)[0].eval() for run in (self.teacher(world), folder))
+        seen = look(teacher, student, dataset)
+        shutil.rmtree(folder)
+        return {
+            "world": world,
+            "recipe": name,
+            "numbers": {number: of(seen) for number, of in NUMBERS.items()},
+            "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
+                           "student": 100 * float(_right(seen.student, seen.labels).mean())},
+            "teacher": accuracies(teacher, dataset, with_masks=True),
+            "student": accuracies(student, dataset, with_masks=False),
+            "seconds": round(time.perf_counter() - began),
+        }  # fmt: skip
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def correlations(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Write a line for each number: its ρ with the accuracy on OOD and shift, in each world, and the mean over them."""
+    worlds = [world for world in WORLDS if any(result["world"] == world for result in results)]
+    for number in NUMBERS:
+        cells, means = [], []
+        for test in TESTS:
+            of_worlds = []
+            for world in worlds:
+                rows = [r for r in results if r["world"] == world and r["numbers"][number] is not None]
+                if len(rows) > 2:
+                    values = [-row["numbers"][number] for row in rows]
+                    of_worlds.append(spearman(values, [row["student"][test] for row in rows]))
+                    cells.append(f"{of_worlds[-1]:.2f}")
+                else:
+                    cells.append("–")
+            means.append(float(np.nanmean(of_worlds)) if of_worlds else float("nan"))
+        yield [number, *cells, *(f"{mean:.2f}" for mean in means)]
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+@click.option("--world", "only", type=click.Choice([*WORLDS]), help="Measure one dataset alone.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def main(work: Path, only: str | None, threads: int) -> None:
+    """Train each student, and print the two tables."""
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    bench, file = Bench(work, threads), work / "results.jsonl"
+    for world in [only] if only else WORLDS:
+        has_masks = bench.dataset(world).split("train").masks is not None
+        for name, recipe in RECIPES.items():
+            done = {(r["world"], r["recipe"]) for r in _read(file)}
+            if (world, name) in done or (recipe.masks and not has_masks):
+                continue
+            result = bench.measure(world, name, recipe)
+            with file.open("a") as lines:
+                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
+            click.echo(f"{world}, {name}: {result['student']} {result['seconds']} s")
+    results = _read(file)
+    print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(torch.device('cpu'))}")
+    header = [f"{test}, {world}" for test in TESTS for world in WORLDS]
+    print(table(["ρ", *header, *(f"{test}, mean" for test in TESTS)], list(correlations(results))))
+    lines = []
+    for r in sorted(results, key=lambda r: (r["world"], -r["student"]["ood"])):
+        excess = f"{100 * r['numbers']['excess over the teacher']:+.1f}"
+        accuracies = [f"{r[who][test]:.1f}" for who in ("student", "teacher") for test in TESTS]
+        lines.append([r["world"], r["recipe"], f"{r['validation']['student']:.1f}", excess, *accuracies])
+    print(table(["dataset", "recipe", "validation", "excess", *TESTS, *(f"teacher, {t}" for t in TESTS)], lines))
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+if __name__ == "__main__":
+    main()
