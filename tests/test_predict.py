@@ -446,9 +446,10 @@ def test_each_image_has_a_picture_of_the_right_size_and_the_same_answer_as_witho
         == f"{tmp_path}/p.csv: {len(table(tmp_path / 'p.csv'))} images, with pictures in {tmp_path}/p-pictures\n"
     )
     rows = table(tmp_path / "p.csv")
-    assert [{**row, "picture": None} for row in rows] == [
-        {**row, "picture": None} for row in table(tmp_path / "plain.csv")
-    ]
+    for row, plain in zip(rows, table(tmp_path / "plain.csv"), strict=True):
+        assert [row["path"], row["class"]] == [plain["path"], plain["class"]]
+        # other kernels compute the logits, and on some processors they differ in the last bit
+        assert float(row["probability"]) == pytest.approx(float(plain["probability"]), rel=1e-6)
     assert [row["picture"] for row in rows] == [
         f"p-pictures/{path.name}" for path in sorted((tmp_path / "p-pictures").iterdir())
     ]
