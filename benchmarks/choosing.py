@@ -25,8 +25,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from first_look import spearman
-from report import processor, table
+from report import processor, read_results, spearman, table
 from torch import Tensor
 
 from data import Dataset, make_coloured_mnist, make_fashion_on_textures, open_dataset
@@ -34,10 +33,13 @@ from data.builders import coloured_mnist, fashion_on_textures
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
 from data.builders.coloured_mnist import BIASING_COLOURS, read_mnist
 from pipeline import Classifier, cache_explanations, explain, load_classifier
+from pipeline.device import as_input, as_mask
 from trainer import train_student, train_teacher
 from trainer.loop.losses import heatmap_loss
 from trainer.loop.repainting import repaint
+from trainer.results.evaluation import predict
 
+CPU = torch.device("cpu")
 TESTS, MEASURED, AT_ONCE = ("ood", "shift"), 1000, 100
 LOW, WIDE, HIGH = (0.01, 0.1), (0.01, 1.0), (0.1, 1.0)  # ranges of ε
 EPSILONS = (0.1, 1.0)  # at which the maps of all students are compared
@@ -48,9 +50,9 @@ SAMPLES = 12_000  # in training, at most
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
-def _held_out(read: Callable[..., Any], *folder: Any) -> tuple[np.ndarray, np.ndarray]:
+def _held_out(read: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
     """Read a part of MNIST or Fashion-MNIST, of which both parts are from the training files."""
-    *folder, part = folder
+    *folder, part = arguments
     images, labels = read(*folder, "train")
     rows = slice(-HELD_OUT, None) if part == "t10k" else slice(None, -HELD_OUT)
     return images[rows], labels[rows]
@@ -239,8 +241,8 @@ def look(teacher: Classifier, student: Classifier, dataset: Dataset) -> Seen:
     rng = np.random.default_rng(0)
     for first in range(0, min(MEASURED, len(split)), AT_ONCE):
         rows = slice(first, first + AT_ONCE)
-        images = torch.from_numpy(np.asarray(split.images[rows])).float() / 255
-        masks = None if split.masks is None else torch.from_numpy(np.asarray(split.masks[rows])).float() / 255
+        images = as_input(torch.from_numpy(np.asarray(split.images[rows])), CPU)
+        masks = None if split.masks is None else as_mask(torch.from_numpy(np.asarray(split.masks[rows])), CPU)
         labels = torch.from_numpy(np.asarray(split.labels[rows]).astype(np.int64))
         classes = len(dataset.class_names)
         others = (labels + torch.from_numpy(rng.integers(1, classes, len(labels)))) % classes
@@ -270,23 +272,12 @@ def look(teacher: Classifier, student: Classifier, dataset: Dataset) -> Seen:
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 
-def accuracies(model: Classifier, dataset: Dataset, with_masks: bool) -> dict[str, float]:
-    found = {}
-    for name in TESTS:
-        split, right = dataset.split(name), []
-        for first in range(0, len(split), 500):
-            rows = slice(first, first + 500)
-            images = torch.from_numpy(np.asarray(split.images[rows])).float() / 255
-            masks = (
-                torch.from_numpy(np.asarray(split.masks[rows])).float() / 255
-                if with_masks and split.masks is not None
-                else None
-            )
-            labels = torch.from_numpy(np.asarray(split.labels[rows]).astype(np.int64))
-            with torch.no_grad():
-                right.append(_right(model(images, masks), labels))
-        found[name] = 100 * float(torch.cat(right).mean())
-    return found
+def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
+    """Return the accuracy on each test in %."""
+    return {
+        name: 100 * float((predict(model, split, CPU) == np.asarray(split.labels[:])).mean())
+        for name, split in ((name, dataset.split(name)) for name in TESTS)
+    }
 
 
 @dataclass(frozen=True)
@@ -332,8 +323,8 @@ class Bench:
             "numbers": {number: of(seen) for number, of in NUMBERS.items()},
             "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
                            "student": 100 * float(_right(seen.student, seen.labels).mean())},
-            "teacher": accuracies(teacher, dataset, with_masks=True),
-            "student": accuracies(student, dataset, with_masks=False),
+            "teacher": accuracies(teacher, dataset),
+            "student": accuracies(student, dataset),
             "seconds": round(time.perf_counter() - began),
         }  # fmt: skip
 
@@ -343,12 +334,11 @@ class Bench:
 
 def correlations(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     """Write a line for each number: its ρ with the accuracy on OOD and shift, in each world, and the mean over them."""
-    worlds = [world for world in WORLDS if any(result["world"] == world for result in results)]
     for number in NUMBERS:
         cells, means = [], []
         for test in TESTS:
             of_worlds = []
-            for world in worlds:
+            for world in WORLDS:
                 rows = [r for r in results if r["world"] == world and r["numbers"][number] is not None]
                 if len(rows) > 2:
                     values = [-row["numbers"][number] for row in rows]
@@ -372,27 +362,23 @@ def main(work: Path, only: str | None, threads: int) -> None:
     for world in [only] if only else WORLDS:
         has_masks = bench.dataset(world).split("train").masks is not None
         for name, recipe in RECIPES.items():
-            done = {(r["world"], r["recipe"]) for r in _read(file)}
+            done = {(r["world"], r["recipe"]) for r in read_results(file)}
             if (world, name) in done or (recipe.masks and not has_masks):
                 continue
             result = bench.measure(world, name, recipe)
             with file.open("a") as lines:
                 lines.write(json.dumps(result, ensure_ascii=False) + "\n")
             click.echo(f"{world}, {name}: {result['student']} {result['seconds']} s")
-    results = _read(file)
-    print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(torch.device('cpu'))}")
+    results = read_results(file)
+    print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     header = [f"{test}, {world}" for test in TESTS for world in WORLDS]
     print(table(["ρ", *header, *(f"{test}, mean" for test in TESTS)], list(correlations(results))))
     lines = []
     for r in sorted(results, key=lambda r: (r["world"], -r["student"]["ood"])):
         excess = f"{100 * r['numbers']['excess over the teacher']:+.1f}"
-        accuracies = [f"{r[who][test]:.1f}" for who in ("student", "teacher") for test in TESTS]
-        lines.append([r["world"], r["recipe"], f"{r['validation']['student']:.1f}", excess, *accuracies])
+        of_tests = [f"{r[who][test]:.1f}" for who in ("student", "teacher") for test in TESTS]
+        lines.append([r["world"], r["recipe"], f"{r['validation']['student']:.1f}", excess, *of_tests])
     print(table(["dataset", "recipe", "validation", "excess", *TESTS, *(f"teacher, {t}" for t in TESTS)], lines))
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":

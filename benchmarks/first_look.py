@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from report import processor, table
+from report import processor, read_results, spearman, table
 
 from data import Dataset, make_solar_cells, open_dataset
 from pipeline import cache_explanations, load_classifier, load_teacher
@@ -188,17 +188,6 @@ def _scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str
     }
 
 
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, in which equal values share their mean rank; NaN if all are equal."""
-    ranks = []
-    for values in (one, other):
-        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
-    if any(np.ptp(of_one) == 0 for of_one in ranks):
-        return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
-
-
 def interval(one: Sequence[float], other: Sequence[float], rounds: int = 2000) -> tuple[float, float]:
     """Return the 95 % interval of Spearman's ρ, by settings drawn with replacement."""
     a, b, generator = np.array(one), np.array(other), np.random.default_rng(0)
@@ -290,19 +279,17 @@ def main(work: Path, only: str, teacher_steps: int, student_steps: int) -> None:
         make_solar_cells(path, size=SIZE, channels=3)
     bench = Bench(work, open_dataset(path), teacher_steps, student_steps)
     for setting in SETTINGS:
-        if only in setting.name and setting.name not in {Setting(**result["setting"]).name for result in _read(file)}:
+        if only in setting.name and setting.name not in {
+            Setting(**result["setting"]).name for result in read_results(file)
+        }:
             result = bench.measure(setting)
             with file.open("a") as lines:
                 lines.write(json.dumps(result, ensure_ascii=False) + "\n")
             click.echo(f"{setting.name}: {result['look']} {result['student']} {result['seconds']} s")
-    results = _read(file)
+    results = read_results(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}, one thread")
     print(setting_table(results), correlation_table(results), sep="\n\n")
     draw(results, work / "first-look.png")
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""How the benchmarks print: ratios with their spread, whether a target is met, tables, and on what machine."""
+"""What the benchmarks share: ratios with their spread, targets, rank correlations, tables, results, the machine."""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,3 +36,19 @@ def processor(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor()
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, in which equal values share their mean rank; NaN if all are equal."""
+    ranks = []
+    for values in (one, other):
+        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[place])
+    if any(np.ptp(of_one) == 0 for of_one in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Read the results that a benchmark has added to a file, one JSON object in each line; none without the file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
