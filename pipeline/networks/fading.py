@@ -43,7 +43,7 @@ class FadingNorm(ScaleNorm):
         options = (self.running_second_moment, self.training, self.momentum, self.eps, together)
         if self.has_faded:
             return scale_norm(x, self.weight, *options)
-        return fading_norm(x, self.weight, self.bias, self.running_mean, options[0], self.remaining, *options[1:])
+        return fading_norm(x, self.weight, self.bias, self.running_mean, self.remaining, *options)
 
 
 class _Fading(nn.Module):

@@ -177,8 +177,8 @@ class FadingBatchNorm:
     """``(z − rμ) / σ · γ + rβ``, σ = sqrt(E[(z − rμ)²] + eps): a `BatchNorm` at r = 1, a `SecondMomentNorm` at 0."""
 
     running_mean: Tensor
-    running_second_moment: Tensor  # of z − rμ
     remaining: Tensor  # r, without dimensions
+    running_second_moment: Tensor  # of z − rμ
     training: bool
     momentum: float
     eps: float
@@ -404,8 +404,8 @@ def fading_norm(
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
-    running_second_moment: Tensor,
     remaining: Tensor,
+    running_second_moment: Tensor,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -420,17 +420,17 @@ def fading_norm(
         weight: γ, (C,).
         bias: β, (C,).
         running_mean: the running E[x], (C,). Training updates it in place.
-        running_second_moment: the running E[z²], (C,). Training updates it in place.
         remaining: r in [0, 1], without dimensions.
+        running_second_moment: the running E[z²], (C,). Training updates it in place.
         training: whether this is training, which uses the μ and E[z²] of the batch.
         momentum: weight of the batch in the running statistics.
         eps: added to E[z²].
         processes: in training, take μ and E[z²] over the batches of all these processes, each of which must call it.
     """
-    arguments = (weight, bias, running_mean, running_second_moment, remaining, training, momentum, eps, processes)
+    options = (running_mean, remaining, running_second_moment, training, momentum, eps, processes)
     if has_torch_function_unary(x):
-        return handle_torch_function(fading_norm, (x,), x, *arguments)
-    norm = FadingBatchNorm(*arguments[2:])
+        return handle_torch_function(fading_norm, (x,), x, weight, bias, *options)
+    norm = FadingBatchNorm(*options)
     return _Normalised.apply(PassState(), x, norm, weight, bias)[0]
 
 
