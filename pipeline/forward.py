@@ -28,7 +28,7 @@ class Forward:
 
     ``logits`` is (N, K), attached to the graph. Without an ``explainer`` it is an ordinary pass without maps.
     images: floating (N, C, H, W); masks: (N, 1, H, W), for a model that takes them. One pass of a model at a time, as
-    it is watched by hooks.
+    it is watched by hooks. renormalise: see `Trace`; it has no effect without rules.
 
     Raises RelevanceError for an explainer that there is not or cannot explain the model, ModelError for a coarse one
     of a network without feature maps.
@@ -37,7 +37,15 @@ class Forward:
     trace: Trace  # where the explainer has rules
     feature_maps: Tensor  # (N, C, h, w), where its maps are coarse
 
-    def __init__(self, model: nn.Module, images: Tensor, explainer: str | None = None, masks: Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        explainer: str | None = None,
+        masks: Tensor | None = None,
+        *,
+        renormalise: bool = False,
+    ):
         self._explainer = None if explainer is None else EXPLAINERS.find(explainer)
         call = model if masks is None else partial(model, masks=masks)
         coarse = self._explainer is not None and self._explainer.coarse
@@ -47,7 +55,7 @@ class Forward:
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
             else:
-                self.trace = Trace(call, images, self._explainer.rules)
+                self.trace = Trace(call, images, self._explainer.rules, renormalise=renormalise)
                 self.logits = self.trace.logits
         if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from pipeline import ModelError, ScaleNorm, bias_free, explain, synchronise_batch_norm
+from pipeline import ModelError, ScaleNorm, Trace, bias_free, explain, synchronise_batch_norm
 from pipeline.networks.fading import fading, set_remaining
 from pipeline.rules.batch_norm import moments
 from trainer import heatmap_loss
@@ -88,7 +88,13 @@ Results = dict[str, Any]
 
 
 def training(
-    ranks: Ranks, make: Any, shares: Any = EVEN, rules: str | None = "flex", side: int = 8, without: int = 0
+    ranks: Ranks,
+    make: Any,
+    shares: Any = EVEN,
+    rules: str | None = "flex",
+    side: int = 8,
+    without: int = 0,
+    renormalise: bool = False,
 ) -> Results:
     """Three steps of SGD on heatmaps and labels; ``rules`` None: on labels alone. ``without`` images have ε = 0."""
     model = filled(make)
@@ -106,7 +112,8 @@ def training(
             logits = outputs["logits"] = model(images[mine])
             loss = F.cross_entropy(logits, classes[mine], reduction="sum")
         else:
-            logits, maps = explain(model, images[mine], classes[mine], epsilon[mine], create_graph=True, rules=rules)
+            trace = Trace(model, images[mine], rules, renormalise=renormalise)
+            logits, maps = trace.logits, trace.heatmaps(classes[mine], epsilon[mine], create_graph=True)
             outputs = {"logits": logits, "maps": maps}
             loss = F.cross_entropy(logits, classes[mine], reduction="sum") + heatmap_loss(maps, teacher[mine]).sum()
         # with equal shares the mean over the samples of this process
@@ -187,6 +194,8 @@ for make in NORMS:
         f"{name}, a process without samples": partial(training, make=make, shares=ONE_WITHOUT, rules=None),
         f"{name}, ε of 0 in one process": partial(training, make=make, without=3),
         f"{name}, twice differentiated": partial(second_derivative, make=make),
+        f"{name}, uneven shares, settled": partial(training, make=make, shares=UNEVEN, renormalise=True),
+        f"{name}, settled, gamma": partial(training, make=make, rules="gamma", renormalise=True),
     }
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import ModelError
 from pipeline.networks.class_map import MappedClasses
 from pipeline.networks.layers import last_layer, outputs_of_last_layer
 from pipeline.networks.models import error_summary
+from pipeline.networks.modes import evaluating
 from pipeline.networks.sources import ImageShape
 from pipeline.networks.trials import else_in_logits
 
@@ -361,10 +362,8 @@ def _run_last(network: nn.Module, num_classes: int, image_shape: ImageShape) -> 
 @torch.no_grad()
 def _pass(network: nn.Module, image_shape: ImageShape) -> Tensor:
     """Return the logits of two images in evaluation mode; the modes and PyTorch's random state stay as they are."""
-    modes = {module: module.training for module in network.modules()}
-    logits = network.eval()(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(network):
+        logits: Tensor = network(torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)))
     return logits
 
 

@@ -6,7 +6,7 @@ statistics, but a student does not learn if σ is detached from the outer gradie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -96,10 +96,7 @@ class JointBatchNorm:
 
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
         mean, var, count = moments(z, self.processes)
-        unbiased = var * (count / (count - 1).clamp_min(1))
-        for running, latest in ((self.running_mean, mean), (self.running_var, unbiased)):
-            if running is not None:
-                running.lerp_(latest.to(running.dtype), self.momentum)
+        _update(self.momentum, (self.running_mean, mean), (self.running_var, _unbiased(var, count)))
         inverse = torch.rsqrt(var + self.eps)
         scale = inverse if gamma is None else gamma * inverse
         shift = -mean * scale if beta is None else beta - mean * scale
@@ -143,7 +140,7 @@ class SecondMomentNorm:
         second_moment = self.running_second_moment
         if self.training:
             second_moment = self._second_moment(z)
-            self.running_second_moment.lerp_(second_moment.to(self.running_second_moment.dtype), self.momentum)
+            _update(self.momentum, (self.running_second_moment, second_moment))
         inverse = torch.rsqrt(second_moment + self.eps)
         k = _k(gamma, inverse, z)
         return z * channels(k, z), k, inverse
@@ -167,6 +164,14 @@ class SecondMomentNorm:
             dz = z * slope if dz is None else dz.addcmul_(z, slope)
         return dz, at_k * inverse, None
 
+    def renormalised(self, z: Tensor, gamma: Tensor) -> tuple[SecondMomentNorm, Tensor]:
+        """Update the running second moment; return the norm that then follows, and its γ·r, see `renormalised`."""
+        with torch.no_grad():
+            second_moment = self._second_moment(z)
+            _update(self.momentum, (self.running_second_moment, second_moment))
+            r = torch.sqrt((second_moment + self.eps) / (self.running_second_moment + self.eps))
+        return replace(self, momentum=0.0), gamma * r
+
     def _second_moment(self, z: Tensor) -> Tensor:
         squares, count = _over_all(self.processes, z, sum_per_channel(z.square()))
         return squares / count
@@ -187,8 +192,7 @@ class FadingBatchNorm:
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.training:
             mean, second_moment = self._moments(z)
-            for running, latest in ((self.running_mean, mean), (self.running_second_moment, second_moment)):
-                running.lerp_(latest.to(running.dtype), self.momentum)
+            _update(self.momentum, (self.running_mean, mean), (self.running_second_moment, second_moment))
         else:
             mean, second_moment = self.running_mean.clone(), self.running_second_moment
         inverse = torch.rsqrt(second_moment + self.eps)
@@ -223,6 +227,15 @@ class FadingBatchNorm:
             dz.addcmul_(g.to(level.dtype), channels(scale, g))
         return dz.to(z.dtype), dgamma, dbeta
 
+    def renormalised(self, z: Tensor, gamma: Tensor, beta: Tensor) -> tuple[FadingBatchNorm, Tensor, Tensor]:
+        """Update the running statistics; return the norm that then follows, its γ·r and β + γ·d, see `renormalised`."""
+        with torch.no_grad():
+            mean, second_moment = self._moments(z)
+            _update(self.momentum, (self.running_mean, mean), (self.running_second_moment, second_moment))
+            inverse = torch.rsqrt(self.running_second_moment + self.eps)
+            r, d = torch.sqrt(second_moment + self.eps) * inverse, (mean - self.running_mean) * inverse
+        return replace(self, momentum=0.0), gamma * r, beta + gamma * d
+
     def _moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return E[z] and E[(z − rμ)²], (C,)."""
         if self.processes is None and z.numel() and not torch.is_grad_enabled():
@@ -251,6 +264,17 @@ def _k(gamma: Tensor | None, inverse: Tensor, z: Tensor) -> Tensor:
 def _slope(dinverse: Tensor, inverse: Tensor, count: Any) -> Tensor:
     """Return the gradient with respect to z of a gradient with respect to 1/σ, per unit of distance from the mean."""
     return dinverse * inverse**3 / -count
+
+
+def _update(momentum: float, *pairs: tuple[Tensor | None, Tensor]) -> None:
+    """Move running statistics towards those of the latest batch."""
+    for running, latest in pairs:
+        if running is not None:
+            running.lerp_(latest.to(running.dtype), momentum)
+
+
+def _unbiased(var: Tensor, count: Any) -> Tensor:
+    return var * (count / (count - 1).clamp_min(1))
 
 
 def _count(z: Tensor) -> int:
@@ -309,6 +333,40 @@ class _Normalised(Function):
         return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
+# In a pass that renormalises, a norm by the statistics of the batch is given another γ and β, with which it computes
+# what the running statistics would give: γ·r and β + γ·d, where r = σ_batch / σ_running and d = (μ_batch − μ_running) /
+# σ_running are constants for gradients. This is batch renormalisation (Ioffe, NeurIPS 2017) without its limits.
+
+
+def renormalised(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    processes: Processes | None,
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Update the running statistics by a batch; return γ·r, β + γ·d (C,), and the momentum of a norm that then follows.
+
+    Without running statistics there is nothing to compute with, and the arguments are returned.
+    """
+    if running_mean is None or running_var is None:
+        return weight, bias, momentum
+    with torch.no_grad():
+        if processes is None:
+            mean, var = batch_norm_update_stats(input, running_mean, running_var, momentum)
+        else:
+            mean, var, count = moments(input, processes)
+            _update(momentum, (running_mean, mean), (running_var, _unbiased(var, count)))
+        inverse = torch.rsqrt(running_var + eps)
+        r, d = torch.sqrt(var + eps) * inverse, (mean - running_mean) * inverse
+    if weight is None:
+        return r, d if bias is None else bias + d, 0.0
+    return weight * r, torch.addcmul(torch.zeros_like(d) if bias is None else bias, weight, d), 0.0
+
+
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
     out = norm_behind(trace, norm, z, gamma, beta)
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
@@ -362,12 +420,15 @@ def batch_norm(
             vector is not None and vector.numel() != input.shape[1]
         ):  # the kernel would read and write past the end of the vector
             raise RuntimeError(f"{name} should contain {input.shape[1]} elements, not {vector.numel()}")
+    if processes is None:
+        if not input.numel():  # the backward kernel divides by the number of values, which would crash the process
+            return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
+            raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
+    if trace.state.renormalise and training:
+        weight, bias, momentum = renormalised(input, running_mean, running_var, weight, bias, momentum, eps, processes)
     if processes is not None:
         return _norm(trace, JointBatchNorm(running_mean, running_var, momentum, eps, processes), input, weight, bias)
-    if not input.numel():  # the backward kernel divides by the number of values, which would crash the process
-        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
-        raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)
 
 
@@ -437,10 +498,16 @@ def fading_norm(
 @rule_for(fading_norm)
 def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, bias)
-    return _norm(trace, FadingBatchNorm(*args), x, weight, bias)
+    norm = FadingBatchNorm(*args)
+    if trace.state.renormalise and norm.training:
+        norm, weight, bias = norm.renormalised(x, weight, bias)
+    return _norm(trace, norm, x, weight, bias)
 
 
 @rule_for(scale_norm)
 def scale_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, running)
-    return _norm(trace, SecondMomentNorm(running, *args), x, weight)
+    norm = SecondMomentNorm(running, *args)
+    if trace.state.renormalise and norm.training:
+        norm, weight = norm.renormalised(x, weight)
+    return _norm(trace, norm, x, weight)

@@ -26,10 +26,12 @@ class PassState:
     Attributes:
         epsilon: the stabiliser (N,) of the relevance pass in progress; None for the true gradient.
         uniform: its value if all are equal, else None.
+        renormalise: whether norms over the batch, in training, normalise by their running statistics, see `Trace`.
     """
 
     epsilon: Tensor | None = None
     uniform: float | None = None
+    renormalise: bool = False
 
     def epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
         """Return the ε of each sample, shaped to broadcast over an activation with its batch at ``batch_axis``.
