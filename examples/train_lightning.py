@@ -10,6 +10,7 @@ import torch
 from accuracy import print_accuracies
 from torch.utils.data import DataLoader
 
+from pipeline import settle
 from trainer import DistillationLoss, ExplainedDataset, build_student
 
 
@@ -19,6 +20,8 @@ class Distillation(lightning.LightningModule):
         self.student, self.loss, self.steps = build_student(cache, "small-cnn"), DistillationLoss(cache), steps
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        if self.global_step >= self.steps // 2:
+            settle(self.student)
         value = self.loss(self.student, batch)
         self.log("loss", value)
         return value

@@ -9,6 +9,7 @@ import torch
 from accuracy import print_accuracies
 from torch.utils.data import DataLoader
 
+from pipeline import settle
 from trainer import DistillationLoss, ExplainedStream, build_student
 
 if __name__ == "__main__":
@@ -38,6 +39,8 @@ if __name__ == "__main__":
         for step, batch in enumerate(loader, epoch * len(dataset)):
             if step == options.steps:
                 break
+            if step >= options.steps // 2:
+                settle(student)  # as train-student does; after each student.train(), if a loop calls it
             value = loss(student, batch)
             value.backward()
             torch.nn.utils.clip_grad_norm_(learnt, 1.0)

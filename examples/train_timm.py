@@ -13,7 +13,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch.utils.data import DataLoader
 
-from pipeline import build_network
+from pipeline import build_network, settle
 from trainer import DistillationLoss, ExplainedStream, build_student
 
 
@@ -50,6 +50,8 @@ if __name__ == "__main__":
         if step % len(dataset) == 0:
             dataset.set_epoch(step // len(dataset))
             batches = iter(loader)
+        if step >= steps // 2:
+            settle(student)
         loss(student, next(batches)).backward()
         dispatch_clip_grad(student.parameters(), 1.0)
         optimizer.step()

@@ -461,6 +461,27 @@ def test_the_teachers_own_weights_are_no_start_unless_they_are_asked_for(dataset
     assert result["start"]["teacher_weights"]
 
 
+def test_weights_of_a_training_of_ours_bring_its_preprocessing(dataset, tmp_path):
+    """Whose mean has faded out, and is not that of the library; a training without any has none."""
+    _torchvision_checkpoint(tmp_path / "w.pth")
+    options = {"arch": "resnet18", **STEPS}
+    train_teacher(
+        dataset, tmp_path / "teacher", weights=tmp_path / "w.pth", bias_free=True, input_size=32, std=(0.5,), **options
+    )
+    train_teacher(dataset, tmp_path / "plain", **options)
+    cache_explanations(dataset, tmp_path / "teacher", tmp_path / "cache.zarr", draws=1)
+    for name in ("teacher", "plain"):
+        student = tmp_path / f"student of {name}"
+        given = {"init": tmp_path / name, "teacher_weights": True, **options}
+        train_student(dataset, tmp_path / "cache.zarr", student, **given)
+        found, expected = (load_classifier(run)[1].preprocessing for run in (student, tmp_path / name))
+        assert found == expected
+        assert (expected is None) == (name == "plain")
+    assert found is None
+    train_student(dataset, tmp_path / "cache.zarr", tmp_path / "mean", mean=(0.3,), **given)
+    assert load_classifier(tmp_path / "mean")[1].preprocessing.mean == (0.3,) * 3
+
+
 def test_a_training_reads_the_weights_that_it_starts_from_once(dataset, cache, tmp_path, monkeypatch):
     _torchvision_checkpoint(tmp_path / "w.pth")
     files: list[Path] = []

@@ -18,6 +18,7 @@ from data import Location
 from options import Call, Message, Option
 from pipeline import Classifier, bias_free, build_network
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head
+from pipeline.networks.modes import is_settled
 from teacher_cache import CacheInfo, check_complete, open_cache
 from trainer.distill import check_background, check_holds, making_a_store
 from trainer.errors import TrainingError
@@ -147,8 +148,10 @@ class DistillationLoss(nn.Module):
         device, settings = self._placed(student)
         self._check(batch)
         fields = {name: batch[name] for name in self._needed}
-        position = self._next_position(len(fields["images"])) if settings.augment and student.training else None
+        learns = student.training or is_settled(student)
+        position = self._next_position(len(fields["images"])) if settings.augment and learns else None
         model = Classifier(student)  # which takes masks, and does nothing with them; the student keeps its modes
+        model.training = student.training
         losses = losses_of(model, on_device(fields, self.store, settings, device, position), self.store, settings)
         self.parts = {name: losses[name].detach().mean() for name in (*settings.loss, VANISHED)}
         return weighted(losses, settings.loss).mean()
@@ -160,7 +163,7 @@ class DistillationLoss(nn.Module):
 
     def _placed(self, student: nn.Module) -> tuple[torch.device, Settings]:
         """Return the device of the student, and the settings in its precision."""
-        if student.training and not torch.is_grad_enabled():
+        if (student.training or is_settled(student)) and not torch.is_grad_enabled():
             raise TrainingError(
                 "gradients are off (torch.no_grad or torch.inference_mode), and the student is in training mode: turn "
                 "them on to train, or call student.eval() to validate"

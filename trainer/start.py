@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from options import Message, Option
-from pipeline import ModelError
+from pipeline import ModelConfig, ModelError
 from pipeline.networks.checkpoints import Weights
+from pipeline.networks.classifier import read_config
 from pipeline.networks.models import OWN, build_network, is_factory, looks_trained
 from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
@@ -21,6 +22,7 @@ from trainer.errors import TrainingError
 from trainer.settings import StudentOptions, TeacherOptions
 
 FADING = 0.5  # share of the steps of a training in which the additive terms of given weights fade out
+SETTLING = 0.5  # share of the steps of a training that matches heatmaps after which its network settles
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +46,11 @@ def network_of(
         raise TrainingError(Message("give ", Option("arch", options.arch), " or ", factory, ", not both"))
     arch = factory.value or options.arch
     hf_config = read_hf_config(arch.removeprefix(HF)) if arch.startswith(HF) else None
+    trained = None if weights is None else _training_of(weights)
     default = None
-    if not is_factory(arch) and (weights is not None or hf_config is not None):
+    if trained is not None:
+        default = trained.preprocessing
+    elif not is_factory(arch) and (weights is not None or hf_config is not None):
         default = preprocessing_of(arch)
     spec = choose_preprocessing(options, default)
     if spec is not None:
@@ -60,6 +65,14 @@ def network_of(
         "hf_config": hf_config,
         "start": None if weights is None else {"file": weights.path.name, "sha256": weights.sha256},
     }
+
+
+def _training_of(weights: Weights) -> ModelConfig | None:
+    """Return the configuration of the training of ours that the weights are from; None for other weights."""
+    try:
+        return read_config(weights.path.parent)
+    except ModelError:
+        return None
 
 
 def fade_biases(network: dict[str, Any], weights: Weights | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline import Classifier, Forward, resize
 from pipeline.device import as_input, as_mask, to_device
+from pipeline.networks.modes import evaluating, is_settled
 from pipeline.private_torch import ONE_VALUE_PER_CHANNEL_MESSAGE
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
@@ -43,7 +44,7 @@ def forward_backward(
     """Run the forward and backward passes of a step, in ``settings.accumulate`` parts; gradients add up in the model.
 
     Args:
-        model: the network, in training mode.
+        model: the network, in training mode or settled.
         store: the description of the store, None without one.
         settings: the losses and their weights, and the number of parts.
         autocast: makes the context in which each forward pass runs.
@@ -160,11 +161,14 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
 
 
 def forward_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> Forward:
-    """Run a batch through the network, with the rules of the explainer that the methods or the store need."""
+    """Run a batch through the network, with the rules of the explainer that the methods or the store need.
+
+    If the network is settled (`settle`), its norms renormalise.
+    """
     explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
     if store is not None and "heatmaps" in batch:
         explainer = store.explainer.rule
-    return Forward(model, batch["images"], explainer, batch.get("masks"))
+    return Forward(model, batch["images"], explainer, batch.get("masks"), renormalise=is_settled(model))
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -179,7 +183,7 @@ def validate(
     """Return the mean loss over a split in evaluation mode, each sample by its first draw; each process takes blocks.
 
     Args:
-        model: a `Classifier`; it is in training mode afterwards.
+        model: a `Classifier`; its modes are the same afterwards.
         source: the samples of the split.
         store: the description of the split's store, None without one.
         settings: the losses, and the size of a batch.
@@ -187,15 +191,14 @@ def validate(
         ranks: the processes that share the work.
     """
     assert isinstance(model, Classifier)
-    model.eval()
     total = torch.zeros((), dtype=torch.float64)
-    for number in range(ranks.rank, source.blocks, ranks.ranks):
-        block = read_block(source, number, draw=0)
-        for first in range(0, len(block["images"]), settings.batch_size):
-            part = {name: values[first : first + settings.batch_size] for name, values in block.items()}
-            losses = losses_of(model, on_device(part, store, settings, device), store, settings)
-            total += weighted(losses, settings.loss).sum().cpu()
-    model.train()
+    with evaluating(model):
+        for number in range(ranks.rank, source.blocks, ranks.ranks):
+            block = read_block(source, number, draw=0)
+            for first in range(0, len(block["images"]), settings.batch_size):
+                part = {name: values[first : first + settings.batch_size] for name, values in block.items()}
+                losses = losses_of(model, on_device(part, store, settings, device), store, settings)
+                total += weighted(losses, settings.loss).sum().cpu()
     return float(ranks.mean(total)) * ranks.ranks / source.samples
 
 

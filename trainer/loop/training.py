@@ -26,15 +26,15 @@ from torch.optim.swa_utils import AveragedModel
 from options import Message, Option, first_line
 from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
 from pipeline.device import as_input, pick_device, place, round_to_tf32
+from pipeline.explainers import EXPLAINERS
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
 from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
-from pipeline.networks.homogeneous import ScaleNorm
+from pipeline.networks.modes import NORMS, settle
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
-from pipeline.private_torch import BatchNormBase
 from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
@@ -45,13 +45,14 @@ from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
+from trainer.loop.methods import needs
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
 from trainer.run_dir import Run, RunDir
 from trainer.settings import Runtime, Settings
-from trainer.start import FADING, check_not_teachers
+from trainer.start import FADING, SETTLING, check_not_teachers
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
 
@@ -174,9 +175,12 @@ class State:
         self.progress = checkpoint["progress"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loop:
-    """What the loop works with: batches, the passes of a step, and what watches, times, shows and interrupts it."""
+    """What the loop works with: batches, the passes of a step, and what watches, times, shows and interrupts it.
+
+    ``passes`` are others once the network has settled.
+    """
 
     batches: Timed
     passes: Passes
@@ -323,13 +327,9 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     _shorten_memories(state.model, settings.steps)
     if training.fades:
         _fade(state)
-    passes: Passes = partial(forward_backward, state.model, training.material.store, settings, state.autocast)
-    own_front = training.front is not None and bool(training.front.own)
-    known_code = training.student_factory is None and training.segmenter is None and not own_front
-    recorded = known_code if runtime.cuda_graph is None else runtime.cuda_graph
-    if device.type == "cuda" and ranks.ranks == 1 and recorded:
-        passes = Recorded(passes, state.learnt)
-    return Loop(timed, passes, watch, Clock(state.progress, timed), show, profile, interruption)
+    if first > settles(training):
+        settle(state.model)
+    return Loop(timed, _passes(state), watch, Clock(state.progress, timed), show, profile, interruption)
 
 
 def step(state: State, loop: Loop) -> float:
@@ -343,6 +343,9 @@ def step(state: State, loop: Loop) -> float:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
     if state.training.fades and remaining(number - 1, settings.steps) > 0:
         _fade(state)
+    if number == settles(state.training):
+        settle(state.model)
+        loop.passes = _passes(state)
     losses = loop.passes(inputs)
     if state.group_weights is not None:
         state.group_weights.update(inputs["groups"], losses["group-dro"] / inputs["group_weights"])
@@ -444,6 +447,26 @@ def remaining(step: int, steps: int) -> float:
     return max(0.0, 1 - step / (FADING * steps))
 
 
+def settles(training: Training) -> int:
+    """Return the step before which the network settles; where it matches no maps that follow rules it never does."""
+    settings, store = training.settings, training.material.store
+    if store is None or "heatmaps" not in needs(settings.loss) or EXPLAINERS.find(store.explainer.rule).rules is None:
+        return settings.steps
+    return math.ceil(SETTLING * settings.steps)
+
+
+def _passes(state: State) -> Passes:
+    """Return the passes of a step, as a CUDA graph where that is possible; what they do in Python must not change."""
+    training, runtime = state.training, state.training.runtime
+    passes: Passes = partial(forward_backward, state.model, training.material.store, training.settings, state.autocast)
+    own_front = training.front is not None and bool(training.front.own)
+    known_code = training.student_factory is None and training.segmenter is None and not own_front
+    recorded = known_code if runtime.cuda_graph is None else runtime.cuda_graph
+    if state.device.type == "cuda" and state.ranks.ranks == 1 and recorded:
+        passes = Recorded(passes, state.learnt)
+    return passes
+
+
 def _fade(state: State) -> None:
     """Let the additive terms fade to what remains of them in the next step."""
     share = remaining(state.progress["step"], state.training.settings.steps)
@@ -461,7 +484,7 @@ def _shorten_memories(model: nn.Module, steps: int) -> None:
     least = min(0.1, 50 / steps)
     changed = set()
     for module in model.modules():
-        if isinstance(module, (BatchNormBase, ScaleNorm)) and module.momentum and module.momentum < least:
+        if isinstance(module, NORMS) and module.momentum and module.momentum < least:
             changed.add(module.momentum)
             module.momentum = least
     if changed:
