@@ -28,7 +28,15 @@ from trainer.loop.methods import METHODS, moves, needs, parse_terms
 from trainer.reproduction import efficientnet_lite
 from trainer.reproduction import reproduce as module
 from trainer.reproduction.plan import chosen, plan
-from trainer.reproduction.profiles import BENCHMARKS, SOLAR_CELLS, Profile, SolarCellsTableOptions, with_arch
+from trainer.reproduction.profiles import (
+    BENCHMARKS,
+    OF_ARCHITECTURE,
+    OF_WEIGHTS,
+    SOLAR_CELLS,
+    Profile,
+    SolarCellsTableOptions,
+    with_arch,
+)
 from trainer.reproduction.reproduce import reproduce
 from trainer.results import pictures
 from trainer.results.evaluation import wilson_interval
@@ -281,8 +289,11 @@ def of_own_code(name: str) -> Profile:
     return tiny(
         name,
         teacher={**profile.teacher, **TINY["teacher"], "teacher_factory": OWN, "weights": "own_lite:weights"},
-        student={**profile.student, **TINY["student"], "student_factory": OWN, "init": "own_lite:weights"},
-        of_row=profile.of_row,
+        student={**profile.student, **TINY["student"], "student_factory": OWN},
+        of_row={
+            row: {**options, **TINY["student"], **({"init": "own_lite:weights"} if options.get("init") else {})}
+            for row, options in profile.of_row.items()
+        },
     )
 
 
@@ -378,10 +389,10 @@ def test_a_profile_chooses_the_explainer_the_front_the_start_and_the_options_of_
 def test_another_architecture_does_without_the_function_weights_and_preprocessing_of_the_profiles_own(name):
     profile = with_arch(SOLAR_CELLS[name], "resnet18")
     for stage in plan(profile, chosen(profile, ["all"]), 1):
-        assert stage.row != "lrp-from-scratch"  # would be the row lrp
+        assert stage.row not in OF_WEIGHTS  # would be the rows lrp and output
         if stage.row is not None:
             assert stage.options["arch"] == "resnet18"
-            assert not {"teacher_factory", "student_factory", "weights", "init", "mean", "std"} & stage.options.keys()
+            assert not set(OF_ARCHITECTURE) & stage.options.keys()
         assert stage.options.get("teacher_factory") is None
 
 
@@ -390,8 +401,8 @@ def test_another_architecture_does_without_the_function_weights_and_preprocessin
 def test_the_rows_of_lrp_match_the_maps_of_the_profiles_explainer_whichever_that_is(name, explainer):
     profile = dataclasses.replace(SOLAR_CELLS[name], explainer=explainer)
     stages = {stage.row: stage for stage in plan(profile, chosen(profile, ["all"]), 1)}
-    rows = [row for row in ("lrp", "lrp-output", "lrp-from-scratch") if row in stages]
-    assert len(rows) == 2
+    rows = [row for row in ("lrp", "lrp-output", "lrp-from-imagenet", "lrp-from-scratch") if row in stages]
+    assert len(rows) == 2 + (name == "pretrained")
     for row in rows:
         terms = parse_terms(None, stages[row].options["loss"])
         assert terms.pop("output", 0.1) == 0.1
@@ -409,7 +420,7 @@ def test_networks_that_a_function_builds_from_weights_are_trained_resumed_elsewh
     tmp_path, monkeypatch, own_code, name
 ):
     out, profile, calls = tmp_path / "r", of_own_code(name), []
-    rows = ["teacher", "erm", "lrp", "lrp-from-scratch"]
+    rows = ["teacher", "erm", "lrp", "lrp-from-imagenet", "lrp-from-scratch"]
 
     def stop(*args, **options):
         calls.append(args)
@@ -427,11 +438,12 @@ def test_networks_that_a_function_builds_from_weights_are_trained_resumed_elsewh
     del sys.modules["own_lite"]
     results = run(out, profile, rows)
     assert [(line["method"], line["arch"]) for line in results] == [(row, OWN) for row in rows]
-    own = hashlib.sha256((tmp_path / "elsewhere" / "start.pth").read_bytes()).hexdigest()
+    of_imagenet = hashlib.sha256((tmp_path / "elsewhere" / "start.pth").read_bytes()).hexdigest()
+    of_teacher = hashlib.sha256((out / "models/teacher/weights.pt").read_bytes()).hexdigest()
+    starts = {"lrp": of_teacher, "lrp-from-scratch": None}
     for line in results:
         config = load_classifier(out / line["model"], OWN)[1]
-        from_weights = line["method"] != "lrp-from-scratch"
-        assert (config.start or {}).get("sha256") == (own if from_weights else None)
+        assert (config.start or {}).get("sha256") == starts.get(line["method"], of_imagenet)
         assert config.bias_free
         assert (config.preprocessing.mean, config.preprocessing.std) == ((0.0,) * 3, (0.502,) * 3)
         scores = evaluate(out / "data.zarr", out / line["model"], student_factory=OWN, device="cpu")

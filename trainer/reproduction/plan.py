@@ -21,7 +21,8 @@ class Stage:
         kind: ``data``, ``teacher``, ``store`` or ``student``.
         path: its path in the reproduction's folder.
         says: its description in a line of progress.
-        options: the options of the function that makes it.
+        options: the options of the function that makes it. With ``teacher_weights``, ``init`` is a path in the
+            reproduction's folder.
         needs: the stages before it, in the order of that function's parameters. Those of a teacher with a dataset of
             its own are the dataset of the tests, and its own.
         row: the row of a model.
@@ -163,6 +164,9 @@ def _student(profile: Profile, key: str, seed: int) -> Stage:
     options |= {"loss": _loss(profile, row), "bias_free": _bias_free(profile, key), "seed": seed}
     if row.augment:
         options["augment"] = row.augment
+    if options.get("teacher_weights"):
+        assert row.teacher is not None
+        options["init"] = _teacher(profile, row.teacher).path
     stores: tuple[Stage, ...] = ()
     if (explainer := _explainer(profile, row)) is not None:
         assert row.teacher is not None

@@ -25,7 +25,7 @@ TESTS = ("iid", "ood", "shift")
 USUAL_EXPLAINER = "flex"  # of rows that take the explainer of the profile
 # options of a network that fit no other architecture
 OF_ARCHITECTURE = (
-    *("arch_options", "teacher_factory", "student_factory", "weights", "init"),
+    *("arch_options", "teacher_factory", "student_factory", "weights", "init", "teacher_weights"),
     *("mean", "std", "input_size"),
 )
 
@@ -168,11 +168,16 @@ QUOTED_GAPS = {  # of COCO-on-Places the gap alone is quoted
     for key, row in OBJECTS.items()
 }
 WITHOUT_MASKS = ("teacher", "erm", "lrp", "output", "features")  # rows that need none
-OF_PRETRAINED: dict[str, Row] = {  # of students that start from weights
+OF_PRETRAINED: dict[str, Row] = {  # of pretrained teachers, whose students start from the teacher's weights
     **{key: OBJECTS[key] for key in ("teacher", "erm", "lrp")},
-    "lrp-from-scratch": Row("LRP distillation without pretraining", None, "lrp", "teacher", "flex"),
-    **{key: OBJECTS[key] for key in ("output", "features", "rrr", "isnet")},
+    "lrp-from-imagenet": Row("LRP distillation, from ImageNet weights", None, "lrp", "teacher", "flex"),
+    "lrp-from-scratch": Row("LRP distillation, from random weights", None, "lrp", "teacher", "flex"),
+    "output": OBJECTS["output"],
+    "output-from-imagenet": Row("output distillation, from ImageNet weights", None, "output", "teacher", "flex"),
+    **{key: OBJECTS[key] for key in ("features", "rrr", "isnet")},
 }
+# rows whose networks start as ``lrp`` does where there are no weights to start from
+OF_WEIGHTS = ("lrp-from-imagenet", "lrp-from-scratch", "output-from-imagenet")
 KNOWN_GROUPS = {**OBJECTS, "group-dro": Row("GroupDRO, told the groups", None, "group-dro", "teacher")}
 
 BENCHMARKS = {
@@ -269,7 +274,8 @@ class Profile:
         teacher: options of `train_teacher`, such as ``arch`` or ``teacher_factory``, ``weights``, and ``debias``, whose
             default is the benchmark's. The weights are a path, or a function MODULE:FUNCTION that returns it, since a
             path is another one on another machine.
-        student: options of `train_student`, such as ``arch`` or ``student_factory``, and ``init``, as ``weights``.
+        student: options of `train_student`, such as ``arch`` or ``student_factory``, and ``init``, as ``weights``. With
+            ``teacher_weights`` a student starts from the weights of the teacher of its row.
         benchmark: a name of `BENCHMARKS`.
         data: options of the benchmark's ``make``.
         of_row: options of the students of a row that differ from ``student``.
@@ -315,8 +321,8 @@ def with_arch(profile: Profile, arch: str | None) -> Profile:
     teacher, student = ({**of_any(network), "arch": arch} for network in (profile.teacher, profile.student))
     of_row = {row: of_any(options) for row, options in profile.of_row.items()}
     rows = profile.rows
-    if "lrp-from-scratch" in profile.table.rows:  # without weights, it is the row lrp
-        rows = tuple(row for row in rows or profile.table.rows if row != "lrp-from-scratch")
+    if any(row in profile.table.rows for row in OF_WEIGHTS):
+        rows = tuple(row for row in rows or profile.table.rows if row not in OF_WEIGHTS)
     return dataclasses.replace(profile, teacher=teacher, student=student, of_row=of_row, rows=rows)
 
 
@@ -400,16 +406,19 @@ _ON_STAMP = Profile(
     of_row={"erm": {"steps": 500}},
     epsilon_range=_COARSER,
 )
-_LITE0 = {"mean": (MEAN,), "std": (STD,), "batch_size": 32}
+_NORMALISED: Options = {"mean": (MEAN,), "std": (STD,)}
+_FROM_TEACHER: Options = {"teacher_weights": True, "steps": 200, "lr": 2e-4}
+_FROM_IMAGENET: Options = {"teacher_weights": False, "init": WEIGHTS, **_NORMALISED, "steps": 500, "lr": 1e-3}
 # the mean is that of the others, which fades out with their biases
-_FROM_SCRATCH: Options = {"init": None, "mean": (0.0,)}
-_OF_LABELS: Options = {"augment": ("flip",), "steps": 300}  # stored maps are right for unmoved images alone
+_FROM_SCRATCH: Options = {**_FROM_IMAGENET, "init": None, "mean": (0.0,)}
+_OF_LABELS: Options = {**_FROM_IMAGENET, "augment": ("flip",), "steps": 300}  # stored maps are right for unmoved images
 _PRETRAINED = Profile(
     "pretrained",
     benchmark="solar-cells-pretrained",
     data={"bias": "stamp", "size": 128, "channels": 3},
     teacher={
-        **_LITE0,
+        **_NORMALISED,
+        "batch_size": 32,
         "teacher_factory": FACTORY,
         "weights": WEIGHTS,
         "bias_free": True,
@@ -418,17 +427,12 @@ _PRETRAINED = Profile(
         "augment": ("flip",),
         "class_weights": "balanced",
     },
-    student={
-        **_LITE0,
-        "student_factory": FACTORY,
-        "init": WEIGHTS,
-        "steps": 500,
-        "lr": 1e-3,
-        "class_weights": "balanced",
-    },
+    student={"student_factory": FACTORY, **_FROM_TEACHER, "batch_size": 32, "class_weights": "balanced"},
     of_row={
         "lrp": {"mask_target": True},
+        "lrp-from-imagenet": {"mask_target": True, **_FROM_IMAGENET},
         "lrp-from-scratch": {"mask_target": True, **_FROM_SCRATCH},
+        "output-from-imagenet": _FROM_IMAGENET,
         **dict.fromkeys(("erm", "rrr", "isnet"), _OF_LABELS),
     },
     draws=2,
@@ -453,7 +457,11 @@ SOLAR_CELLS = {
             _PRETRAINED,
             "pretrained-type",
             "solar-cells-type-pretrained",
-            of_row={"erm": _OF_LABELS, "lrp-from-scratch": _FROM_SCRATCH},  # there are no masks for mask_target
+            of_row={  # there are no masks for mask_target
+                "erm": _OF_LABELS,
+                **dict.fromkeys(("lrp-from-imagenet", "output-from-imagenet"), _FROM_IMAGENET),
+                "lrp-from-scratch": _FROM_SCRATCH,
+            },
         ),
     )
 }
@@ -509,7 +517,8 @@ class SolarCellsTableOptions(ReproduceOptions):
         Doc(
             "Bias, networks and length of the trainings. With stamp, a mask hides the bias from the teacher. With "
             "type, the teacher learns from cells of both types in both classes. With pretrained and pretrained-type, "
-            "teacher and students are EfficientNet-Lite0 with ImageNet weights, which needs the extra [pretrained]."
+            "teacher and students are EfficientNet-Lite0: the teacher starts from ImageNet weights, and students from "
+            "the teacher's, where their row says nothing else. This needs the extra [pretrained]."
         ),
     ] = "stamp"
 

@@ -278,6 +278,8 @@ def _make(job: _Job, stage: Stage) -> None:
         cache_explanations(data, teacher, path, device=device, **options)
     else:
         cache, validation_cache = (*others, None, None)[:2]
+        if options.get("teacher_weights"):
+            options["init"] = job.out / options["init"]
         train_student(data, cache, path, validation_cache=validation_cache, device=device, **options)
 
 
