@@ -257,7 +257,8 @@ BENCHMARKS = {
 }
 for _of, _rows in (
     ("solar-cells", tuple(OF_PRETRAINED)),
-    ("solar-cells-type", tuple(key for key in OF_PRETRAINED if key not in ("rrr", "isnet"))),
+    # without a mask, a student of the teacher's weights would be the teacher before it has learnt anything
+    ("solar-cells-type", ("teacher", "erm", "lrp", "lrp-from-scratch", "output", "features")),
 ):
     _name = f"{_of}-pretrained"
     BENCHMARKS[_name] = dataclasses.replace(
@@ -457,11 +458,8 @@ SOLAR_CELLS = {
             _PRETRAINED,
             "pretrained-type",
             "solar-cells-type-pretrained",
-            of_row={  # there are no masks for mask_target
-                "erm": _OF_LABELS,
-                **dict.fromkeys(("lrp-from-imagenet", "output-from-imagenet"), _FROM_IMAGENET),
-                "lrp-from-scratch": _FROM_SCRATCH,
-            },
+            student={**_PRETRAINED.student, **_FROM_IMAGENET},
+            of_row={"erm": _OF_LABELS, "lrp-from-scratch": _FROM_SCRATCH},  # there are no masks for mask_target
         ),
     )
 }
@@ -517,8 +515,9 @@ class SolarCellsTableOptions(ReproduceOptions):
         Doc(
             "Bias, networks and length of the trainings. With stamp, a mask hides the bias from the teacher. With "
             "type, the teacher learns from cells of both types in both classes. With pretrained and pretrained-type, "
-            "teacher and students are EfficientNet-Lite0: the teacher starts from ImageNet weights, and students from "
-            "the teacher's, where their row says nothing else. This needs the extra [pretrained]."
+            "teacher and students are EfficientNet-Lite0. The teacher starts from ImageNet weights. Students start "
+            "from its weights with pretrained, unless their row says otherwise, and from ImageNet weights with "
+            "pretrained-type. This needs the extra [pretrained]."
         ),
     ] = "stamp"
 
