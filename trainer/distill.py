@@ -250,6 +250,9 @@ def _material(options: StudentOptions, student: _Plan, dataset: Dataset) -> Mate
         if validation is None
         else explained_source(dataset.split("validation"), validation, student.needs),
         answers=None if explained is None else explained_source(split, explained, ("teacher_logits",)),
+        compared=None
+        if validation is None
+        else explained_source(dataset.split("validation"), validation, ("teacher_logits", "labels")),
         paths={name: str(path) for name, path in paths.items() if path is not None},
     )
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from options import Call, Message, Option
 from trainer.loop.methods import METHODS
-from trainer.loop.step import on_device
+from trainer.loop.step import predictions
 from trainer.settings import Settings
 from trainer.stream.stream import Source, read_block
 
@@ -82,7 +82,6 @@ class Falling:
         )
 
 
-@torch.no_grad()
 def class_counts(
     model: nn.Module,
     source: Source,
@@ -105,22 +104,16 @@ def class_counts(
         The number of samples for which the model says each class, and for which the teacher says it, or, without the
         logits of a teacher, which have its label: int64 (K,) each.
     """
-    model.eval()
     blocks = np.unique(np.linspace(0, source.blocks - 1, min(BLOCKS, source.blocks)).astype(int)).tolist()
     predicted, expected = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-    at_once = -(-settings.batch_size // settings.accumulate)  # as in a step, whose memory sufficed
     for block in blocks:
         batch = read_block(source, block, 0)
         every = -(-len(batch["images"]) // (LOOKED_AT // len(blocks)))
         batch = {name: values[::every] for name, values in batch.items()}
         answers = batch["teacher_logits"].argmax(1) if "teacher_logits" in batch else batch["labels"].long()
         expected += np.bincount(answers.numpy(), minlength=classes)
-        for first in range(0, len(answers), at_once):
-            part = {name: values[first : first + at_once] for name, values in batch.items()}
-            inputs = on_device(part, None, settings, device)
-            with autocast():
-                logits = model(inputs["images"], inputs.get("masks"))
-            predicted += np.bincount(logits.argmax(1).cpu().numpy(), minlength=classes)
+        said = predictions(model, batch, settings, device, autocast)
+        predicted += np.bincount(said.numpy(), minlength=classes)
     return predicted, expected
 
 

@@ -202,6 +202,34 @@ def validate(
     return float(ranks.mean(total)) * ranks.ranks / source.samples
 
 
+@torch.no_grad()
+def predictions(
+    model: nn.Module,
+    batch: Batch,
+    settings: Settings,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
+    """Return the class that a model says for each sample of a batch, int64 (n,) on the CPU.
+
+    Args:
+        model: a `Classifier` on the device; it is in evaluation mode afterwards.
+        batch: n samples as they are stored, with the masks that a front may need. It can be large.
+        settings: those of the training.
+        device: where the model is.
+        autocast: makes the context of a forward pass.
+    """
+    model.eval()
+    at_once = -(-settings.batch_size // settings.accumulate)  # as in a step, whose memory sufficed
+    said = []
+    for first in range(0, len(batch["images"]), at_once):
+        part = {name: values[first : first + at_once] for name, values in batch.items()}
+        inputs = on_device(part, None, settings, device)
+        with autocast():
+            said.append(model(inputs["images"], inputs.get("masks")).argmax(1).cpu())
+    return torch.cat(said)
+
+
 @contextmanager
 def _explain_single_values(settings: Settings) -> Iterator[None]:
     """Raise TrainingError where a batch norm sees a single value, such as one sample's feature map of one position."""

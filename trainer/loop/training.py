@@ -43,6 +43,7 @@ from trainer.loop.collapse import Falling, class_counts, one_class_warning, shar
 from trainer.loop.cuda_graph import Passes, Recorded
 from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
+from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.methods import needs
@@ -69,6 +70,7 @@ class Material:
     source: the samples. store: describes the store of their heatmaps. head: the teacher's last layer, to be copied.
     groups: the number of groups in the source's ``groups``. validation: the samples that choose the weights to keep.
     answers: the images with the teacher's logits, by which a collapse is noticed; None where the source has labels.
+    compared: images of the validation split with labels and the teacher's logits, by which a leak is noticed.
     paths: where all of it lies, for the record.
     """
 
@@ -78,6 +80,7 @@ class Material:
     groups: int = 0
     validation: Source | None = None
     answers: Source | None = None
+    compared: Source | None = None
     paths: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -423,6 +426,7 @@ def finish(state: State) -> dict[str, Any]:
         "precision": state.precision,
         "bias_free": None,
         "predictions": None,
+        "beside_teacher": None,
         **({} if training.config.start is None else {"start": training.config.start}),
     }
     if run is not None:
@@ -434,6 +438,7 @@ def finish(state: State) -> dict[str, Any]:
         if training.config.debias == "none":
             _save_plain(run, classifier)
         result["predictions"] = _predictions(state)
+        result["beside_teacher"] = _beside_teacher(state)
         run.finish(result)
     state.ranks.wait()
     return result
@@ -599,6 +604,18 @@ def _predictions(state: State) -> dict[str, Any]:
         "predicted": shares(predicted, names),
         "labels" if material.answers is None else "teacher": shares(expected, names),
     }
+
+
+def _beside_teacher(state: State) -> dict[str, Any] | None:
+    """Return the accuracies of student and teacher on the validation split, and warn of a student that knows more."""
+    training, compared = state.training, state.training.material.compared
+    if compared is None:
+        return None
+    found = excess(state.averaged, compared, training.settings, state.device, state.autocast)
+    warning = excess_warning(found)
+    if warning is not None:
+        log.warning(warning)
+    return found
 
 
 def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | None:

@@ -73,8 +73,8 @@ def reproduce(
         The lines of ``results.jsonl``, one for each model: ``method``, ``title``, ``seed``, ``arch``; the accuracy in %
         on each test split by its name, and the ``gap``; ``worst_group``, all ``groups``, and ``on_object``,
         ``interval``, ``samples``, ``classes`` and ``only_prediction`` of each split, as `evaluate` returns them;
-        ``steps``, ``batch_size``, ``loss``, the ``seconds`` of its training and of the ``stages`` before it; the
-        ``published`` numbers.
+        ``steps``, ``batch_size``, ``loss``, ``beside_teacher`` (see `trainer.loop.excess`), the ``seconds`` of its
+        training and of the ``stages`` before it; the ``published`` numbers.
 
     Raises:
         FileExistsError: the folder holds anything else.
@@ -306,6 +306,7 @@ def _test(job: _Job, stage: Stage) -> Result:
         "steps": result["steps"],
         "batch_size": run.config.training["batch_size"],
         "loss": result["loss"],
+        "beside_teacher": result.get("beside_teacher"),
         "seconds": round(result["seconds"], 1),
         "stages": {path: job.state["seconds"].get(path, 0.0) for path in before(stage)},
         "published": row.published,
