@@ -171,13 +171,16 @@ WITHOUT_MASKS = ("teacher", "erm", "lrp", "output", "features")  # rows that nee
 OF_PRETRAINED: dict[str, Row] = {  # of pretrained teachers, whose students start from the teacher's weights
     **{key: OBJECTS[key] for key in ("teacher", "erm", "lrp")},
     "lrp-from-imagenet": Row("LRP distillation, from ImageNet weights", None, "lrp", "teacher", "flex"),
+    "lrp-repainted-from-imagenet": Row(
+        "LRP distillation, repainted, from ImageNet weights", None, "lrp", "teacher", "flex", augment=_REPAINTED
+    ),
     "lrp-from-scratch": Row("LRP distillation, from random weights", None, "lrp", "teacher", "flex"),
     "output": OBJECTS["output"],
     "output-from-imagenet": Row("output distillation, from ImageNet weights", None, "output", "teacher", "flex"),
     **{key: OBJECTS[key] for key in ("features", "rrr", "isnet")},
 }
 # rows whose networks start as ``lrp`` does where there are no weights to start from
-OF_WEIGHTS = ("lrp-from-imagenet", "lrp-from-scratch", "output-from-imagenet")
+OF_WEIGHTS = ("lrp-from-imagenet", "lrp-repainted-from-imagenet", "lrp-from-scratch", "output-from-imagenet")
 KNOWN_GROUPS = {**OBJECTS, "group-dro": Row("GroupDRO, told the groups", None, "group-dro", "teacher")}
 
 BENCHMARKS = {
@@ -432,6 +435,7 @@ _PRETRAINED = Profile(
     of_row={
         "lrp": {"mask_target": True},
         "lrp-from-imagenet": {"mask_target": True, **_FROM_IMAGENET},
+        "lrp-repainted-from-imagenet": {"mask_target": True, **_FROM_IMAGENET},
         "lrp-from-scratch": {"mask_target": True, **_FROM_SCRATCH},
         "output-from-imagenet": _FROM_IMAGENET,
         **dict.fromkeys(("erm", "rrr", "isnet"), _OF_LABELS),
