@@ -18,7 +18,7 @@ from pipeline.networks.classifier import read_config
 from pipeline.networks.fading import bias_free_state, fading, set_remaining
 from pipeline.networks.preprocessing import PreprocessSpec
 from trainer import evaluate, train_student, train_teacher
-from trainer.loop.training import remaining
+from trainer.loop.phases import remaining
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "resnet18": lambda: torchvision.models.resnet18(num_classes=5),

@@ -22,6 +22,7 @@ from teacher_cache import CacheError, open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
 from trainer.loop import display
 from trainer.loop.distributed import Ranks
+from trainer.loop.phases import shorten_memories
 from trainer.results.evaluation import predict, wilson_interval
 from trainer.run_dir import revision
 from trainer.settings import Settings
@@ -442,7 +443,7 @@ def test_norms_that_average_over_longer_than_the_training_describe_the_network_t
 def test_the_longer_a_training_the_longer_its_norms_may_average():
     for steps, momentum in ((10, 0.1), (500, 0.1), (1000, 0.05), (5000, 0.01), (100_000, 0.01)):
         network = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3, momentum=0.5))
-        trainer.loop.training._shorten_memories(network, steps)
+        shorten_memories(network, steps)
         assert [norm.momentum for norm in network] == [momentum, 0.5]
 
 

@@ -19,10 +19,8 @@ from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
 from trainer.errors import TrainingError
+from trainer.loop.phases import FADING
 from trainer.settings import StudentOptions, TeacherOptions
-
-FADING = 0.5  # share of the steps of a training in which the additive terms of given weights fade out
-SETTLING = 0.5  # share of the steps of a training that matches heatmaps after which its network settles
 
 log = logging.getLogger(__name__)
 

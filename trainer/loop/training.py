@@ -26,13 +26,12 @@ from torch.optim.swa_utils import AveragedModel
 from options import Message, Option, first_line
 from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
 from pipeline.device import as_input, pick_device, place, round_to_tf32
-from pipeline.explainers import EXPLAINERS
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
 from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
-from pipeline.networks.modes import NORMS, settle
+from pipeline.networks.modes import settle
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
 from pipeline.threads import cpu_threads
@@ -46,14 +45,14 @@ from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
-from trainer.loop.methods import needs
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
+from trainer.loop.phases import remaining, settles, shorten_memories
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
 from trainer.run_dir import Run, RunDir
 from trainer.settings import Runtime, Settings
-from trainer.start import FADING, SETTLING, check_not_teachers
+from trainer.start import check_not_teachers
 from trainer.stream.order import step_samples
 from trainer.stream.stream import Source, read_block, stream
 
@@ -327,10 +326,10 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     )
     timed = Timed(cleanup.enter_context(closing(batches)))
     state.model.train()
-    _shorten_memories(state.model, settings.steps)
+    shorten_memories(state.model, settings.steps)
     if training.fades:
         _fade(state)
-    if first > settles(training):
+    if first > settles(settings, training.material.store):
         settle(state.model)
     return Loop(timed, _passes(state), watch, Clock(state.progress, timed), show, profile, interruption)
 
@@ -346,7 +345,7 @@ def step(state: State, loop: Loop) -> float:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
     if state.training.fades and remaining(number - 1, settings.steps) > 0:
         _fade(state)
-    if number == settles(state.training):
+    if number == settles(settings, state.training.material.store):
         settle(state.model)
         loop.passes = _passes(state)
     losses = loop.passes(inputs)
@@ -447,19 +446,6 @@ def finish(state: State) -> dict[str, Any]:
 # --- the parts of the above -----------------------------------------------------------------------------------------
 
 
-def remaining(step: int, steps: int) -> float:
-    """Return the share of the additive terms that remains in a step, counted from 0, of a network that loses them."""
-    return max(0.0, 1 - step / (FADING * steps))
-
-
-def settles(training: Training) -> int:
-    """Return the step before which the network settles; where it matches no maps that follow rules it never does."""
-    settings, store = training.settings, training.material.store
-    if store is None or "heatmaps" not in needs(settings.loss) or EXPLAINERS.find(store.explainer.rule).rules is None:
-        return settings.steps
-    return math.ceil(SETTLING * settings.steps)
-
-
 def _passes(state: State) -> Passes:
     """Return the passes of a step, as a CUDA graph where that is possible; what they do in Python must not change."""
     training, runtime = state.training, state.training.runtime
@@ -477,26 +463,6 @@ def _fade(state: State) -> None:
     share = remaining(state.progress["step"], state.training.settings.steps)
     for model in (state.model, state.averaged):
         set_remaining(model, share)
-
-
-def _shorten_memories(model: nn.Module, steps: int) -> None:
-    """Let the running statistics of norms reach back over a fiftieth of the steps at most, or over ten steps.
-
-    Norms of networks that were trained for millions of steps average over hundreds (EfficientNet, MobileNetV3) or
-    thousands (MNASNet). After a training of some hundred steps they would describe networks that it has left behind.
-    Norms that forget faster stay as they are.
-    """
-    least = min(0.1, 50 / steps)
-    changed = set()
-    for module in model.modules():
-        if isinstance(module, NORMS) and module.momentum and module.momentum < least:
-            changed.add(module.momentum)
-            module.momentum = least
-    if changed:
-        log.info(
-            f"the running statistics of norms have the momentum {least:.2g} in this training, not "
-            f"{' or '.join(f'{momentum:.2g}' for momentum in sorted(changed))}, which is for longer ones"
-        )
 
 
 def _share_batch(training: Training, ranks: Ranks) -> int:
