@@ -10,7 +10,6 @@ import torch
 from accuracy import print_accuracies
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import dispatch_clip_grad
 from torch.utils.data import DataLoader
 
 from pipeline import build_network, settle
@@ -39,7 +38,6 @@ if __name__ == "__main__":
     dataset = ExplainedStream(
         options.data, options.cache, batch_size=options.batch_size, fields=["heatmaps"], seed=options.seed
     )
-    loader = DataLoader(dataset, batch_size=None)
     optimizer = create_optimizer_v2(student, opt="adam", lr=4e-3, weight_decay=0.0)
     warmup = int(0.3 * options.steps)  # in updates: an "epoch" has one here
     schedule, steps = create_scheduler_v2(
@@ -49,11 +47,11 @@ if __name__ == "__main__":
     for step in range(steps):
         if step % len(dataset) == 0:
             dataset.set_epoch(step // len(dataset))
-            batches = iter(loader)
+            batches = iter(DataLoader(dataset, batch_size=None))
         if step >= steps // 2:
             settle(student)
         loss(student, next(batches)).backward()
-        dispatch_clip_grad(student.parameters(), 1.0)
+        timm.utils.dispatch_clip_grad(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step_update(step + 1)

@@ -19,10 +19,9 @@ import trainer.loop.training
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
 from teacher_cache import CacheError, open_cache
-from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer import TrainingError, evaluate, raise_momentum, train_student, train_teacher
 from trainer.loop import display
 from trainer.loop.distributed import Ranks
-from trainer.loop.phases import shorten_memories
 from trainer.results.evaluation import predict, wilson_interval
 from trainer.run_dir import revision
 from trainer.settings import Settings
@@ -443,7 +442,7 @@ def test_norms_that_average_over_longer_than_the_training_describe_the_network_t
 def test_the_longer_a_training_the_longer_its_norms_may_average():
     for steps, momentum in ((10, 0.1), (500, 0.1), (1000, 0.05), (5000, 0.01), (100_000, 0.01)):
         network = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.01), torch.nn.BatchNorm2d(3, momentum=0.5))
-        shorten_memories(network, steps)
+        raise_momentum(network, steps)
         assert [norm.momentum for norm in network] == [momentum, 0.5]
 
 

@@ -1,6 +1,7 @@
 from .distill import train_student
 from .errors import TrainingError
 from .loop.losses import heatmap_loss
+from .loop.phases import raise_momentum
 from .own_loop import DistillationLoss, build_student
 from .results.evaluation import evaluate
 from .results.pictures import heatmap_picture
@@ -21,6 +22,7 @@ __all__ = [
     "heatmap_loss",
     "heatmap_picture",
     "predict",
+    "raise_momentum",
     "show_explanations",
     "train_student",
     "train_teacher",

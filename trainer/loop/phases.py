@@ -35,12 +35,16 @@ def settles(settings: Settings, store: CacheInfo | None) -> int:
     return math.ceil(SETTLING * settings.steps)
 
 
-def shorten_memories(model: nn.Module, steps: int) -> None:
+def raise_momentum(model: nn.Module, steps: int) -> None:
     """Let the running statistics of norms reach back over a fiftieth of the steps at most, or over ten steps.
 
     Norms of networks that were trained for millions of steps average over hundreds (EfficientNet, MobileNetV3) or
     thousands (MNASNet). After a training of some hundred steps they would describe networks that it has left behind.
     Norms that forget faster stay as they are.
+
+    Args:
+        model: a network, whose norms' momentum is changed in place.
+        steps: of the training.
     """
     least = min(0.1, 50 / steps)
     changed = set()

@@ -46,7 +46,7 @@ from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
-from trainer.loop.phases import remaining, settles, shorten_memories
+from trainer.loop.phases import raise_momentum, remaining, settles
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
@@ -326,7 +326,7 @@ def start(state: State, cleanup: ExitStack) -> Loop:
     )
     timed = Timed(cleanup.enter_context(closing(batches)))
     state.model.train()
-    shorten_memories(state.model, settings.steps)
+    raise_momentum(state.model, settings.steps)
     if training.fades:
         _fade(state)
     if first > settles(settings, training.material.store):
