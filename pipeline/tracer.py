@@ -341,7 +341,14 @@ class Tracer(TorchFunctionMode):
         block = running_checkpoint()
         if block is not None and not hasattr(block, "explained"):
             block.explained, self.latest = True, (None, None)
-            block.recompute_fn = partial(self.written_out, block.recompute_fn)
+            block.recompute_fn = partial(self._recomputed, block.recompute_fn)
+
+    def _recomputed(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.state.recomputing = True
+        try:
+            return self.written_out(function, *args, **kwargs)
+        finally:
+            self.state.recomputing = False
 
 
 def _stops_relevance(node: Any) -> bool:

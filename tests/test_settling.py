@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import trainer.loop.training
 from data import make_coloured_mnist
@@ -133,6 +134,38 @@ def corrections(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     with torch.no_grad():
         model.eval()(images(7))
     return found
+
+
+class Checkpointed(nn.Module):
+    """The layers of a sequence, of which all but the last are recomputed in each backward pass."""
+
+    def __init__(self, layers: nn.Module):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.layers[:-1], x, use_reentrant=False)
+        return self.layers[-1](x)
+
+
+@pytest.mark.parametrize("renormalise", [False, True], ids=["batch", "running"])
+@pytest.mark.parametrize("rules", RULE_SETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recomputed_block_is_the_same_and_updates_the_statistics_once(kind, rules, renormalise):
+    model, again = settled(kind), Checkpointed(settled(kind))
+    for each in (model, again):
+        trace = Trace(each, images(7), rules, renormalise=renormalise)
+        maps = trace.heatmaps(CLASSES, EPSILON, create_graph=True)
+        (maps.sin().sum() + trace.logits.square().sum()).backward()
+    counts = [
+        name for name in model.state_dict() if name.endswith("num_batches_tracked")
+    ]  # PyTorch's own modules count
+    for state in (found := again.layers.state_dict(), expected := model.state_dict()):
+        for name in counts:
+            del state[name]
+    torch.testing.assert_close(found, expected)
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)

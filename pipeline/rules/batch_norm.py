@@ -425,6 +425,8 @@ def batch_norm(
             return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
             raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
+    if trace.state.recomputing:
+        momentum = 0.0
     if trace.state.renormalise and training:
         weight, bias, momentum = renormalised(input, running_mean, running_var, weight, bias, momentum, eps, processes)
     if processes is not None:
@@ -499,6 +501,8 @@ def fading_norm(
 def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, bias)
     norm = FadingBatchNorm(*args)
+    if trace.state.recomputing:
+        norm = replace(norm, momentum=0.0)
     if trace.state.renormalise and norm.training:
         norm, weight, bias = norm.renormalised(x, weight, bias)
     return _norm(trace, norm, x, weight, bias)
@@ -508,6 +512,8 @@ def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: 
 def scale_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, running)
     norm = SecondMomentNorm(running, *args)
+    if trace.state.recomputing:
+        norm = replace(norm, momentum=0.0)
     if trace.state.renormalise and norm.training:
         norm, weight = norm.renormalised(x, weight)
     return _norm(trace, norm, x, weight)

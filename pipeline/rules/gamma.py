@@ -140,6 +140,8 @@ def merged_batch_norm(
     require_constant(trace, func, weight, bias)
     modify, of, layer, x, layer_weight, layer_bias = made.metadata[_LAYER]
     state, axis = trace.state, trace.batch_axis(input)
+    if state.recomputing:
+        momentum = 0.0
     if state.renormalise and training:
         weight, bias, momentum = renormalised(input, running_mean, running_var, weight, bias, momentum, eps, processes)
     if not training:  # buffers that a later step may overwrite

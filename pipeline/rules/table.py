@@ -26,11 +26,13 @@ class PassState:
     Attributes:
         epsilon: the stabiliser (N,) of the relevance pass in progress; None for the true gradient.
         uniform: its value if all are equal, else None.
+        recomputing: whether a checkpointed block is run again, so that norms do not update their running statistics.
         renormalise: whether norms over the batch, in training, normalise by their running statistics, see `Trace`.
     """
 
     epsilon: Tensor | None = None
     uniform: float | None = None
+    recomputing: bool = False
     renormalise: bool = False
 
     def epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
