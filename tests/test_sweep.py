@@ -239,3 +239,15 @@ def test_values_of_other_types_are_refused_by_name():
 def test_a_student_by_labels_leaves_the_store_to_the_others():
     planned = plan_sweep({"data": "d", "cache": "c", "method": ["lrp", "erm"]}, [])
     assert {name: options["cache"] for name, options in planned.items()} == {"lrp": "c", "erm": None}
+
+
+def test_with_a_validation_store_the_table_has_the_excess_over_the_teacher(dataset, cache, validation_cache, tmp_path):
+    options = ["--data", dataset, "--cache", cache, "--validation-cache", validation_cache, *QUICK]
+    result = run("train-students", *options, "--out", tmp_path / "s", "--seed", 0)
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "s" / "students.json").read_text())
+    found = json.loads((tmp_path / "s" / "seed=0" / "result.json").read_text())["beside_teacher"]
+    assert row["excess"] == found["excess"]
+    header, line = result.stdout.splitlines()
+    assert header.split() == ["student", "loss", "excess", "iid", "ood", "shift", "gap", "seconds"]
+    assert line.split()[2] == f"{found['excess']:.2f}"

@@ -254,13 +254,18 @@ def _row(out: Path, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if open_dataset(options["data"]).test_splits:
         scores = evaluate(options["data"], out / name, student_factory=options.get("student_factory"))
     of_training = {key: result[key] for key in ("loss", "validation_loss", "steps", "seconds", "seconds_waiting")}
-    return {**row, **of_training, **{key: scores[key] for key in SCORES}}
+    beside = {"excess": (result.get("beside_teacher") or {}).get("excess")}
+    return {**row, **of_training, **beside, **{key: scores[key] for key in SCORES}}
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Write the rows as a text table, the student with the highest OOD accuracy first."""
+    """Write the rows as a text table, the student with the highest OOD accuracy first.
+
+    With validation stores it has the ``excess`` over the teacher, see `trainer.loop.excess`.
+    """
     width = max(len("student"), *(len(row["name"]) for row in rows))
-    columns = ("iid", "ood", "shift", "gap")
+    compared = any(row.get("excess") is not None for row in rows)
+    columns = (*(("excess",) if compared else ()), "iid", "ood", "shift", "gap")
     lines = [f"{'student':<{width}}{'loss':>10}" + "".join(f"{name:>8}" for name in columns) + f"{'seconds':>10}"]
     for row in sorted(rows, key=lambda row: (row.get("ood") is None, -(row.get("ood") or 0.0))):
         if "error" in row:
