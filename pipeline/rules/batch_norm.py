@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # with respect to z, γ and β
 
+# In a pass that renormalises, a norm by the statistics of the batch is given another γ and β, with which it computes
+# what the running statistics would give: γ·r and β + γ·d, where r = σ_batch / σ_running and d = (μ_batch − μ_running) /
+# σ_running are constants for gradients. This is batch renormalisation (Ioffe, NeurIPS 2017) without its limits.
+
 
 class Norm(Protocol):
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -81,52 +85,6 @@ class BatchNorm:
 
 
 @dataclass(frozen=True, eq=False)
-class JointBatchNorm:
-    """`BatchNorm` in training, over the batches of all processes.
-
-    The gradients are those of the sum of all processes' losses with respect to the tensors of this process: their mean
-    over the processes is the gradient of the mean loss.
-    """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    momentum: float
-    eps: float
-    processes: Processes
-
-    def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
-        mean, var, count = moments(z, self.processes)
-        _update(self.momentum, (self.running_mean, mean), (self.running_var, _unbiased(var, count)))
-        inverse = torch.rsqrt(var + self.eps)
-        scale = inverse if gamma is None else gamma * inverse
-        shift = -mean * scale if beta is None else beta - mean * scale
-        out = torch.addcmul(channels(shift, z), z.to(scale.dtype), channels(scale, z)).to(z.dtype)
-        return out, _k(gamma, inverse, z), mean, inverse
-
-    def backward(
-        self, g: Tensor | None, dk: Tensor | None, z: Tensor, gamma: Tensor | None, *saved: Tensor
-    ) -> Gradients:
-        mean, inverse = saved
-        if torch.is_grad_enabled():  # a second derivative passes through the statistics too
-            mean, var, _ = moments(z, self.processes)
-            inverse = torch.rsqrt(var + self.eps)
-        centred = z.to(mean.dtype) - channels(mean, z)
-        at_mean, at_k = torch.zeros_like(mean), torch.zeros_like(mean) if dk is None else dk.to(mean.dtype)
-        if g is not None:
-            g = g.to(mean.dtype)
-            at_mean, at_k = sum_per_channel(g), at_k + sum_per_channel(g * centred)
-        dgamma, dbeta = None if gamma is None else at_k * inverse, None if g is None else at_mean
-        at_mean, at_k, count = _over_all(self.processes, z, at_mean, at_k)
-        if gamma is not None:
-            at_k = at_k * gamma
-        dz = centred * channels(_slope(at_k, inverse, count), z)
-        if g is not None:
-            scale = inverse if gamma is None else gamma * inverse
-            dz = dz + (g - channels(at_mean / count, z)) * channels(scale, z)
-        return dz.to(z.dtype), dgamma, dbeta
-
-
-@dataclass(frozen=True, eq=False)
 class SecondMomentNorm:
     """``z / σ · γ`` with σ = sqrt(E[z²] + eps) of the batch, or of the batches of all ``processes``, or running."""
 
@@ -165,7 +123,7 @@ class SecondMomentNorm:
         return dz, at_k * inverse, None
 
     def renormalised(self, z: Tensor, gamma: Tensor) -> tuple[SecondMomentNorm, Tensor]:
-        """Update the running second moment; return the norm that then follows, and its γ·r, see `renormalised`."""
+        """Update the running second moment; return the norm that then follows, and its γ·r, see above."""
         with torch.no_grad():
             second_moment = self._second_moment(z)
             _update(self.momentum, (self.running_second_moment, second_moment))
@@ -179,21 +137,29 @@ class SecondMomentNorm:
 
 @dataclass(frozen=True, eq=False)
 class FadingBatchNorm:
-    """``(z − rμ) / σ · γ + rβ``, σ = sqrt(E[(z − rμ)²] + eps): a `BatchNorm` at r = 1, a `SecondMomentNorm` at 0."""
+    """``(z − rμ) / σ · γ + rβ``, σ = sqrt(E[(z − rμ)²] + eps): a `BatchNorm` at r = 1, a `SecondMomentNorm` at 0.
 
-    running_mean: Tensor
-    remaining: Tensor  # r, without dimensions
-    running_second_moment: Tensor  # of z − rμ
+    With ``processes`` the statistics are those of the batches of all of them, in training. The gradients are those of
+    the sum of all processes' losses with respect to the tensors of this process: their mean over the processes is the
+    gradient of the mean loss.
+    """
+
+    running_mean: Tensor | None
+    remaining: Tensor | float  # r, without dimensions
+    running_second_moment: Tensor | None  # of z − rμ
     training: bool
     momentum: float
     eps: float
     processes: Processes | None = None
+    unbiased: bool = False  # whether the running second moment is an unbiased estimate, as PyTorch's variance is
 
     def output(self, z: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor | None, ...]:
         if self.training:
-            mean, second_moment = self._moments(z)
-            _update(self.momentum, (self.running_mean, mean), (self.running_second_moment, second_moment))
+            mean, second_moment, count = self._moments(z)
+            self._update(mean, second_moment, count)
         else:
+            assert self.running_mean is not None
+            assert self.running_second_moment is not None
             mean, second_moment = self.running_mean.clone(), self.running_second_moment
         inverse = torch.rsqrt(second_moment + self.eps)
         scale = inverse if gamma is None else gamma * inverse
@@ -208,7 +174,7 @@ class FadingBatchNorm:
     ) -> Gradients:
         mean, inverse = saved
         if self.training and torch.is_grad_enabled():  # a second derivative passes through the statistics too
-            mean, second_moment = self._moments(z)
+            mean, second_moment, _ = self._moments(z)
             inverse = torch.rsqrt(second_moment + self.eps)
         subtracted = self.remaining * mean
         at_shift, at_k = torch.zeros_like(mean), torch.zeros_like(mean) if dk is None else dk.to(mean.dtype)
@@ -227,23 +193,35 @@ class FadingBatchNorm:
             dz.addcmul_(g.to(level.dtype), channels(scale, g))
         return dz.to(z.dtype), dgamma, dbeta
 
-    def renormalised(self, z: Tensor, gamma: Tensor, beta: Tensor) -> tuple[FadingBatchNorm, Tensor, Tensor]:
-        """Update the running statistics; return the norm that then follows, its γ·r and β + γ·d, see `renormalised`."""
+    def renormalised(
+        self, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[FadingBatchNorm, Tensor | None, Tensor | None]:
+        """Update the running statistics; return the norm that then follows, its γ·r and β + γ·d, see above."""
+        if self.running_mean is None or self.running_second_moment is None:  # there is nothing to compute with
+            return self, gamma, beta
         with torch.no_grad():
-            mean, second_moment = self._moments(z)
-            _update(self.momentum, (self.running_mean, mean), (self.running_second_moment, second_moment))
+            mean, second_moment, count = self._moments(z)
+            self._update(mean, second_moment, count)
             inverse = torch.rsqrt(self.running_second_moment + self.eps)
             r, d = torch.sqrt(second_moment + self.eps) * inverse, (mean - self.running_mean) * inverse
-        return replace(self, momentum=0.0), gamma * r, beta + gamma * d
+        scale, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
+        return replace(self, momentum=0.0), scale, shift if beta is None else beta + shift
 
-    def _moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return E[z] and E[(z − rμ)²], (C,)."""
+    def _moments(self, z: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Return E[z] and E[(z − rμ)²], (C,), and the number of values in each channel."""
         if self.processes is None and z.numel() and not torch.is_grad_enabled():
-            scratch = torch.zeros_like(self.running_mean)  # whose dtype is that of the results
-            mean, var = batch_norm_update_stats(z, scratch, scratch.clone(), 0.0)
+            wide = torch.promote_types(z.dtype, torch.float32)
+            scratch = z.new_zeros(z.shape[1], dtype=wide)  # whose dtype is that of the results
+            (mean, var), count = batch_norm_update_stats(z, scratch, scratch.clone(), 0.0), _count(z)
         else:
-            mean, var, _ = moments(z, self.processes)
-        return mean, var + ((1 - self.remaining) * mean).square()
+            mean, var, count = moments(z, self.processes)
+        return mean, var + ((1 - self.remaining) * mean).square(), count
+
+    def _update(self, mean: Tensor, second_moment: Tensor, count: Any) -> None:
+        if self.unbiased:
+            others = max(count - 1, 1) if isinstance(count, int) else (count - 1).clamp_min(1)
+            second_moment = second_moment * (count / others)
+        _update(self.momentum, (self.running_mean, mean), (self.running_second_moment, second_moment))
 
 
 def _sums(g: Tensor, z: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,10 +249,6 @@ def _update(momentum: float, *pairs: tuple[Tensor | None, Tensor]) -> None:
     for running, latest in pairs:
         if running is not None:
             running.lerp_(latest.to(running.dtype), momentum)
-
-
-def _unbiased(var: Tensor, count: Any) -> Tensor:
-    return var * (count / (count - 1).clamp_min(1))
 
 
 def _count(z: Tensor) -> int:
@@ -333,43 +307,21 @@ class _Normalised(Function):
         return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
-# In a pass that renormalises, a norm by the statistics of the batch is given another γ and β, with which it computes
-# what the running statistics would give: γ·r and β + γ·d, where r = σ_batch / σ_running and d = (μ_batch − μ_running) /
-# σ_running are constants for gradients. This is batch renormalisation (Ioffe, NeurIPS 2017) without its limits.
-
-
-def renormalised(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    processes: Processes | None,
-) -> tuple[Tensor | None, Tensor | None, float]:
-    """Update the running statistics by a batch; return γ·r, β + γ·d (C,), and the momentum of a norm that then follows.
-
-    Without running statistics there is nothing to compute with, and the arguments are returned.
-    """
-    if running_mean is None or running_var is None:
-        return weight, bias, momentum
-    with torch.no_grad():
-        if processes is None:
-            mean, var = batch_norm_update_stats(input, running_mean, running_var, momentum)
-        else:
-            mean, var, count = moments(input, processes)
-            _update(momentum, (running_mean, mean), (running_var, _unbiased(var, count)))
-        inverse = torch.rsqrt(running_var + eps)
-        r, d = torch.sqrt(var + eps) * inverse, (mean - running_mean) * inverse
-    if weight is None:
-        return r, d if bias is None else bias + d, 0.0
-    return weight * r, torch.addcmul(torch.zeros_like(d) if bias is None else bias, weight, d), 0.0
-
-
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
     out = norm_behind(trace, norm, z, gamma, beta)
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
+
+
+def plain_norm(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    processes: Processes | None,
+) -> FadingBatchNorm:
+    """Return the norm that ``F.batch_norm`` is, over the batches of all ``processes``."""
+    return FadingBatchNorm(running_mean, 1.0, running_var, training, momentum, eps, processes, unbiased=True)
 
 
 def joint_batch_norm(
@@ -395,7 +347,7 @@ def joint_batch_norm(
         return handle_torch_function(
             joint_batch_norm, (input,), input, *vectors, training, momentum, eps, processes=processes
         )
-    norm = JointBatchNorm(running_mean, running_var, momentum, eps, processes)
+    norm = plain_norm(running_mean, running_var, True, momentum, eps, processes)
     return _Normalised.apply(PassState(), input, norm, weight, bias)[0]
 
 
@@ -427,11 +379,12 @@ def batch_norm(
             raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
     if trace.state.recomputing:
         momentum = 0.0
+    norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
     if trace.state.renormalise and training:
-        weight, bias, momentum = renormalised(input, running_mean, running_var, weight, bias, momentum, eps, processes)
+        norm, weight, bias = norm.renormalised(input, weight, bias)
     if processes is not None:
-        return _norm(trace, JointBatchNorm(running_mean, running_var, momentum, eps, processes), input, weight, bias)
-    return _norm(trace, BatchNorm(running_mean, running_var, training, momentum, eps), input, weight, bias)
+        return _norm(trace, norm, input, weight, bias)
+    return _norm(trace, BatchNorm(running_mean, running_var, training, norm.momentum, eps), input, weight, bias)
 
 
 def scale_norm(
@@ -503,9 +456,11 @@ def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: 
     norm = FadingBatchNorm(*args)
     if trace.state.recomputing:
         norm = replace(norm, momentum=0.0)
+    gamma: Tensor | None = weight
+    beta: Tensor | None = bias
     if trace.state.renormalise and norm.training:
-        norm, weight, bias = norm.renormalised(x, weight, bias)
-    return _norm(trace, norm, x, weight, bias)
+        norm, gamma, beta = norm.renormalised(x, gamma, beta)
+    return _norm(trace, norm, x, gamma, beta)
 
 
 @rule_for(scale_norm)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.networks.processes import Processes
-from pipeline.rules.batch_norm import batch_norm, moments, renormalised
+from pipeline.rules.batch_norm import batch_norm, moments, plain_norm
 from pipeline.rules.node import input_gradient, node, stabilised_quotient
 from pipeline.rules.table import Rule, require_constant
 from pipeline.rules.weighted import linear
@@ -143,7 +143,9 @@ def merged_batch_norm(
     if state.recomputing:
         momentum = 0.0
     if state.renormalise and training:
-        weight, bias, momentum = renormalised(input, running_mean, running_var, weight, bias, momentum, eps, processes)
+        norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
+        norm, weight, bias = norm.renormalised(input, weight, bias)
+        momentum = norm.momentum
     if not training:  # buffers that a later step may overwrite
         running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
 
