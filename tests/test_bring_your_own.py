@@ -22,8 +22,9 @@ from cli import main
 from data import open_dataset
 from pipeline import ModelError, OwnTeacher, PreprocessSpec, cache_explanations, explain, export_model, load_classifier
 from pipeline.networks import checkpoints
+from pipeline.networks.checkpoints import read_weights
 from pipeline.networks.class_map import MappedClasses, resolve_class_map
-from pipeline.networks.classifier import Classifier
+from pipeline.networks.classifier import Classifier, build_classifier
 from pipeline.networks.preprocessing import Preprocess
 from pipeline.networks.sources import preprocessing_of
 from pipeline.networks.teachers import load_teacher
@@ -480,6 +481,19 @@ def test_weights_of_a_training_of_ours_bring_its_preprocessing(dataset, tmp_path
     assert found is None
     train_student(dataset, tmp_path / "cache.zarr", tmp_path / "mean", mean=(0.3,), **given)
     assert load_classifier(tmp_path / "mean")[1].preprocessing.mean == (0.3,) * 3
+
+
+def test_a_student_of_its_bias_free_teachers_weights_starts_as_the_teacher(dataset, tmp_path):
+    """Also its norms: their statistics had been lost, so that its first steps led away from the teacher."""
+    _torchvision_checkpoint(tmp_path / "w.pth")
+    options = {"weights": tmp_path / "w.pth", "bias_free": True, "input_size": 32, "arch": "resnet18"}
+    train_teacher(dataset, tmp_path / "teacher", **options, **STEPS)
+    teacher, config = load_classifier(tmp_path / "teacher")
+    student = build_classifier(config, to_train=True, weights=read_weights(tmp_path / "teacher"))
+    images = torch.rand(8, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(images), teacher.eval()(images))
+    assert teacher(images).abs().max() > 0
 
 
 def test_a_training_reads_the_weights_that_it_starts_from_once(dataset, cache, tmp_path, monkeypatch):

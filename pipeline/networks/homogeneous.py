@@ -118,7 +118,10 @@ def _remove_bias(layer: nn.Module) -> None:
 
 
 def scale_norm_like(norm: nn.Module) -> ScaleNorm:
-    """Return a scale-only norm with the width, γ, momentum, mode, dtype and device of a batch norm."""
+    """Return a scale-only norm with the width, γ, momentum, mode, dtype, device and statistics of a batch norm.
+
+    Its running E[x²] is the variance plus the square of the mean, which is exact as long as no layer before it changes.
+    """
     assert isinstance(norm, BatchNormBase)
     scale = ScaleNorm(norm.num_features, norm.eps, norm.momentum or 0.1).train(norm.training)
     for tensor in (norm.weight, norm.running_var):
@@ -127,6 +130,8 @@ def scale_norm_like(norm: nn.Module) -> ScaleNorm:
     if norm.weight is not None:
         scale.weight.data.copy_(norm.weight.data)
         scale.weight.requires_grad_(norm.weight.requires_grad)
+    if norm.running_mean is not None and norm.running_var is not None:
+        scale.running_second_moment.copy_(norm.running_var + norm.running_mean.square())
     return scale
 
 
