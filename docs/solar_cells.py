@@ -1,10 +1,10 @@
-"""Draw the picture of solar-cells.md: where a biased network, the teacher and the student look.
+"""Draw the pictures of solar-cells.md and its results: where a biased network, the teacher and the student look.
 
 python docs/solar_cells.py DATA.zarr ERM TEACHER STUDENT                          of small-cnn
-python docs/solar_cells.py DATA.zarr ERM TEACHER STUDENT --explainer flex-stride8 \
+python docs/solar_cells.py DATA.zarr ERM TEACHER STUDENT --explainer flex-stride8 --name pretrained.jpg \
     --factory trainer.reproduction.efficientnet_lite:build                        of pretrained networks
 
-The picture shows photographs of elpv-dataset, so it is written to images/solar-cells/, which has their licence.
+The pictures show photographs of elpv-dataset, so they are written to images/solar-cells/, which has their licence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from data import Split, open_dataset  # noqa: E402
 from pipeline import load_classifier  # noqa: E402
 from pipeline.batch import explain_batch  # noqa: E402
 
-OUT = ROOT / "docs" / "images" / "solar-cells" / "where-they-look.jpg"
+OUT = ROOT / "docs" / "images" / "solar-cells"
 PANELS = (("iid", 1, "defective cells with the stamp, as in training"), ("shift", 0, "functional cells with the stamp"))
 DEFECTIVE, EPSILON, EACH = 1, 0.1, 3
 BLUR = 1 / 40  # standard deviation of the blur of maps, as a share of the image's side
@@ -44,15 +44,18 @@ QUALITY = 88  # of the JPEG, which is a third of a PNG of photographs
 @click.argument("models", nargs=3, metavar="ERM TEACHER STUDENT")
 @click.option("--explainer", default="flex", help="Explainer of the maps.")
 @click.option("--factory", help="Function that builds the networks, as MODULE:FUNCTION.")
+@click.option("--name", default="where-they-look.jpg", help="Name of the picture's file.")
 @click.option("--cells", multiple=True, type=int, help="Indices of cells: those of iid first, then those of shift.")
-def main(dataset: str, models: tuple[str, ...], explainer: str, factory: str | None, cells: tuple[int, ...]) -> None:
+def main(
+    dataset: str, models: tuple[str, ...], explainer: str, factory: str | None, name: str, cells: tuple[int, ...]
+) -> None:
     """Draw the picture."""
     classifiers = [load_classifier(model, factory)[0].eval() for model in models]
     opened = open_dataset(dataset)
     figure = Figure(figsize=(9.2, 6.3))
     panels = figure.subfigures(1, len(PANELS), wspace=0)
-    for number, (panel, (name, label, title)) in enumerate(zip(panels, PANELS, strict=True)):
-        split = opened.split(name)
+    for number, (panel, (test, label, title)) in enumerate(zip(panels, PANELS, strict=True)):
+        split = opened.split(test)
         rows = cells[EACH * number : EACH * (number + 1)] or np.flatnonzero(np.asarray(split.labels[:]) == label)[:EACH]
         draw(panel, split, np.asarray(rows), classifiers, opened.class_names, explainer)
         left = 0.13 if number == 0 else 0.05
@@ -63,7 +66,7 @@ def main(dataset: str, models: tuple[str, ...], explainer: str, factory: str | N
     buffer = io.BytesIO()
     figure.text(0.5, 0.012, "red speaks for a defect, blue against it", ha="center", fontsize=10)
     figure.savefig(buffer, dpi=120, facecolor="white")
-    Image.open(buffer).convert("RGB").save(OUT, quality=QUALITY, subsampling=0, optimize=True)
+    Image.open(buffer).convert("RGB").save(OUT / name, quality=QUALITY, subsampling=0, optimize=True)
 
 
 def draw(
