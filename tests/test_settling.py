@@ -15,7 +15,8 @@ import trainer.loop.training
 from data import make_coloured_mnist
 from pipeline import RULE_SETS, bias_free, cache_explanations, settle
 from pipeline.networks.fading import fading, set_remaining
-from pipeline.networks.modes import evaluating, is_settled
+from pipeline.networks.modes import is_settled
+from pipeline.networks.trials import evaluating
 from pipeline.relevance import Trace
 from trainer import DistillationLoss, ExplainedDataset, TrainingError, build_student, train_student, train_teacher
 

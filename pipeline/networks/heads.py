@@ -21,9 +21,8 @@ from pipeline.errors import ModelError
 from pipeline.networks.class_map import MappedClasses
 from pipeline.networks.layers import last_layer, outputs_of_last_layer
 from pipeline.networks.models import error_summary
-from pipeline.networks.modes import evaluating
 from pipeline.networks.sources import ImageShape
-from pipeline.networks.trials import else_in_logits
+from pipeline.networks.trials import else_in_logits, evaluating
 
 log = logging.getLogger(__name__)
 

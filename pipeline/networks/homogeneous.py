@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from pipeline.networks.trials import evaluating
 from pipeline.private_torch import BatchNormBase
 from pipeline.rules import scale_norm
 
@@ -178,9 +179,6 @@ def homogeneity_error(model: nn.Module, images: Tensor) -> float:
         model: images → logits.
         images: floating (N, C, H, W).
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    twice, doubled = model(2 * images), 2 * model(images)
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        twice, doubled = model(2 * images), 2 * model(images)
     return float((twice - doubled).abs().max() / doubled.abs().max().clamp_min(torch.finfo(images.dtype).tiny))

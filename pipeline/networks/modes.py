@@ -5,9 +5,6 @@ Not here: how a settled network's norms compute, which is up to the pass (`pipel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 
 from pipeline.networks.homogeneous import ScaleNorm
@@ -30,15 +27,3 @@ def settle(model: nn.Module) -> None:
 def is_settled(model: nn.Module) -> bool:
     """Return whether a network is as `settle` leaves it: in evaluation mode, and its norms in training mode."""
     return not model.training and any(module.training for module in model.modules() if isinstance(module, NORMS))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network in evaluation mode; afterwards each module has the mode that it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

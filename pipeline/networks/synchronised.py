@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 from pipeline.networks.fading import FadingNorm
 from pipeline.networks.homogeneous import ScaleNorm
+from pipeline.networks.modes import NORMS
 from pipeline.networks.processes import Processes
 from pipeline.private_torch import BatchNormBase
 from pipeline.rules import joint_batch_norm, scale_norm
@@ -78,8 +79,7 @@ def synchronise_batch_norm(model: nn.Module, group: dist.ProcessGroup | None = N
     Raises:
         ModelError: the class of a norm is unknown, and it may do more than normalise. The model is unchanged then.
     """
-    kinds = (BatchNormBase, ScaleNorm)
-    norms: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    norms: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
     for name, norm in norms.items():
         if type(norm) not in _SIBLINGS:
             raise ModelError(

@@ -21,6 +21,18 @@ CLOSE = 1e-5  # relative to the largest value: rounding
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode; afterwards each module has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
 def undisturbed(network: nn.Module) -> Iterator[None]:
     """Restore a network and all random states after a trial.
 

@@ -7,7 +7,7 @@ statistics, but a student does not learn if σ is detached from the outer gradie
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -122,13 +122,16 @@ class SecondMomentNorm:
             dz = z * slope if dz is None else dz.addcmul_(z, slope)
         return dz, at_k * inverse, None
 
-    def renormalised(self, z: Tensor, gamma: Tensor) -> tuple[SecondMomentNorm, Tensor]:
+    def renormalised(
+        self, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[SecondMomentNorm, Tensor | None, Tensor | None]:
         """Update the running second moment; return the norm that then follows, and its γ·r, see above."""
+        assert gamma is not None
         with torch.no_grad():
             second_moment = self._second_moment(z)
             _update(self.momentum, (self.running_second_moment, second_moment))
             r = torch.sqrt((second_moment + self.eps) / (self.running_second_moment + self.eps))
-        return replace(self, momentum=0.0), gamma * r
+        return replace(self, momentum=0.0), gamma * r, beta
 
     def _second_moment(self, z: Tensor) -> Tensor:
         squares, count = _over_all(self.processes, z, sum_per_channel(z.square()))
@@ -307,6 +310,18 @@ class _Normalised(Function):
         return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
+Changing = TypeVar("Changing", SecondMomentNorm, FadingBatchNorm)
+
+
+def in_pass(
+    state: PassState, norm: Changing, z: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Changing, Tensor | None, Tensor | None]:
+    """Return the norm, γ and β that compute what this pass asks for; running statistics that it moves have moved."""
+    if state.recomputing:
+        norm = replace(norm, momentum=0.0)
+    return norm.renormalised(z, gamma, beta) if state.renormalise and norm.training else (norm, gamma, beta)
+
+
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
     out = norm_behind(trace, norm, z, gamma, beta)
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
@@ -377,11 +392,8 @@ def batch_norm(
             return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
             raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
-    if trace.state.recomputing:
-        momentum = 0.0
     norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
-    if trace.state.renormalise and training:
-        norm, weight, bias = norm.renormalised(input, weight, bias)
+    norm, weight, bias = in_pass(trace.state, norm, input, weight, bias)
     if processes is not None:
         return _norm(trace, norm, input, weight, bias)
     return _norm(trace, BatchNorm(running_mean, running_var, training, norm.momentum, eps), input, weight, bias)
@@ -453,22 +465,12 @@ def fading_norm(
 @rule_for(fading_norm)
 def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, bias)
-    norm = FadingBatchNorm(*args)
-    if trace.state.recomputing:
-        norm = replace(norm, momentum=0.0)
-    gamma: Tensor | None = weight
-    beta: Tensor | None = bias
-    if trace.state.renormalise and norm.training:
-        norm, gamma, beta = norm.renormalised(x, gamma, beta)
+    norm, gamma, beta = in_pass(trace.state, FadingBatchNorm(*args), x, weight, bias)
     return _norm(trace, norm, x, gamma, beta)
 
 
 @rule_for(scale_norm)
 def scale_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, running)
-    norm = SecondMomentNorm(running, *args)
-    if trace.state.recomputing:
-        norm = replace(norm, momentum=0.0)
-    if trace.state.renormalise and norm.training:
-        norm, weight = norm.renormalised(x, weight)
-    return _norm(trace, norm, x, weight)
+    norm, gamma, _ = in_pass(trace.state, SecondMomentNorm(running, *args), x, weight, None)
+    return _norm(trace, norm, x, gamma)

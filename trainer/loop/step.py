@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline import Classifier, Forward, resize
 from pipeline.device import as_input, as_mask, to_device
-from pipeline.networks.modes import evaluating, is_settled
+from pipeline.networks.modes import is_settled
+from pipeline.networks.trials import evaluating
 from pipeline.private_torch import ONE_VALUE_PER_CHANNEL_MESSAGE
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
