@@ -284,7 +284,7 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         Kind.LOCATION,
         Doc(
             "Heatmap store of the validation split. With it, the run keeps the weights with the lowest validation "
-            "loss; without it, the last weights."
+            "loss, and warns you of a student that has probably learnt the bias; without it, the last weights."
         ),
     ] = None
     out: RunFolder

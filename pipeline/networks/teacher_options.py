@@ -49,7 +49,8 @@ class PreprocessingOptions(OptionSet):
         tuple[Any, ...] | None,
         Doc(
             "Mean of the network's training images in [0, 1], of each channel or one for all, such as "
-            "0.485,0.456,0.406. Default: that of its library, if the network starts from weights."
+            "0.485,0.456,0.406. Default: that of its library, if the network starts from weights, or that of the "
+            "training, if they are the weights of one of our trainings."
         ),
         Separated(),
     ] = None
@@ -62,8 +63,8 @@ class PreprocessingOptions(OptionSet):
         Any,
         Kind.IMAGE_SIZE,
         Doc(
-            "Size to which images are resized for the network. Default: that of its library, if the network starts "
-            "from weights, and otherwise the dataset's."
+            "Size to which images are resized for the network. Default: as for the mean, and otherwise the dataset's "
+            "size."
         ),
     ] = None
 
