@@ -11,7 +11,6 @@ from accuracy import print_accuracies
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from pipeline import settle
 from trainer import DistillationLoss, ExplainedDataset, build_student
 
 
@@ -22,7 +21,7 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
         if self.state.global_step >= self.state.max_steps // 2:
-            settle(model)  # Trainer puts it in training mode in each step
+            model.eval()  # Trainer puts it in training mode in each step
         value = self.distillation(model, inputs)
         return (value, {}) if return_outputs else value
 

@@ -10,7 +10,6 @@ import torch
 from accuracy import print_accuracies
 from torch.utils.data import DataLoader
 
-from pipeline import settle
 from trainer import DistillationLoss, ExplainedDataset, build_student
 
 
@@ -21,7 +20,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
         if self.global_step >= self.steps // 2:
-            settle(self.student)
+            self.student.eval()
         value = self.loss(self.student, batch)
         self.log("loss", value)
         return value

@@ -9,7 +9,6 @@ import torch
 from accuracy import print_accuracies
 from torch.utils.data import DataLoader
 
-from pipeline import settle
 from trainer import DistillationLoss, ExplainedStream, build_student
 
 if __name__ == "__main__":
@@ -40,7 +39,7 @@ if __name__ == "__main__":
             if step == options.steps:
                 break
             if step >= options.steps // 2:
-                settle(student)  # as train-student does; after each student.train(), if a loop calls it
+                student.eval()  # it learns what it will compute in evaluation, as with train-student
             value = loss(student, batch)
             value.backward()
             torch.nn.utils.clip_grad_norm_(learnt, 1.0)

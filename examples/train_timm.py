@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch.utils.data import DataLoader
 
-from pipeline import build_network, settle
+from pipeline import build_network
 from trainer import DistillationLoss, ExplainedStream, build_student
 
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
             dataset.set_epoch(step // len(dataset))
             batches = iter(DataLoader(dataset, batch_size=None))
         if step >= steps // 2:
-            settle(student)
+            student.eval()
         loss(student, next(batches)).backward()
         timm.utils.dispatch_clip_grad(student.parameters(), 1.0)
         optimizer.step()

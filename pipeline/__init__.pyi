@@ -7,7 +7,6 @@ from .networks.export import export_model, plain, save_plain
 from .networks.fronts import Front, build_front
 from .networks.homogeneous import BiasFreeReport, ScaleNorm, bias_free, homogeneity_error
 from .networks.models import architectures, build_network
-from .networks.modes import settle
 from .networks.own_teachers import OwnTeacher
 from .networks.preprocessing import PreprocessSpec
 from .networks.processes import LostProcess
@@ -52,7 +51,6 @@ __all__ = [
     "resize",
     "rule_for",
     "save_plain",
-    "settle",
     "stop_relevance",
     "synchronise_batch_norm",
 ]

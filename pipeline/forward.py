@@ -28,7 +28,7 @@ class Forward:
 
     ``logits`` is (N, K), attached to the graph. Without an ``explainer`` it is an ordinary pass without maps.
     images: floating (N, C, H, W); masks: (N, 1, H, W), for a model that takes them. One pass of a model at a time, as
-    it is watched by hooks. renormalise: see `Trace`; it has no effect without rules.
+    it is watched by hooks.
 
     Raises RelevanceError for an explainer that there is not or cannot explain the model, ModelError for a coarse one
     of a network without feature maps.
@@ -43,8 +43,6 @@ class Forward:
         images: Tensor,
         explainer: str | None = None,
         masks: Tensor | None = None,
-        *,
-        renormalise: bool = False,
     ):
         self._explainer = None if explainer is None else EXPLAINERS.find(explainer)
         call = model if masks is None else partial(model, masks=masks)
@@ -55,7 +53,7 @@ class Forward:
             if self._explainer is None or self._explainer.rules is None:
                 self.logits: Tensor = call(images)
             else:
-                self.trace = Trace(call, images, self._explainer.rules, renormalise=renormalise)
+                self.trace = Trace(call, images, self._explainer.rules)
                 self.logits = self.trace.logits
         if coarse:
             self.feature_maps = seen.feature_maps(str(explainer))

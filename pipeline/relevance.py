@@ -63,21 +63,18 @@ class Trace:
         model: as in `explain`.
         images: as in `explain`.
         rules: as in `explain`.
-        renormalise: let norms over the batch, in training, normalise by their running statistics, which the batch has
-            updated, so that the model computes what it will compute in evaluation. Gradients pass through the
-            statistics of the batch all the same: batch renormalisation (Ioffe, NeurIPS 2017), without its limits.
 
     Attributes:
         logits: (N, K), attached to the graph.
     """
 
-    def __init__(self, model: Model, images: Tensor, rules: str | RuleSet = "flex", *, renormalise: bool = False):
+    def __init__(self, model: Model, images: Tensor, rules: str | RuleSet = "flex"):
         if not images.is_floating_point() or images.dim() < 2:
             raise ValueError(
                 f"images must be floating-point with shape (N, ...), got {images.dtype} "
                 f"{tuple(images.shape)}; divide uint8 images by 255 first"
             )
-        tracer = Tracer(rule_set(rules), len(images), renormalise)
+        tracer = Tracer(rule_set(rules), len(images))
         self.state = tracer.state
         with torch.inference_mode(False), torch.enable_grad():
             if images.is_inference():

@@ -70,13 +70,12 @@ class Tracer(TorchFunctionMode):
     Args:
         rules: the rules.
         samples: the number of images.
-        renormalise: see `Trace`.
     """
 
-    def __init__(self, rules: RuleSet, samples: int, renormalise: bool = False):
+    def __init__(self, rules: RuleSet, samples: int):
         super().__init__()
         self.rules, self.samples = rules, samples
-        self.state = PassState(renormalise=renormalise)
+        self.state = PassState()
         self.constants: Any = WeakTensorKeyDictionary()  # to a `Constant`: tensors that depend on the image otherwise
         self._axes_of_views: dict[int, tuple[Any, int | None]] = {}  # by the id, with a weak reference
         self._depth = 0

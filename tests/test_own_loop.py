@@ -432,11 +432,14 @@ def test_a_float64_student_computes_in_float64(sharded, batch):
     assert DistillationLoss(sharded)(build_student(sharded).double(), batch).dtype == torch.float64
 
 
-def test_augmentation_moves_image_and_heatmap_together_in_training_mode_only(sharded, batch):
+def test_augmentation_moves_image_and_heatmap_together_while_gradients_are_on(sharded, batch):
     """A student whose maps are the images, which a flip of both leaves as far from the teacher's."""
     student = build_student(sharded)
     plain, loss = DistillationLoss(sharded), DistillationLoss(sharded, augment=["flip"])
-    assert torch.equal(loss(student.eval(), batch), plain(student, batch))
+    with torch.no_grad():
+        assert torch.equal(loss(student.eval(), batch), plain(student, batch))
+    in_evaluation = DistillationLoss(sharded, augment=["flip"])(student, batch)
+    assert not torch.equal(in_evaluation, plain(student, batch)), "in evaluation mode a student learns too"
     first = loss(student.train(), batch)
     assert not torch.equal(first, plain(student, batch))
     resumed = DistillationLoss(sharded, augment=["flip"])

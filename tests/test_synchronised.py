@@ -94,7 +94,6 @@ def training(
     rules: str | None = "flex",
     side: int = 8,
     without: int = 0,
-    renormalise: bool = False,
 ) -> Results:
     """Three steps of SGD on heatmaps and labels; ``rules`` None: on labels alone. ``without`` images have ε = 0."""
     model = filled(make)
@@ -112,7 +111,7 @@ def training(
             logits = outputs["logits"] = model(images[mine])
             loss = F.cross_entropy(logits, classes[mine], reduction="sum")
         else:
-            trace = Trace(model, images[mine], rules, renormalise=renormalise)
+            trace = Trace(model, images[mine], rules)
             logits, maps = trace.logits, trace.heatmaps(classes[mine], epsilon[mine], create_graph=True)
             outputs = {"logits": logits, "maps": maps}
             loss = F.cross_entropy(logits, classes[mine], reduction="sum") + heatmap_loss(maps, teacher[mine]).sum()
@@ -194,8 +193,6 @@ for make in NORMS:
         f"{name}, a process without samples": partial(training, make=make, shares=ONE_WITHOUT, rules=None),
         f"{name}, ε of 0 in one process": partial(training, make=make, without=3),
         f"{name}, twice differentiated": partial(second_derivative, make=make),
-        f"{name}, uneven shares, settled": partial(training, make=make, shares=UNEVEN, renormalise=True),
-        f"{name}, settled, gamma": partial(training, make=make, rules="gamma", renormalise=True),
     }
 
 

@@ -18,7 +18,6 @@ from data import Location
 from options import Call, Message, Option
 from pipeline import Classifier, bias_free, build_network
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head
-from pipeline.networks.modes import is_settled
 from teacher_cache import CacheInfo, check_complete, open_cache
 from trainer.distill import check_background, check_holds, making_a_store
 from trainer.errors import TrainingError
@@ -82,7 +81,7 @@ class DistillationLoss(nn.Module):
         method: as in `train_student`; None matches the maps of the store.
         loss: a weighted sum of methods, such as ``lrp=1,output=0.1``, instead of one method.
         map_loss, pyramid, mask_target: as in `train_student`.
-        augment: augmentations that move images, heatmaps and masks together, while the student is in training mode.
+        augment: augmentations that move images, heatmaps and masks together, while gradients are on.
         seed: the seed of the augmentations.
 
     Raises:
@@ -148,7 +147,7 @@ class DistillationLoss(nn.Module):
         device, settings = self._placed(student)
         self._check(batch)
         fields = {name: batch[name] for name in self._needed}
-        learns = student.training or is_settled(student)
+        learns = torch.is_grad_enabled()
         position = self._next_position(len(fields["images"])) if settings.augment and learns else None
         model = Classifier(student)  # which takes masks, and does nothing with them; the student keeps its modes
         model.training = student.training
@@ -163,7 +162,7 @@ class DistillationLoss(nn.Module):
 
     def _placed(self, student: nn.Module) -> tuple[torch.device, Settings]:
         """Return the device of the student, and the settings in its precision."""
-        if (student.training or is_settled(student)) and not torch.is_grad_enabled():
+        if student.training and not torch.is_grad_enabled():
             raise TrainingError(
                 "gradients are off (torch.no_grad or torch.inference_mode), and the student is in training mode: turn "
                 "them on to train, or call student.eval() to validate"

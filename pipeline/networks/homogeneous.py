@@ -40,6 +40,9 @@ class ScaleNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
 
 
+NORMS = (BatchNormBase, ScaleNorm)  # over the batch
+
+
 @dataclass(frozen=True)
 class BiasFreeReport:
     """The names of the modules that `bias_free` ``changed``, and of those that it ``could_not``, with their type."""

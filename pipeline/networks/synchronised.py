@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.networks.fading import FadingNorm
-from pipeline.networks.homogeneous import ScaleNorm
-from pipeline.networks.modes import NORMS
+from pipeline.networks.homogeneous import NORMS, ScaleNorm
 from pipeline.networks.processes import Processes
 from pipeline.private_torch import BatchNormBase
 from pipeline.rules import joint_batch_norm, scale_norm

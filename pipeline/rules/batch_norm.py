@@ -7,7 +7,7 @@ statistics, but a student does not learn if σ is detached from the outer gradie
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from pipeline.tracer import Tracer
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # with respect to z, γ and β
-
-# In a pass that renormalises, a norm by the statistics of the batch is given another γ and β, with which it computes
-# what the running statistics would give: γ·r and β + γ·d, where r = σ_batch / σ_running and d = (μ_batch − μ_running) /
-# σ_running are constants for gradients. This is batch renormalisation (Ioffe, NeurIPS 2017) without its limits.
 
 
 class Norm(Protocol):
@@ -122,17 +118,6 @@ class SecondMomentNorm:
             dz = z * slope if dz is None else dz.addcmul_(z, slope)
         return dz, at_k * inverse, None
 
-    def renormalised(
-        self, z: Tensor, gamma: Tensor | None, beta: Tensor | None
-    ) -> tuple[SecondMomentNorm, Tensor | None, Tensor | None]:
-        """Update the running second moment; return the norm that then follows, and its γ·r, see above."""
-        assert gamma is not None
-        with torch.no_grad():
-            second_moment = self._second_moment(z)
-            _update(self.momentum, (self.running_second_moment, second_moment))
-            r = torch.sqrt((second_moment + self.eps) / (self.running_second_moment + self.eps))
-        return replace(self, momentum=0.0), gamma * r, beta
-
     def _second_moment(self, z: Tensor) -> Tensor:
         squares, count = _over_all(self.processes, z, sum_per_channel(z.square()))
         return squares / count
@@ -195,20 +180,6 @@ class FadingBatchNorm:
         if g is not None:
             dz.addcmul_(g.to(level.dtype), channels(scale, g))
         return dz.to(z.dtype), dgamma, dbeta
-
-    def renormalised(
-        self, z: Tensor, gamma: Tensor | None, beta: Tensor | None
-    ) -> tuple[FadingBatchNorm, Tensor | None, Tensor | None]:
-        """Update the running statistics; return the norm that then follows, its γ·r and β + γ·d, see above."""
-        if self.running_mean is None or self.running_second_moment is None:  # there is nothing to compute with
-            return self, gamma, beta
-        with torch.no_grad():
-            mean, second_moment, count = self._moments(z)
-            self._update(mean, second_moment, count)
-            inverse = torch.rsqrt(self.running_second_moment + self.eps)
-            r, d = torch.sqrt(second_moment + self.eps) * inverse, (mean - self.running_mean) * inverse
-        scale, shift = (r, d) if gamma is None else (gamma * r, gamma * d)
-        return replace(self, momentum=0.0), scale, shift if beta is None else beta + shift
 
     def _moments(self, z: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Return E[z] and E[(z − rμ)²], (C,), and the number of values in each channel."""
@@ -310,18 +281,6 @@ class _Normalised(Function):
         return None, dz, None, dgamma, dbeta if ctx.needs_input_grad[4] else None
 
 
-Changing = TypeVar("Changing", SecondMomentNorm, FadingBatchNorm)
-
-
-def in_pass(
-    state: PassState, norm: Changing, z: Tensor, gamma: Tensor | None, beta: Tensor | None
-) -> tuple[Changing, Tensor | None, Tensor | None]:
-    """Return the norm, γ and β that compute what this pass asks for; running statistics that it moves have moved."""
-    if state.recomputing:
-        norm = replace(norm, momentum=0.0)
-    return norm.renormalised(z, gamma, beta) if state.renormalise and norm.training else (norm, gamma, beta)
-
-
 def _norm(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta: Tensor | None = None) -> Tensor:
     out = norm_behind(trace, norm, z, gamma, beta)
     return _Normalised.apply(trace.state, z, norm, gamma, beta)[0] if out is None else out
@@ -392,11 +351,12 @@ def batch_norm(
             return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if training and input.numel() == input.shape[1]:  # PyTorch's error, before the running variance becomes NaN
             raise ValueError(f"expected more than 1 value per channel when training, got input {tuple(input.shape)}")
-    norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
-    norm, weight, bias = in_pass(trace.state, norm, input, weight, bias)
+    momentum = trace.state.momentum(momentum)
     if processes is not None:
-        return _norm(trace, norm, input, weight, bias)
-    return _norm(trace, BatchNorm(running_mean, running_var, training, norm.momentum, eps), input, weight, bias)
+        norm: Norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
+    else:
+        norm = BatchNorm(running_mean, running_var, training, momentum, eps)
+    return _norm(trace, norm, input, weight, bias)
 
 
 def scale_norm(
@@ -465,12 +425,14 @@ def fading_norm(
 @rule_for(fading_norm)
 def fading_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, bias)
-    norm, gamma, beta = in_pass(trace.state, FadingBatchNorm(*args), x, weight, bias)
-    return _norm(trace, norm, x, gamma, beta)
+    norm = FadingBatchNorm(*args)
+    norm = replace(norm, momentum=trace.state.momentum(norm.momentum))
+    return _norm(trace, norm, x, weight, bias)
 
 
 @rule_for(scale_norm)
 def scale_norm_rule(trace: Tracer, func: Any, x: Tensor, weight: Tensor, running: Tensor, *args: Any) -> Tensor:
     require_constant(trace, func, weight, running)
-    norm, gamma, _ = in_pass(trace.state, SecondMomentNorm(running, *args), x, weight, None)
-    return _norm(trace, norm, x, gamma)
+    norm = SecondMomentNorm(running, *args)
+    norm = replace(norm, momentum=trace.state.momentum(norm.momentum))
+    return _norm(trace, norm, x, weight)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.networks.processes import Processes
-from pipeline.rules.batch_norm import batch_norm, in_pass, moments, plain_norm
+from pipeline.rules.batch_norm import batch_norm, moments
 from pipeline.rules.node import input_gradient, node, stabilised_quotient
 from pipeline.rules.table import Rule, require_constant
 from pipeline.rules.weighted import linear
@@ -140,9 +140,7 @@ def merged_batch_norm(
     require_constant(trace, func, weight, bias)
     modify, of, layer, x, layer_weight, layer_bias = made.metadata[_LAYER]
     state, axis = trace.state, trace.batch_axis(input)
-    norm = plain_norm(running_mean, running_var, training, momentum, eps, processes)
-    norm, weight, bias = in_pass(state, norm, input, weight, bias)
-    momentum = norm.momentum
+    momentum = state.momentum(momentum)
     if not training:  # buffers that a later step may overwrite
         running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
 

@@ -27,13 +27,15 @@ class PassState:
         epsilon: the stabiliser (N,) of the relevance pass in progress; None for the true gradient.
         uniform: its value if all are equal, else None.
         recomputing: whether a checkpointed block is run again, so that norms do not update their running statistics.
-        renormalise: whether norms over the batch, in training, normalise by their running statistics, see `Trace`.
     """
 
     epsilon: Tensor | None = None
     uniform: float | None = None
     recomputing: bool = False
-    renormalise: bool = False
+
+    def momentum(self, momentum: float) -> float:
+        """Return with which weight a norm in this pass takes the batch into its running statistics."""
+        return 0.0 if self.recomputing else momentum
 
     def epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
         """Return the ε of each sample, shaped to broadcast over an activation with its batch at ``batch_axis``.

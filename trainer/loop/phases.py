@@ -1,7 +1,7 @@
-"""What changes in the course of a training beside the weights: biases fade, norms forget faster, a student settles.
+"""What changes in the course of a training beside the weights: biases fade, norms forget faster, training mode ends.
 
 Data and functions of the step alone, so that a resumed training is in the same phase. Not here: how terms fade
-(`pipeline.networks.fading`), and how a settled network computes (`pipeline.networks.modes`).
+(`pipeline.networks.fading`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import math
 from torch import nn
 
 from pipeline.explainers import EXPLAINERS
-from pipeline.networks.modes import NORMS
+from pipeline.networks.homogeneous import NORMS
 from teacher_cache import CacheInfo
 from trainer.loop.methods import needs
 from trainer.settings import Settings
 
 FADING = 0.5  # share of the steps in which the additive terms of given weights fade out
-SETTLING = 0.5  # share of the steps after which a student that matches maps settles
+IN_TRAINING_MODE = 0.5  # share of the steps, of a student that matches maps of rules
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +28,11 @@ def remaining(step: int, steps: int) -> float:
     return max(0.0, 1 - step / (FADING * steps))
 
 
-def settles(settings: Settings, store: CacheInfo | None) -> int:
-    """Return the step before which the network settles; where it matches no maps that follow rules it never does."""
+def in_evaluation_from(settings: Settings, store: CacheInfo | None) -> int:
+    """Return the step, counted from 0, from which on a network is in evaluation mode; the number of steps for never."""
     if store is None or "heatmaps" not in needs(settings.loss) or EXPLAINERS.find(store.explainer.rule).rules is None:
         return settings.steps
-    return math.ceil(SETTLING * settings.steps)
+    return math.ceil(IN_TRAINING_MODE * settings.steps)
 
 
 def raise_momentum(model: nn.Module, steps: int) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from options import Message, Option
 from pipeline import Classifier, Forward, resize
 from pipeline.device import as_input, as_mask, to_device
-from pipeline.networks.modes import is_settled
 from pipeline.networks.trials import evaluating
 from pipeline.private_torch import ONE_VALUE_PER_CHANNEL_MESSAGE
 from teacher_cache import CacheInfo
@@ -45,7 +44,7 @@ def forward_backward(
     """Run the forward and backward passes of a step, in ``settings.accumulate`` parts; gradients add up in the model.
 
     Args:
-        model: the network, in training mode or settled.
+        model: the network, in training or evaluation mode.
         store: the description of the store, None without one.
         settings: the losses and their weights, and the number of parts.
         autocast: makes the context in which each forward pass runs.
@@ -162,14 +161,11 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
 
 
 def forward_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> Forward:
-    """Run a batch through the network, with the rules of the explainer that the methods or the store need.
-
-    If the network is settled (`settle`), its norms renormalise.
-    """
+    """Run a batch through the network, with the rules of the explainer that the methods or the store need."""
     explainer = next((METHODS[name].explains for name in settings.loss if METHODS[name].explains), None)
     if store is not None and "heatmaps" in batch:
         explainer = store.explainer.rule
-    return Forward(model, batch["images"], explainer, batch.get("masks"), renormalise=is_settled(model))
+    return Forward(model, batch["images"], explainer, batch.get("masks"))
 
 
 def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -31,7 +31,6 @@ from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
 from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
-from pipeline.networks.modes import settle
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
 from pipeline.threads import cpu_threads
@@ -46,7 +45,7 @@ from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
-from trainer.loop.phases import raise_momentum, remaining, settles
+from trainer.loop.phases import in_evaluation_from, raise_momentum, remaining
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
@@ -181,7 +180,7 @@ class State:
 class Loop:
     """What the loop works with: batches, the passes of a step, and what watches, times, shows and interrupts it.
 
-    ``passes`` are others once the network has settled.
+    ``passes`` are others once the network is in evaluation mode.
     """
 
     batches: Timed
@@ -325,12 +324,10 @@ def start(state: State, cleanup: ExitStack) -> Loop:
         pin_memory=device.type == "cuda",
     )
     timed = Timed(cleanup.enter_context(closing(batches)))
-    state.model.train()
+    state.model.train(first <= in_evaluation_from(settings, training.material.store))
     raise_momentum(state.model, settings.steps)
     if training.fades:
         _fade(state)
-    if first > settles(settings, training.material.store):
-        settle(state.model)
     return Loop(timed, _passes(state), watch, Clock(state.progress, timed), show, profile, interruption)
 
 
@@ -345,8 +342,8 @@ def step(state: State, loop: Loop) -> float:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
     if state.training.fades and remaining(number - 1, settings.steps) > 0:
         _fade(state)
-    if number == settles(settings, state.training.material.store):
-        settle(state.model)
+    if number == in_evaluation_from(settings, state.training.material.store):
+        state.model.eval()
         loop.passes = _passes(state)
     losses = loop.passes(inputs)
     if state.group_weights is not None:
