@@ -95,6 +95,8 @@ def response_norm(x: Tensor) -> Tensor:
 OPERATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "relu6": (lambda x: F.relu6(4 * x), 0),
     "hardtanh": (F.hardtanh, 0),
+    "hardtanh from 0": (partial(F.hardtanh, min_val=0, max_val=0.7), 0),
+    "clamp from 0": (lambda x: x.clamp(0, 0.7), 0),
     "silu": (F.silu, 0),
     "gelu": (F.gelu, 0),
     "gelu by tanh": (partial(F.gelu, approximate="tanh"), 0),
@@ -215,15 +217,17 @@ def test_an_activation_in_place_is_the_activation(operation):
     assert torch.equal(explain(model, images, targets, epsilon)[1], expected)
 
 
-def test_the_identity_rule_is_its_formula():
+@pytest.mark.parametrize("name", ["gelu", "hardtanh from 0", "clamp from 0"])
+def test_the_identity_rule_is_its_formula(name):
+    operation, _ = OPERATIONS[name]
     images, targets, epsilon = tokens()
-    model = Between(F.gelu).double()
+    model = Between(operation).double()
     heatmaps = explain(model, images, targets, epsilon)[1]
     for image, target, value, heatmap in zip(images, targets, epsilon, heatmaps, strict=True):
         x = model.first(image)
         gradient = model.last.weight[target].view(4, 6)
         denominator = x + torch.where(x >= 0, value, -value)
-        expected = image * ((gradient * F.gelu(x) / denominator) @ model.first.weight)
+        expected = image * ((gradient * operation(x) / denominator) @ model.first.weight)
         torch.testing.assert_close(heatmap, expected.detach())
 
 

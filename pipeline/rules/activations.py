@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from pipeline.rules.elementwise import elementwise
 from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient
+from pipeline.rules.relu import BoundedReLURelevance
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ ACTIVATIONS: set[Any] = {
 }  # fmt: skip
 
 
+OF_TWO_BOUNDS: set[Any] = {
+    F.hardtanh, F.hardtanh_, torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip, T.clip_,
+}  # fmt: skip
 BOUNDS: set[Any] = {
-    F.relu6, F.hardtanh, F.hardtanh_, torch.clamp, torch.clamp_, T.clamp, T.clamp_, torch.clip, torch.clip_, T.clip,
-    T.clip_, torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_, torch.clamp_max, torch.clamp_max_,
-    T.clamp_max, T.clamp_max_,
+    *OF_TWO_BOUNDS, F.relu6, torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_, torch.clamp_max,
+    torch.clamp_max_, T.clamp_max, T.clamp_max_,
 }  # fmt: skip
 
 
@@ -55,6 +58,17 @@ def _keeps_zero(func: Any, args: Any, kwargs: Any) -> bool:
     if any(bound.numel() != 1 or bound.is_cuda for bound in bounds):
         return False
     return not func(torch.zeros(1), *args, **kwargs).item()
+
+
+def _bound_of_relu(func: Any, args: Any, kwargs: Any) -> float | None:
+    """Return the bound of a function that is min(max(x, 0), bound), such as ReLU6; None for others."""
+    if func is F.relu6:
+        return 6.0
+    named = {name.removesuffix("_val"): value for name, value in kwargs.items()}
+    bounds = {**dict(zip(("min", "max"), args, strict=False)), **named} if func in OF_TWO_BOUNDS else {}
+    least, most = bounds.get("min"), bounds.get("max")
+    numbers = isinstance(least, int | float) and isinstance(most, int | float)
+    return float(most) if numbers and least == 0 < most else None
 
 
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -89,6 +103,7 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
     args = [arg for arg in args if not isinstance(arg, bool)]
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
     state, axis, positional, names = trace.state, trace.batch_axis(input), len(args), tuple(kwargs)
+    bound = _bound_of_relu(func, args, kwargs)
 
     def function(x: Tensor, *options: Any) -> Tensor:
         named = dict(zip(names, options[positional:], strict=True))
@@ -96,6 +111,8 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
 
     def relevance(g: Tensor, x: Tensor, *options: Any) -> Tensor:
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
+        if bound is not None:
+            return BoundedReLURelevance.apply(g, x, epsilon, bound)
         if torch.is_grad_enabled() and any(isinstance(option, Tensor) for option in options):
             return g * stabilised_quotient(function(x, *options), x, epsilon)
         return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options))

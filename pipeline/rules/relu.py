@@ -1,4 +1,4 @@
-"""ReLU: LRP-Flex."""
+"""ReLU, and ReLU with an upper bound: LRP-Flex."""
 
 from __future__ import annotations
 
@@ -38,6 +38,30 @@ class _ReLURelevance(Function):
         dg = (share * a).to(a.dtype)
         # d/da a/(a+ε) = ε/(a+ε)²; where a = 0 it does not matter, as the ReLU's own gradient is 0 there
         return dg, share.mul_(epsilon).mul_(scaled).to(a.dtype), None  # another order could be infinity times 0
+
+
+class BoundedReLURelevance(Function):
+    """g · f(x) / (max(x, 0) + ε) of f(x) = min(max(x, 0), bound)."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, bound: float) -> Tensor:
+        a = x.clamp_min(0)
+        scaled = _shared_out(g, a, epsilon)
+        ctx.bound = bound
+        ctx.save_for_backward(scaled, x, epsilon)
+        return (a.clamp_max_(bound) * scaled).to(a.dtype)
+
+    @staticmethod
+    @last_derivative
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, x, epsilon = ctx.saved_tensors
+        a = x.clamp_min(0)
+        share = _shared_out(v, a, epsilon)
+        dg = (a.clamp_max_(ctx.bound) * share).to(a.dtype)
+        # d/dx f(x)/(x+ε) = ε/(x+ε)², −bound/(x+ε)² above the bound, and 0 below 0
+        slope = threshold_backward(epsilon.expand_as(x), x, 0)
+        slope -= threshold_backward((epsilon + ctx.bound).expand_as(x), x, ctx.bound)
+        return dg, share.mul_(slope).mul_(scaled).to(a.dtype), None, None  # another order could be infinity times 0
 
 
 class _ReLU(Function):
