@@ -144,6 +144,14 @@ LAYERS = {
     ),
     "1-d": (lambda: nn.Sequential(nn.Conv1d(2, 4, 3, 2, 1), settled(nn.BatchNorm1d(4))), (2, 7)),
     "3-d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2, 1, 1), settled(nn.BatchNorm3d(4))), (2, 3, 3, 3)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 5, 1, 2, groups=4), (4, 6, 5)),
+    "depthwise, uneven": (lambda: nn.Conv2d(4, 4, (3, 5), (2, 1), (0, 3), (1, 2), groups=4), (4, 7, 8)),
+    "depthwise, steps past the border": (lambda: nn.Conv2d(4, 4, 5, 3, 2, 2, groups=4), (4, 12, 10)),
+    "depthwise and norm": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 7, 2, 3, groups=4, bias=False), settled(nn.BatchNorm2d(4))),
+        (4, 8, 8),
+    ),
+    "two outputs of each channel": (lambda: nn.Conv2d(4, 8, 5, 1, 2, groups=4), (4, 6, 6)),
     "transposed": (lambda: nn.ConvTranspose2d(2, 4, 3, 2, 1, 1, groups=2), (2, 4, 4)),
     "transposed and norm": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 4, 3, 2), settled(nn.BatchNorm2d(4))),
