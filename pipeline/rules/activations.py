@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from pipeline.rules.elementwise import elementwise
-from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient
+from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient, written
 from pipeline.rules.relu import BoundedReLURelevance
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -118,7 +118,7 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
         return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options))
 
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
-    return input.copy_(output) if inplace else output
+    return written(input, output) if inplace else output
 
 
 @rule_for(F.rrelu, torch.rrelu, torch.rrelu_)
@@ -137,13 +137,13 @@ def rrelu(
     rule = trace.rules.rule(elementwise)
     assert rule is not None
     output = rule(trace, elementwise, x, torch.where(x >= 0, x, x * slope), trace.batch_axis(input))
-    return output if x is input else input.copy_(output)
+    return output if x is input else written(input, output)
 
 
 def hardsigmoid_by_gradient(trace: Tracer, func: Any, input: Tensor, inplace: bool = False) -> Tensor:
     """Pass the gradient; PyTorch's own backward pass cannot be differentiated again."""
     output = F.hardtanh(input + 3, 0.0, 6.0) / 6
-    return input.copy_(output) if inplace else output
+    return written(input, output) if inplace else output
 
 
 @rule_for(F.glu)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.private_torch import is_view
 from pipeline.rules.table import PassState
 
 
@@ -42,6 +43,26 @@ def node(
     which give the second order, and must hold no tensor of the graph.
     """
     return _Node.apply(state, relevance, function(first, *others), first, *others)
+
+
+class _Written(Function):
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, output: Tensor) -> Tensor:
+        ctx.mark_dirty(target)
+        return target.copy_(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor]:
+        return None, g
+
+
+def written(target: Tensor, output: Tensor) -> Tensor:
+    """Write an output over a tensor of its shape, and return that; its gradient is that of the output.
+
+    It is ``target.copy_(output)`` without the gradient of what ``target`` was before: zeros, with channels first, which
+    autograd adds, so that the sum loses its memory layout. Of a view, whose base has gradients too, it is just that.
+    """
+    return target.copy_(output) if is_view(target) else _Written.apply(target, output)
 
 
 def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.rules.linear import StopRelevance
-from pipeline.rules.node import node, share, stabilised_quotient
+from pipeline.rules.node import node, share, stabilised_quotient, written
 from pipeline.rules.table import require_constant, rule_for, tensors
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def bilinear(trace: Tracer, func: Any, first: Tensor, second: Tensor, weight: Te
 @rule_for(T.mul_, T.__imul__)
 def product_in_place(trace: Tracer, func: Any, input: Tensor, other: Any) -> Tensor:
     first, second = shared(trace, input, other)
-    return func(input, other) if first is input and second is other else input.copy_(first.clone() * second)
+    return func(input, other) if first is input and second is other else written(input, first.clone() * second)
 
 
 @rule_for(torch.einsum)

@@ -40,6 +40,11 @@ class _ReLURelevance(Function):
         return dg, share.mul_(epsilon).mul_(scaled).to(a.dtype), None  # another order could be infinity times 0
 
 
+def _where_above(value: Tensor, x: Tensor, bound: float) -> Tensor:
+    """Return a value where x is above the bound, and 0 elsewhere, in the memory layout of x."""
+    return threshold_backward(value.expand_as(x), x, bound, grad_input=torch.empty_like(x))
+
+
 class BoundedReLURelevance(Function):
     """g · f(x) / (max(x, 0) + ε) of f(x) = min(max(x, 0), bound)."""
 
@@ -59,8 +64,7 @@ class BoundedReLURelevance(Function):
         share = _shared_out(v, a, epsilon)
         dg = (a.clamp_max_(ctx.bound) * share).to(a.dtype)
         # d/dx f(x)/(x+ε) = ε/(x+ε)², −bound/(x+ε)² above the bound, and 0 below 0
-        slope = threshold_backward(epsilon.expand_as(x), x, 0)
-        slope -= threshold_backward((epsilon + ctx.bound).expand_as(x), x, ctx.bound)
+        slope = _where_above(epsilon, x, 0).sub_(_where_above(epsilon + ctx.bound, x, ctx.bound))
         return dg, share.mul_(slope).mul_(scaled).to(a.dtype), None, None  # another order could be infinity times 0
 
 

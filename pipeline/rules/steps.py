@@ -21,6 +21,7 @@ from pipeline.rules.activations import ACTIVATIONS, BOUNDS
 from pipeline.rules.elementwise import EXTREMES_OF_TWO, elementwise
 from pipeline.rules.joined import JOINS, Joined
 from pipeline.rules.linear import LIKE_THE_SECOND, SELECTIONS
+from pipeline.rules.node import written
 from pipeline.rules.relu import RELU
 from pipeline.rules.table import Rule, rule_for, tensors
 
@@ -350,7 +351,7 @@ def _by_the_identity_rule(base: Tensor) -> Rule:
         axis, first = trace.batch_axis(base), args[0]
         if not writes(func):
             return _identity(trace, base, func(*args, **kwargs), axis)
-        return first.copy_(_identity(trace, base.clone(), func(first.clone(), *args[1:], **kwargs), axis))
+        return written(first, _identity(trace, base.clone(), func(first.clone(), *args[1:], **kwargs), axis))
 
     return rule
 
@@ -392,7 +393,7 @@ def _masked_assignment(base: Tensor, refusal: Callable[[], RelevanceError]) -> R
         axis = trace.batch_axis(input)
         output = _identity(trace, base.clone(), input.clone(), trace.batch_axis(base)).clone()
         func(output, index, value)
-        input.copy_(output)
+        written(input, output)
         trace.mark(input, axis, outer=True)
 
     return rule
