@@ -81,19 +81,24 @@ class _IdentityRelevance(Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any) -> Tensor:
-        share = function(x) / stabilised(x, epsilon)
+        d = stabilised(x, epsilon)
+        scaled = g / d
+        flat = torch.finfo(x.dtype).eps
+        if epsilon.is_cuda or bool((epsilon < flat).any()):
+            scaled.masked_fill_(d.abs() < flat, 0)
+        share = torch.div(function(x), d, out=d)
         ctx.function = function
-        ctx.save_for_backward(g, x, epsilon, share)
+        ctx.save_for_backward(scaled, x, share)
         return g * share
 
     @staticmethod
     @last_derivative
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        g, x, epsilon, share = ctx.saved_tensors
-        vg, d = v * g, stabilised(x, epsilon)
+        scaled, x, share = ctx.saved_tensors
         # d/dx f(x)/d = (f'(x) − f(x)/d) / d
-        dx = input_gradient(ctx.function, x, vg).sub_(vg.mul_(share)).div_(d)
-        return v * share, dx.masked_fill_(d.abs_() < torch.finfo(x.dtype).eps, 0), None, None
+        dx = scaled.mul(v)
+        dx = input_gradient(ctx.function, x, dx).sub_(dx.mul_(share))
+        return v * share, dx, None, None
 
 
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:

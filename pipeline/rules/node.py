@@ -93,7 +93,10 @@ def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
 
 def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
     """Return ``x + ε·sign(x)`` with sign(0) = +1, for both signs of 0."""
-    return x + torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), x + 0)  # -0 + 0 = 0
+    sign = x + 0  # -0 + 0 = 0
+    if x.requires_grad and torch.is_grad_enabled():
+        return x + torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), sign)
+    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), sign, out=sign).add_(x)
 
 
 def stabilised_quotient(numerator: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:
