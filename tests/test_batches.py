@@ -50,17 +50,30 @@ class Memory:
         monkeypatch.setattr(batch, "Forward", Limited)
 
 
+SMALL = (3, 28, 28)
+
+
 def test_given_sizes_are_kept_and_auto_is_a_power_of_two_in_what_a_shard_holds():
-    assert (Batches.of(100, 512, CUDA).size, Batches.of(100, 512, CUDA).given) == (100, True)
-    assert [Batches.of("auto", most, CUDA).size for most in (1024, 300, 1)] == [1024, 256, 1]
-    assert [Batches.of("auto", most, CPU).size for most in (1024, 300, 16)] == [128, 128, 16]
+    for device in (CUDA, CPU):
+        batches = Batches.of(100, 512, (3, 900, 900), device)
+        assert (batches.size, batches.given) == (100, True)
+    assert [Batches.of("auto", most, (3, 224, 224), CUDA).size for most in (1024, 300, 1)] == [1024, 256, 1]
+    assert [Batches.of(None, most, (3, 224, 224), CUDA).size for most in (1024, 300, 1)] == [128, 128, 1]
+
+
+@pytest.mark.parametrize("batch_size", [None, "auto"])
+def test_on_a_cpu_fewer_large_images_are_explained_at_once(batch_size):
+    """128 photographs of 224×224 took more than 14 GB with a MobileNet's activations."""
+    assert [Batches.of(batch_size, most, SMALL, CPU).size for most in (1024, 300, 16)] == [128, 128, 16]
+    sizes = [Batches.of(batch_size, 1024, (3, side, side), CPU).size for side in (64, 65, 128, 224, 300, 2000)]
+    assert sizes == [128, 64, 32, 8, 4, 1]
 
 
 @pytest.mark.parametrize(
     ("samples", "holds", "size"), [(1024, 1024, 1024), (1024, 100, 64), (300, 200, 128), (7, 1, 1)]
 )
 def test_auto_finds_the_largest_power_of_two_that_fits_and_covers_every_sample_once(samples, holds, size):
-    batches, done = Batches.of("auto", 1024, CUDA), []
+    batches, done = Batches.of("auto", 1024, SMALL, CUDA), []
 
     def work(rows: slice) -> int:
         if rows.stop - rows.start > holds:
@@ -79,7 +92,7 @@ def test_what_is_no_lack_of_memory_is_raised_as_it_was():
         raise RuntimeError("a kernel of ours is wrong")
 
     with pytest.raises(RuntimeError, match="a kernel of ours is wrong"):
-        Batches.of("auto", 1024, CUDA).run(4, work)
+        Batches.of("auto", 1024, SMALL, CUDA).run(4, work)
 
 
 def test_the_c_librarys_lack_of_memory_is_known_by_its_words():

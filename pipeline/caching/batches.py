@@ -6,7 +6,7 @@ Not here: what is done with a batch (`stage_one.py`).
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
 import torch
@@ -16,8 +16,15 @@ from pipeline.errors import RelevanceError
 from pipeline.private_torch import OUT_OF_MEMORY_MESSAGES
 
 T = TypeVar("T")
-BatchSize = int | Literal["auto"]
+BatchSize = int | Literal["auto"] | None
 DEFAULT_SIZE = 128
+PIXELS = 2**19  # of a batch on a CPU, where a network for photographs takes up to 4 kB of memory for a pixel
+
+
+def fitting(most: int, image_shape: Sequence[int]) -> int:
+    """The largest power of two in ``most`` of images (..., H, W) that have `PIXELS` pixels together; at least 1."""
+    height, width = image_shape[-2:]
+    return 2 ** (max(1, min(most, PIXELS // max(1, height * width))).bit_length() - 1)
 
 
 class Batches:
@@ -31,16 +38,19 @@ class Batches:
         self.size, self.given = size, given
 
     @classmethod
-    def of(cls, batch_size: BatchSize, most: int, device: torch.device) -> Batches:
+    def of(cls, batch_size: BatchSize, most: int, image_shape: Sequence[int], device: torch.device) -> Batches:
         """Of the size that was given; of ``auto`` on CUDA, the largest power of two in ``most``, to be halved.
 
         That is found to fit, or not, by the work itself, as a batch that does not fit fails soon. Elsewhere memory that
-        is short is rarely reported, and more slowly had than computed with, so that ``auto`` begins at the default.
+        is short is rarely reported, and more slowly had than computed with, so that ``auto`` is the default there: 128,
+        and so few images that they have `PIXELS` pixels together.
         """
-        if batch_size != "auto":
+        if isinstance(batch_size, int):
             return cls(batch_size)
-        largest = most if device.type == "cuda" else min(most, DEFAULT_SIZE)
-        return cls(2 ** (max(1, largest).bit_length() - 1), given=False)
+        if device.type == "cuda":
+            largest = most if batch_size == "auto" else min(most, DEFAULT_SIZE)
+            return cls(2 ** (max(1, largest).bit_length() - 1), given=False)
+        return cls(fitting(min(most, DEFAULT_SIZE), image_shape), given=False)
 
     def run(self, samples: int, work: Callable[[slice], T]) -> list[T]:
         """What ``work(rows)`` returns for each batch, in order; the slices are those of all samples, from 0 on.

@@ -96,8 +96,11 @@ class CachingOptions(OptionSet):
         Any,
         Kind.BATCH_SIZE,
         Heading("Run"),
-        Doc("Images per batch. auto means the largest power of two that fits into a GPU's memory, and 128 on a CPU."),
-    ] = 128
+        Doc(
+            "Images per batch. Default: 128, and on a CPU fewer if the images are large. auto means the largest power "
+            "of two that fits into a GPU's memory, and on a CPU the default."
+        ),
+    ] = None
     share: Annotated[
         bool, Heading("Run"), Doc("Divide the shards with other processes that write the same store with this option.")
     ] = False
@@ -113,7 +116,7 @@ class CachingOptions(OptionSet):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size != "auto" and (isinstance(self.batch_size, str) or self.batch_size < 1):
+        if self.batch_size not in (None, "auto") and (isinstance(self.batch_size, str) or self.batch_size < 1):
             raise RelevanceError(Message(Option("batch_size"), f" must be at least 1, or auto, got {self.batch_size}"))
         if self.codec not in (names := ("auto", *COMPRESSORS)):
             try:

@@ -29,7 +29,7 @@ from data import Dataset, DatasetError, Split, open_dataset
 from data.storage import Location, absolute
 from options import Message, Option, renamed, takes
 from pipeline.batch import explain_batch
-from pipeline.caching.batches import Batches, BatchSize
+from pipeline.caching.batches import Batches, BatchSize, fitting
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.caching.first_look import FirstLook, first_look
@@ -346,7 +346,8 @@ def _explain_first(model: Classifier, split: Split, info: CacheInfo, device: tor
     """
     images = np.asarray(split.images[:LOOKED_AT])
     masks = None if split.masks is None else np.asarray(split.masks[:LOOKED_AT])
-    first = explain_shard(model, images, masks, info, 0, Batches(LOOKED_AT, given=False), device)
+    batches = Batches(fitting(LOOKED_AT, split.image_shape), given=False)
+    first = explain_shard(model, images, masks, info, 0, batches, device)
     if not (np.isfinite(first.heatmaps).all() and np.isfinite(first.teacher_logits).all()):
         raise RelevanceError(
             Message(
@@ -521,7 +522,7 @@ def _open(job: Job) -> _Opened:
         raise CacheError(f"the store {job.out}, {here}, is another one ({'; '.join(differences)}); {remedy}")
     device = pick_device(job.device)
     place(teacher.model, device)
-    batches = Batches.of(job.batch_size, job.info.storage.shard_samples, device)
+    batches = Batches.of(job.batch_size, job.info.storage.shard_samples, split.image_shape, device)
     return _Opened(teacher.model, split, cache, batches, device)
 
 

@@ -67,8 +67,9 @@ def _bound_of_relu(func: Any, args: Any, kwargs: Any) -> float | None:
     named = {name.removesuffix("_val"): value for name, value in kwargs.items()}
     bounds = {**dict(zip(("min", "max"), args, strict=False)), **named} if func in OF_TWO_BOUNDS else {}
     least, most = bounds.get("min"), bounds.get("max")
-    numbers = isinstance(least, int | float) and isinstance(most, int | float)
-    return float(most) if numbers and least == 0 < most else None
+    if isinstance(least, int | float) and isinstance(most, int | float) and least == 0 < most:
+        return float(most)
+    return None
 
 
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,7 +19,7 @@ from data.storage import absolute
 from options import Message, Option, takes
 from pipeline import Classifier, ModelConfig, ModelError, RelevanceError
 from pipeline.batch import explain_batch
-from pipeline.caching.batches import Batches
+from pipeline.caching.batches import Batches, fitting
 from pipeline.device import pick_device, place
 from pipeline.networks.teachers import Brought, Teacher, absolute_teacher
 from trainer.loop.methods import METHODS
@@ -511,7 +511,7 @@ def explain_samples(
         batch = explain_batch(model, images[rows], of_rows, classes[rows], EPSILON, explainer=EXPLAINER, device=device)
         return batch.maps.sum(2)
 
-    return np.concatenate(Batches(AT_ONCE, given=False).run(len(images), explain))
+    return np.concatenate(Batches(fitting(AT_ONCE, images.shape), given=False).run(len(images), explain))
 
 
 def _without_maps(samples: _Samples, predictions: Answers) -> tuple[Explained, ...]:

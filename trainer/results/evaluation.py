@@ -16,6 +16,7 @@ from data import Dataset, DatasetError, Location, Split, open_dataset
 from options import Message, Option, takes
 from pipeline import Classifier, ModelError, RelevanceError, load_classifier, load_teacher
 from pipeline.batch import explain_batch
+from pipeline.caching.batches import fitting
 from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.networks.sources import ImageShape
 from pipeline.networks.teachers import Brought, Teacher
@@ -284,7 +285,7 @@ def relevance_on_object(model: Classifier, split: Split, device: torch.device) -
     """
     assert split.masks is not None
     every, shares = max(1, len(split) // EXPLAINED), []
-    for rows in _batches(split, every, EXPLAINED_AT_ONCE):
+    for rows in _batches(split, every, fitting(EXPLAINED_AT_ONCE, split.image_shape)):
         images, masks = np.asarray(split.images[rows]), np.asarray(split.masks[rows])
         labels = np.asarray(split.labels[rows]).astype(np.int64)[:, None]
         try:

@@ -21,7 +21,7 @@ from data.storage import absolute
 from options import Call, Message, Option, did_you_mean, takes
 from pipeline import Classifier, ModelConfig, ModelError, RelevanceError
 from pipeline.batch import explain_batch
-from pipeline.caching.batches import Batches
+from pipeline.caching.batches import Batches, fitting
 from pipeline.device import pick_device, place
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import read_config, versions
@@ -293,7 +293,7 @@ def _model_column(model: Classifier, samples: Samples, settings: ShowOptions, de
         return explained.maps[:, 0], explained.logits
 
     place(model, device)
-    batches = Batches(AT_ONCE, given=False).run(len(rows), explain)
+    batches = Batches(fitting(AT_ONCE, split.image_shape), given=False).run(len(rows), explain)
     model.cpu()
     maps, logits = map(np.concatenate, zip(*batches, strict=True))
     class_names = samples.dataset.class_names
