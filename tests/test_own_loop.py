@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, default_collate, random_s
 from torch.utils.data.distributed import DistributedSampler
 
 from data import open_dataset
-from pipeline import cache_explanations, explain, synchronise_batch_norm
+from pipeline import cache_explanations, explain, load_classifier, synchronise_batch_norm
 from teacher_cache import CacheError, layout, open_cache
 from tests import ranks
 from tests.test_examples import EXAMPLES, ROOT, environment
@@ -445,6 +445,16 @@ def test_augmentation_moves_image_and_heatmap_together_while_gradients_are_on(sh
     resumed = DistillationLoss(sharded, augment=["flip"])
     resumed.load_state_dict(loss.state_dict())
     assert torch.equal(resumed(student, batch), loss(student, batch))
+
+
+@pytest.mark.parametrize(
+    ("explainer", "resolution"), [("flex", 1), ("flex", 2), ("flex-stride4", 1), ("flex-stride4", 2), ("grad-cam", 1)]
+)
+def test_the_teacher_matches_its_own_maps_whatever_their_size(dataset, teacher, tmp_path, explainer, resolution):
+    cache_explanations(dataset, teacher, tmp_path / "c", draws=1, explainer=explainer, resolution=resolution)
+    batch = next(iter(ExplainedStream(dataset, tmp_path / "c", batch_size=16)))
+    with torch.no_grad():
+        assert DistillationLoss(tmp_path / "c")(load_classifier(teacher)[0].eval(), batch) < 0.01
 
 
 def _step_in_ddp(data: Path, cache: Path, out: Path) -> None:

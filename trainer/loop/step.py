@@ -149,7 +149,7 @@ def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings
         assert store is not None
         ours, resolution = ours.to(theirs.dtype), store.storage.resolution
         if store.explainer.map_shape[1:] != store.dataset.image_shape[1:]:  # of another network's feature maps
-            ours = resize(ours, (theirs.shape[2], theirs.shape[3]))
+            ours = resize(ours, store.explainer.map_shape[1:])
         untaught.copy_(theirs.abs().amax(VALUES) == 0)
         vanished.copy_(ours.detach().abs().mean(VALUES) < VANISHING * theirs.abs().mean(VALUES))
         return heatmap_loss(ours, theirs, resolution, kind=settings.map_loss, pyramid=settings.pyramid)
