@@ -55,8 +55,9 @@ SMALL = (3, 28, 28)
 
 def test_given_sizes_are_kept_and_auto_is_a_power_of_two_in_what_a_shard_holds():
     for device in (CUDA, CPU):
-        batches = Batches.of(100, 512, (3, 900, 900), device)
-        assert (batches.size, batches.given) == (100, True)
+        for size in (100, np.int64(100)):
+            batches = Batches.of(size, 512, (3, 900, 900), device)
+            assert (batches.size, batches.given) == (100, True)
     assert [Batches.of("auto", most, (3, 224, 224), CUDA).size for most in (1024, 300, 1)] == [1024, 256, 1]
     assert [Batches.of(None, most, (3, 224, 224), CUDA).size for most in (1024, 300, 1)] == [128, 128, 1]
 

@@ -24,7 +24,12 @@ PIXELS = 2**19  # of a batch on a CPU, where a network for photographs takes up 
 def fitting(most: int, image_shape: Sequence[int]) -> int:
     """The largest power of two in ``most`` of images (..., H, W) that have `PIXELS` pixels together; at least 1."""
     height, width = image_shape[-2:]
-    return 2 ** (max(1, min(most, PIXELS // max(1, height * width))).bit_length() - 1)
+    return _power_of_two(min(most, PIXELS // max(1, height * width)))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest in ``most``, and 1 at least."""
+    return int(2 ** (max(1, most).bit_length() - 1))
 
 
 class Batches:
@@ -45,11 +50,10 @@ class Batches:
         is short is rarely reported, and more slowly had than computed with, so that ``auto`` is the default there: 128,
         and so few images that they have `PIXELS` pixels together.
         """
-        if isinstance(batch_size, int):
+        if batch_size is not None and batch_size != "auto":
             return cls(batch_size)
         if device.type == "cuda":
-            largest = most if batch_size == "auto" else min(most, DEFAULT_SIZE)
-            return cls(2 ** (max(1, largest).bit_length() - 1), given=False)
+            return cls(_power_of_two(most if batch_size == "auto" else min(most, DEFAULT_SIZE)), given=False)
         return cls(fitting(min(most, DEFAULT_SIZE), image_shape), given=False)
 
     def run(self, samples: int, work: Callable[[slice], T]) -> list[T]:
@@ -92,7 +96,7 @@ class Batches:
                         ", or a smaller network",
                     )
                 )
-            self.size = 2 ** ((tried - 1).bit_length() - 1)
+            self.size = _power_of_two(tried - 1)
         return results
 
 

@@ -79,12 +79,15 @@ class Convolution:
 
     def _plain(self, x: Tensor) -> bool:
         """Return whether the functions below may be faster than PyTorch's kernels: on a CPU, for plain convolutions."""
-        return x.dim() == 4 and x.device.type == "cpu" and not self.options[3] and self.options[5] == 1
+        return self._on_cpu(x) and self.options[5] == 1
 
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Return whether this is a convolution of each channel alone, on a CPU."""
-        alone = x.shape[1] == weight.shape[0] == self.options[5]
-        return x.dim() == 4 and x.device.type == "cpu" and not self.options[3] and alone
+        return self._on_cpu(x) and x.shape[1] == weight.shape[0] == self.options[5]
+
+    def _on_cpu(self, x: Tensor) -> bool:
+        """Return whether this is a convolution of images on a CPU, and not a transposed one."""
+        return x.dim() == 4 and x.device.type == "cpu" and not self.options[3]
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return sum_per_channel(g)

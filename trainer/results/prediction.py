@@ -36,7 +36,7 @@ from options import Message, Option, takes
 from options.common import Fit
 from pipeline import Classifier, ModelConfig, ModelError, load_classifier
 from pipeline.batch import explain_batch
-from pipeline.caching.batches import Batches
+from pipeline.caching.batches import Batches, fitting
 from pipeline.device import as_input, pick_device, place
 from pipeline.explainers import EXPLAINERS
 from pipeline.networks.classifier import versions
@@ -206,7 +206,7 @@ def _recorded_fit(model: Path, config: ModelConfig) -> Fit | None:
 
 def _predictions(plan: _Plan, bar: Any = None) -> Iterator[Prediction]:
     """Predict the files in their order. ``bar`` is told how many are done."""
-    size = EXPLAINED_AT_ONCE if plan.settings.explain else AT_ONCE
+    size = fitting(EXPLAINED_AT_ONCE, plan.config.image_shape) if plan.settings.explain else AT_ONCE
     batches, notes = Batches(size, given=False), _Notes(plan)
     for decoded in decode_files(plan.files, plan.config.image_shape, plan.fit or "crop", size):
         pixels = [each.pixels for each in decoded if each.pixels is not None]
