@@ -58,24 +58,24 @@ def _held_out(read: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, np
     return images[rows], labels[rows]
 
 
-def colours(path: Path) -> None:
+def colours(path: Path, samples: int = SAMPLES) -> None:
     """The colour of the digit tells the class: COLOURED MNIST."""
     with mock.patch.object(coloured_mnist, "read_mnist", partial(_held_out, read_mnist)):
-        make_coloured_mnist(path, seed=1, limit=SAMPLES)
+        make_coloured_mnist(path, seed=1, limit=samples)
 
 
-def textures(path: Path) -> None:
+def textures(path: Path, samples: int = SAMPLES) -> None:
     """The photograph behind a garment tells the class: Fashion-on-Textures."""
     with mock.patch.object(fashion_on_textures, "_read", partial(_held_out, fashion_on_textures._read)):
-        make_fashion_on_textures(path, size=32, seed=1, limit=SAMPLES)
+        make_fashion_on_textures(path, size=32, seed=1, limit=samples)
 
 
-def grounds(path: Path) -> None:
+def grounds(path: Path, samples: int = SAMPLES) -> None:
     """The colour of the ground behind a white digit tells the class, one of five."""
     images, labels = read_mnist("train")
     of_five = np.flatnonzero(labels < 5)
     held, rest = of_five[-HELD_OUT // 2 :], of_five[: -HELD_OUT // 2]
-    parts = {"train": rest[1000 : 1000 + SAMPLES], "validation": rest[:1000], **dict.fromkeys(("iid", *TESTS), held)}
+    parts = {"train": rest[1000 : 1000 + samples], "validation": rest[:1000], **dict.fromkeys(("iid", *TESTS), held)}
     palette = np.concatenate([BIASING_COLOURS[:5], 255 - BIASING_COLOURS[5:]])  # the latter are unseen in training
     splits = {}
     for number, (split, rows) in enumerate(parts.items()):
@@ -99,7 +99,7 @@ def grounds(path: Path) -> None:
 class World:
     """A dataset and its teacher; ``student`` has the options of all its students."""
 
-    make: Callable[[Path], None]
+    make: Callable[..., None]
     teacher: Mapping[str, Any]
     student: Mapping[str, Any]
 

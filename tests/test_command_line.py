@@ -176,7 +176,7 @@ def test_a_file_gives_options_by_either_spelling_and_the_command_line_wins(tmp_p
     options = parsed("train-student", "--config", file)
     assert (options["data"], options["batch_size"], options["clip_norm"], options["steps"]) == ("d", 64, 1e-3, 10)
     assert options["mask_target"] is True
-    assert options["lr"] == 4e-3  # neither says it
+    assert options["optimizer"] == "adam"  # neither says it
     options = parsed("train-student", "--steps", 20, "--config", file, "--data", "mine", "--out", "p")
     assert (options["data"], options["out"], options["steps"], options["batch_size"]) == ("mine", Path("p"), 20, 64)
 

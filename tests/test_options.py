@@ -28,8 +28,8 @@ from trainer import TrainingError, train_student, train_teacher
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
 from trainer.loop.methods import METHODS, Method
-from trainer.loop.optim import OPTIMIZERS, SCHEDULES
-from trainer.settings import StudentOptions, TeacherOptions
+from trainer.loop.optim import OPTIMIZERS, RATES, SCHEDULES
+from trainer.settings import Settings, StudentOptions, TeacherOptions
 
 REPOSITORY = Path(__file__).parent.parent
 STUDENT = {"data": "d", "out": "o"}
@@ -170,7 +170,20 @@ def test_functions_have_the_signature_and_the_documentation_of_their_options():
     for train, options in ((train_student, StudentOptions), (train_teacher, TeacherOptions)):
         parameters = inspect.signature(train).parameters
         assert set(parameters) == {field.name for field in option_fields(options)}
-        assert parameters["lr"].default == 4e-3
+        assert parameters["batch_size"].default == 128
+
+
+def test_the_rate_follows_the_optimizer_and_the_start():
+    assert set(RATES) == set(OPTIMIZERS)
+    places = {"data": "d", "cache": "c", "out": "o"}
+
+    def rate(**options):
+        return Settings.of(StudentOptions(**places, **options), {"lrp": 1.0}, 10).lr
+
+    assert (rate(), rate(optimizer="muon"), rate(optimizer="muon", lr=0.1)) == (4e-3, 1e-2, 0.1)
+    assert (rate(init="w.pt"), rate(init="w.pt", lr=0.1)) == (1e-3, 0.1)
+    teacher = TeacherOptions(data="d", out="o", weights="w.pt", optimizer="sgd")
+    assert Settings.of(teacher, {"erm": 1.0}, 10).lr == 2.5e-3
 
 
 def test_every_option_has_a_help_text_that_stands_alone():

@@ -18,13 +18,14 @@ from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
 from trainer.loop.methods import METHODS
-from trainer.loop.optim import OPTIMIZERS, SCHEDULES
+from trainer.loop.optim import FINE, OPTIMIZERS, RATES, SCHEDULES
 
 MAX_STEPS = 10**9
 TEACHER_STEPS, STUDENT_STEPS = 1000, 3000  # where neither steps nor epochs is given
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
 Head = Literal["frozen", "attention-pool", "free"]
+_RATES = ", ".join(f"{rate:g} ({name})" for name, rate in RATES.items())
 ClassWeights = Annotated[
     str | tuple[str | float, ...] | None,
     Heading("Training"),
@@ -82,7 +83,11 @@ class Learning(OptionSet):
     accumulate: Annotated[
         int, Ge(1), Doc("Number of micro-batches into which each batch is split, to save memory.")
     ] = 1
-    lr: Annotated[float, Gt(0), Doc("Peak learning rate.")] = 4e-3
+    lr: Annotated[
+        float | None,
+        Gt(0),
+        Doc(f"Peak learning rate. Default: {_RATES}; a quarter of it for a start from given weights."),
+    ] = None
     optimizer: Annotated[str, Among(OPTIMIZERS), Doc("Optimizer.")] = "adam"
     momentum: Annotated[float, Ge(0), Lt(1), Doc("Momentum of the optimizer sgd.")] = 0.9
     weight_decay: Annotated[float, Ge(0), Doc("Weight decay. It does not apply to biases and norms.")] = 0.0
@@ -130,6 +135,7 @@ class Settings(Comparison, Learning):
     weight of each class in the loss; None for no weights.
     """
 
+    lr: Annotated[float, Gt(0)] = RATES["adam"]
     loss: Mapping[str, float]
     steps: int
     class_weights: tuple[float, ...] | None = None
@@ -145,6 +151,9 @@ class Settings(Comparison, Learning):
         """Take the settings out of a command's options. The other arguments are what the options mean."""
         names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
         others = {n: getattr(options, n) for n in names if hasattr(options, n)}
+        if others["lr"] is None:
+            given = any(getattr(options, name, None) is not None for name in ("init", "weights"))
+            others["lr"] = RATES[others["optimizer"]] / (FINE if given else 1)
         return cls(loss=loss, steps=steps, class_weights=class_weights, **others)
 
     def to_dict(self) -> dict[str, Any]:

@@ -63,6 +63,10 @@ def _sgd(groups: list[dict[str, Any]], step: Step) -> optim.Optimizer:
     return optim.SGD(groups, step.lr, momentum=step.momentum, fused=step.fused)
 
 
+# The peak learning rates where none is given. A start from given weights, which are to last, takes a part of them.
+RATES = {"adam": 4e-3, "adamw": 4e-3, "muon": 1e-2, "sgd": 1e-2}
+FINE = 4  # the divisor
+
 # Each takes an optimizer, the number of steps, the peak learning rate and the steps of the warm-up (or None).
 Schedule = Callable[["optim.Optimizer", int, float, "int | None"], "lr_scheduler.LRScheduler"]
 SCHEDULES: Registry[Schedule] = Registry("schedule", TrainingError)
