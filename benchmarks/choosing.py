@@ -4,8 +4,7 @@
 
 On three datasets, students learn from one teacher by recipes that differ in their loss, their range of ε, optimizer,
 length, biases and architecture. Each is measured on the biased validation split, and tested on splits without the
-bias. All images, those of the tests too, are from the training files of MNIST and Fashion-MNIST: the benchmarks' own
-tests are not looked at. A training that `results.jsonl` has is not run again.
+bias. These are not the tests of the benchmarks (`worlds.py`). A training that `results.jsonl` has is not run again.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import click
 import numpy as np
@@ -27,90 +25,19 @@ import torch
 import torch.nn.functional as F
 from report import processor, read_results, spearman, table
 from torch import Tensor
+from worlds import HIGH, LOW, STEPS, WIDE, WORLDS, Place
 
-from data import Dataset, make_coloured_mnist, make_fashion_on_textures, open_dataset
-from data.builders import coloured_mnist, fashion_on_textures
-from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
-from data.builders.coloured_mnist import BIASING_COLOURS, read_mnist
-from pipeline import Classifier, cache_explanations, explain, load_classifier
+from data import Dataset
+from pipeline import Classifier, explain, load_classifier
 from pipeline.device import as_input, as_mask
-from trainer import train_student, train_teacher
+from trainer import train_student
 from trainer.loop.losses import heatmap_loss
 from trainer.loop.repainting import repaint
 from trainer.results.evaluation import predict
 
 CPU = torch.device("cpu")
 TESTS, MEASURED, AT_ONCE = ("ood", "shift"), 1000, 100
-LOW, WIDE, HIGH = (0.01, 0.1), (0.01, 1.0), (0.1, 1.0)  # ranges of ε
 EPSILONS = (0.1, 1.0)  # at which the maps of all students are compared
-HELD_OUT = 5000  # of the training files, for the tests
-SAMPLES = 12_000  # in training, at most
-
-
-# --- datasets ---------------------------------------------------------------------------------------------------------
-
-
-def _held_out(read: Callable[..., Any], *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Read a part of MNIST or Fashion-MNIST, of which both parts are from the training files."""
-    *folder, part = arguments
-    images, labels = read(*folder, "train")
-    rows = slice(-HELD_OUT, None) if part == "t10k" else slice(None, -HELD_OUT)
-    return images[rows], labels[rows]
-
-
-def colours(path: Path, samples: int = SAMPLES) -> None:
-    """The colour of the digit tells the class: COLOURED MNIST."""
-    with mock.patch.object(coloured_mnist, "read_mnist", partial(_held_out, read_mnist)):
-        make_coloured_mnist(path, seed=1, limit=samples)
-
-
-def textures(path: Path, samples: int = SAMPLES) -> None:
-    """The photograph behind a garment tells the class: Fashion-on-Textures."""
-    with mock.patch.object(fashion_on_textures, "_read", partial(_held_out, fashion_on_textures._read)):
-        make_fashion_on_textures(path, size=32, seed=1, limit=samples)
-
-
-def grounds(path: Path, samples: int = SAMPLES) -> None:
-    """The colour of the ground behind a white digit tells the class, one of five."""
-    images, labels = read_mnist("train")
-    of_five = np.flatnonzero(labels < 5)
-    held, rest = of_five[-HELD_OUT // 2 :], of_five[: -HELD_OUT // 2]
-    parts = {"train": rest[1000 : 1000 + samples], "validation": rest[:1000], **dict.fromkeys(("iid", *TESTS), held)}
-    palette = np.concatenate([BIASING_COLOURS[:5], 255 - BIASING_COLOURS[5:]])  # the latter are unseen in training
-    splits = {}
-    for number, (split, rows) in enumerate(parts.items()):
-        rng = np.random.default_rng([1, number])
-        groups = tied_groups(split, labels[rows], 5, 5, rng)
-        shades = np.clip(palette[groups] + rng.integers(-20, 21, (len(rows), 3)), 0, 255).astype(np.uint8)
-
-        def cut_out(sample: int, rows: np.ndarray = rows) -> tuple[np.ndarray, np.ndarray]:
-            digit = images[rows[sample]]
-            return np.full((3, 28, 28), 255, np.uint8), np.where(digit > 127, 255, 0).astype(np.uint8)
-
-        def background(sample: int, shades: np.ndarray = shades) -> np.ndarray:
-            return np.broadcast_to(shades[sample][:, None, None], (3, 28, 28))
-
-        splits[split] = Scenes(labels[rows], groups, cut_out, background)
-    names = [f"ground {number}" for number in range(10)]
-    write_on_backgrounds(path, splits, 28, name="grounds", class_names=[*"01234"], group_names=names)
-
-
-@dataclass(frozen=True)
-class World:
-    """A dataset and its teacher; ``student`` has the options of all its students."""
-
-    make: Callable[..., None]
-    teacher: Mapping[str, Any]
-    student: Mapping[str, Any]
-
-
-_SMALL = {"arch": "small-cnn", "batch_size": 128}
-_RESIDUAL = {"arch": "small-resnet", "batch_size": 64}
-WORLDS = {
-    "colours": World(colours, {**_SMALL, "debias": "grayscale", "steps": 600}, _SMALL),
-    "grounds": World(grounds, {**_SMALL, "debias": "mask", "steps": 600}, _SMALL),
-    "textures": World(textures, {**_RESIDUAL, "debias": "mask", "steps": 1000}, _RESIDUAL),
-}
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -125,7 +52,7 @@ class Recipe:
     masks: bool = False  # whether the dataset must have masks
 
 
-_ADAM, _MUON, STEPS = {"lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}, 600
+_ADAM, _MUON = {"lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}
 RECIPES = {
     "adam, low ε": Recipe(LOW, _ADAM),
     "adam, high ε": Recipe(HIGH, _ADAM),
@@ -280,53 +207,24 @@ def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Bench:
-    work: Path
-    threads: int
-
-    def dataset(self, world: str) -> Dataset:
-        path = self.work / world / "data.zarr"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            WORLDS[world].make(path)
-        return open_dataset(path)
-
-    def teacher(self, world: str) -> Path:
-        folder = self.work / world / "teacher"
-        if not (folder / "result.json").exists():
-            options = {"bias_free": True, **WORLDS[world].teacher, "threads": self.threads}
-            train_teacher(self.dataset(world).path, folder, **options)
-        return folder
-
-    def cache(self, world: str, epsilon_range: tuple[float, float]) -> Path:
-        folder = self.work / world / "cache-{:g}-{:g}.zarr".format(*epsilon_range)
-        cache_explanations(
-            self.dataset(world).path, self.teacher(world), folder, epsilon_range=epsilon_range, draws=2,
-            features=True, threads=self.threads,
-        )  # fmt: skip
-        return folder
-
-    def measure(self, world: str, name: str, recipe: Recipe) -> dict[str, Any]:
-        """Train, measure and test the student, and remove it."""
-        began, dataset = time.perf_counter(), self.dataset(world)
-        folder = self.work / world / "student"
-        options = {"steps": STEPS, **WORLDS[world].student, **recipe.options, "threads": self.threads}
-        cache = self.cache(world, recipe.epsilon_range)
-        train_student(dataset.path, cache, folder, **options)
-        teacher, student = (load_classifier(run)[0].eval() for run in (self.teacher(world), folder))
-        seen = look(teacher, student, dataset)
-        shutil.rmtree(folder)
-        return {
-            "world": world,
-            "recipe": name,
-            "numbers": {number: of(seen) for number, of in NUMBERS.items()},
-            "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
-                           "student": 100 * float(_right(seen.student, seen.labels).mean())},
-            "teacher": accuracies(teacher, dataset),
-            "student": accuracies(student, dataset),
-            "seconds": round(time.perf_counter() - began),
-        }  # fmt: skip
+def measure(place: Place, world: str, name: str, recipe: Recipe) -> dict[str, Any]:
+    """Train, measure and test the student, and remove it."""
+    began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
+    options = {"steps": STEPS, **place.world.student, **recipe.options, "threads": place.threads}
+    train_student(dataset.path, place.cache(recipe.epsilon_range), folder, **options)
+    teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
+    seen = look(teacher, student, dataset)
+    shutil.rmtree(folder)
+    return {
+        "world": world,
+        "recipe": name,
+        "numbers": {number: of(seen) for number, of in NUMBERS.items()},
+        "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
+                       "student": 100 * float(_right(seen.student, seen.labels).mean())},
+        "teacher": accuracies(teacher, dataset),
+        "student": accuracies(student, dataset),
+        "seconds": round(time.perf_counter() - began),
+    }  # fmt: skip
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -358,14 +256,15 @@ def main(work: Path, only: str | None, threads: int) -> None:
     """Train each student, and print the two tables."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    bench, file = Bench(work, threads), work / "results.jsonl"
+    file = work / "results.jsonl"
     for world in [only] if only else WORLDS:
-        has_masks = bench.dataset(world).split("train").masks is not None
+        place = Place(work / world, WORLDS[world], threads)
+        has_masks = place.dataset().split("train").masks is not None
         for name, recipe in RECIPES.items():
             done = {(r["world"], r["recipe"]) for r in read_results(file)}
             if (world, name) in done or (recipe.masks and not has_masks):
                 continue
-            result = bench.measure(world, name, recipe)
+            result = measure(place, world, name, recipe)
             with file.open("a") as lines:
                 lines.write(json.dumps(result, ensure_ascii=False) + "\n")
             click.echo(f"{world}, {name}: {result['student']} {result['seconds']} s")

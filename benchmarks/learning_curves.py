@@ -2,9 +2,9 @@
 
     pip install -e ".[data,benchmarks]" && python benchmarks/learning_curves.py --work FOLDER
 
-Teachers and students learn from the first 500 to 20,000 training images of two datasets of `choosing`, with the bias in
-all of them, and are tested on the same images without it. All images are from the training files of MNIST and
-Fashion-MNIST: the benchmarks' own tests are not looked at. A training that `results.jsonl` has is not run again.
+Teachers and students learn from the first 500 to 20,000 training images of two datasets, with the bias in all of them,
+and all are tested on the same images. These are not the tests of the benchmarks (`worlds.py`). A training that
+`results.jsonl` has is not run again.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from choosing import CPU, HIGH, STEPS, WORLDS
 from report import processor, read_results, table
+from worlds import HIGH, STEPS, WORLDS, Place
 
-from data import Dataset, DatasetWriter, open_dataset
-from pipeline import cache_explanations, load_classifier
-from trainer import train_student, train_teacher
+from data import Dataset
+from pipeline import load_classifier
+from trainer import train_student
 from trainer.results.charts import COLOURS, INK, MARKERS
 from trainer.results.evaluation import predict
 
@@ -33,7 +33,7 @@ SIZES = (500, 1000, 2500, 5000, 20_000)
 TESTS = ("iid", "ood", "shift")
 ON = ("colours", "textures")
 DRAWS, MORE_DRAWS = 2, 8
-CHUNK = 1024  # samples of a copy at once
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -66,74 +66,32 @@ METHODS = {
 }
 
 
-def _first(dataset: Dataset, samples: int, path: Path) -> None:
-    """Write a copy with the first training images alone."""
-    with DatasetWriter(path) as writer:
-        for name, split in dataset.splits.items():
-            rows = slice(samples if name == "train" else None)
-            arrays = {key: getattr(split, key) for key in ("images", "labels", "groups", "masks")}
-            writer.write_split(name, **{k: np.asarray(of[rows]) for k, of in arrays.items() if of is not None})
-        writer.finish(
-            name=dataset.name, class_names=list(dataset.class_names), bias_attribute=dataset.bias_attribute,
-            group_names=list(dataset.group_names),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Bench:
-    """The folder of all files; ``threads`` for each training."""
-
-    work: Path
-    threads: int
-    sizes: Sequence[int] = field(default=SIZES)
-
-    def dataset(self, world: str, samples: int) -> Dataset:
-        path = self.work / world / f"{samples}" / "data.zarr"
-        whole = self.work / world / "data.zarr"
-        if not whole.exists():
-            whole.parent.mkdir(parents=True, exist_ok=True)
-            WORLDS[world].make(whole, max(SIZES))
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _first(open_dataset(whole), samples, path)
-        return open_dataset(path)
-
-    def teacher(self, world: str, samples: int) -> Path:
-        folder = self.work / world / f"{samples}" / "teacher"
-        if not (folder / "result.json").exists():
-            options = {"bias_free": True, **WORLDS[world].teacher, "threads": self.threads}
-            train_teacher(self.dataset(world, samples).path, folder, **options)
+def student(place: Place, name: str, method: Method) -> Path:
+    """Train a student, unless it is there, and return its folder."""
+    assert method.options is not None
+    folder = place.folder / name.replace(" ", "-")
+    if (folder / "result.json").exists():
         return folder
+    options = {"steps": STEPS, **place.world.student, **method.options, "threads": place.threads}
+    if options.get("method") == "erm":
+        cache = None
+        options["bias_free"] = True
+    else:
+        cache = place.cache(HIGH, method.draws)
+    if method.from_teacher:
+        options |= {"init": place.teacher(), "teacher_weights": True}
+    train_student(place.dataset().path, cache, folder, **options)
+    return folder
 
-    def student(self, world: str, samples: int, name: str, method: Method) -> Path:
-        dataset, folder = self.dataset(world, samples), self.work / world / f"{samples}" / name.replace(" ", "-")
-        if (folder / "result.json").exists():
-            return folder
-        assert method.options is not None
-        options = {"steps": STEPS, **WORLDS[world].student, **method.options, "threads": self.threads}
-        if options.get("method") == "erm":
-            train_student(dataset.path, None, folder, bias_free=True, **options)
-            return folder
-        teacher = self.teacher(world, samples)
-        cache = self.work / world / f"{samples}" / f"cache-{method.draws}.zarr"
-        cache_explanations(dataset.path, teacher, cache, epsilon_range=HIGH, draws=method.draws, threads=self.threads)
-        if method.from_teacher:
-            options |= {"init": teacher, "teacher_weights": True}
-        train_student(dataset.path, cache, folder, **options)
-        return folder
 
-    def measure(self, world: str, samples: int, name: str, method: Method) -> dict[str, Any]:
-        began, dataset = time.perf_counter(), self.dataset(world, samples)
-        taught = method.options is None
-        folder = self.teacher(world, samples) if taught else self.student(world, samples, name, method)
-        model = load_classifier(folder)[0].eval()
-        return {
-            "world": world,
-            "samples": samples,
-            "method": name,
-            **{test: 100 * _accuracy(model, dataset, test) for test in TESTS},
-            "seconds": round(time.perf_counter() - began),
-        }
+def measure(place: Place, world: str, name: str, method: Method) -> dict[str, Any]:
+    """Train and test a network."""
+    began, dataset = time.perf_counter(), place.dataset()
+    folder = place.teacher() if method.options is None else student(place, name, method)
+    model = load_classifier(folder)[0].eval()
+    accuracies = {test: 100 * _accuracy(model, dataset, test) for test in TESTS}
+    seconds = round(time.perf_counter() - began)
+    return {"world": world, "samples": place.samples, "method": name, **accuracies, "seconds": seconds}
 
 
 def _accuracy(model: Any, dataset: Dataset, test: str) -> float:
@@ -179,15 +137,17 @@ def main(work: Path, picture: Path | None, threads: int) -> None:
     """Train each network, and print a table for each dataset."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    bench, file = Bench(work, threads), work / "results.jsonl"
+    file = work / "results.jsonl"
     for world in ON:
+        whole = Place(work / world, WORLDS[world], threads, samples=max(SIZES))
         for samples in SIZES:
-            has_masks = bench.dataset(world, samples).split("train").masks is not None
+            place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
+            has_masks = place.dataset().split("train").masks is not None
             for name, method in METHODS.items():
                 done = {(r["world"], r["samples"], r["method"]) for r in read_results(file)}
                 if (world, samples, name) in done or (method.masks and not has_masks):
                     continue
-                result = bench.measure(world, samples, name, method)
+                result = measure(place, world, name, method)
                 with file.open("a") as log:
                     log.write(json.dumps(result) + "\n")
                 click.echo(f"{world}, {samples:,} images, {name}: {result}")
