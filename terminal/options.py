@@ -151,7 +151,7 @@ def _type(field: OptionField) -> Any:
     if field.kind is not None:
         return KINDS[field.kind]()
     if field.separator is not None:
-        return Names(field.separator, field.registry)
+        return Names(field.separator, field.registry, field.or_else)
     if field.registry is not None and field.several:
         return RegistryTexts(field.registry, field.or_else)
     if field.registry is not None:

@@ -129,11 +129,15 @@ class Names(click.ParamType):
 
     name = "names"
 
-    def __init__(self, separator: str = ",", registry: Mapping[str, Any] | None = None) -> None:
-        self.separator, self._registry = separator, registry
+    def __init__(
+        self, separator: str = ",", registry: Mapping[str, Any] | None = None, others: tuple[str, ...] = ()
+    ) -> None:
+        self.separator, self._registry, self._others = separator, registry, others
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return None if self._registry is None else f"[{'|'.join(self._registry)}]{self.separator}…"
+        if self._registry is None:
+            return None
+        return f"[{'|'.join((*self._registry, *self._others))}]{self.separator}…"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):

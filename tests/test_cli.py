@@ -135,6 +135,7 @@ BAD = {
         "--precision tf32 needs CUDA, and this training runs on cpu: choose float32",
     ),
     f"{STUDENT} --augment spin": (1, "unknown --augment 'spin': choose one of flip, shift, crop, background"),
+    f"{STUDENT} --augment none,flip": (1, "--augment none,flip has 'none' beside others: leave it out"),
     f"{STUDENT} --augment background": (1, "--augment background needs 'masks' in the train split of data.zarr"),
     f"{STUDENT} --method output --augment flip": (
         1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import shlex
@@ -499,6 +500,33 @@ def test_another_background_needs_masks_and_a_teacher_that_sees_none(
         steps=2,
         batch_size=32,
     )
+
+
+def test_other_backgrounds_are_shown_unless_they_could_change_what_the_teacher_says(
+    dataset, masked_dataset, stores, teacher, tmp_path, caplog
+):
+    train_teacher(masked_dataset, tmp_path / "t", debias="mask", steps=2, batch_size=32)
+    cache_explanations(masked_dataset, tmp_path / "t", tmp_path / "of-mask", draws=1, features=True)
+    cache_explanations(masked_dataset, teacher, tmp_path / "of-grayscale", draws=1)
+
+    def augmented(data, cache, **options):
+        out = tmp_path / f"s{len([*tmp_path.iterdir()])}"
+        train_student(data, cache, out, steps=1, batch_size=32, **options)
+        return json.loads((out / "config.json").read_text())["training"]["augment"]
+
+    with caplog.at_level(logging.INFO, logger="trainer"):
+        assert augmented(masked_dataset, tmp_path / "of-mask") == ["background"]
+    assert "of the images get another background" in caplog.text
+    assert "augment='none' keeps the images as they are" in caplog.text
+    assert augmented(masked_dataset, tmp_path / "of-mask", method="output") == ["background"]
+    assert augmented(masked_dataset, tmp_path / "of-mask", augment=("none",)) == []
+    assert augmented(masked_dataset, tmp_path / "of-mask", augment=()) == []
+    assert augmented(masked_dataset, tmp_path / "of-mask", augment=("flip",)) == ["flip"]
+    assert augmented(masked_dataset, tmp_path / "of-grayscale") == []
+    assert augmented(masked_dataset, None, method="rrr") == []
+    assert augmented(dataset, stores["flex"]) == []
+    with pytest.raises(TrainingError, match="augment='none,flip' has 'none' beside others"):
+        augmented(masked_dataset, tmp_path / "of-mask", augment=("none", "flip"))
 
 
 def relevance_outside(dataset, run) -> float:

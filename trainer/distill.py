@@ -25,9 +25,10 @@ from trainer.loop.class_weights import class_weights
 from trainer.loop.groups import groups_of
 from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
+from trainer.loop.repainting import REPAINTED
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
-from trainer.settings import STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
+from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
 from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, own_bias_free
 from trainer.stream.stream import explained_source, labelled_source
 
@@ -120,6 +121,17 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
+    if options.augment is None and _can_repaint(train_split, explained):
+        settings = dataclasses.replace(settings, augment=(BACKGROUND,))
+        batch_fields = (*dict.fromkeys((*needed, "masks")),)
+        log.info(
+            Message(
+                f"{REPAINTED:.0%} of the images get another background, because the teacher sees nothing outside the "
+                "masks (",
+                Option("augment", NO_AUGMENTATION),
+                " keeps the images as they are)",
+            )
+        )
     once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
     if class_weights(options.class_weights, once, dataset.class_names) is not None:
         weights = class_weights(options.class_weights, _answers(train_split, explained), dataset.class_names)
@@ -132,6 +144,11 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
     if "masks" in needed and validation is not None:
         check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
+
+
+def _can_repaint(split: Split, explained: Cache | None) -> bool:
+    """Return whether other backgrounds change nothing that the teacher says of an image."""
+    return explained is not None and split.masks is not None and hides_background(explained.info.teacher.debias)
 
 
 def _answers(split: Split, explained: Cache | None) -> np.ndarray:

@@ -21,6 +21,7 @@ from trainer.loop.methods import METHODS
 from trainer.loop.optim import FINE, OPTIMIZERS, RATES, SCHEDULES
 
 MAX_STEPS = 10**9
+NO_AUGMENTATION = "none"
 TEACHER_STEPS, STUDENT_STEPS = 1000, 3000  # where neither steps nor epochs is given
 Precision = Literal["auto", "float32", "tf32", "bfloat16", "float64"]
 PRECISIONS = get_args(Precision)
@@ -148,12 +149,16 @@ class Settings(Comparison, Learning):
         steps: int,
         class_weights: tuple[float, ...] | None = None,
     ) -> Settings:
-        """Take the settings out of a command's options. The other arguments are what the options mean."""
+        """Take the settings out of a command's options. The other arguments are what the options mean.
+
+        Options without a value that depend on a dataset or store are those of a training without either.
+        """
         names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
         others = {n: getattr(options, n) for n in names if hasattr(options, n)}
+        others["augment"] = tuple(name for name in others["augment"] or () if name != NO_AUGMENTATION)
         if others["lr"] is None:
             given = any(getattr(options, name, None) is not None for name in ("init", "weights"))
-            others["lr"] = RATES[others["optimizer"]] / (FINE if given else 1)
+            others["lr"] = RATES.get(others["optimizer"], RATES["adam"]) / (FINE if given else 1)
         return cls(loss=loss, steps=steps, class_weights=class_weights, **others)
 
     def to_dict(self) -> dict[str, Any]:
@@ -319,11 +324,32 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
     ] = "frozen"
     student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
     init: Annotated[Weights, Heading("Network")] = None
+    augment: Annotated[
+        tuple[str, ...] | None,
+        Among(AUGMENTATIONS, or_else=(NO_AUGMENTATION,)),
+        Heading("Training"),
+        Separated(),
+        Doc(
+            "Augmentations, such as flip,crop. flip, shift and crop move the image and its heatmap together. "
+            "background repaints the image outside the masks. Default: background if the dataset has masks and the "
+            "teacher sees nothing outside of them. none means no augmentation."
+        ),
+    ] = None
     teacher_weights: Annotated[
         bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
     ] = False
     class_weights: ClassWeights = None
     clip_norm: Annotated[float | None, Gt(0), Heading("Training"), Doc("Maximum gradient norm.")] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.augment or ()
+        for name in names:
+            if name != NO_AUGMENTATION:
+                AUGMENTATIONS.check(name)
+            elif len(names) > 1:
+                given = Option("augment", ",".join(names))
+                raise TrainingError(Message(given, f" has '{NO_AUGMENTATION}' beside others: leave it out"))
 
 
 def _plain(value: Any) -> Any:

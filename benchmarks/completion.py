@@ -1,0 +1,102 @@
+"""When does it help to complete the maps of a teacher with biases, and does a number of its store tell so?
+
+    pip install -e ".[data,benchmarks]" && python benchmarks/completion.py --work FOLDER
+
+A teacher with biases and batch norms explains logits only in part. A student can match its maps as they are, with
+biases of its own or without, or maps that are completed by what they miss, without biases. Beside the students are two
+numbers that `inspect-cache` prints: the median share of the logit that the maps sum to, and the correlation of the two.
+The tests are not those of the benchmarks (`worlds.py`). A training that `results.jsonl` has is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from choosing import TESTS, accuracies
+from report import processor, read_results, table
+from worlds import HIGH, LOW, STEPS, WORLDS, Place
+
+from pipeline import load_classifier
+from teacher_cache import open_cache
+from teacher_cache.inspection import inspect_cache
+from trainer import train_student
+
+METHODS: dict[str, dict[str, Any]] = {
+    "as they are, student with biases": {"method": "lrp", "bias_free": False},
+    "as they are, student without": {"method": "lrp", "bias_free": True},
+    "completed, student without": {"method": "complete-lrp", "bias_free": True},
+}
+RANGES = (LOW, HIGH)
+MUON = {"optimizer": "muon", "lr": 1e-2}
+
+
+def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Train and test a student, and remove it."""
+    began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
+    cache = place.cache(epsilon_range)
+    sums = inspect_cache(open_cache(cache))["maps"]["sums"]
+    all_options = {"steps": STEPS, **MUON, **place.world.student, **options, "threads": place.threads}
+    train_student(dataset.path, cache, folder, **all_options)
+    teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
+    shutil.rmtree(folder)
+    return {
+        "sums": sums,
+        "teacher": accuracies(teacher, dataset),
+        "student": accuracies(student, dataset),
+        "seconds": round(time.perf_counter() - began),
+    }
+
+
+def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Write a line for each store: its sums in both halves of the range of ε, and OOD / shift of each student."""
+    written = []
+    for world in WORLDS:
+        for epsilon_range in RANGES:
+            rows = {r["method"]: r for r in results if (r["world"], tuple(r["range"])) == (world, epsilon_range)}
+            if not rows:
+                continue
+            one = next(iter(rows.values()))
+            of = [" / ".join(f"{half[key]:.2f}" for half in one["sums"]) for key in ("share", "correlation")]
+            teacher = " / ".join(f"{one['teacher'][test]:.1f}" for test in TESTS)
+            students = [
+                " / ".join(f"{rows[name]['student'][test]:.1f}" for test in TESTS) if name in rows else "–"
+                for name in METHODS
+            ]
+            written.append([world, "{:g}–{:g}".format(*epsilon_range), *of, teacher, *students])
+    return written
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def main(work: Path, threads: int) -> None:
+    """Train each student, and print the table."""
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "results.jsonl"
+    for world in WORLDS:
+        place = Place(work / world, WORLDS[world], threads, bias_free=False)
+        for epsilon_range in reversed(RANGES):
+            for method, options in METHODS.items():
+                key = {"world": world, "range": list(epsilon_range), "method": method}
+                if any(key.items() <= row.items() for row in read_results(file)):
+                    continue
+                result = {**key, **measure(place, epsilon_range, options)}
+                with file.open("a") as log:
+                    log.write(json.dumps(result) + "\n")
+                click.echo(f"{world}, {epsilon_range}, {method}: {result['student']}")
+    print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(torch.device('cpu'))}")
+    header = ["dataset", "ε", "share of the logit", "correlation", "teacher", *METHODS]
+    print(table(header, lines(read_results(file))))
+
+
+if __name__ == "__main__":
+    main()

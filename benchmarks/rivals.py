@@ -1,0 +1,335 @@
+"""Do methods that need unbiased images or group labels do better than explanation distillation, which needs neither?
+
+    pip install -e ".[data,rivals]" && python benchmarks/rivals.py --work FOLDER
+
+The rivals are SpuCo's implementations, by its authors. They get the same images as our student, the same architecture,
+the same number of epochs, and some get the groups. A share of the training images is unbiased, which some rivals need
+to work at all. All networks are tested on the tests of the benchmark, after their training. A training that
+`results.jsonl` has is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ["TQDM_DISABLE"] = "1"
+
+import click
+import numpy as np
+import torch
+from report import processor, read_results, table
+from spuco.datasets import BaseSpuCoCompatibleDataset, GroupLabeledDatasetWrapper
+from spuco.evaluate import Evaluator
+from spuco.group_inference import EIIL, JTTInference, SpareInference
+from spuco.robust_train import ERM, PGI, CustomSampleERM, GroupBalanceBatchERM, GroupDRO, SpareTrain
+from spuco.utils import Trainer, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from data import Dataset, Split, make_coloured_mnist, make_fashion_on_textures, open_dataset
+from pipeline import Classifier, cache_explanations, load_classifier
+from pipeline.device import as_input
+from pipeline.networks.models import build_network
+from trainer import train_student, train_teacher
+from trainer.reproduction.profiles import ON_TEXTURES, PROFILES, Profile
+from trainer.results.evaluation import predict
+
+CPU, TESTS = torch.device("cpu"), ("iid", "ood", "shift")
+SHARES = (0.0, 0.01, 0.05)
+OURS = "LRP distillation"
+BATCH, RATE, DECAY, MOMENTUM = 128, 4e-3, 1e-2, 0.9  # SpuCo has 1e-3 for batches of 32 of its SpuCoMNIST
+EIIL_STEPS, EIIL_RATE = 20_000, 0.01
+INFERRING = 1  # epochs before groups are inferred
+UPSAMPLED = 100  # times that JTT shows an image that it got wrong
+Groups = Mapping[tuple[int, int], list[int]]  # rows by class and group
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """A benchmark: how its dataset is made, and the profile of its reproduction, which our networks learn by."""
+
+    make: Callable[..., Any]
+    profile: Profile
+    data: Mapping[str, Any]
+
+
+WORLDS = {
+    "COLOURED MNIST": World(make_coloured_mnist, PROFILES["cpu"], {}),
+    "Fashion-on-Textures": World(make_fashion_on_textures, ON_TEXTURES["cpu"], {"size": 32}),
+}
+
+
+class Images(BaseSpuCoCompatibleDataset):
+    """A split as SpuCo takes it: images float32 (C, H, W) in [0, 1], labels, and the groups as what is spurious."""
+
+    def __init__(self, split: Split, classes: int):
+        super().__init__()
+        self.data = as_input(torch.from_numpy(np.asarray(split.images[:])), CPU)
+        self._labels = np.asarray(split.labels[:]).astype(int).tolist()
+        self._spurious = _groups(split).tolist()
+        self._num_classes = classes
+        self._group_partition: dict[tuple[int, int], list[int]] = {}
+        for row, group in enumerate(zip(self._labels, self._spurious, strict=True)):
+            self._group_partition.setdefault(group, []).append(row)
+        self._group_weights = {group: len(rows) / len(self.data) for group, rows in self._group_partition.items()}
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.data[row], self._labels[row]
+
+
+# --- rivals -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a rival is trained with; ``build`` makes its network, and ``shared`` is for all of SpuCo's trainings."""
+
+    train: Images
+    build: Callable[[], nn.Module]
+    shared: Mapping[str, Any]
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
+
+    def options(self, model: nn.Module) -> dict[str, Any]:
+        return {"model": model, "optimizer": self.optimizer(model), "batch_size": BATCH, "device": CPU, **self.shared}
+
+    def first_logits(self) -> torch.Tensor:
+        """Return the logits of a network that was trained for a short time, by which groups are inferred."""
+        model = self.build()
+        trainer = Trainer(self.train, model, BATCH, self.optimizer(model), device=CPU)
+        trainer.train(INFERRING)
+        return trainer.get_trainset_outputs().cpu()
+
+    def inferred(self) -> Groups:
+        """Infer two environments by EIIL."""
+        return EIIL(self.first_logits(), self.train.labels, EIIL_STEPS, EIIL_RATE, device=CPU).infer_groups()
+
+
+def _erm(of: Material) -> Any:
+    return ERM(trainset=of.train, **of.options(of.build()))
+
+
+def _group_dro(of: Material, groups: Groups | None = None) -> Any:
+    trainset = GroupLabeledDatasetWrapper(of.train, of.train.group_partition if groups is None else groups)
+    return GroupDRO(trainset=trainset, **of.options(of.build()))
+
+
+def _balanced(of: Material) -> Any:
+    partition = of.train.group_partition
+    return GroupBalanceBatchERM(trainset=of.train, group_partition=partition, **of.options(of.build()))
+
+
+def _eiil(of: Material) -> Any:
+    return _group_dro(of, of.inferred())
+
+
+def _pgi(of: Material) -> Any:
+    trainset = GroupLabeledDatasetWrapper(of.train, of.inferred())
+    return PGI(trainset=trainset, **of.options(of.build()))
+
+
+def _jtt(of: Material) -> Any:
+    groups = JTTInference(of.first_logits().argmax(1).tolist(), of.train.labels).infer_groups()
+    rows = groups[0, 0] + groups[0, 1] * UPSAMPLED
+    # an epoch of many more images would be an unequal comparison
+    rows = random.sample(rows, len(of.train))
+    return CustomSampleERM(trainset=of.train, indices=rows, **of.options(of.build()))
+
+
+def _spare(of: Material) -> Any:
+    inference = SpareInference(of.first_logits().softmax(1), of.train.labels, max_clusters=5, device=CPU)
+    groups = inference.infer_groups()
+    options = {"group_partition": groups, "sampling_powers": inference.sampling_powers, **of.options(of.build())}
+    return SpareTrain(trainset=of.train, **options)
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A method, and what it needs beside images and labels; ``make`` returns SpuCo's trainer."""
+
+    make: Callable[[Material], Any]
+    needs: str
+
+
+RIVALS = {
+    "ERM": Rival(_erm, "nothing"),
+    "group-balanced ERM": Rival(_balanced, "groups"),
+    "GroupDRO": Rival(_group_dro, "groups"),
+    "EIIL and GroupDRO": Rival(_eiil, "nothing"),
+    "EIIL and PGI": Rival(_pgi, "nothing"),
+    "JTT": Rival(_jtt, "nothing"),
+    "SPARE": Rival(_spare, "nothing"),
+}
+
+
+def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: int) -> dict[str, Any]:
+    """Train a rival, and test its last network and the one that is best for the worst group of unbiased validation."""
+    set_seed(seed)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    classes, split = len(dataset.class_names), dataset.split("train")
+    train, validation = Images(split, classes), Images(unbiased.split("validation"), classes)
+    steps = world.profile.student["steps"]
+    arch = world.profile.student["arch"]
+
+    def build() -> nn.Module:
+        return build_network(arch, classes, split.image_shape, free_of_biases=False)[0]
+
+    evaluator = Evaluator(validation, validation.group_partition, validation.group_weights, 512, nn.Identity())
+    epochs = max(1, round(steps * BATCH / len(train)))
+    material = Material(train, build, {"num_epochs": epochs})
+    trained = RIVALS[name].make(material)
+    evaluator.model = trained.trainer.model
+    trained.val_evaluator = evaluator
+    trained.train()
+    of = {"last": trained.trainer.model, "chosen": trained.best_model}
+    return {which: scores(Classifier(model).eval(), dataset) for which, model in of.items()}
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def ours(folder: Path, world: World, dataset: Dataset, seed: int, threads: int) -> dict[str, Any]:
+    """Train our teacher, its store and our student by the profile of the reproduction."""
+    profile, debias = world.profile, world.profile.table.debias
+    teacher = folder / "teacher"
+    if not (teacher / "result.json").exists():
+        train_teacher(dataset.path, teacher, debias=debias, threads=threads, **profile.teacher)
+    cache = folder / "cache.zarr"
+    stored = {"draws": profile.draws, "epsilon_range": profile.epsilon_range}
+    cache_explanations(dataset.path, teacher, cache, threads=threads, **stored)
+    student = folder / f"student-{seed}"
+    options = {**profile.student, "snapshots": 0}
+    train_student(dataset.path, cache, student, seed=seed, threads=threads, **options)
+    return {"last": scores(load_classifier(student)[0].eval(), dataset)}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _groups(split: Split) -> np.ndarray:
+    assert split.groups is not None
+    return np.asarray(split.groups[:]).astype(int)
+
+
+def scores(model: Classifier, dataset: Dataset) -> dict[str, float]:
+    """Return the accuracy on each test in %, and the worst of a group of a test."""
+    found, worst = {}, 100.0
+    for test in TESTS:
+        split = dataset.split(test)
+        groups, labels = _groups(split), np.asarray(split.labels[:])
+        right = predict(model, split, CPU) == labels
+        found[test] = 100 * float(right.mean())
+        worst = min(worst, *(100 * float(right[groups == group].mean()) for group in np.unique(groups)))
+    return {**found, "worst group": worst}
+
+
+def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:
+    cells = []
+    for score in (*TESTS, "worst group"):
+        values = [row[which][score] for row in rows]
+        spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):.1f}{spread}")
+    return cells
+
+
+def lines(results: Sequence[Mapping[str, Any]], world: str, share: float) -> list[list[str]]:
+    """Write a line for each method, and one more for a rival that unbiased validation chooses the weights of."""
+    written = []
+    for name in (OURS, *RIVALS):
+        rows = [r for r in results if (r["world"], r["share"], r["method"]) == (world, share, name)]
+        rows = [row for row in rows if "last" in row]
+        if not rows:
+            continue
+        needs = "a teacher" if name == OURS else RIVALS[name].needs
+        written.append([name, needs, f"{len(rows)}", *_cells(rows, "last")])
+        if name != OURS:
+            needs = f"{needs}, unbiased validation".removeprefix("nothing, ")
+            written.append([name, needs, f"{len(rows)}", *_cells(rows, "chosen")])
+    return written
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+@click.option("--world", "worlds", multiple=True, type=click.Choice([*WORLDS]), help="Benchmark. Default: both.")
+@click.option("--share", "shares", multiple=True, type=float, help="Unbiased share of the training images. Repeatable.")
+@click.option("--method", "methods", multiple=True, type=click.Choice([OURS, *RIVALS]), help="Method. Default: all.")
+@click.option("--seeds", default=1, show_default=True, help="Trainings of each method.")
+@click.option("--limit", type=int, help="Maximum number of images in each split. Default: all.")
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def main(
+    work: Path,
+    worlds: Sequence[str],
+    shares: Sequence[float],
+    methods: Sequence[str],
+    seeds: int,
+    limit: int | None,
+    threads: int,
+) -> None:
+    """Train each method, and print a table for each benchmark and share."""
+    torch.set_num_threads(threads)
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "results.jsonl"
+    for world in worlds or WORLDS:
+
+        def dataset(share: float, world: str = world) -> Dataset:
+            path = work / world.replace(" ", "-") / f"{share:g}" / "data.zarr"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                WORLDS[world].make(path, unbiased_share=share, limit=limit, **WORLDS[world].data)
+            return open_dataset(path)
+
+        for seed in range(seeds):
+            for share in shares or SHARES:
+                for name in methods or (OURS, *RIVALS):
+                    key = {"world": world, "share": share, "method": name, "seed": seed}
+                    if any(key.items() <= row.items() for row in read_results(file)):
+                        continue
+                    began, given = time.perf_counter(), dataset(share)
+                    try:
+                        if name == OURS:
+                            folder = Path(given.path).parent
+                            found = ours(folder, WORLDS[world], given, seed, threads)
+                        else:
+                            found = rival(name, WORLDS[world], given, dataset(1.0), seed)
+                    except (AssertionError, IndexError, ValueError) as error:  # SpuCo's, where it finds no groups
+                        found = {"error": str(error)}
+                    result = {**key, **found, "seconds": round(time.perf_counter() - began)}
+                    with file.open("a") as log:
+                        log.write(json.dumps(result) + "\n")
+                    click.echo(json.dumps(result))
+    results = read_results(file)
+    print(
+        f"PyTorch {torch.__version__}, SpuCo {version('spuco')}, Python {platform.python_version()}, {processor(CPU)}"
+    )
+    for world in WORLDS:
+        for share in SHARES:
+            if written := lines(results, world, share):
+                header = ["method", "needs", "seeds", *TESTS, "worst group"]
+                print(f"\n{world}, {share:.0%} of the training images unbiased\n\n{table(header, written)}")
+
+
+if __name__ == "__main__":
+    # SpuCo's loaders start four processes each, which is slower than none for images in memory
+    def loader(*arguments: Any, **options: Any) -> DataLoader[Any]:
+        return DataLoader(*arguments, **{**options, "num_workers": 0, "pin_memory": False})
+
+    with ExitStack() as stack:
+        for module in ("spuco.utils.trainer", "spuco.utils.misc", "spuco.evaluate.evaluator"):
+            stack.enter_context(mock.patch(f"{module}.DataLoader", loader))
+        main()
