@@ -166,6 +166,8 @@ BAD = {
     ),
     # datasets that are made from others' files
     "make-data fashion-on-textures --out new --fashion-mnist folder": (1, "no Fashion-MNIST in folder"),
+    "make-data fashion-on-textures --out new --unbiased-share 2": (2, "--unbiased-share"),
+    "make-data coloured-mnist --out new --unbiased-share -0.1": (2, "--unbiased-share"),
     "make-data coco-on-places --coco folder --places folder --out new": (1, "http://images.cocodataset.org"),
     "make-data waterbirds --waterbirds folder --out new": (1, "there is no folder/metadata.csv"),
     "make-data image-folder --train nowhere --size 8 --out new": (
