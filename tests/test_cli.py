@@ -299,6 +299,20 @@ def test_every_command_has_help(command):
     assert len(result.output) > 100
 
 
+@pytest.mark.parametrize(("accuracy", "is_printed"), [(12.5, True), (40.0, False)])
+def test_the_worst_class_in_a_group_is_printed_if_it_is_worse_than_the_worst_group(monkeypatch, accuracy, is_printed):
+    worst = {"group": "grass", "accuracy": 40.0, "samples": 20}
+    pair = {"class": "dog", "group": "sand", "accuracy": accuracy, "samples": 8}
+    split = {"accuracy": 90.0, "interval": [89.0, 91.0], "samples": 99, "on_object": None}
+    splits = {"ood": {**split, "worst_group": worst, "worst_class_in_group": pair}}
+    result = {"kind": "student", "iid": None, "gap": None, "splits": splits}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: result)
+    (line,) = run("evaluate", "--data", "d.zarr", "--model", "student").output.splitlines()
+    assert "; worst group grass 40.00 % of 20" in line
+    assert ("; worst class in a group dog in sand 12.50 % of 8" in line) == is_printed
+    assert ("worst class" in line) == is_printed
+
+
 def test_the_warning_of_a_biased_teacher_speaks_in_flags(monkeypatch):
     split = {"accuracy": 90.0, "interval": [89.0, 91.0], "samples": 9, "worst_group": None, "on_object": None}
     splits = {"iid": split, "shift": {**split, "accuracy": 10.0}}
