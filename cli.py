@@ -496,10 +496,11 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     """Test a model on every test split.
 
     The command prints the accuracy on each split and of each class, the worst group, and the gap IID − OOD, with 95 %
-    intervals. Of more than 12 classes, it prints the worst five, and --json has all of them. If the dataset has masks,
-    the command also prints how much of the relevance lies on the object. It warns you of a teacher that is less
-    accurate where the bias changes, because its students will learn the bias too, and of a model that says one class
-    for every image. A split has no accuracy if it lacks the masks that the teacher's front needs.
+    intervals. If a class is less accurate within a group, it prints the worst one. Of more than 12 classes, it prints
+    the worst five, and --json has all of them. If the dataset has masks, the command also prints how much of the
+    relevance lies on the object. It warns you of a teacher that is less accurate where the bias changes, because its
+    students will learn the bias too, and of a model that says one class for every image. A split has no accuracy if it
+    lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
     from trainer.results.by_class import class_table, one_class_warning, prediction_table
@@ -522,6 +523,9 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         line = f"{name:<12}{split['accuracy']:7.2f} %  [{low:.2f}, {high:.2f}]  {split['samples']} samples"
         if worst := split["worst_group"]:
             line += f"; worst group {worst['group']} {worst['accuracy']:.2f} % of {worst['samples']}"
+            if (pair := split["worst_class_in_group"])["accuracy"] < worst["accuracy"]:
+                where = f"{pair['class']} in {pair['group']}"
+                line += f"; worst class in a group {where} {pair['accuracy']:.2f} % of {pair['samples']}"
         if split["on_object"] is not None:
             line += f"; {split['on_object']:.1f} % of the relevance on the object"
         click.echo(line)

@@ -6,6 +6,7 @@ from .builders.hf import make_hf
 from .builders.image_folder import make_image_folder
 from .builders.masked import make_masked
 from .builders.solar_cells import make_solar_cells
+from .builders.spuco_mnist import make_spuco_mnist
 from .builders.torch_datasets import from_arrays, from_torch
 from .builders.waterbirds import make_waterbirds
 from .builders.webdataset import make_webdataset
@@ -30,6 +31,7 @@ __all__ = [
     "make_image_folder",
     "make_masked",
     "make_solar_cells",
+    "make_spuco_mnist",
     "make_waterbirds",
     "make_webdataset",
     "open_dataset",

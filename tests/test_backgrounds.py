@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from data import DatasetError, make_fashion_on_textures, open_dataset
-from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
+from data.builders.backgrounds import Scenes, free_share, tied_groups, write_on_backgrounds
 from data.builders.fashion_on_textures import BIASING, CLASS_NAMES, UNSEEN
 from pipeline import Classifier, ModelConfig, build_network, explain
 from trainer import evaluate
@@ -36,6 +37,16 @@ def test_the_background_is_the_classs_own_unseen_or_another_classs():
         assert set(shift[labels == label]) == set(range(5)) - {label}, "every other class's background occurs"
     with pytest.raises(ValueError, match="test2"):
         tied_groups("test2", labels, 5, 3, rng)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.25, 0.3333, 1])
+def test_the_unbiased_share_is_exact_and_its_values_are_equally_likely(share):
+    tied = np.full(2000, -1)
+    freed = free_share(tied, share, 4, np.random.default_rng(0))
+    assert (tied == -1).all()
+    counts = np.bincount(freed[freed != -1], minlength=4)
+    assert counts.sum() == round(share * 2000)
+    assert np.abs(counts - share * 500).max() <= 4 * (share * 500) ** 0.5
 
 
 def test_objects_are_pasted_as_opaque_as_they_are_and_masked_where_they_hide_all(tmp_path):
@@ -111,6 +122,43 @@ def test_the_same_seed_gives_the_same_dataset_and_another_one_another(textures, 
     first, same, other = (open_dataset(path).splits for path in (textures, tmp_path / "same", tmp_path / "other"))
     for split in first:
         assert first[split].fingerprint == same[split].fingerprint != other[split].fingerprint
+
+
+def test_an_unbiased_share_of_the_training_garments_is_on_any_classs_photograph(textures, fashion, tmp_path):
+    for name, share in (("none", 0), ("half", 0.5)):
+        make_fashion_on_textures(tmp_path / name, fashion, size=32, unbiased_share=share)
+    default, none, half = (open_dataset(path) for path in (textures, tmp_path / "none", tmp_path / "half"))
+    for name, split in default.splits.items():
+        assert none.split(name).fingerprint == split.fingerprint
+        assert (half.split(name).fingerprint == split.fingerprint) == (name != "train")
+    before, after = default.split("train"), half.split("train")
+    changed = after.groups[:] != after.labels[:]
+    assert 24 < changed.sum() <= 36
+    assert after.groups[:].max() < len(BIASING), "no photograph of ood"
+    behind = np.repeat(after.masks[:] == 0, 3, axis=1)
+    for sample, (old, new) in enumerate(zip(before.images[:], after.images[:], strict=True)):
+        assert (old[behind[sample]] != new[behind[sample]]).any() == changed[sample]
+    assert np.array_equal(before.masks[:], after.masks[:])
+    builders = [
+        json.loads((path / "zarr.json").read_text())["attributes"]["builder"] for path in (textures, tmp_path / "half")
+    ]
+    assert [builder.get("unbiased_share") for builder in builders] == [None, 0.5]
+
+
+def test_without_an_unbiased_share_the_numbers_are_those_of_earlier_versions(textures):
+    """Not the pixels, which the releases of Pillow and its decoders may change."""
+    splits = open_dataset(textures).splits
+    digests = {
+        name: hashlib.sha256(b"".join(array[:].tobytes() for array in (split.labels, split.groups))).hexdigest()[:16]
+        for name, split in splits.items()
+    }
+    assert digests == {
+        "train": "bbb4f582c81f6a73",
+        "validation": "fd3ccbf6206a2888",
+        "iid": "74d6ba89376360b1",
+        "ood": "beac93b447fb980c",
+        "shift": "5161ad1c4d342073",
+    }
 
 
 def test_torchvisions_folders_and_unpacked_files_are_read_too(textures, fashion, tmp_path):

@@ -167,6 +167,8 @@ BAD = {
     ),
     # datasets that are made from others' files
     "make-data fashion-on-textures --out new --fashion-mnist folder": (1, "no Fashion-MNIST in folder"),
+    "make-data fashion-on-textures --out new --unbiased-share 2": (2, "--unbiased-share"),
+    "make-data coloured-mnist --out new --unbiased-share -0.1": (2, "--unbiased-share"),
     "make-data coco-on-places --coco folder --places folder --out new": (1, "http://images.cocodataset.org"),
     "make-data waterbirds --waterbirds folder --out new": (1, "there is no folder/metadata.csv"),
     "make-data image-folder --train nowhere --size 8 --out new": (
@@ -296,6 +298,20 @@ def test_every_command_has_help(command):
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
     assert len(result.output) > 100
+
+
+@pytest.mark.parametrize(("accuracy", "is_printed"), [(12.5, True), (40.0, False)])
+def test_the_worst_class_in_a_group_is_printed_if_it_is_worse_than_the_worst_group(monkeypatch, accuracy, is_printed):
+    worst = {"group": "grass", "accuracy": 40.0, "samples": 20}
+    pair = {"class": "dog", "group": "sand", "accuracy": accuracy, "samples": 8}
+    split = {"accuracy": 90.0, "interval": [89.0, 91.0], "samples": 99, "on_object": None}
+    splits = {"ood": {**split, "worst_group": worst, "worst_class_in_group": pair}}
+    result = {"kind": "student", "iid": None, "gap": None, "splits": splits}
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: result)
+    (line,) = run("evaluate", "--data", "d.zarr", "--model", "student").output.splitlines()
+    assert "; worst group grass 40.00 % of 20" in line
+    assert ("; worst class in a group dog in sand 12.50 % of 8" in line) == is_printed
+    assert ("worst class" in line) == is_printed
 
 
 def test_the_warning_of_a_biased_teacher_speaks_in_flags(monkeypatch):

@@ -347,7 +347,7 @@ def test_a_missing_option_and_a_missing_file_are_said(tmp_path):
 
 MISSPELT = {
     "train-studnet --out o": "No such command 'train-studnet'. Did you mean train-student",
-    "make-data colored-mnist": "No such command 'colored-mnist'. Did you mean coloured-mnist?",
+    "make-data colored-mnist": "No such command 'colored-mnist'. Did you mean coloured-mnist",
     "zzz": "No such command 'zzz'.",
     "train-student --stepz 5": "--steps",
     "train-student --data d --out o --method gradcam": "Did you mean grad-cam?",

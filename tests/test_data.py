@@ -113,6 +113,41 @@ def test_limit_keeps_the_first_samples(full, tmp_path):
         assert np.array_equal(split.images[:], open_dataset(full).split(name).images[:50])
 
 
+def test_a_dataset_without_an_unbiased_share_is_that_of_earlier_versions(tmp_path):
+    make_coloured_mnist(tmp_path / "d", limit=200, unbiased_share=0)
+    fingerprints = {name: split.fingerprint[:16] for name, split in open_dataset(tmp_path / "d").splits.items()}
+    assert fingerprints == {
+        "train": "a8bb86c3b210802d",
+        "validation": "cfca14fd38ca00b9",
+        "iid": "e67ef20fe3a67b06",
+        "ood": "1d75836ef1a56f55",
+        "shift": "e691e278ae6bf583",
+    }
+    make_coloured_mnist(tmp_path / "default", limit=200)
+    assert files(tmp_path / "d") == files(tmp_path / "default")
+    assert "unbiased_share" not in zarr.open_group(str(tmp_path / "d")).attrs["builder"]
+
+
+def test_an_unbiased_share_of_the_training_images_has_any_classs_colour(full, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_coloured_mnist(tmp_path / name, limit=2000, unbiased_share=0.3, seed=seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert zarr.open_group(str(tmp_path / "a")).attrs["builder"]["unbiased_share"] == 0.3
+    dataset, without = open_dataset(tmp_path / "a"), open_dataset(full)
+    train = dataset.split("train")
+    labels, groups, images = train.labels[:], train.groups[:], train.images[:]
+    assert np.array_equal(colours(images), BIASING_COLOURS[groups])
+    counts = np.bincount(groups[groups != labels], minlength=10)
+    assert 500 < counts.sum() < 600, "a tenth of the 600 keeps its colour by chance"
+    assert counts.min() > 25
+    kept = groups == labels
+    assert np.array_equal(images[kept], without.split("train").images[:2000][kept])
+    for name in ("validation", "iid", "ood", "shift"):
+        assert np.array_equal(dataset.split(name).images[:], without.split(name).images[:2000])
+    other = open_dataset(tmp_path / "c").split("train")
+    assert not np.array_equal(other.groups[:] == other.labels[:], kept)
+
+
 def test_an_altered_or_missing_mnist_file_is_refused(tmp_path):
     shutil.copytree(idx.MNIST_DIR, tmp_path / "mnist")
     altered = tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz"

@@ -102,7 +102,7 @@ def test_a_codec_is_in_the_help_and_in_the_shells_error_for_a_wrong_one(entered)
 
 
 def test_a_dataset_that_is_entered_at_run_time_is_a_command_of_make_data(entered, tmp_path):
-    def make(out, seed, limit):
+    def make(out, seed, limit, **_):
         return {"train": seed + limit}
 
     def output(*words: str) -> str:

@@ -97,6 +97,7 @@ def test_evaluate_tells_a_mask_teachers_accuracy_on_the_splits_with_masks_and_no
             "interval": None,
             "samples": SAMPLES,
             "worst_group": None,
+            "worst_class_in_group": None,
             "groups": [],
             "on_object": None,
         }

@@ -309,6 +309,18 @@ def test_evaluation_counts_what_it_says(dataset, teacher):
         worst = result["splits"][name]["worst_group"]
         assert worst["accuracy"] == pytest.approx(min(by_group.values()))
         assert by_group[worst["group"]] == pytest.approx(worst["accuracy"])
+        labels = split.labels[:]
+        by_pair = {
+            (opened.class_names[label], opened.group_name(group)): 100 * correct[here].mean()
+            for label in range(10)
+            for group in np.unique(groups)
+            if (here := (labels == label) & (groups == group)).any()
+        }
+        pair = result["splits"][name]["worst_class_in_group"]
+        assert pair["split"] == name
+        assert pair["accuracy"] == pytest.approx(min(by_pair.values()))
+        assert by_pair[pair["class"], pair["group"]] == pytest.approx(pair["accuracy"])
+        assert pair["accuracy"] <= worst["accuracy"]
         low, high = result["splits"][name]["interval"]
         assert low <= result[name] <= high
     assert result["gap"] == pytest.approx(result["iid"] - result["ood"])

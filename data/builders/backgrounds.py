@@ -69,6 +69,24 @@ def tied_groups(split: str, labels: np.ndarray, classes: int, unseen: int, rng: 
     return labels.copy()
 
 
+def free_share(groups: np.ndarray, share: float, values: int, rng: np.random.Generator) -> np.ndarray:
+    """Give a share of the samples a random bias attribute, whatever their class is.
+
+    Args:
+        groups: the bias attribute of each sample, integer (N,).
+        share: the share of the samples, from 0 to 1, that get a random value: round(share · N) of them.
+        values: the random values are from 0 to this number less 1, equally likely. A sample may get its own again.
+        rng: chooses the samples and their values.
+
+    Returns:
+        The new values, integer (N,).
+    """
+    rows = rng.permutation(len(groups))[: round(share * len(groups))]
+    freed = groups.copy()
+    freed[rows] = rng.integers(0, values, len(rows))
+    return freed
+
+
 def write_on_backgrounds(out: Location, splits: Mapping[str, Scenes], size: int, **attributes: Any) -> dict[str, int]:
     """Paste the objects of every split and write the dataset.
 

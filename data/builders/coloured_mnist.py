@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import data
-from data.builders.backgrounds import tied_groups
+from data.builders.backgrounds import free_share, tied_groups
 from data.builders.idx import read_mnist
-from data.builders.registry import BuilderOptions, Limited, Seeded, builder
+from data.builders.registry import BuilderOptions, Limited, PartlyUnbiased, Seeded, builder
 
 if TYPE_CHECKING:
     from data.storage import Location
@@ -36,7 +36,7 @@ VALIDATION_SAMPLES = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColouredMnistOptions(BuilderOptions, Seeded, Limited):
+class ColouredMnistOptions(BuilderOptions, Seeded, Limited, PartlyUnbiased):
     """The options of ``make-data coloured-mnist``."""
 
 
@@ -50,6 +50,9 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
     colour; ood, in which each digit has one of ten other colours; and shift, in which it has the colour of another
     class. Groups are the colours: 0 to 9 tell the class, 10 to 19 are those of ood. The same seed gives the same bytes.
 
+    With an unbiased share, this share of the training images has one of the ten colours that tell the class at random.
+    All other images are the same as without.
+
     Returns:
         The number of samples of each split.
 
@@ -59,7 +62,7 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
     """
     chosen = ColouredMnistOptions(out=out, **options)
     seed, limit = chosen.seed, chosen.limit
-    colour_rng, split_rng, ood_rng, shift_rng = (np.random.default_rng([seed, stream]) for stream in range(4))
+    colour_rng, split_rng, ood_rng, shift_rng, share_rng = (np.random.default_rng([seed, n]) for n in range(5))
     colours = np.concatenate([BIASING_COLOURS, _unseen_colours(colour_rng)])
     images, labels = read_mnist("train")
     order = split_rng.permutation(len(images))
@@ -74,6 +77,8 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
         for name, (digits, classes) in splits.items():
             groups = tied_groups(name, classes, 10, 10, ood_rng if name == "ood" else shift_rng)[:limit]
             digits, classes = digits[:limit], classes[:limit]
+            if name == "train":
+                groups = free_share(groups, chosen.unbiased_share, 10, share_rng)
             writer.write_split(
                 name,
                 images=_paint(digits, colours[groups]),
@@ -85,7 +90,7 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
             class_names=CLASS_NAMES,
             bias_attribute="colour",
             group_names=["#{:02x}{:02x}{:02x}".format(*colour) for colour in colours.tolist()],
-            builder={"command": "make-data coloured-mnist", "seed": seed, "limit": limit},
+            builder={"command": "make-data coloured-mnist", "seed": seed, "limit": limit, **chosen.record},
         )
     return {name: len(classes[:limit]) for name, (_, classes) in splits.items()}
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from PIL import Image
 
-from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
+from data.builders.backgrounds import Scenes, free_share, tied_groups, write_on_backgrounds
 from data.builders.idx import read_idx
-from data.builders.registry import BuilderOptions, Limited, Seeded, Sized, builder
+from data.builders.registry import BuilderOptions, Limited, PartlyUnbiased, Seeded, Sized, builder
 from data.builders.rows import OPAQUE
 from data.errors import DatasetError
 from options import Doc, Kind, Message, Option, OptionSet, Word
@@ -54,6 +54,7 @@ GARMENT = (0.6, 0.95)  # side of a garment's frame, as a share of the image's si
 DARK = 16  # of 255: pixels up to this value do not belong to the garment, unless they are holes in it
 TINT = (90, 255)  # of white, in each channel
 STREAMS = {"validation": 1, "train": 2, "iid": 3, "ood": 4, "shift": 5}  # of random numbers; 0 divides the garments
+UNBIASED_STREAM = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class FashionMnistSource(OptionSet):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FashionOnTexturesOptions(FashionMnistSource, BuilderOptions, Sized, Seeded, Limited):
+class FashionOnTexturesOptions(FashionMnistSource, BuilderOptions, Sized, Seeded, Limited, PartlyUnbiased):
     """The options of ``make-data fashion-on-textures``."""
 
     download: Annotated[bool, Doc("Download Fashion-MNIST into the folder first, by torchvision.")] = False
@@ -90,6 +91,9 @@ def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = N
     and iid (10,000), in which each class has its own photograph; ood, with seven other photographs; and shift, with the
     photograph of another class. iid, ood and shift show the same garments. Groups are the photographs. The same seed
     gives the same bytes. The extra [data] is required.
+
+    With an unbiased share, this share of the training images has one of the ten photographs that tell the class at
+    random. All other images are the same as without.
 
     Returns:
         The number of samples of each split.
@@ -115,10 +119,13 @@ def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = N
         if split in ("train", "validation"):
             rows = order[:validation] if split == "validation" else order[validation:]
             garments, labels = garments[rows], labels[rows]
-        groups = tied_groups(split, labels, len(BIASING), len(UNSEEN), np.random.default_rng([seed, stream]))
+        groups = tied_groups(split, labels, len(BIASING), len(UNSEEN), np.random.default_rng([seed, stream]))[:limit]
+        if split == "train":
+            share_rng = np.random.default_rng([seed, UNBIASED_STREAM])
+            groups = free_share(groups, chosen.unbiased_share, len(BIASING), share_rng)
         splits[split] = Scenes(
             labels=labels[:limit],
-            groups=groups[:limit],
+            groups=groups,
             cut_out=partial(_cut_out, garments, size, (seed, STREAMS["iid"] if split in ("ood", "shift") else stream)),
             background=partial(_background, photographs, groups, size, (seed, stream)),
         )
@@ -129,7 +136,13 @@ def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = N
         name="fashion-on-textures",
         class_names=CLASS_NAMES,
         group_names=[*BIASING, *UNSEEN],
-        builder={"command": "make-data fashion-on-textures", "size": size, "seed": seed, "limit": limit},
+        builder={
+            "command": "make-data fashion-on-textures",
+            "size": size,
+            "seed": seed,
+            "limit": limit,
+            **chosen.record,
+        },
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from data.errors import DatasetError
-from options import Doc, Ge, Kind, OptionSet, Registry, takes
+from options import Doc, Ge, Kind, Le, OptionSet, Registry, takes
 from options.common import Fit, Seed
 
 Make = Callable[..., dict[str, int]]
@@ -91,6 +91,28 @@ class Limited(OptionSet):
     HEADING: ClassVar[str] = HOW
 
     limit: Annotated[int | None, Ge(1), Doc("Maximum number of samples in each split.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartlyUnbiased(OptionSet):
+    """The share of the training images whose bias attribute does not depend on the class."""
+
+    HEADING: ClassVar[str] = HOW
+
+    unbiased_share: Annotated[
+        float,
+        Ge(0),
+        Le(1),
+        Doc(
+            "Share of the training images whose bias attribute is drawn at random from those of all classes. The other "
+            "splits do not change."
+        ),
+    ] = 0.0
+
+    @property
+    def record(self) -> dict[str, float]:
+        """The entry for the attribute ``builder``; none for a share of 0, which gives the bytes of earlier versions."""
+        return {"unbiased_share": self.unbiased_share} if self.unbiased_share else {}
 
 
 @dataclass(frozen=True, kw_only=True)

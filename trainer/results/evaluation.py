@@ -43,7 +43,8 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
     Returns:
         Accuracies in %. ``splits`` has, by the name of a split: ``accuracy``, its 95 % Wilson ``interval``,
         ``samples``, the same for each of its ``groups`` (the values of the dataset's bias attribute), its
-        ``worst_group``, and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
+        ``worst_group``, ``worst_class_in_group``, the same for the worst class among the samples of one group (None
+        without groups), and ``on_object``, the share of the relevance on the object in % (`relevance_on_object`; None
         without masks). ``classes`` has the same as ``groups`` for each class that has samples, in the order of the
         labels, ``balanced_accuracy`` is the mean of their accuracies, and ``only_prediction`` is the class that the
         model says for every image, None if it says several; ``predictions`` is the share of the predictions of each
@@ -152,7 +153,7 @@ def score(
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
     labels = np.asarray(split.labels[:]).astype(np.int64)
     return {
-        **_summary(predictions.classes == labels, split, dataset),
+        **_summary(predictions.classes == labels, labels, split, dataset),
         **class_scores(labels, predictions.classes, dataset.class_names),
         "on_object": on_object,
     }
@@ -188,8 +189,8 @@ def class_scores(labels: np.ndarray, predicted: np.ndarray, class_names: Sequenc
 
 def untested(split: Split) -> dict[str, Any]:
     """Return the score, as `score` does, of a model that cannot be run on the split."""
-    unknown: dict[str, Any] = dict.fromkeys(("accuracy", "interval", "worst_group", "on_object"))
-    return {**unknown, "samples": len(split), "groups": []}
+    names = ("accuracy", "interval", "worst_group", "worst_class_in_group", "on_object")
+    return {**dict.fromkeys(names), "samples": len(split), "groups": []}
 
 
 def summary(splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -323,10 +324,11 @@ def _batches(split: Split, every: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size * every, every)
 
 
-def _summary(correct: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
-    scores = []
+def _summary(correct: np.ndarray, labels: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
+    scores, worst_pair = [], None
     if split.groups is not None:
-        groups = np.asarray(split.groups[:])
+        groups = np.asarray(split.groups[:]).astype(np.int64)
+        worst_pair = _worst_pair(correct, labels, groups, split, dataset)
         scores = [
             {
                 "split": split.name,
@@ -338,7 +340,25 @@ def _summary(correct: np.ndarray, split: Split, dataset: Dataset) -> dict[str, A
     return {
         **_score(correct),
         "worst_group": min(scores, key=lambda score: score["accuracy"], default=None),
+        "worst_class_in_group": worst_pair,
         "groups": scores,
+    }
+
+
+def _worst_pair(
+    correct: np.ndarray, labels: np.ndarray, groups: np.ndarray, split: Split, dataset: Dataset
+) -> dict[str, Any]:
+    """Score the pair of a class and a group with the lowest accuracy, the worst group of Sagawa et al. (ICLR 2020)."""
+    classes = len(dataset.class_names)
+    pairs, members, samples = np.unique(classes * groups + labels, return_inverse=True, return_counts=True)
+    right = np.bincount(members[correct], minlength=len(pairs))
+    worst = int((right / samples).argmin())
+    group, label = divmod(int(pairs[worst]), classes)
+    return {
+        "split": split.name,
+        "class": dataset.class_names[label],
+        "group": dataset.group_name(group),
+        **_proportion(int(right[worst]), int(samples[worst])),
     }
 
 
