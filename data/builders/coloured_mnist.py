@@ -50,8 +50,8 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
     colour; ood, in which each digit has one of ten other colours; and shift, in which it has the colour of another
     class. Groups are the colours: 0 to 9 tell the class, 10 to 19 are those of ood. The same seed gives the same bytes.
 
-    With an unbiased share, this share of the training images has one of the ten colours that tell the class at random.
-    All other images are the same as without.
+    With an unbiased share, this share of the images of train and validation has one of the ten colours that tell the
+    class at random. All other images are the same as without.
 
     Returns:
         The number of samples of each split.
@@ -77,7 +77,7 @@ def make_coloured_mnist(out: Location, **options: Any) -> dict[str, int]:
         for name, (digits, classes) in splits.items():
             groups = tied_groups(name, classes, 10, 10, ood_rng if name == "ood" else shift_rng)[:limit]
             digits, classes = digits[:limit], classes[:limit]
-            if name == "train":
+            if name in ("train", "validation"):
                 groups = free_share(groups, chosen.unbiased_share, 10, share_rng)
             writer.write_split(
                 name,

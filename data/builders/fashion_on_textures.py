@@ -92,8 +92,8 @@ def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = N
     photograph of another class. iid, ood and shift show the same garments. Groups are the photographs. The same seed
     gives the same bytes. The extra [data] is required.
 
-    With an unbiased share, this share of the training images has one of the ten photographs that tell the class at
-    random. All other images are the same as without.
+    With an unbiased share, this share of the images of train and validation has one of the ten photographs that tell
+    the class at random. All other images are the same as without.
 
     Returns:
         The number of samples of each split.
@@ -120,8 +120,8 @@ def make_fashion_on_textures(out: Location, fashion_mnist: str | Path | None = N
             rows = order[:validation] if split == "validation" else order[validation:]
             garments, labels = garments[rows], labels[rows]
         groups = tied_groups(split, labels, len(BIASING), len(UNSEEN), np.random.default_rng([seed, stream]))[:limit]
-        if split == "train":
-            share_rng = np.random.default_rng([seed, UNBIASED_STREAM])
+        if split in ("train", "validation"):
+            share_rng = np.random.default_rng([seed, UNBIASED_STREAM, stream])
             groups = free_share(groups, chosen.unbiased_share, len(BIASING), share_rng)
         splits[split] = Scenes(
             labels=labels[:limit],

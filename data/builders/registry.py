@@ -95,7 +95,7 @@ class Limited(OptionSet):
 
 @dataclass(frozen=True, kw_only=True)
 class PartlyUnbiased(OptionSet):
-    """The share of the training images whose bias attribute does not depend on the class."""
+    """The share of the images of train and validation whose bias attribute does not depend on the class."""
 
     HEADING: ClassVar[str] = HOW
 
@@ -104,8 +104,8 @@ class PartlyUnbiased(OptionSet):
         Ge(0),
         Le(1),
         Doc(
-            "Share of the training images whose bias attribute is drawn at random from those of all classes. The other "
-            "splits do not change."
+            "Share of the images of train and validation whose bias attribute is drawn at random from those of all "
+            "classes. The tests do not change."
         ),
     ] = 0.0
 
