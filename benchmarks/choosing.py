@@ -183,7 +183,7 @@ def look(teacher: Classifier, student: Classifier, dataset: Dataset) -> Seen:
         with torch.no_grad():
             part["recoloured"] = student(_recolour(images))
             if masks is not None:
-                at = {"seed": 0, "step": 0, "first": first, "of": MEASURED}
+                at = {"seed": 0, "step": 0, "first": first, "of": MEASURED, "share": 0.5}
                 part["repainted"] = student(repaint(images, masks, **at))
         parts.append(part)
     joined = {name: torch.cat([part[name] for part in parts]).detach() for name in parts[0]}

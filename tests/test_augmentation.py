@@ -208,7 +208,7 @@ def test_what_is_unknown_or_does_not_fit_is_refused_with_the_reason():
 
 
 def repainted(images, masks, seed=0, step=0, first=0, of=None):
-    return repaint(images, masks, seed=seed, step=step, first=first, of=of or len(images))
+    return repaint(images, masks, seed=seed, step=step, first=first, of=of or len(images), share=0.5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

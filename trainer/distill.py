@@ -126,7 +126,7 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         batch_fields = (*dict.fromkeys((*needed, "masks")),)
         log.info(
             Message(
-                f"{REPAINTED:.0%} of the images get another background, because the teacher sees nothing outside the "
+                f"one image in {1 / REPAINTED:.0f} gets another background, because the teacher sees nothing outside the "
                 "masks (",
                 Option("augment", NO_AUGMENTATION),
                 " keeps the images as they are)",
