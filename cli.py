@@ -496,14 +496,16 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
     """Test a model on every test split.
 
     The command prints the accuracy on each split and of each class, the worst group, and the gap IID − OOD, with 95 %
-    intervals. If a class is less accurate within a group, it prints the worst one. Of more than 12 classes, it prints
-    the worst five, and --json has all of them. If the dataset has masks, the command also prints how much of the
-    relevance lies on the object. It warns you of a teacher that is less accurate where the bias changes, because its
-    students will learn the bias too, and of a model that says one class for every image. A split has no accuracy if it
-    lacks the masks that the teacher's front needs.
+    intervals. If the dataset has groups, such as hospitals, the command also prints the mean of their accuracies, with
+    the standard deviation between them, and the worst class in a group if it is worse than all groups. Of more than 12
+    classes, it prints the worst five, and --json has all of them. If the dataset has masks, the command prints how much
+    of the relevance lies on the object. It warns you of a teacher that is less accurate where the bias changes, because
+    its students will learn the bias too, and of a model that says one class for every image. A split has no accuracy if
+    it lacks the masks that the teacher's front needs.
     """
     from trainer import evaluate
     from trainer.results.by_class import class_table, one_class_warning, prediction_table
+    from trainer.results.by_group import group_mean_line
     from trainer.results.evaluation import bias_warning
 
     if (model is None) == (teacher is None):
@@ -529,6 +531,8 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         if split["on_object"] is not None:
             line += f"; {split['on_object']:.1f} % of the relevance on the object"
         click.echo(line)
+        if of_groups := group_mean_line(split):
+            click.echo(of_groups)
     if result["gap"] is not None:
         click.echo(f"{'gap iid-ood':<12}{result['gap']:7.2f} points")
     for table in (class_table(result["splits"], "give --json"), prediction_table(result["splits"])):

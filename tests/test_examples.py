@@ -16,6 +16,7 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from data import make_image_folder, open_dataset
 from data.builders.coloured_mnist import CLASS_NAMES
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,24 @@ def test_the_solar_cells_prose_says_what_its_outputs_do():
     assert rows["ERM"][2] < 5  # "nearly every answer is wrong"
     assert max(rows["teacher"]) - min(rows["teacher"]) < 0.1  # "as good without the stamp as with it"
     assert max(rows["student"]) - min(rows["student"]) < 1  # "less than a point"
+
+
+def test_painted_xrays_are_folders_by_source_whose_sources_tell_a_class(tmp_path, caplog):
+    call(str(EXAMPLES / "paint_xrays.py"), "--out", "xrays", folder=tmp_path)
+    root = tmp_path / "xrays"
+    tests = {"iid": root / "iid", "ood": root / "ood"}
+    sizes = make_image_folder(
+        tmp_path / "d", root / "train", tests, layout="source/class", masks=root / "masks", size=32
+    )
+    assert sizes == {"train": 1080, "validation": 120, "iid": 300, "ood": 500}
+    dataset = open_dataset(tmp_path / "d")
+    hospitals = {
+        name: {dataset.group_name(group)[-1] for group in split.groups[:]} for name, split in dataset.splits.items()
+    }
+    assert hospitals == {"train": set("abcd"), "validation": set("abcd"), "iid": set("abcd"), "ood": set("efg")}
+    page = " ".join((ROOT / "docs" / "own-images.md").read_text().split())
+    for record in caplog.records:  # the page shows what the command says
+        assert record.getMessage() in page
 
 
 def test_an_own_model_is_explained_trained_compared_and_exported(tmp_path):

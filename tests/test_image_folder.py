@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import shutil
@@ -614,3 +615,221 @@ def test_names_of_groups_are_looked_up_and_not_searched_for(tmp_path):
     )  # fmt: skip
     assert Counted.compared < 10 * len(names)  # searching a list of them takes 180,300
     np.testing.assert_array_equal(open_dataset(tmp_path / "data.zarr").split("train").groups[:], np.arange(600))
+
+
+# --- folders by source ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hospitals(tmp_path) -> Path:
+    """COVID-19 from two hospitals and healthy lungs from two others in training; a test from two more, with masks."""
+    root = tmp_path / "xrays"
+    images = {
+        "train": {"a/covid": 20, "b/covid": 20, "c/normal": 20, "d/normal": 5, "d/covid": 15},
+        "far": {"e/covid": 2, "e/normal": 3, "f/normal": 1, "a/covid": 1},
+    }
+    for split, folders in images.items():
+        for place, (folder, number) in enumerate(folders.items()):
+            for image in range(number):
+                save(root / split / folder / f"{image}.png", shade(10 * image, 40 * place, 50 * (split == "far")))
+                masks = root / "masks" / {"train": "train", "far": "ood"}[split]
+                save(masks / folder / f"{image}.png", mask(4, 8 + place))
+    return root
+
+
+BY_SOURCE = {"layout": "source/class"}
+
+
+def placed(root: Path, split: str) -> list[tuple[str, str]]:
+    """The source and the class of each row of a split."""
+    dataset = open_dataset(root.parent / "d")
+    read = dataset.split(split)
+    return [
+        (dataset.group_name(group), dataset.class_names[label])
+        for group, label in zip(read.groups[:], read.labels[:], strict=True)
+    ]
+
+
+def test_the_source_of_an_image_is_its_group_and_a_source_may_lack_classes_or_be_in_a_test_alone(hospitals):
+    sizes, notes = make(hospitals, **BY_SOURCE)
+    assert sizes == {"train": 72, "validation": 8, "ood": 7}
+    dataset = open_dataset(hospitals.parent / "d")
+    assert dataset.class_names == ("covid", "normal")
+    assert dataset.group_names == ("a", "b", "c", "d", "e", "f")
+    assert dataset.bias_attribute == "source"
+    assert placed(hospitals, "ood") == [
+        *[("a", "covid")], *[("e", "covid")] * 2, *[("e", "normal")] * 3, ("f", "normal"),
+    ]  # fmt: skip
+    assert images(hospitals, "ood")[:, 1, 0, 0].tolist() == [120, 0, 0, 40, 40, 40, 80]
+    assert notes == [
+        "train: some sources have one class only, so a network can learn the source instead of the class: covid in a, "
+        "b (40 of its 55 images); normal in c (20 of its 25 images)"
+    ]
+
+
+def test_each_source_of_a_class_gives_its_share_to_validation(hospitals):
+    shown = []
+    for seed in range(5):
+        make_image_folder(
+            hospitals.parent / "d", hospitals / "train", {}, size=SIZE, validation_share=0.2, seed=seed, **BY_SOURCE
+        )
+        assert sorted(placed(hospitals, "validation")) == sorted(
+            [("a", "covid")] * 4
+            + [("b", "covid")] * 4
+            + [("d", "covid")] * 3
+            + [("c", "normal")] * 4
+            + [("d", "normal")]
+        )
+        shown.append(open_dataset(hospitals.parent / "d").split("validation").fingerprint)
+        shutil.rmtree(hospitals.parent / "d")
+    assert len(set(shown)) == 5
+
+
+def test_many_small_sources_give_no_more_than_the_share_to_validation(tmp_path):
+    for patient in range(40):
+        for number in range(2):
+            save(
+                tmp_path / "train" / f"{patient:02}" / ("ill", "well")[patient % 2] / f"{number}.png",
+                shade(patient, number),
+            )
+    sizes = make_image_folder(tmp_path / "d", tmp_path / "train", {}, size=SIZE, **BY_SOURCE)
+    assert sizes == {"train": 72, "validation": 8}
+    assert len(set(placed(tmp_path / "x", "validation"))) == 8
+
+
+def test_masks_lie_below_the_split_the_source_and_the_class(hospitals):
+    _, notes = make(hospitals, masks=hospitals / "masks", **BY_SOURCE)
+    covered = open_dataset(hospitals.parent / "d").split("ood").masks[:, 0].any(1).sum(1)
+    assert covered.tolist() == [7, 4, 4, 5, 5, 5, 6]
+    assert "masks: 87 read" in notes[1]
+    (hospitals / "masks" / "ood" / "f" / "normal" / "0.png").unlink()
+    shutil.rmtree(hospitals.parent / "d")
+    with pytest.raises(
+        DatasetError, match=r"far/f/normal/0\.png: there is no mask .*masks/ood/f/normal/0 with the suffix"
+    ):
+        make(hospitals, masks=hospitals / "masks", **BY_SOURCE)
+
+
+def test_sources_that_have_every_class_are_not_told(hospitals):
+    for source in "abc":
+        for name in ("covid", "normal"):
+            save(hospitals / "train" / source / name / "more.png", shade(9, ord(source), ord(name[0])))
+    assert make(hospitals, **BY_SOURCE)[1] == []
+
+
+def test_many_sources_of_one_class_are_counted(tmp_path):
+    for number in range(8):
+        save(tmp_path / "xrays" / "train" / f"s{number}" / "ill" / "0.png", shade(number))
+        save(tmp_path / "xrays" / "train" / "both" / ("ill", "well")[number % 2] / f"{number}.png", shade(number, 9))
+    _, (note,) = make(tmp_path / "xrays", tests={}, **BY_SOURCE)
+    assert note.endswith("ill in s0, s1, s2, s3, s4 and 3 more (8 of its 12 images)")
+
+
+def test_a_bias_attribute_with_another_name_is_kept_and_the_layout_is_recorded(hospitals):
+    make(hospitals, bias_attribute="hospital", **BY_SOURCE)
+    assert open_dataset(hospitals.parent / "d").bias_attribute == "hospital"
+    attributes = json.loads((hospitals.parent / "d" / "zarr.json").read_text())["attributes"]
+    assert attributes["builder"]["layout"] == "source/class"
+
+
+def test_a_table_of_groups_and_folders_by_source_are_refused_together(hospitals):
+    groups = table(hospitals, [("train/a/covid/0.png", "x")])
+    with pytest.raises(DatasetError, match=r"give groups='.*' or layout='source/class', not both"):
+        make(hospitals, groups=groups, **BY_SOURCE)
+    words = [
+        "make-data",
+        "image-folder",
+        "--train",
+        hospitals / "train",
+        "--size",
+        SIZE,
+        "--out",
+        hospitals.parent / "d",
+    ]
+    words += ["--layout", "source/class", "--groups", groups]
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert result.exit_code == 1
+    assert f"give --groups {groups} or --layout source/class, not both" in result.output
+    assert not (hospitals.parent / "d").exists()
+
+
+def test_folders_by_class_are_refused_as_folders_by_source(photos):
+    with pytest.raises(
+        DatasetError, match=r"the source .*train/cat has an image, 0\.png, outside .* give layout='class'"
+    ):
+        make(photos, **BY_SOURCE)
+    shutil.move(photos / "train", photos / "a")
+    shutil.move(photos / "a", photos / "train" / "a")
+    with pytest.raises(DatasetError, match=r"the source .*far/cat has an image"):
+        make(photos, **BY_SOURCE)
+    shutil.rmtree(photos / "far" / "dog")
+    for path in (photos / "far" / "cat").iterdir():
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"the source .*far/cat has no folder of a class: add one"):
+        make(photos, **BY_SOURCE)
+    assert not (photos.parent / "d").exists()
+
+
+def test_an_image_beside_the_folders_of_the_classes_is_refused_and_other_files_are_not(hospitals):
+    (hospitals / "train" / "a" / "patients.csv").write_text("none")
+    (hospitals / "train" / "readme.txt").write_text("none")
+    save(hospitals / "train" / "a" / ".hidden.png", shade(0))
+    assert make(hospitals, **BY_SOURCE)[0]["train"] == 72
+    shutil.rmtree(hospitals.parent / "d")
+    save(hospitals / "train" / "b" / "overview.jpg", shade(0))
+    with pytest.raises(
+        DatasetError, match=r"the source .*train/b has an image, overview\.jpg, outside .*: move it there"
+    ):
+        make(hospitals, **BY_SOURCE)
+
+
+def test_folders_by_source_are_told_as_folders_by_class_and_an_unknown_source_is_refused_with_the_layout(hospitals):
+    _, (note,) = make(hospitals, tests={})
+    assert "such as a/covid, which are not told apart" in note
+    assert "use the layout source/class" in note
+    shutil.rmtree(hospitals.parent / "d")
+    with pytest.raises(DatasetError) as caught:
+        make(hospitals)
+    assert str(caught.value) == (
+        f"{hospitals}/far has a class 'e' that training does not have: a, b, c, d; if 'e' is a source, with a folder "
+        "for each class such as 'covid', give layout='source/class'"
+    )
+
+
+def test_a_class_of_a_test_that_no_source_of_training_has_is_refused_with_its_source(hospitals):
+    save(hospitals / "far" / "e" / "flu" / "0.png", shade(1))
+    with pytest.raises(DatasetError, match=r"far/e has a class 'flu' that training does not have: covid, normal$"):
+        make(hospitals, **BY_SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda p: shutil.rmtree(p / "train"),
+            "train='.*train' must be a folder with a folder for each source, and in",
+        ),
+        (lambda p: shutil.rmtree(p / "far"), "there is no folder .*far: give a folder with a folder for each source"),
+        (
+            lambda p: [path.unlink() for path in (p / "far").rglob("*.png")],
+            "far has no images in folders by source and class",
+        ),
+        (lambda p: (p / "train" / "a" / "flu").mkdir(), "the class 'flu' in .* has no image"),
+        (
+            lambda p: os.rename(p / "train" / "a", p / "train" / "a\nb"),
+            "the folder of a source in .* cannot be printed",
+        ),
+    ],
+)
+def test_folders_by_source_that_cannot_be_right_are_refused(hospitals, change, words):
+    change(hospitals)
+    with pytest.raises(DatasetError, match=words):
+        make(hospitals, **BY_SOURCE)
+    assert not (hospitals.parent / "d").exists()
+
+
+def test_sources_are_the_same_in_both_forms_of_unicode(hospitals):
+    for split, form in (("train", "NFC"), ("far", "NFD"), ("masks/train", "NFD"), ("masks/ood", "NFC")):
+        os.rename(hospitals / split / "a", hospitals / split / unicodedata.normalize(form, "é"))
+    make(hospitals, masks=hospitals / "masks", **BY_SOURCE)
+    assert open_dataset(hospitals.parent / "d").group_names == ("b", "c", "d", "e", "f", "é")

@@ -1,4 +1,4 @@
-"""The files of an image folder: images by class, their masks, and their groups. Nothing is decoded here."""
+"""The files of an image folder: images by class and source, their masks, and their groups. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from PIL import Image
 
@@ -16,6 +17,7 @@ from options import Message, Option
 
 Echo = Callable[[str], object]
 Bad = dict[tuple[str, Path], str]  # split and image → why it cannot be used
+Layout = Literal["class", "source/class"]  # the folders of a split that an image lies in
 
 SYSTEM = {  # names, in lower case, of what programs leave beside a user's files; a dot at the start says so too
     "__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
@@ -27,6 +29,10 @@ RAW = {  # photographs as the sensor saw them; Pillow opens some, but decodes on
 }  # fmt: skip
 MASK_ENDS = ("", "_mask", "-mask")  # what a mask may have after the image's name
 DELIMITERS = (",", ";", "\t")  # of a CSV file, as spreadsheet programs write them
+INSIDE: Mapping[Layout, str] = {  # what the folder of a split has
+    "class": "a folder for each class",
+    "source/class": "a folder for each source, and in it one for each of its classes",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Sample:
         name: its path below the folder of the split, with slashes.
         label: its class.
         mask: the file of its mask, if its split has masks.
-        group: the name of its group, if its split has groups.
+        group: the name of its group, if its split has groups: in the layout source/class, that of its source.
     """
 
     path: Path
@@ -66,57 +72,108 @@ def same_letters(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def find_classes(train: Path) -> list[str]:
-    """Return the names of the classes, which are the folders in ``train``, sorted.
+def find_classes(train: Path, layout: Layout = "class") -> list[str]:
+    """Return the names of the classes, sorted: the folders in ``train``, or those in the folders of its sources.
 
     Raises:
-        DatasetError: There are none, or a name cannot be printed.
+        DatasetError: There are none, a name cannot be printed, or a source has no folder of a class (`_sources`).
     """
-    names = sorted(_class_folders(train)) if train.is_dir() else []
+    places: list[Path] = []
+    if train.is_dir():
+        places = [train] if layout == "class" else [*_sources(train).values()]
+    names = sorted({name for place in places for name in _folders(place, "class")})
     if not names:
-        raise DatasetError(Message(Option("train", str(train)), " must be a folder with a folder for each class"))
+        raise DatasetError(Message(Option("train", str(train)), f" must be a folder with {INSIDE[layout]}"))
     for name in names:
         check_name(name, f"the folder of a class in {train}")
     return names
 
 
-def _class_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of the classes by name; raise DatasetError for two that look alike."""
+def _folders(folder: Path, of: str) -> dict[str, Path]:
+    """Return the folders in a folder by name; raise DatasetError for two of one name, each ``of`` a class or source."""
     folders: dict[str, Path] = {}
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.is_dir() and not is_system(entry.name):
             name = same_letters(entry.name)
             if name in folders:
                 raise DatasetError(
-                    f"{folder} has two folders for the class '{name}', in two forms of Unicode: merge them"
+                    f"{folder} has two folders for the {of} '{name}', in two forms of Unicode: merge them"
                 )
             folders[name] = Path(entry.path)
     return folders
 
 
-def find_files(folder: Path, classes: Sequence[str], echo: Echo) -> list[Sample]:
-    """Return every file of a split that may be an image, by class, folder and name.
-
-    Folders below those of the classes count too. A link to a folder is followed once for each class, and never to a
-    folder above it. Files and folders that programs leave behind are ignored (`is_system`).
+def _sources(folder: Path) -> dict[str, Path]:
+    """Return the folders of the sources of a split by name.
 
     Raises:
-        DatasetError: The folder is missing, has a class that ``classes`` lacks, or has no file.
+        DatasetError: A name cannot be printed, or a source has no folder of a class, or an image outside of them.
+    """
+    sources = _folders(folder, "source")
+    for name, source in sources.items():
+        check_name(name, f"the folder of a source in {folder}")
+        image = _image_in(source)
+        if image is None and _folders(source, "class"):
+            continue
+        if image is None:
+            problem = f"the source {source} has no folder of a class: add one, or delete the source"
+        else:
+            problem = f"the source {source} has an image, {image}, outside of the folders of its classes: move it there"
+        raise DatasetError(
+            Message(problem, f"; if '{name}' is a class and not a source, give ", Option("layout", "class"))
+        )
+    return sources
+
+
+def _image_in(folder: Path) -> str | None:
+    """Return the name of the first image that lies directly in a folder, by its suffix; None without."""
+    return min(
+        (
+            entry.name
+            for entry in os.scandir(folder)
+            if not entry.is_dir() and not is_system(entry.name) and is_of_images(Path(entry.name).suffix)
+        ),
+        default=None,
+    )
+
+
+def find_files(folder: Path, classes: Sequence[str], echo: Echo, layout: Layout = "class") -> list[Sample]:
+    """Return every file of a split that may be an image, by class, source, folder and name.
+
+    Folders below those of the classes count too. A link to a folder is followed once for each folder of a class, and
+    never to a folder above it. Files and folders that programs leave behind are ignored (`is_system`). In the layout
+    source/class, the source is the group.
+
+    Raises:
+        DatasetError: The folder is missing, has a class that ``classes`` lacks, is of the other layout, or has no file.
     """
     if not folder.is_dir():
-        raise DatasetError(f"there is no folder {folder}: give a folder with a folder for each class")
-    folders = _class_folders(folder)
-    if unknown := sorted(set(folders) - set(classes)):
-        raise DatasetError(f"{folder} has a class '{unknown[0]}' that training does not have: {', '.join(classes)}")
+        raise DatasetError(f"there is no folder {folder}: give a folder with {INSIDE[layout]}")
+    sources = {"": folder} if layout == "class" else _sources(folder)
+    folders = {source: _folders(place, "class") for source, place in sources.items()}
+    for source, place in sources.items():
+        _check_known(place, folders[source], classes, layout)
     samples = [
-        Sample(path, same_letters(path.relative_to(folder).as_posix()), label)
+        Sample(path, same_letters(path.relative_to(folder).as_posix()), label, group=source or None)
         for label, name in enumerate(classes)
-        if name in folders  # a split need not have every class
-        for path in sorted(_walk(folders[name], {os.path.realpath(folder)}, echo), key=_order)
+        for source, place in sources.items()
+        if name in folders[source]  # neither a split nor a source need have every class
+        for path in sorted(_walk(folders[source][name], {*map(os.path.realpath, (folder, place))}, echo), key=_order)
     ]
     if not samples:
-        raise DatasetError(f"{folder} has no images in folders by class")
+        raise DatasetError(f"{folder} has no images in folders by {layout.replace('/', ' and ')}")
     return samples
+
+
+def _check_known(place: Path, folders: Mapping[str, Path], classes: Sequence[str], layout: Layout) -> None:
+    """Raise DatasetError for a class that training does not have; tell the layout if it may be a source."""
+    if unknown := sorted(set(folders) - set(classes)):
+        name = unknown[0]
+        known = f"{place} has a class '{name}' that training does not have: {', '.join(classes)}"
+        if layout == "class" and _image_in(folders[name]) is None and (inside := _folders(folders[name], "class")):
+            hint = f"; if '{name}' is a source, with a folder for each class such as '{min(inside)}', give "
+            raise DatasetError(Message(known, hint, Option("layout", "source/class")))
+        raise DatasetError(known)
 
 
 def find_images(places: Sequence[Path], echo: Echo) -> dict[Path, bool]:

@@ -153,7 +153,7 @@ def make_from_items(
             splits = split_off_validation(splits, chosen.validation_share, chosen.seed)
         bar.set_description("writing")
         recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
-        attributes = {"class_names": names, "builder": {**builder, **recorded, **chosen.mask_record()}}
+        attributes: dict[str, Any] = {"class_names": names, "builder": {**builder, **recorded, **chosen.mask_record()}}
         if group_names:
             attributes["bias_attribute"] = chosen.bias_attribute
         write_samples(chosen.out, splits, scratch, row_of, bar, group_names=group_names, **attributes)

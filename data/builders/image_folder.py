@@ -1,5 +1,7 @@
 """A user's own images, in folders by class as torchvision's ImageFolder reads them, with optional masks and groups.
 
+The folders by class may lie in folders by source, such as hospitals, which are then the groups.
+
 Every file is decoded once, before anything is written, so that one error lists everything that is wrong.
 """
 
@@ -20,6 +22,8 @@ from data.builders.decoding import Decoded, Files, Scratch, decode_all
 from data.builders.folders import (
     Bad,
     Echo,
+    Layout,
+    Sample,
     find_classes,
     find_files,
     read_groups,
@@ -30,6 +34,7 @@ from data.builders.one_mask import OneMaskOptions, one_mask, with_one_mask
 from data.builders.pictures import Size
 from data.builders.registry import HOW, BuilderOptions, Fitted, Seeded, builder
 from data.builders.samples import (
+    NAMED,
     Key,
     Splits,
     check_tests,
@@ -69,6 +74,13 @@ class ImageFolderOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     masks: Annotated[
         Any, Kind.PATH, Doc("Folder with masks under the paths and names of the images. Splits may lack them.")
     ] = None
+    layout: Annotated[
+        Layout,
+        Doc(
+            "Folders between a split and its images: class, or source/class, where the sources, such as hospitals, are "
+            "the groups."
+        ),
+    ] = "class"
     groups: Annotated[
         Any, Kind.PATH, Metavar("FILE.csv"), Doc("CSV file with the columns path and group. Splits may be missing.")
     ] = None
@@ -81,10 +93,27 @@ class ImageFolderOptions(BuilderOptions, Fitted, Seeded, OneMaskOptions):
     skip_bad: Annotated[bool, Heading(HOW), Doc("Leave out images that cannot be read or have no mask or group.")] = (
         False
     )
+    bias_attribute: Annotated[
+        str | None,
+        Heading(HOW),
+        Doc("Name of the attribute whose values are the groups. Default: group, or source if the groups are sources."),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         height_and_width(self.size)
+        if self.by_source and self.groups is not None:
+            raise DatasetError(
+                Message(
+                    "give ", Option("groups", str(self.groups)), " or ", Option("layout", self.layout),
+                    ", not both: in this layout, the sources are the groups",
+                )
+            )  # fmt: skip
+
+    @property
+    def by_source(self) -> bool:
+        """Whether the images lie in folders by source and class."""
+        return self.layout == "source/class"
 
     @property
     def shape(self) -> Size:
@@ -106,7 +135,9 @@ def make_image_folder(
     training images. Images become uint8 (N, 3, height, width): in colour, upright, with transparent pixels in black.
     Masks are images too, at the same place below MASKS/SPLIT, or below MASKS if there is no such folder. The object is
     what an image viewer shows. Or one mask or box holds for all images. The file of groups names an image as
-    SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split may lack masks or groups. More is in docs/own-images.md.
+    SPLIT/CLASS/FILE, such as ood/cat/1.jpg. A split may lack masks or groups. In the layout source/class, the folders
+    by class lie in folders by source, such as hospitals. A source may lack classes, and a test may have other sources
+    than training. More is in docs/own-images.md.
 
     Returns:
         The number of samples of each split.
@@ -120,9 +151,10 @@ def make_image_folder(
     mask = one_mask(chosen, chosen.shape, chosen.fit)
     folders = {"train": Path(train), **({} if chosen.validation is None else {"validation": Path(chosen.validation)})}
     folders |= {name: Path(folder) for name, folder in tests.items()}
-    classes = find_classes(folders["train"])
+    classes = find_classes(folders["train"], chosen.layout)
     bad: Bad = {}
-    splits = _paired({name: find_files(folder, classes, echo) for name, folder in folders.items()}, chosen, bad, echo)
+    splits = {name: find_files(folder, classes, echo, chosen.layout) for name, folder in folders.items()}
+    splits = _paired(splits, chosen, bad, echo)
     files = {(name, sample.path): sample for name, part in splits.items() for sample in part}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="image-folder-"))
@@ -135,13 +167,15 @@ def make_image_folder(
         splits = without_bad(splits, problems, chosen.skip_bad, echo)
         splits, names = _with_learnt_classes(splits, classes, folders, chosen.skip_bad, echo)
         used = [(name, sample, learned[name, sample.path]) for name, part in splits.items() for sample in part]
+        _tell_layout(splits["train"], names, chosen, echo)
         tell_images(used, chosen.shape, chosen.fit, echo)
         tell_masks(used, echo)
         tell_copies(used, echo)
         if mask is not None:
             splits, scratch = with_one_mask(splits, scratch, mask, echo)
         if chosen.validation is None:
-            splits = split_off_validation(splits, chosen.validation_share, chosen.seed)
+            share, seed = chosen.validation_share, chosen.seed
+            splits = split_off_validation(splits, share, seed, by_group=chosen.by_source)
         bar.set_description("writing")
         _write(chosen, splits, names, scratch, {key: row for row, key in enumerate(files)}, bar)
     return {name: len(part) for name, part in splits.items()}
@@ -228,6 +262,42 @@ def _with_learnt_classes(
     return usable, [classes[number] for number in kept]
 
 
+def _tell_layout(
+    training: Sequence[Sample], class_names: Sequence[str], chosen: ImageFolderOptions, echo: Echo
+) -> None:
+    """Tell which sources of training have one class only; of folders by class, whether they may be sources."""
+    if chosen.by_source:
+        _tell_sources(training, class_names, echo)
+    elif all(sample.name.count("/") > 1 for sample in training):
+        name, inside, *_ = training[0].name.split("/")
+        echo(
+            f"train: all images of a class lie in further folders, such as {name}/{inside}, which are not told apart; "
+            f"if '{name}' is a source and '{inside}' a class, use the layout source/class"
+        )
+
+
+def _tell_sources(training: Sequence[Sample], class_names: Sequence[str], echo: Echo) -> None:
+    """Tell which classes have sources without another class in training, because such a source tells the class."""
+    labels_of: dict[str | None, set[int]] = {}
+    for sample in training:
+        labels_of.setdefault(sample.group, set()).add(sample.label)
+    images = Counter(sample.label for sample in training)
+    own = Counter(sample.label for sample in training if len(labels_of[sample.group]) == 1)
+    listed = []
+    for label, count in sorted(own.items())[:NAMED]:
+        sources = sorted(str(source) for source, labels in labels_of.items() if labels == {label})
+        more = f" and {len(sources) - NAMED} more" if len(sources) > NAMED else ""
+        listed.append(
+            f"{class_names[label]} in {', '.join(sources[:NAMED])}{more} ({count} of its {images[label]} images)"
+        )
+    if listed:
+        more = f"; and {len(own) - NAMED} more classes" if len(own) > NAMED else ""
+        echo(
+            "train: some sources have one class only, so a network can learn the source instead of the class: "
+            f"{'; '.join(listed)}{more}"
+        )
+
+
 def _write(
     chosen: ImageFolderOptions,
     splits: Splits,
@@ -237,7 +307,9 @@ def _write(
     bar: Any,
 ) -> None:
     recorded = {"size": chosen.size, "seed": chosen.seed} | ({} if chosen.fit == "crop" else {"fit": chosen.fit})
-    recorded |= chosen.mask_record()
+    recorded |= ({"layout": chosen.layout} if chosen.by_source else {}) | chosen.mask_record()
+    default = "source" if chosen.by_source else "group"
+    grouped = chosen.by_source or chosen.groups is not None
     write_samples(
         chosen.out,
         splits,
@@ -247,5 +319,5 @@ def _write(
         group_names=sorted({sample.group for part in splits.values() for sample in part if sample.group is not None}),
         class_names=class_names,
         builder={"command": "make-data image-folder", **recorded},
-        **({} if chosen.groups is None else {"bias_attribute": chosen.bias_attribute}),
+        **({"bias_attribute": chosen.bias_attribute or default} if grouped else {}),
     )

@@ -137,4 +137,4 @@ class Fitted(OptionSet):
             "the aspect ratio."
         ),
     ] = "crop"
-    bias_attribute: Annotated[str, Doc("Name of the attribute whose values are the groups.")] = "group"
+    bias_attribute: Annotated[str | None, Doc("Name of the attribute whose values are the groups.")] = "group"

@@ -81,15 +81,21 @@ def without_bad(splits: Splits, problems: Mapping[Key, object], skip: bool, echo
     return usable
 
 
-def split_off_validation(splits: Splits, share: float, seed: int) -> Splits:
-    """Move a share of each class of the training images to validation; at least one image, if the class has two."""
+def split_off_validation(splits: Splits, share: float, seed: int, *, by_group: bool = False) -> Splits:
+    """Move a share of each class of the training images to validation; at least one image, if the class has two.
+
+    With ``by_group``, each group of a class gives its part of the share, up to a fraction of an image.
+    """
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
     labels = np.array([sample.label for sample in splits["train"]])
     for label in np.unique(labels):
-        rows = np.flatnonzero(labels == label)
+        rows = rng.permutation(np.flatnonzero(labels == label)).tolist()
         number = min(max(1, round(share * len(rows))), len(rows) - 1)
-        chosen |= {int(row) for row in rng.permutation(rows)[:number]}
+        if by_group:  # the images of a group follow each other, and those at equal distances are chosen
+            rows = sorted(rows, key=lambda row: splits["train"][row].group or "")
+            rows = [rows[(2 * place + 1) * len(rows) // (2 * number)] for place in range(number)]
+        chosen |= set(rows[:number])
     parts: Splits = {"train": [], "validation": []}
     for row, sample in enumerate(splits["train"]):
         parts["validation" if row in chosen else "train"].append(sample)

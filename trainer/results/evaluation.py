@@ -21,6 +21,7 @@ from pipeline.device import as_input, as_mask, pick_device, place
 from pipeline.networks.sources import ImageShape
 from pipeline.networks.teachers import Brought, Teacher
 from pipeline.networks.weight_files import load_weights
+from trainer.results.by_group import group_mean
 from trainer.results.options import EPSILON, EvaluateOptions, OwnCode
 from trainer.run_dir import Run
 
@@ -48,10 +49,12 @@ def evaluate(data: Location, model: str | Path | Brought, **options: Any) -> dic
         without masks). ``classes`` has the same as ``groups`` for each class that has samples, in the order of the
         labels, ``balanced_accuracy`` is the mean of their accuracies, and ``only_prediction`` is the class that the
         model says for every image, None if it says several; ``predictions`` is the share of the predictions of each
-        class in %. On a split without the masks that a teacher's front needs,
-        ``accuracy`` and ``interval`` are None, and the four entries of the classes are missing; the log names it. At
-        the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None without such a split, or its accuracy), the
-        worst ``worst_group`` of all, and what the model is: ``dataset``, ``model``, ``kind``, ``arch``, ``debias``.
+        class in %. ``group_mean`` has the mean of the accuracies of the groups and their standard deviation, and the
+        same of the balanced accuracies (`group_mean`; None with fewer than two groups). On a split without the masks
+        that a teacher's front needs, ``accuracy`` and ``interval`` are None, and ``group_mean`` and the four entries of
+        the classes are missing; the log names it. At the top: ``iid``, ``ood``, ``shift``, ``gap`` = iid − ood (None
+        without such a split, or its accuracy), the worst ``worst_group`` of all, and what the model is: ``dataset``,
+        ``model``, ``kind``, ``arch``, ``debias``.
 
     Raises:
         DatasetError: there is no dataset, or it has no test split.
@@ -152,9 +155,11 @@ def score(
     """Score the model's predictions on a whole split, as `evaluate` returns it for each split."""
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
     labels = np.asarray(split.labels[:]).astype(np.int64)
+    groups = None if split.groups is None else np.asarray(split.groups[:])
     return {
         **_summary(predictions.classes == labels, labels, split, dataset),
         **class_scores(labels, predictions.classes, dataset.class_names),
+        "group_mean": None if groups is None else group_mean(groups, labels, predictions.classes == labels),
         "on_object": on_object,
     }
 
