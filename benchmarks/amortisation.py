@@ -188,7 +188,9 @@ def totals(
         shutil.rmtree(out, ignore_errors=True)
 
         def store(seed: int = seed, out: Path = out) -> None:
-            train_student(data, cache, out, arch=arch, head="free", bias_free=False, steps=steps, seed=seed)
+            train_student(
+                data, cache, out, arch=arch, head="free", bias_free=False, optimizer="adam", steps=steps, seed=seed
+            )
 
         def online(seed: int = seed) -> None:
             torch.manual_seed(seed)

@@ -52,7 +52,7 @@ class Recipe:
     masks: bool = False  # whether the dataset must have masks
 
 
-_ADAM, _MUON = {"lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}
+_ADAM, _MUON = {"optimizer": "adam", "lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}
 RECIPES = {
     "adam, low ε": Recipe(LOW, _ADAM),
     "adam, high ε": Recipe(HIGH, _ADAM),
@@ -61,7 +61,7 @@ RECIPES = {
     "muon, high ε": Recipe(HIGH, _MUON),
     "muon, high ε, a quarter of the steps": Recipe(HIGH, {**_MUON, "steps": STEPS // 4}),
     "adam, low ε, a quarter of the steps": Recipe(LOW, {**_ADAM, "steps": STEPS // 4}),
-    "adam, high ε, a tenth of the rate": Recipe(HIGH, {"lr": 4e-4}),
+    "adam, high ε, a tenth of the rate": Recipe(HIGH, {"optimizer": "adam", "lr": 4e-4}),
     "muon, high ε, with biases": Recipe(HIGH, {**_MUON, "bias_free": False}),
     "muon, high ε, wider": Recipe(HIGH, {**_MUON, "arch_options": {"width": 48}}),
     "muon, high ε, and outputs": Recipe(HIGH, {**_MUON, "loss": "lrp=1,output=0.1"}),
@@ -210,7 +210,7 @@ def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
 def measure(place: Place, world: str, name: str, recipe: Recipe) -> dict[str, Any]:
     """Train, measure and test the student, and remove it."""
     began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
-    options = {"steps": STEPS, **place.world.student, **recipe.options, "threads": place.threads}
+    options = {"steps": STEPS, "augment": (), **place.world.student, **recipe.options, "threads": place.threads}
     train_student(dataset.path, place.cache(recipe.epsilon_range), folder, **options)
     teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     seen = look(teacher, student, dataset)

@@ -43,7 +43,7 @@ def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[s
     began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
     cache = place.cache(epsilon_range)
     sums = inspect_cache(open_cache(cache))["maps"]["sums"]
-    all_options = {"steps": STEPS, **MUON, **place.world.student, **options, "threads": place.threads}
+    all_options = {"steps": STEPS, "augment": (), **MUON, **place.world.student, **options, "threads": place.threads}
     train_student(dataset.path, cache, folder, **all_options)
     teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     shutil.rmtree(folder)

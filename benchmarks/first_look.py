@@ -37,7 +37,13 @@ from trainer.results.evaluation import class_scores, predict
 CPU, SIZE, DRAWS, LOOKED_AT_ONCE = torch.device("cpu"), 64, 2, 16
 LOW, MIDDLE, HIGH, HIGHEST = (0.01, 0.1), (0.05, 0.2), (0.1, 1.0), (1.0, 10.0)  # ranges of ε
 LITE0 = {"mean": (MEAN,), "std": (STD,)}
-SHARED: dict[str, Any] = {"augment": ("flip",), "class_weights": "balanced", "threads": 1, "device": "cpu"}
+SHARED: dict[str, Any] = {
+    "augment": ("flip",),
+    "optimizer": "adam",
+    "class_weights": "balanced",
+    "threads": 1,
+    "device": "cpu",
+}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Method:
     masks: bool = False
 
 
-_ADAM, _MUON = {"lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}
+_ADAM, _MUON = {"optimizer": "adam", "lr": 4e-3}, {"optimizer": "muon", "lr": 1e-2}
 METHODS = {
     "teacher": Method(None),
     "ERM": Method({**_ADAM, "method": "erm"}),
@@ -72,7 +72,7 @@ def student(place: Place, name: str, method: Method) -> Path:
     folder = place.folder / name.replace(" ", "-")
     if (folder / "result.json").exists():
         return folder
-    options = {"steps": STEPS, **place.world.student, **method.options, "threads": place.threads}
+    options = {"steps": STEPS, "augment": (), **place.world.student, **method.options, "threads": place.threads}
     if options.get("method") == "erm":
         cache = None
         options["bias_free"] = True

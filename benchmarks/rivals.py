@@ -214,7 +214,7 @@ def ours(folder: Path, world: World, dataset: Dataset, seed: int, threads: int) 
     stored = {"draws": profile.draws, "epsilon_range": profile.epsilon_range}
     cache_explanations(dataset.path, teacher, cache, threads=threads, **stored)
     student = folder / f"student-{seed}"
-    options = {**profile.student, "snapshots": 0}
+    options = {"optimizer": "adam", "augment": (), **profile.student, "snapshots": 0}
     train_student(dataset.path, cache, student, seed=seed, threads=threads, **options)
     return {"last": scores(load_classifier(student)[0].eval(), dataset)}
 

@@ -160,7 +160,7 @@ def student_line(data: Path, cache: Cache, work: Path, steps: int, seeds: int, d
     for seed in range(seeds):
         out = work / f"student-{Path(cache.path).stem}-{steps}-{seed}"
         if not (out / "result.json").exists():
-            train_student(data, cache.path, out, steps=steps, seed=seed, device=device.type)
+            train_student(data, cache.path, out, steps=steps, seed=seed, optimizer="adam", device=device.type)
         splits = evaluate(data, out, device=device.type)["splits"]
         for name, values in accuracies.items():
             values.append(splits[name]["accuracy"])

@@ -180,8 +180,9 @@ def test_the_rate_follows_the_optimizer_and_the_start():
     def rate(**options):
         return Settings.of(StudentOptions(**places, **options), {"lrp": 1.0}, 10).lr
 
-    assert (rate(), rate(optimizer="muon"), rate(optimizer="muon", lr=0.1)) == (4e-3, 1e-2, 0.1)
-    assert (rate(init="w.pt"), rate(init="w.pt", lr=0.1)) == (1e-3, 0.1)
+    assert (rate(optimizer="adam"), rate(optimizer="muon"), rate(optimizer="muon", lr=0.1)) == (4e-3, 1e-2, 0.1)
+    assert (rate(), rate(arch="resnet18"), rate(student_factory="nets:build")) == (1e-2, 4e-3, 4e-3)
+    assert (rate(init="w.pt"), rate(init="w.pt", lr=0.1)) == (2.5e-3, 0.1)
     teacher = TeacherOptions(data="d", out="o", weights="w.pt", optimizer="sgd")
     assert Settings.of(teacher, {"erm": 1.0}, 10).lr == 2.5e-3
 

@@ -186,7 +186,7 @@ def test_the_page_says_where_everything_is_from(page, runs, dataset):
             assert said in page
     for split in open_dataset(dataset).test_splits:
         assert split.fingerprint in page
-    assert "flex, 2 draws, ε in [0.01, 1.0]" in page
+    assert "flex, 2 draws, ε in [0.1, 1.0]" in page
     assert MADE["command"] in page
 
 

@@ -126,8 +126,8 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         batch_fields = (*dict.fromkeys((*needed, "masks")),)
         log.info(
             Message(
-                f"one image in {1 / REPAINTED:.0f} gets another background, because the teacher sees nothing outside the "
-                "masks (",
+                f"one image in {1 / REPAINTED:.0f} gets another background, because the teacher sees nothing outside "
+                "the masks (",
                 Option("augment", NO_AUGMENTATION),
                 " keeps the images as they are)",
             )
@@ -253,6 +253,7 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: 
 def _material(options: StudentOptions, student: _Plan, dataset: Dataset) -> Material:
     """Join the samples with what the stores hold of them."""
     split, explained, validation = dataset.split("train"), student.explained, student.validation
+    seen = ("masks",) if _can_repaint(split, explained) else ()
     paths = {"data": options.data, "cache": options.cache, "validation_cache": options.validation_cache}
     if explained is None:
         source = labelled_source(split, student.groups)
@@ -266,7 +267,7 @@ def _material(options: StudentOptions, student: _Plan, dataset: Dataset) -> Mate
         validation=None
         if validation is None
         else explained_source(dataset.split("validation"), validation, student.needs),
-        answers=None if explained is None else explained_source(split, explained, ("teacher_logits",)),
+        answers=None if explained is None else explained_source(split, explained, ("teacher_logits", *seen)),
         compared=None
         if validation is None
         else explained_source(dataset.split("validation"), validation, ("teacher_logits", "labels")),

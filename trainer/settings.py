@@ -156,6 +156,8 @@ class Settings(Comparison, Learning):
         names = {field.name for field in dataclasses.fields(cls)} - {"loss", "steps", "class_weights"}
         others = {n: getattr(options, n) for n in names if hasattr(options, n)}
         others["augment"] = tuple(name for name in others["augment"] or () if name != NO_AUGMENTATION)
+        if others["optimizer"] is None:
+            others["optimizer"] = _usual_optimizer(options)
         if others["lr"] is None:
             given = any(getattr(options, name, None) is not None for name in ("init", "weights"))
             others["lr"] = RATES.get(others["optimizer"], RATES["adam"]) / (FINE if given else 1)
@@ -166,6 +168,13 @@ class Settings(Comparison, Learning):
         plain = {**dataclasses.asdict(self), "loss": dict(self.loss), "augment": list(self.augment)}
         weights = plain.pop("class_weights")
         return plain if weights is None else {**plain, "class_weights": list(weights)}
+
+
+def _usual_optimizer(options: Any) -> str:
+    """Return Muon for our own networks, whose matrices are small: on a CPU, orthogonalising wide ones takes long."""
+    from pipeline.networks.models import OWN
+
+    return "muon" if options.student_factory is None and options.arch in OWN else "adam"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +333,12 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
     ] = "frozen"
     student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
     init: Annotated[Weights, Heading("Network")] = None
+    optimizer: Annotated[
+        str | None,
+        Among(OPTIMIZERS),
+        Heading("Training"),
+        Doc("Optimizer. Default: muon for small-cnn and small-resnet, adam for other networks."),
+    ] = None  # type: ignore[assignment]  # a name, once the network is known
     augment: Annotated[
         tuple[str, ...] | None,
         Among(AUGMENTATIONS, or_else=(NO_AUGMENTATION,)),
@@ -334,7 +349,7 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
             "background repaints the image outside the masks. Default: background if the dataset has masks and the "
             "teacher sees nothing outside of them. none means no augmentation."
         ),
-    ] = None
+    ] = None  # type: ignore[assignment]  # the names, once dataset and teacher are known
     teacher_weights: Annotated[
         bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
     ] = False

@@ -58,7 +58,7 @@ class CachingOptions(OptionSet):
     ] = None
     epsilon_range: Annotated[
         tuple[float, float], Gt(0), Heading("Explanations"), Doc("Range from which ε is drawn log-uniformly.")
-    ] = (0.01, 1.0)
+    ] = (0.1, 1.0)
     seed: Annotated[Seed, Heading("Explanations")] = 0
     precision: Annotated[
         str,

@@ -5,13 +5,13 @@ Not here: losses that are not finite or explode (`watch.py`), and the test of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from options import Call, Message, Option
 from trainer.loop.methods import METHODS
@@ -82,6 +82,15 @@ class Falling:
         )
 
 
+def some_samples(source: Source) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of up to 512 samples in all, spread over the source."""
+    blocks = np.unique(np.linspace(0, source.blocks - 1, min(BLOCKS, source.blocks)).astype(int)).tolist()
+    for block in blocks:
+        batch = read_block(source, block, 0)
+        every = -(-len(batch["images"]) // (LOOKED_AT // len(blocks)))
+        yield {name: values[::every] for name, values in batch.items()}
+
+
 def class_counts(
     model: nn.Module,
     source: Source,
@@ -104,12 +113,8 @@ def class_counts(
         The number of samples for which the model says each class, and for which the teacher says it, or, without the
         logits of a teacher, which have its label: int64 (K,) each.
     """
-    blocks = np.unique(np.linspace(0, source.blocks - 1, min(BLOCKS, source.blocks)).astype(int)).tolist()
     predicted, expected = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-    for block in blocks:
-        batch = read_block(source, block, 0)
-        every = -(-len(batch["images"]) // (LOOKED_AT // len(blocks)))
-        batch = {name: values[::every] for name, values in batch.items()}
+    for batch in some_samples(source):
         answers = batch["teacher_logits"].argmax(1) if "teacher_logits" in batch else batch["labels"].long()
         expected += np.bincount(answers.numpy(), minlength=classes)
         said = predictions(model, batch, settings, device, autocast)

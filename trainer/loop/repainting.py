@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.device import to_device
 
-REPAINTED = 1 / 8  # of the samples, by default; as good as half of them (docs/results/fashion-on-textures.md)
+REPAINTED = 1 / 4  # of the samples, by default (docs/results/choosing.md)
 WAVES = 8
 GAIN = (0.6, 1.4)  # of a channel
 INVERTED = 0.25  # of the samples

@@ -43,6 +43,7 @@ from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
+from trainer.loop.immunity import background_warning, immunity_line, same_answers
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.loop.phases import in_evaluation_from, raise_momentum, remaining
@@ -68,6 +69,7 @@ class Material:
     source: the samples. store: describes the store of their heatmaps. head: the teacher's last layer, to be copied.
     groups: the number of groups in the source's ``groups``. validation: the samples that choose the weights to keep.
     answers: the images with the teacher's logits, by which a collapse is noticed; None where the source has labels.
+    It has masks too where the teacher sees nothing outside of them.
     compared: images of the validation split with labels and the teacher's logits, by which a leak is noticed.
     paths: where all of it lies, for the record.
     """
@@ -423,6 +425,7 @@ def finish(state: State) -> dict[str, Any]:
         "bias_free": None,
         "predictions": None,
         "beside_teacher": None,
+        "same_answers": None,
         **({} if training.config.start is None else {"start": training.config.start}),
     }
     if run is not None:
@@ -435,6 +438,7 @@ def finish(state: State) -> dict[str, Any]:
             _save_plain(run, classifier)
         result["predictions"] = _predictions(state)
         result["beside_teacher"] = _beside_teacher(state)
+        result["same_answers"] = _same_answers(state)
         run.finish(result)
     state.ranks.wait()
     return result
@@ -578,6 +582,20 @@ def _beside_teacher(state: State) -> dict[str, Any] | None:
     warning = excess_warning(found)
     if warning is not None:
         log.warning(warning)
+    return found
+
+
+def _same_answers(state: State) -> dict[str, Any] | None:
+    """Return how often the student says what its teacher says, also before other backgrounds, if that can be told."""
+    training, answers = state.training, state.training.material.answers
+    if answers is None or "masks" not in answers.fields:
+        return None
+    found = same_answers(state.averaged, answers, training.settings, state.device, state.autocast)
+    warning = background_warning(found, training.settings)
+    if warning is not None:
+        log.warning(warning)
+    else:
+        log.info(immunity_line(found))
     return found
 
 

@@ -160,7 +160,7 @@ def _store(profile: Profile, teacher: str, explainer: str, split: str) -> Stage:
 
 def _student(profile: Profile, key: str, seed: int) -> Stage:
     row = profile.table.rows[key]
-    options: dict[str, Any] = {"augment": (), **profile.student, **profile.of_row.get(key, {})}
+    options: dict[str, Any] = {"augment": (), "optimizer": "adam", **profile.student, **profile.of_row.get(key, {})}
     options |= {"loss": _loss(profile, row), "bias_free": _bias_free(profile, key), "seed": seed}
     if row.augment:
         options["augment"] = row.augment
