@@ -382,7 +382,20 @@ def invoke(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-LEARN = ["--steps", 15, "--batch-size", 32, "--log-steps", 1, "--schedule", "constant", "--lr", 2e-3]
+LEARN = [
+    "--steps",
+    15,
+    "--batch-size",
+    32,
+    "--log-steps",
+    1,
+    "--schedule",
+    "constant",
+    "--optimizer",
+    "adam",
+    "--lr",
+    2e-3,
+]
 
 
 @pytest.mark.parametrize("given", ["no store", "another store"])

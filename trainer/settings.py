@@ -17,7 +17,7 @@ from pipeline.networks.teacher_options import PreprocessingOptions
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS
 from trainer.loop.losses import MAP_LOSSES
-from trainer.loop.methods import METHODS
+from trainer.loop.methods import METHODS, of_store
 from trainer.loop.optim import FINE, OPTIMIZERS, RATES, SCHEDULES
 
 MAX_STEPS = 10**9
@@ -157,7 +157,7 @@ class Settings(Comparison, Learning):
         others = {n: getattr(options, n) for n in names if hasattr(options, n)}
         others["augment"] = tuple(name for name in others["augment"] or () if name != NO_AUGMENTATION)
         if others["optimizer"] is None:
-            others["optimizer"] = _usual_optimizer(options)
+            others["optimizer"] = _usual_optimizer(options, loss)
         if others["lr"] is None:
             given = any(getattr(options, name, None) is not None for name in ("init", "weights"))
             others["lr"] = RATES.get(others["optimizer"], RATES["adam"]) / (FINE if given else 1)
@@ -170,11 +170,11 @@ class Settings(Comparison, Learning):
         return plain if weights is None else {**plain, "class_weights": list(weights)}
 
 
-def _usual_optimizer(options: Any) -> str:
-    """Return Muon for our own networks, whose matrices are small: on a CPU, orthogonalising wide ones takes long."""
+def _usual_optimizer(options: Any, loss: Mapping[str, float]) -> str:
+    """Return Muon for our own networks that learn from a store; on a CPU, orthogonalising wide matrices takes long."""
     from pipeline.networks.models import OWN
 
-    return "muon" if options.student_factory is None and options.arch in OWN else "adam"
+    return "muon" if of_store(loss) and options.student_factory is None and options.arch in OWN else "adam"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +337,9 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         str | None,
         Among(OPTIMIZERS),
         Heading("Training"),
-        Doc("Optimizer. Default: muon for small-cnn and small-resnet, adam for other networks."),
+        Doc(
+            "Optimizer. Default: muon for small-cnn and small-resnet that learn from a store, adam for other networks."
+        ),
     ] = None  # type: ignore[assignment]  # a name, once the network is known
     augment: Annotated[
         tuple[str, ...] | None,
