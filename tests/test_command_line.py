@@ -176,7 +176,7 @@ def test_a_file_gives_options_by_either_spelling_and_the_command_line_wins(tmp_p
     options = parsed("train-student", "--config", file)
     assert (options["data"], options["batch_size"], options["clip_norm"], options["steps"]) == ("d", 64, 1e-3, 10)
     assert options["mask_target"] is True
-    assert options["optimizer"] == "adam"  # neither says it
+    assert options["schedule"] == "one-cycle"  # neither says it
     options = parsed("train-student", "--steps", 20, "--config", file, "--data", "mine", "--out", "p")
     assert (options["data"], options["out"], options["steps"], options["batch_size"]) == ("mine", Path("p"), 20, 64)
 
@@ -253,7 +253,7 @@ def test_the_command_line_wins_over_the_other_of_two_options_too(tmp_path, typed
     assert (options["arch"], options["student_factory"]) == ("resnet18", None)
     file = write(tmp_path / "c.yaml", {"arch": "resnet18"})
     options = parsed(*STUDENT, "--student-factory", "a:b", "--config", file)
-    assert (options["arch"], options["student_factory"]) == ("small-cnn", "a:b")
+    assert (options["arch"], options["student_factory"]) == (None, "a:b")
 
 
 @pytest.mark.parametrize(

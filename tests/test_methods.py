@@ -543,6 +543,25 @@ def test_other_backgrounds_are_shown_unless_they_could_change_what_the_teacher_s
         augmented(masked_dataset, tmp_path / "of-mask", augment=("none", "flip"))
 
 
+def test_a_student_has_its_teachers_architecture_if_that_is_our_own(dataset, stores, tmp_path):
+    train_teacher(dataset, tmp_path / "t", arch="small-resnet", steps=1, batch_size=32)
+    cache_explanations(dataset, tmp_path / "t", tmp_path / "of-resnet", draws=1)
+    train_teacher(dataset, tmp_path / "u", arch="resnet18", steps=1, batch_size=8)
+    cache_explanations(dataset, tmp_path / "u", tmp_path / "of-resnet18", draws=1)
+
+    def network(cache, **options):
+        out = tmp_path / f"s{len([*tmp_path.iterdir()])}"
+        train_student(dataset, cache, out, steps=1, batch_size=32, **options)
+        config = json.loads((out / "config.json").read_text())
+        return config["arch"], config["training"]["optimizer"], config["training"]["lr"]
+
+    assert network(tmp_path / "of-resnet") == ("small-resnet", "muon", 1e-2)
+    assert network(tmp_path / "of-resnet", arch="small-cnn") == ("small-cnn", "muon", 1e-2)
+    assert network(tmp_path / "of-resnet18") == ("small-cnn", "muon", 1e-2)
+    assert network(stores["flex"], optimizer="adam") == ("small-cnn", "adam", 4e-3)
+    assert network(None, method="erm") == ("small-cnn", "adam", 4e-3)
+
+
 def relevance_outside(dataset, run) -> float:
     """The share of |relevance| that is outside the masks of a test split, for the true class."""
     model, _ = load_classifier(run)

@@ -177,8 +177,8 @@ def test_the_rate_follows_the_optimizer_and_the_start():
     assert set(RATES) == set(OPTIMIZERS)
     places = {"data": "d", "cache": "c", "out": "o"}
 
-    def rate(**options):
-        return Settings.of(StudentOptions(**places, **options), {"lrp": 1.0}, 10).lr
+    def rate(arch="small-cnn", **options):
+        return Settings.of(StudentOptions(arch=arch, **places, **options), {"lrp": 1.0}, 10).lr
 
     assert (rate(optimizer="adam"), rate(optimizer="muon"), rate(optimizer="muon", lr=0.1)) == (4e-3, 1e-2, 0.1)
     assert (rate(), rate(arch="resnet18"), rate(student_factory="nets:build")) == (1e-2, 4e-3, 4e-3)

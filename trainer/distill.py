@@ -17,6 +17,7 @@ from pipeline import ModelConfig
 from pipeline.networks.checkpoints import Weights, read_weights
 from pipeline.networks.debias import hides_background
 from pipeline.networks.heads import HeadSpec
+from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, open_cache
 from teacher_cache.pairing import check_explains, check_same_teacher, open_paired
 from trainer.errors import TrainingError
@@ -33,6 +34,8 @@ from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, 
 from trainer.stream.stream import explained_source, labelled_source
 
 log = logging.getLogger(__name__)
+
+USUAL = "small-cnn"  # the architecture of a student whose teacher is not one of our own networks
 
 
 @takes(StudentOptions)
@@ -59,8 +62,9 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
         FileExistsError: ``out`` holds something else than an unfinished run.
         TrainingInterrupted: SIGTERM or Ctrl-C stopped the training; a checkpoint is there.
     """
-    chosen = StudentOptions(data=data, cache=cache, out=out, **options)
+    given = StudentOptions(data=data, cache=cache, out=out, **options)
     check_free(Path(out))
+    chosen = dataclasses.replace(given, arch=_architecture(given))
     dataset = open_dataset(data)
     dataset.check_classes()
     student = _plan(chosen, dataset)
@@ -75,12 +79,20 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
         material=_material(chosen, student, dataset),
         settings=student.settings,
         runtime=Runtime.of(chosen),
-        record=chosen.record(),
+        record=given.record(),
         purpose=STUDENT,
         student_factory=chosen.student_factory,
         weights=weights,
     )
     return train(training)
+
+
+def _architecture(options: StudentOptions) -> str:
+    """Return the name of the student's architecture: by default the teacher's, if it is one of our own."""
+    if options.arch is not None or options.student_factory is not None or options.cache is None:
+        return options.arch or USUAL
+    of_teacher = open_cache(options.cache).info.teacher.arch
+    return of_teacher if of_teacher in OWN else USUAL
 
 
 @dataclass(frozen=True)

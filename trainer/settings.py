@@ -333,6 +333,15 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
     ] = "frozen"
     student_factory: Annotated[StudentFactory, Heading("Network"), InsteadOf("arch")] = None
     init: Annotated[Weights, Heading("Network")] = None
+    arch: Annotated[
+        str | None,
+        Kind.ARCHITECTURE,
+        Heading("Network"),
+        Doc(
+            "Architecture: small-cnn, small-resnet, the name of a torchvision model, timm:NAME, or hf:FOLDER. Default: "
+            "the teacher's, if that is small-cnn or small-resnet, and else small-cnn."
+        ),
+    ] = None  # type: ignore[assignment]  # a name, once the teacher is known
     optimizer: Annotated[
         str | None,
         Among(OPTIMIZERS),

@@ -43,6 +43,7 @@ def network_of(
     if factory.value is not None and options.arch != "small-cnn":
         raise TrainingError(Message("give ", Option("arch", options.arch), " or ", factory, ", not both"))
     arch = factory.value or options.arch
+    assert arch is not None, "a student's is chosen before"
     hf_config = read_hf_config(arch.removeprefix(HF)) if arch.startswith(HF) else None
     trained = None if weights is None else _training_of(weights)
     default = None
