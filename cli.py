@@ -525,7 +525,7 @@ def evaluate_command(data: str, model: str | None, teacher: str | None, as_json:
         line = f"{name:<12}{split['accuracy']:7.2f} %  [{low:.2f}, {high:.2f}]  {split['samples']} samples"
         if worst := split["worst_group"]:
             line += f"; worst group {worst['group']} {worst['accuracy']:.2f} % of {worst['samples']}"
-            if (pair := split["worst_class_in_group"])["accuracy"] < worst["accuracy"]:
+            if (pair := split.get("worst_class_in_group")) and pair["accuracy"] < worst["accuracy"]:
                 where = f"{pair['class']} in {pair['group']}"
                 line += f"; worst class in a group {where} {pair['accuracy']:.2f} % of {pair['samples']}"
         if split["on_object"] is not None:

@@ -223,7 +223,7 @@ def test_the_whole_story_by_commands(tmp_path, monkeypatch):
         "make-data coloured-mnist --out DATA.zarr --limit 200 --seed 1",
         "train-teacher --data DATA.zarr --arch small-cnn --debias grayscale --out TEACHER --steps 4 --batch-size 50",
         "train-teacher --data DATA.zarr --debias none --out ERM --epochs 1 --batch-size 50",
-        "cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr --draws 2 --epsilon-range 0.01 1",
+        "cache-explanations --data DATA.zarr --teacher TEACHER --out CACHE.zarr --draws 2 --epsilon-range 0.1 1",
         "cache-explanations --data DATA.zarr --teacher TEACHER --out VALIDATION.zarr --split validation --draws 1",
         "train-student --data DATA.zarr --cache CACHE.zarr --arch small-cnn --out RUN --epochs 1 --batch-size 50",
         "train-student --data DATA.zarr --cache CACHE.zarr --validation-cache VALIDATION.zarr --out RUN2 --steps 2 "

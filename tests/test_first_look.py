@@ -63,8 +63,8 @@ def told(dataset, teacher, out, caplog, **options):
 def test_maps_whose_sums_are_the_logits_decide_as_the_teacher_and_nothing_is_warned_of(smooth, tmp_path, caplog):
     lines, warnings = told(smooth, Linear(even()), tmp_path / "c", caplog)
     assert len(lines) == 1
-    assert "40 of 80 images, at ε = 0.01 and 1" not in lines[0]  # a linear network has no ε: both ends are alike
-    assert "40 of 80 images, at ε = 0.01: their sums decide" in lines[0]
+    assert "40 of 80 images, at ε = 0.1 and 1" not in lines[0]  # a linear network has no ε: both ends are alike
+    assert "40 of 80 images, at ε = 0.1: their sums decide" in lines[0]
     assert "on 100% of the images (correlation with the logits 1.00)" in lines[0]
     assert "agree by 1.00" in lines[0]
     assert warnings == []
@@ -143,7 +143,7 @@ def test_gradients_have_no_sum_that_means_a_logit(dataset, teacher, tmp_path, ca
 def test_both_ends_of_the_range_are_looked_at_whatever_the_batch_size(dataset, teacher, tmp_path, caplog):
     lines = [told(dataset, teacher, tmp_path / str(size), caplog, batch_size=size)[0] for size in (7, 300)]
     assert lines[0] == lines[1]
-    assert "at ε = 0.01 and 1" in lines[0][0]
+    assert "at ε = 0.1 and 1" in lines[0][0]
 
 
 def test_few_images_are_no_reason_to_warn():

@@ -257,7 +257,7 @@ def test_an_unfinished_training_is_not_continued_with_other_options(dataset, cac
     stop_after(0)
     before = {path: path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file()}
     for change, message in (
-        ({"lr": 1e-3}, r"training\.lr: 0\.004, 0\.001"),
+        ({"lr": 1e-3}, r"training\.lr: 0\.01, 0\.001"),
         ({"steps": 7}, r"training\.steps: 6, 7"),
         ({"method": "output"}, r"training\.loss\.lrp: 1\.0, None"),
         ({"arch": "resnet18"}, r"arch: 'small-cnn', 'resnet18'"),

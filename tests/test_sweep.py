@@ -229,7 +229,7 @@ def test_values_of_other_types_are_refused_by_name():
         ({"pyramid": "no"}, "pyramid must be bool, got 'no'"),
         ({"warmup": 0.5}, "warmup must be int or None, got 0.5"),
         ({"batch_size": True}, "batch_size must be int, got True"),
-        ({"lr": "0.002"}, "lr must be float, got '0.002'"),
+        ({"lr": "0.002"}, "lr must be float or None, got '0.002'"),
         ({"bias_free": "false"}, "bias_free must be bool or None, got 'false'"),
     ):
         with pytest.raises(TrainingError, match=words):

@@ -64,9 +64,9 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     """
     given = StudentOptions(data=data, cache=cache, out=out, **options)
     check_free(Path(out))
-    chosen = dataclasses.replace(given, arch=_architecture(given))
     dataset = open_dataset(data)
     dataset.check_classes()
+    chosen = dataclasses.replace(given, arch=_architecture(given))
     student = _plan(chosen, dataset)
     weights = None if chosen.init is None else read_weights(chosen.init)
     train_split = dataset.split("train")

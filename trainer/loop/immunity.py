@@ -57,7 +57,7 @@ def same_answers(
             said = predictions(model, {**batch, "images": shown}, settings, device, autocast)
             same[place] += (said == answers).sum()
         samples += n
-    as_they_are, other_backgrounds = (100 * same / samples).tolist()
+    as_they_are, other_backgrounds = (100 * count / samples for count in same.tolist())
     return {"samples": samples, "as_they_are": as_they_are, "other_backgrounds": other_backgrounds}
 
 
