@@ -15,7 +15,7 @@ from data import Dataset, Location, Split, open_dataset
 from options import Call, Message, Option, Word, takes
 from pipeline import ModelConfig
 from pipeline.networks.checkpoints import Weights, read_weights
-from pipeline.networks.debias import hides_background
+from pipeline.networks.debias import hides_background, uses_segmenter
 from pipeline.networks.heads import HeadSpec
 from pipeline.networks.models import OWN
 from teacher_cache import Cache, CacheError, open_cache
@@ -127,15 +127,12 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
             )
         needed, reason = (*dict.fromkeys((*needed, "masks")),), Option("mask_target", True)
     _check_masks(dataset, needed, reason, "train")
-    batch_fields = needed
     if BACKGROUND in settings.augment:
-        batch_fields = (*dict.fromkeys((*needed, "masks")),)
-        _check_masks(dataset, batch_fields, Option("augment", BACKGROUND), "train")
+        _check_masks(dataset, ("masks",), Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
     if options.augment is None and _can_repaint(train_split, explained):
         settings = dataclasses.replace(settings, augment=(BACKGROUND,))
-        batch_fields = (*dict.fromkeys((*needed, "masks")),)
         log.info(
             Message(
                 f"one image in {1 / REPAINTED:.0f} gets another background, because the teacher sees nothing outside "
@@ -144,6 +141,7 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
                 " keeps the images as they are)",
             )
         )
+    batch_fields = (*dict.fromkeys((*needed, *(("masks",) if BACKGROUND in settings.augment else ()))),)
     once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
     if class_weights(options.class_weights, once, dataset.class_names) is not None:
         weights = class_weights(options.class_weights, _answers(train_split, explained), dataset.class_names)
@@ -159,8 +157,14 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
 
 
 def _can_repaint(split: Split, explained: Cache | None) -> bool:
-    """Return whether other backgrounds change nothing that the teacher says of an image."""
-    return explained is not None and split.masks is not None and hides_background(explained.info.teacher.debias)
+    """Return whether other backgrounds change nothing that the teacher says of an image.
+
+    A segmenter makes masks of its own, so its teacher may see pixels outside of the dataset's.
+    """
+    if explained is None or split.masks is None:
+        return False
+    debias = explained.info.teacher.debias
+    return hides_background(debias) and not uses_segmenter(debias)
 
 
 def _answers(split: Split, explained: Cache | None) -> np.ndarray:

@@ -155,11 +155,9 @@ def score(
     """Score the model's predictions on a whole split, as `evaluate` returns it for each split."""
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
     labels = np.asarray(split.labels[:]).astype(np.int64)
-    groups = None if split.groups is None else np.asarray(split.groups[:])
     return {
         **_summary(predictions.classes == labels, labels, split, dataset),
         **class_scores(labels, predictions.classes, dataset.class_names),
-        "group_mean": None if groups is None else group_mean(groups, labels, predictions.classes == labels),
         "on_object": on_object,
     }
 
@@ -330,10 +328,11 @@ def _batches(split: Split, every: int, size: int) -> Iterator[slice]:
 
 
 def _summary(correct: np.ndarray, labels: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
-    scores, worst_pair = [], None
+    scores, worst_pair, mean = [], None, None
     if split.groups is not None:
         groups = np.asarray(split.groups[:]).astype(np.int64)
         worst_pair = _worst_pair(correct, labels, groups, split, dataset)
+        mean = group_mean(groups, labels, correct)
         scores = [
             {
                 "split": split.name,
@@ -346,6 +345,7 @@ def _summary(correct: np.ndarray, labels: np.ndarray, split: Split, dataset: Dat
         **_score(correct),
         "worst_group": min(scores, key=lambda score: score["accuracy"], default=None),
         "worst_class_in_group": worst_pair,
+        "group_mean": mean,
         "groups": scores,
     }
 
