@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -18,6 +19,7 @@ from pipeline import ModelError, cache_explanations, explain, load_classifier
 from pipeline.networks.segmenters import Segmenter, build_segmenter
 from teacher_cache import open_cache
 from trainer import TrainingError, evaluate, train_student, train_teacher
+from trainer.distill import _can_repaint
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # people have such files
 SHAPE = (3, 16, 16)
@@ -225,3 +227,9 @@ def test_segmenter_and_debias_go_together_or_not_at_all(data, of_own):
     Path("t/config.json").write_text(json.dumps(config | {"segmenter": None}))
     with pytest.raises(ModelError, match="its debias is 'segmenter' and its segmenter is None"):
         load_classifier("t")
+
+
+def test_images_are_not_repainted_unasked_where_a_segmenter_makes_other_masks_than_the_dataset():
+    split = SimpleNamespace(masks=np.zeros(1))
+    stores = [SimpleNamespace(info=SimpleNamespace(teacher=SimpleNamespace(debias=d))) for d in ("mask", "segmenter")]
+    assert [_can_repaint(split, store) for store in stores] == [True, False]
