@@ -32,6 +32,7 @@ from trainer.run_dir import check_free
 from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
 from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, own_bias_free
 from trainer.stream.stream import explained_source, labelled_source
+from trainer.tuning import tune
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,10 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     dataset.check_classes()
     chosen = dataclasses.replace(given, arch=_architecture(given))
     student = _plan(chosen, dataset)
+    if given.tune is not None:
+        found = dataclasses.asdict(tune(given, student.settings, train_student))
+        given, chosen = (dataclasses.replace(options, **found, tune=None) for options in (given, chosen))
+        student = dataclasses.replace(student, settings=dataclasses.replace(student.settings, **found))
     weights = None if chosen.init is None else read_weights(chosen.init)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info

@@ -35,9 +35,10 @@ MODEL_FILE = "model.pt"
 RESULT_FILE = "result.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE = "checkpoints", "snapshots", "tensorboard", "profile"
+TUNING = "tuning"  # trials that a training may begin with
 FILES = {
     *(CONFIG_FILE, OPTIONS_FILE, STARTS_FILE, METRICS_FILE, FAILURE_FILE, WEIGHTS_FILE, MODEL_FILE, RESULT_FILE),
-    *(LOCK_FILE, CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE),
+    *(LOCK_FILE, CHECKPOINTS, SNAPSHOTS, TENSORBOARD, PROFILE, TUNING),
 }
 NEW_FOLDER = Message(": choose another ", Option("out"), ", or remove it first")
 
@@ -83,12 +84,12 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of the metrics log, each with its ``step``."""
-        return _json_lines(self.path / METRICS_FILE)
+        return read_lines(self.path / METRICS_FILE)
 
     @property
     def starts(self) -> list[dict[str, Any]]:
         """A record of each start: the step from which it went on, the time, the options and the versions."""
-        return _json_lines(self.path / STARTS_FILE)
+        return read_lines(self.path / STARTS_FILE)
 
     @property
     def snapshots(self) -> dict[int, Path]:
@@ -229,8 +230,8 @@ class RunDir:
         write_json(self.path / RESULT_FILE, result)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the complete lines of a log; none where there is no file."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the complete lines of a log, which are JSON objects; none where there is no file."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -247,7 +248,7 @@ def check_free(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
     if {RESULT_FILE, CONFIG_FILE} <= names:
         raise FileExistsError(Message(f"{path} holds a finished training", NEW_FOLDER))
-    others = {name for name in names if not (name.startswith(".") and name.endswith(PARTIAL))} - {LOCK_FILE}
+    others = {name for name in names if not (name.startswith(".") and name.endswith(PARTIAL))} - {LOCK_FILE, TUNING}
     if others and (CONFIG_FILE not in others or others - FILES or not _is_config(path / CONFIG_FILE)):
         raise FileExistsError(Message(f"{path} exists and is not empty", NEW_FOLDER))
 

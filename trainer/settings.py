@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Option, OptionSet, Separated
+from options import Among, Doc, Ge, Gt, Heading, InsteadOf, Kind, Le, Lt, Message, Metavar, Option, OptionSet, Separated
 from options.common import DatasetPlace, Device, RunFolder, Seed, StudentFactory, TeacherFactory, Threads, Weights
 from pipeline.errors import ModelError
 from pipeline.networks.debias import DEBIAS, Debias, front_names, front_text
@@ -361,6 +361,16 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
             "teacher sees nothing outside of them. none means no augmentation."
         ),
     ] = None  # type: ignore[assignment]  # the names, once dataset and teacher are known
+    tune: Annotated[
+        float | None,
+        Gt(0),
+        Metavar("SECONDS"),
+        Heading("Training"),
+        Doc(
+            "First choose the optimizer and the learning rate by short trainings, which take about this long. Default: "
+            "no such search."
+        ),
+    ] = None
     teacher_weights: Annotated[
         bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")
     ] = False
