@@ -9,10 +9,8 @@ bias. These are not the tests of the benchmarks (`worlds.py`). A training that `
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +21,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import processor, read_results, spearman, table
+from report import once, processor, read_results, spearman, table
 from torch import Tensor
 from worlds import HIGH, LOW, STEPS, WIDE, WORLDS, Place
 
@@ -207,23 +205,20 @@ def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
     }
 
 
-def measure(place: Place, world: str, name: str, recipe: Recipe) -> dict[str, Any]:
+def measure(place: Place, recipe: Recipe) -> dict[str, Any]:
     """Train, measure and test the student, and remove it."""
-    began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
+    dataset, folder = place.dataset(), place.folder / "student"
     options = {"steps": STEPS, "augment": (), **place.world.student, **recipe.options, "threads": place.threads}
     train_student(dataset.path, place.cache(recipe.epsilon_range), folder, **options)
     teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     seen = look(teacher, student, dataset)
     shutil.rmtree(folder)
     return {
-        "world": world,
-        "recipe": name,
         "numbers": {number: of(seen) for number, of in NUMBERS.items()},
         "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
                        "student": 100 * float(_right(seen.student, seen.labels).mean())},
         "teacher": accuracies(teacher, dataset),
         "student": accuracies(student, dataset),
-        "seconds": round(time.perf_counter() - began),
     }  # fmt: skip
 
 
@@ -261,13 +256,8 @@ def main(work: Path, only: str | None, threads: int) -> None:
         place = Place(work / world, WORLDS[world], threads)
         has_masks = place.dataset().split("train").masks is not None
         for name, recipe in RECIPES.items():
-            done = {(r["world"], r["recipe"]) for r in read_results(file)}
-            if (world, name) in done or (recipe.masks and not has_masks):
-                continue
-            result = measure(place, world, name, recipe)
-            with file.open("a") as lines:
-                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
-            click.echo(f"{world}, {name}: {result['student']} {result['seconds']} s")
+            if has_masks or not recipe.masks:
+                once(file, {"world": world, "recipe": name}, partial(measure, place, recipe))
     results = read_results(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     header = [f"{test}, {world}" for test in TESTS for world in WORLDS]

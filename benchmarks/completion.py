@@ -10,18 +10,17 @@ The tests are not those of the benchmarks (`worlds.py`). A training that `result
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from choosing import TESTS, accuracies
-from report import processor, read_results, table
+from report import once, processor, read_results, table
 from worlds import HIGH, LOW, STEPS, WORLDS, Place
 
 from pipeline import load_classifier
@@ -40,7 +39,7 @@ MUON = {"optimizer": "muon", "lr": 1e-2}
 
 def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[str, Any]) -> dict[str, Any]:
     """Train and test a student, and remove it."""
-    began, dataset, folder = time.perf_counter(), place.dataset(), place.folder / "student"
+    dataset, folder = place.dataset(), place.folder / "student"
     cache = place.cache(epsilon_range)
     sums = inspect_cache(open_cache(cache))["maps"]["sums"]
     all_options = {"steps": STEPS, "augment": (), **MUON, **place.world.student, **options, "threads": place.threads}
@@ -51,7 +50,6 @@ def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[s
         "sums": sums,
         "teacher": accuracies(teacher, dataset),
         "student": accuracies(student, dataset),
-        "seconds": round(time.perf_counter() - began),
     }
 
 
@@ -86,13 +84,8 @@ def main(work: Path, threads: int) -> None:
         place = Place(work / world, WORLDS[world], threads, bias_free=False)
         for epsilon_range in reversed(RANGES):
             for method, options in METHODS.items():
-                key = {"world": world, "range": list(epsilon_range), "method": method}
-                if any(key.items() <= row.items() for row in read_results(file)):
-                    continue
-                result = {**key, **measure(place, epsilon_range, options)}
-                with file.open("a") as log:
-                    log.write(json.dumps(result) + "\n")
-                click.echo(f"{world}, {epsilon_range}, {method}: {result['student']}")
+                key = {"world": world, "range": epsilon_range, "method": method}
+                once(file, key, partial(measure, place, epsilon_range, options))
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(torch.device('cpu'))}")
     header = ["dataset", "ε", "share of the logit", "correlation", "teacher", *METHODS]
     print(table(header, lines(read_results(file))))

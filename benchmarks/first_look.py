@@ -11,19 +11,18 @@ run again.
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from report import processor, read_results, spearman, table
+from report import once, processor, read_results, spearman, table
 
 from data import Dataset, make_solar_cells, open_dataset
 from pipeline import cache_explanations, load_classifier, load_teacher
@@ -145,7 +144,7 @@ class Bench:
 
     def measure(self, setting: Setting) -> dict[str, Any]:
         """Make the store, take the first look, train the student and test it. The store and student are removed."""
-        began, family, teacher = time.perf_counter(), FAMILIES[setting.family], self.teacher(setting)
+        family, teacher = FAMILIES[setting.family], self.teacher(setting)
         cache, folder = (self.work / kind / _slug(setting.name) for kind in ("stores", "students"))
         cache_explanations(
             self.dataset.path, teacher, cache, explainer=setting.explainer, epsilon_range=setting.epsilon_range,
@@ -173,12 +172,10 @@ class Bench:
         shutil.rmtree(folder)
         agreement = 100 * float((of_teacher == of_student).mean())
         return {
-            "setting": asdict(setting),
             "steps": [self.teacher_steps, self.student_steps],
             "look": asdict(look),
             "teacher": _scores(labels, of_teacher, names),
             "student": _scores(labels, of_student, names) | {"agreement": agreement},
-            "seconds": round(time.perf_counter() - began),
         }
 
 
@@ -285,13 +282,8 @@ def main(work: Path, only: str, teacher_steps: int, student_steps: int) -> None:
         make_solar_cells(path, size=SIZE, channels=3)
     bench = Bench(work, open_dataset(path), teacher_steps, student_steps)
     for setting in SETTINGS:
-        if only in setting.name and setting.name not in {
-            Setting(**result["setting"]).name for result in read_results(file)
-        }:
-            result = bench.measure(setting)
-            with file.open("a") as lines:
-                lines.write(json.dumps(result, ensure_ascii=False) + "\n")
-            click.echo(f"{setting.name}: {result['look']} {result['student']} {result['seconds']} s")
+        if only in setting.name:
+            once(file, {"setting": asdict(setting)}, partial(bench.measure, setting))
     results = read_results(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}, one thread")
     print(setting_table(results), correlation_table(results), sep="\n\n")

@@ -9,18 +9,17 @@ and all are tested on the same images. These are not the tests of the benchmarks
 
 from __future__ import annotations
 
-import json
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
-from report import processor, read_results, table
+from report import once, processor, read_results, table
 from worlds import HIGH, STEPS, WORLDS, Place
 
 from data import Dataset
@@ -84,14 +83,12 @@ def student(place: Place, name: str, method: Method) -> Path:
     return folder
 
 
-def measure(place: Place, world: str, name: str, method: Method) -> dict[str, Any]:
+def measure(place: Place, name: str, method: Method) -> dict[str, float]:
     """Train and test a network."""
-    began, dataset = time.perf_counter(), place.dataset()
+    dataset = place.dataset()
     folder = place.teacher() if method.options is None else student(place, name, method)
     model = load_classifier(folder)[0].eval()
-    accuracies = {test: 100 * _accuracy(model, dataset, test) for test in TESTS}
-    seconds = round(time.perf_counter() - began)
-    return {"world": world, "samples": place.samples, "method": name, **accuracies, "seconds": seconds}
+    return {test: 100 * _accuracy(model, dataset, test) for test in TESTS}
 
 
 def _accuracy(model: Any, dataset: Dataset, test: str) -> float:
@@ -144,13 +141,9 @@ def main(work: Path, picture: Path | None, threads: int) -> None:
             place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
             has_masks = place.dataset().split("train").masks is not None
             for name, method in METHODS.items():
-                done = {(r["world"], r["samples"], r["method"]) for r in read_results(file)}
-                if (world, samples, name) in done or (method.masks and not has_masks):
-                    continue
-                result = measure(place, world, name, method)
-                with file.open("a") as log:
-                    log.write(json.dumps(result) + "\n")
-                click.echo(f"{world}, {samples:,} images, {name}: {result}")
+                key = {"world": world, "samples": samples, "method": name}
+                if has_masks or not method.masks:
+                    once(file, key, partial(measure, place, name, method))
     results = read_results(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     for world in ON:

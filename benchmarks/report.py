@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     if any(np.ptp(of_one) == 0 for of_one in ranks):
         return float("nan")
     return float(np.corrcoef(*ranks)[0, 1])
+
+
+def once(file: Path, key: Mapping[str, Any], measure: Callable[[], Mapping[str, Any]]) -> None:
+    """Measure, and add the result with its key and its seconds to a file, unless the file has one with this key."""
+    plain = json.loads(json.dumps(key))
+    if any(plain.items() <= row.items() for row in read_results(file)):
+        return
+    began = time.perf_counter()
+    result = json.dumps({**key, **measure(), "seconds": round(time.perf_counter() - began)}, ensure_ascii=False)
+    with file.open("a") as lines:
+        lines.write(result + "\n")
+    print(result, flush=True)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:

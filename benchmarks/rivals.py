@@ -10,14 +10,13 @@ to work at all. All networks are tested on the tests of the benchmark, after the
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ os.environ["TQDM_DISABLE"] = "1"
 import click
 import numpy as np
 import torch
-from report import processor, read_results, table
+from report import once, processor, read_results, table
 from spuco.datasets import BaseSpuCoCompatibleDataset, GroupLabeledDatasetWrapper
 from spuco.evaluate import Evaluator
 from spuco.group_inference import EIIL, JTTInference, SpareInference
@@ -294,25 +293,20 @@ def main(
                 WORLDS[world].make(path, unbiased_share=share, limit=limit, **WORLDS[world].data)
             return open_dataset(path)
 
+        def result(name: str, share: float, seed: int, world: str = world) -> dict[str, Any]:
+            given = dataset(share)
+            if name == OURS:
+                return ours(Path(given.path).parent, WORLDS[world], given, seed, threads)
+            try:
+                return rival(name, WORLDS[world], given, dataset(1.0), seed)
+            except (AssertionError, IndexError, ValueError) as error:  # SpuCo's, where it finds no groups
+                return {"error": str(error)}
+
         for seed in range(seeds):
             for share in shares or SHARES:
                 for name in methods or (OURS, *RIVALS):
                     key = {"world": world, "share": share, "method": name, "seed": seed}
-                    if any(key.items() <= row.items() for row in read_results(file)):
-                        continue
-                    began, given = time.perf_counter(), dataset(share)
-                    try:
-                        if name == OURS:
-                            folder = Path(given.path).parent
-                            found = ours(folder, WORLDS[world], given, seed, threads)
-                        else:
-                            found = rival(name, WORLDS[world], given, dataset(1.0), seed)
-                    except (AssertionError, IndexError, ValueError) as error:  # SpuCo's, where it finds no groups
-                        found = {"error": str(error)}
-                    result = {**key, **found, "seconds": round(time.perf_counter() - began)}
-                    with file.open("a") as log:
-                        log.write(json.dumps(result) + "\n")
-                    click.echo(json.dumps(result))
+                    once(file, key, partial(result, name, share, seed))
     results = read_results(file)
     print(
         f"PyTorch {torch.__version__}, SpuCo {version('spuco')}, Python {platform.python_version()}, {processor(CPU)}"
