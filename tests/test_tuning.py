@@ -18,8 +18,9 @@ LRP = {"lrp": 1.0}
 class Trainings:
     """In place of `train_student`: the loss of a training is that of its rate, and each takes a moment."""
 
-    def __init__(self, losses=lambda optimizer, lr, steps: lr, stop_at=None, explodes=()):
+    def __init__(self, losses=lambda optimizer, lr, steps: lr, stop_at=None, explodes=(), agrees=None):
         self.made, self._losses, self._stop_at, self._explodes = [], losses, stop_at, explodes
+        self._agrees = agrees
 
     def __call__(self, out, optimizer, lr, steps, **options):
         if len(self.made) == self._stop_at:
@@ -29,7 +30,10 @@ class Trainings:
         if (optimizer, lr) in self._explodes:
             (out / "failure.json").write_text("{}")
             raise TrainingError("the loss became 1e9")
-        return {"validation_loss": self._losses(optimizer, lr, steps), "seconds": 1e-4 * steps}
+        (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9}')
+        answers = None if self._agrees is None else {"other_backgrounds": self._agrees(optimizer, lr)}
+        loss = self._losses(optimizer, lr, steps)
+        return {"validation_loss": loss, "seconds": 1e-4 * steps, "same_answers": answers}
 
 
 def searched(out, trainings, **options):
@@ -73,10 +77,19 @@ def test_the_candidate_with_the_lowest_loss_of_the_longest_trials_is_chosen_and_
     assert len(trials) == len(trainings.made) == 12  # a probe, and rungs of 6, 3 and 2
     assert max(trial["steps"] for trial in trials) <= 3000
     choice = json.loads((tmp_path / "tuning" / "choice.json").read_text())
-    assert (choice["optimizer"], choice["lr"], choice["loss"]) == ("muon", 1e-2, 0.1)
+    assert (choice["candidate"], choice["loss"]) == ({"optimizer": "muon", "lr": 1e-2}, 0.1)
     assert not (tmp_path / "tuning" / "trial").exists()
     assert searched(tmp_path, trainings) == Candidate("muon", 1e-2)  # without further trials
     assert len(trainings.made) == 12
+
+
+def test_the_answers_before_other_backgrounds_count_before_the_loss(tmp_path):
+    def agrees(optimizer, lr):
+        return 90.0 if optimizer == "adam" else 80.0
+
+    assert searched(tmp_path, Trainings(agrees=agrees)) == Candidate("adam", 1.3e-3)  # and its loss among equals
+    choice = json.loads((tmp_path / "tuning" / "choice.json").read_text())
+    assert (choice["disagrees"], choice["loss"]) == (10.0, 1.3e-3)
 
 
 def test_an_interrupted_search_is_resumed_without_the_trials_that_were_made(tmp_path):
@@ -169,9 +182,8 @@ def test_a_training_begins_with_its_search_and_records_what_it_found(dataset, ca
     assert len({trial["loss"] for trial in trials}) == len(trials) == 4 + 2  # the probe is the first of them
     assert [record for record in caplog.messages if "chose" in record]
     assert sum("parameters to learn" in record for record in caplog.messages) == 1  # trials are quiet
-    found = {name: choice[name] for name in ("optimizer", "lr")}
-    again = train_student(dataset, cache, tmp_path / "given", **options, **found)
+    again = train_student(dataset, cache, tmp_path / "given", **options, **choice["candidate"])
     assert again["loss"] == result["loss"]
     recorded = (tmp_path / "tuned" / "config.yaml").read_text()
-    assert f"optimizer: {choice['optimizer']}" in recorded
+    assert f"optimizer: {choice['candidate']['optimizer']}" in recorded
     assert "tune: null" in recorded

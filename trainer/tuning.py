@@ -52,6 +52,40 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A short training of a candidate.
+
+    loss: None where it exploded. disagrees: the share of images before random backgrounds, in %, on which the student
+    does not say what its teacher says; None where this cannot be told. seconds: in all. seconds_of_steps: without the
+    start and the end.
+    """
+
+    candidate: Candidate
+    steps: int
+    loss: float | None
+    disagrees: float | None
+    seconds: float
+    seconds_of_steps: float
+
+    @property
+    def rank(self) -> tuple[bool, float, float]:
+        """Return the less, the better: first what ranks students by their accuracy without the bias best.
+
+        See docs/results/choosing.md: before backgrounds, the loss alone ranks nothing.
+        """
+        return self.loss is None, self.disagrees or 0.0, self.loss or 0.0
+
+    @property
+    def found(self) -> str:
+        """Return the numbers that count, for the log."""
+        if self.loss is None:
+            return "the loss exploded"
+        if self.disagrees is None:
+            return f"loss {self.loss:.3f}"
+        return f"loss {self.loss:.3f}, {self.disagrees:.1f} % other answers before random backgrounds"
+
+
+@dataclass(frozen=True)
 class Rung:
     """How many candidates train for how many steps."""
 
@@ -62,8 +96,11 @@ class Rung:
 def tune(options: StudentOptions, settings: Settings, train: Train) -> Candidate:
     """Find the optimizer and the rate with which the student comes nearest to its teacher in short trainings.
 
-    The loss that counts is that on the validation store, where there is one, and else the mean of the last losses of
-    the trial. An interrupted search is resumed by the same call, and one that has ended is not repeated.
+    Where the teacher sees nothing outside the dataset's masks, the share of the images before random backgrounds counts
+    on which a student does not say what its teacher says. Elsewhere it is the loss: that on the validation store, where
+    there is one, or the mean of the last losses of the trial.
+
+    An interrupted search is resumed by the same call, and one that has ended is not repeated.
 
     Args:
         options: those of the student, with ``tune``, the seconds that the search may take. An optimizer or a rate
@@ -85,21 +122,21 @@ def tune(options: StudentOptions, settings: Settings, train: Train) -> Candidate
     choice = folder / CHOICE_FILE
     if choice.exists():
         chosen = json.loads(choice.read_text())
-        return Candidate(chosen["optimizer"], chosen["lr"])
+        return Candidate(**chosen["candidate"])
     trials = _Trials(folder, options, settings, train)
     rungs = _rungs(trials, candidates, options, settings)
     ranked = _halve(trials, candidates, rungs, options.tune)
-    best, loss = ranked[0]
-    if not math.isfinite(loss):
+    best = ranked[0]
+    if best.loss is None:
         raise TrainingError(
             Message("the loss of every trial became too large: give a smaller ", Option("lr"), f"; see {folder}")
         )
-    write_json(choice, {"optimizer": best.optimizer, "lr": best.lr, "loss": loss, "seconds": trials.seconds})
+    write_json(choice, {**dataclasses.asdict(best), "seconds_of_search": trials.seconds})
     log.info(
-        f"{options.out}: chose {best}, with a loss of {loss:.3f}, after {trials.seconds:.0f} seconds of trials (the "
-        f"usual is {candidates[0]}; all trials are in {folder / TRIALS_FILE})"
+        f"{options.out}: chose {best.candidate} ({best.found}) after {trials.seconds:.0f} seconds of trials; the usual "
+        f"is {candidates[0]}; all trials are in {folder / TRIALS_FILE}"
     )
-    return best
+    return best.candidate
 
 
 def _candidates(options: StudentOptions, settings: Settings) -> list[Candidate]:
@@ -183,11 +220,11 @@ def _rungs(trials: _Trials, candidates: Sequence[Candidate], options: StudentOpt
     assert options.tune is not None
     steps = min(LEAST_STEPS, settings.steps)
     probe = trials.make(candidates[0], steps, "how long a trial takes")
-    per_step = probe["seconds_of_steps"] / steps
-    per_trial = max(0.0, probe["seconds"] - probe["seconds_of_steps"])
-    rungs = plan(len(candidates), options.tune - probe["seconds"], per_step, per_trial, settings.steps)
+    per_step = probe.seconds_of_steps / steps
+    per_trial = max(0.0, probe.seconds - probe.seconds_of_steps)
+    rungs = plan(len(candidates), options.tune - probe.seconds, per_step, per_trial, settings.steps)
     if not rungs:
-        least = probe["seconds"] + 2 * (LEAST_STEPS * per_step + per_trial)
+        least = probe.seconds + 2 * (LEAST_STEPS * per_step + per_trial)
         raise TrainingError(
             Message(
                 Option("tune", options.tune),
@@ -198,21 +235,20 @@ def _rungs(trials: _Trials, candidates: Sequence[Candidate], options: StudentOpt
     return rungs
 
 
-def _halve(
-    trials: _Trials, candidates: Sequence[Candidate], rungs: Sequence[Rung], seconds: float
-) -> list[tuple[Candidate, float]]:
-    """Make the trials of each rung; return the candidates and losses of the last one that ended in time, best first."""
+def _halve(trials: _Trials, candidates: Sequence[Candidate], rungs: Sequence[Rung], seconds: float) -> list[Trial]:
+    """Make the trials of each rung; return those of the last one that ended in time, the best first."""
     total, number = sum(rung.candidates for rung in rungs), 0
-    ranked = [(candidate, math.inf) for candidate in candidates]
-    for first, rung in enumerate(rungs):
-        found = []
-        for candidate, _ in ranked[: rung.candidates]:
-            if first and trials.seconds > seconds:
+    ranked: list[Trial] = []
+    for rung in rungs:
+        made: list[Trial] = []
+        left = [trial.candidate for trial in ranked] or candidates
+        for candidate in left[: rung.candidates]:
+            if ranked and trials.seconds > seconds:
                 log.info("the time for trials is over: the longest ones that all candidates had decide")
                 return ranked
             number += 1
-            found.append((candidate, trials.make(candidate, rung.steps, f"trial {number} of {total}")["loss"]))
-        ranked = sorted(found, key=lambda pair: pair[1])
+            made.append(trials.make(candidate, rung.steps, f"trial {number} of {total}"))
+        ranked = sorted(made, key=lambda trial: trial.rank)
     return ranked
 
 
@@ -230,41 +266,37 @@ class _Trials:
     @property
     def seconds(self) -> float:
         """The seconds of all trials, also of those before an interruption."""
-        return float(sum(trial["seconds"] for trial in self._made()))
+        return sum(trial.seconds for trial in self._made())
 
-    def make(self, candidate: Candidate, steps: int, what: str) -> dict[str, Any]:
-        """Train a candidate, unless it was trained for as many steps before.
-
-        Args:
-            candidate: the optimizer and rate.
-            steps: the length of the trial.
-            what: the trial, for the log.
-
-        Returns:
-            Its ``loss``, infinite for a loss that exploded, its ``seconds``, and those without start and end,
-            ``seconds_of_steps``.
-        """
-        key = {**dataclasses.asdict(candidate), "steps": steps}
+    def make(self, candidate: Candidate, steps: int, what: str) -> Trial:
+        """Train a candidate, unless it was trained for as many steps before; ``what`` names the trial in the log."""
         for made in self._made():
-            if key.items() <= made.items():
+            if (made.candidate, made.steps) == (candidate, steps):
                 return made
         began, folder = time.perf_counter(), self._folder / "trial"
         shutil.rmtree(folder, ignore_errors=True)
-        loss, seconds_of_steps = self._run(candidate, steps, folder)
+        result = self._train_in(folder, candidate, steps)
         shutil.rmtree(folder)
         seconds = time.perf_counter() - began
-        trial = {**key, "loss": loss, "seconds": seconds, "seconds_of_steps": seconds_of_steps}
+        before_others = result.get("same_answers")
+        trial = Trial(
+            candidate,
+            steps,
+            loss=result.get("loss"),
+            disagrees=None if before_others is None else 100 - before_others["other_backgrounds"],
+            seconds=seconds,
+            seconds_of_steps=result.get("seconds", seconds),
+        )
         with (self._folder / TRIALS_FILE).open("a") as file:
-            file.write(json.dumps(trial) + "\n")
-        log.info(f"{what}: {candidate}, {steps} steps, loss {loss:.3f}")
+            file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
+        log.info(f"{what}: {candidate}, {steps} steps: {trial.found}")
         return trial
 
-    def _run(self, candidate: Candidate, steps: int, folder: Path) -> tuple[float, float]:
-        """Train a candidate in the folder; return its loss, and the seconds of its steps."""
-        began, of_trial = time.perf_counter(), self._of_trial(candidate, steps, folder)
+    def _train_in(self, folder: Path, candidate: Candidate, steps: int) -> dict[str, Any]:
+        """Train a candidate; return the result with the ``loss`` that counts, or nothing if it exploded."""
         try:
             with _quiet():
-                result = self._train(**of_trial)
+                result = self._train(**self._of_trial(candidate, steps, folder))
         except TrainingInterrupted as interrupted:
             raise TrainingInterrupted(
                 f"stopped in the search for an optimizer and a rate: the same command goes on with it in "
@@ -274,12 +306,10 @@ class _Trials:
         except TrainingError:
             if not (folder / FAILURE_FILE).exists():  # nothing that another rate could change
                 raise
-            return math.inf, time.perf_counter() - began
+            return {}
+        last = [line["loss"] for line in Run(folder).metrics if "loss" in line][-AVERAGED:]
         loss = result["validation_loss"]
-        if loss is None:
-            losses = [line["loss"] for line in Run(folder).metrics if "loss" in line][-AVERAGED:]
-            loss = sum(losses) / len(losses)
-        return float(loss), float(result["seconds"])
+        return {**result, "loss": sum(last) / len(last) if loss is None else loss}
 
     def _of_trial(self, candidate: Candidate, steps: int, folder: Path) -> dict[str, Any]:
         """Return the options of a trial."""
@@ -298,8 +328,9 @@ class _Trials:
             "profile": False,
         }
 
-    def _made(self) -> list[dict[str, Any]]:
-        return read_lines(self._folder / TRIALS_FILE)
+    def _made(self) -> list[Trial]:
+        lines = read_lines(self._folder / TRIALS_FILE)
+        return [Trial(**{**line, "candidate": Candidate(**line["candidate"])}) for line in lines]
 
 
 @contextmanager
