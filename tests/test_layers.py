@@ -14,7 +14,7 @@ from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
 
 from pipeline import ScaleNorm, Trace, explain
-from pipeline.rules.weighted import Convolution
+from pipeline.rules.weighted import Convolution, Linear
 from trainer import heatmap_loss
 
 
@@ -120,6 +120,19 @@ def test_what_replaces_a_kernel_of_convolution_equals_it(sides, kernel, stride, 
     torch.testing.assert_close(layer.output(x, weight), torch.ops.aten.convolution(x, weight, None, *layer.options))
     torch.testing.assert_close(layer.input_grad(g, weight, x), expected[0])
     torch.testing.assert_close(layer.weight_grad(x, g, weight), expected[1])
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_a_linear_layer_equals_pytorchs_in_every_order_of_its_rows_and_is_no_view(order):
+    of = torch.randn(3, 4, 5, dtype=torch.float64).permute(order)
+    layer, weight = Linear(), torch.randn(6, of.shape[-1], dtype=torch.float64)
+    bias, back = torch.randn(6, dtype=torch.float64), torch.randn(of.shape[-1], 7, dtype=torch.float64).T
+    made = layer.output(of, weight, bias)
+    torch.testing.assert_close(made, F.linear(of.contiguous(), weight, bias), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.input_grad(of, back.T, of), of.contiguous() @ back.T, rtol=0, atol=1e-12)
+    assert not made._is_view()
+    if order[-1] == 2:  # no row was moved
+        assert made.stride()[:2] == tuple(6 * stride // 5 for stride in of.stride()[:2])
 
 
 def test_a_kernel_that_is_larger_than_the_map_is_refused_as_by_pytorch():

@@ -6,6 +6,7 @@ They are linear, so their rule is their gradient, and the nodes exist for speed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from numbers import Integral
@@ -166,18 +167,31 @@ class Linear:
     """``x Wᵀ + b`` over the last axis."""
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        made = F.linear(x, weight, bias)
+        made = _by_rows(x, lambda rows: F.linear(rows, weight, bias))
         # of more than two axes it is a view in some releases, which may not be changed in place behind a node of ours
         return unsafe_view(made, made.shape) if is_view(made) else made
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        return g @ weight
+        return _by_rows(g, lambda rows: rows @ weight)
 
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
         return g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return g.flatten(0, -2).sum(0)
+
+
+def _by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+    """Multiply the last axis of x by a matrix, in the order in which the rows lie in memory.
+
+    Of rows in another order, such as those of a batch whose first two axes were exchanged for an attention, PyTorch
+    makes a product for each position, which reads the matrix as often.
+    """
+    if x.dim() < 3 or x.is_contiguous():
+        return multiply(x)
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride()[axis])
+    made = multiply(x.permute(*order, -1).contiguous())
+    return made.permute(*(order.index(axis) for axis in range(x.dim() - 1)), -1)
 
 
 def channels(value: Tensor, like: Tensor) -> Tensor:
