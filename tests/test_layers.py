@@ -97,26 +97,32 @@ def test_every_convolution_equals_pytorchs_double_backward(
 
 @given(
     sides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    kernel=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    stride=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    kernel=st.just((1, 1)) | st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    stride=st.just((1, 1)) | st.tuples(st.integers(1, 4), st.integers(1, 4)),
     padding=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     dilation=st.integers(1, 2),
     channels=st.integers(1, 5),
+    depthwise=st.booleans(),
+    channels_last=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
-def test_what_replaces_a_kernel_of_convolution_equals_it(sides, kernel, stride, padding, dilation, channels):
-    """For images of few channels, and for maps of few positions."""
+@settings(max_examples=400, deadline=None)
+def test_what_replaces_a_kernel_of_convolution_equals_it(
+    sides, kernel, stride, padding, dilation, channels, depthwise, channels_last
+):
+    """For images of few channels, maps of few positions, kernels of one pixel and of one channel."""
     outputs = [
         (side + 2 * p - dilation * (k - 1) - 1) // s + 1
         for side, k, s, p in zip(sides, kernel, stride, padding, strict=True)
     ]
     if min(outputs) < 1:
         return
-    x, weight, g = (
-        torch.randn(*shape).double() for shape in ((3, channels, *sides), (4, channels, *kernel), (3, 4, *outputs))
-    )
-    layer = Convolution((list(stride), list(padding), [dilation] * 2, False, [0, 0], 1))
-    expected = torch.ops.aten.convolution_backward(g, x, weight, [4], *layer.options, [True, True, False])
+    made = channels if depthwise else 4
+    shapes = ((3, channels, *sides), (made, 1 if depthwise else channels, *kernel), (3, made, *outputs))
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    x, weight, g = (torch.randn(*shape).double().contiguous(memory_format=memory) for shape in shapes)
+    groups = channels if depthwise else 1
+    layer = Convolution((list(stride), list(padding), [dilation] * 2, False, [0, 0], groups))
+    expected = torch.ops.aten.convolution_backward(g, x, weight, [made], *layer.options, [True, True, False])
     torch.testing.assert_close(layer.output(x, weight), torch.ops.aten.convolution(x, weight, None, *layer.options))
     torch.testing.assert_close(layer.input_grad(g, weight, x), expected[0])
     torch.testing.assert_close(layer.weight_grad(x, g, weight), expected[1])

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipeline.tracer import Tracer
 
 SMALL_MAP = 16  # pairs of an input and an output position
+MOST_PIXELS = 4096  # of pointwise convolutions for whose weight gradient a product of matrices is faster
 LARGEST_TAPS = 9  # of depthwise kernels for whose weight gradient PyTorch's kernel is fast
 
 
@@ -55,21 +56,30 @@ class Convolution:
         if self._covers(x, weight):
             made = F.linear(_rows(x), _rows(weight), bias)
             return unsafe_view(made, [*made.shape, 1, 1])  # no view for autograd, so it may be changed in place
-        return aten_convolution(*_by_channel(x, x, weight), bias, *self.options)
+        if self._is_pointwise(x, weight):
+            made = _as_map(F.linear(_pixels(x), weight.flatten(1), bias), x)
+            return unsafe_view(made, made.shape)
+        return aten_convolution(*self._by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         stride, padding, dilation = self.options[:3]
         if self._covers(x, weight):
             return (g.flatten(1) @ _rows(weight)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
+        if self._is_pointwise(x, weight):
+            return _as_map(_pixels(g) @ weight.flatten(1), x)
         if self._plain(x) and x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1:
             return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
-        g, x, weight = _by_channel(x, g, x, weight)
+        g, x, weight = self._by_channel(x, g, x, weight)
         return convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
 
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-        if self._plain(x) and x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP:
-            return _weight_grad_by_positions(x, g, weight, *self.options[:3])
-        if self._is_depthwise(x, weight) and weight[0].numel() > LARGEST_TAPS and len(x):
+        if self._is_pointwise(x, weight) and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
+            return (_pixels(g).T @ _pixels(x)).view(weight.shape)
+        depthwise = self._is_depthwise(x, weight)
+        if x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP and (depthwise or self._plain(x)):
+            pairs = _pairs_by_channel(x, g) if depthwise else _pairs(x, g)
+            return _weight_grad_by_positions(pairs, weight, *self.options[:3])
+        if depthwise and weight[0].numel() > LARGEST_TAPS and len(x):
             return _weight_grad_by_sample(x, g, weight, *self.options[:3])
         return convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
 
@@ -77,6 +87,13 @@ class Convolution:
         """Return whether the kernel is as large as the map, so that this is a linear layer."""
         _, padding, dilation = self.options[:3]
         return self._plain(x) and not any(padding) and max(dilation) == 1 and x.shape[2:] == weight.shape[2:]
+
+    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether this is one matrix for all pixels. As a product of matrices, its passes take a tenth to all of
+        the time of PyTorch's kernels, a half for most maps below 16×16."""
+        stride, padding, _ = self.options[:3]
+        one_pixel = weight.shape[2:].numel() == max(stride) == 1 and not any(padding)
+        return self._plain(x) and one_pixel and x.is_contiguous(memory_format=torch.channels_last)
 
     def _plain(self, x: Tensor) -> bool:
         """Return whether the functions below may be faster than PyTorch's kernels: on a CPU, for plain convolutions."""
@@ -89,6 +106,13 @@ class Convolution:
     def _on_cpu(self, x: Tensor) -> bool:
         """Return whether this is a convolution of images on a CPU, and not a transposed one."""
         return x.dim() == 4 and x.device.type == "cpu" and not self.options[3]
+
+    def _by_channel(self, image: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        """Return the arguments of a plain convolution over few positions with channels first on a CPU, whose kernels
+        for that layout take half the time of those for channels last."""
+        if self._plain(image) and 1 < image.shape[2:].numel() <= 4:
+            return tuple(tensor.contiguous() for tensor in given)
+        return given
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return sum_per_channel(g)
@@ -129,19 +153,42 @@ def _rows(values: Tensor) -> Tensor:
     return values.permute(0, 2, 3, 1).flatten(1)
 
 
-def _weight_grad_by_positions(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
-    """Return the weight's gradient (O, C, kh, kw) of a convolution over small maps: one matrix product for all pairs
-    of an output and an input position, each of which belongs to one tap or none. The kernel takes three to six times
-    as long, mostly for padding."""
-    (height, width), (rows, columns) = x.shape[2:], g.shape[2:]
-    pairs = (_rows(g).T @ _rows(x)).view(rows, columns, g.shape[1], height, width, x.shape[1])
+def _pixels(values: Tensor) -> Tensor:
+    """Return (N, C, H, W) as (N·H·W, C), without a copy if it is channels last."""
+    return values.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_map(pixels: Tensor, like: Tensor) -> Tensor:
+    """Return (N·H·W, C) as (N, C, H, W), channels last."""
+    return pixels.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def _pairs(x: Tensor, g: Tensor) -> Tensor:
+    """Return the products of all channels of an output and an input position, summed over the samples: (rows, columns,
+    height, width, O, C)."""
+    pairs = _rows(g).T @ _rows(x)
+    return pairs.view(*g.shape[2:], g.shape[1], *x.shape[2:], x.shape[1]).permute(0, 1, 3, 4, 2, 5)
+
+
+def _pairs_by_channel(x: Tensor, g: Tensor) -> Tensor:
+    """Return the products of each channel with itself: (rows, columns, height, width, C, 1)."""
+    outputs, inputs = (values.flatten(2).transpose(1, 2) for values in (g, x))  # (N, positions, C)
+    pairs = (outputs[:, :, None] * inputs[:, None]).sum(0)
+    return pairs.view(*g.shape[2:], *x.shape[2:], x.shape[1], 1)
+
+
+def _weight_grad_by_positions(pairs: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Return the weight's gradient (O, C, kh, kw) of a convolution over small maps from all pairs of an output and an
+    input position, each of which belongs to one tap or none. The kernel takes three to twelve times as long, mostly for
+    padding."""
+    rows, columns, height, width = pairs.shape[:4]
     made = weight.new_zeros((weight.shape[0], *weight.shape[2:], weight.shape[1]))
     for a, b, i, j in product(range(rows), range(columns), range(height), range(width)):
         down, along = i + padding[0] - a * stride[0], j + padding[1] - b * stride[1]
         tap = down // dilation[0], along // dilation[1]
         on_taps = down % dilation[0] == 0 and along % dilation[1] == 0
         if on_taps and 0 <= tap[0] < weight.shape[2] and 0 <= tap[1] < weight.shape[3]:
-            made[:, tap[0], tap[1]] += pairs[a, b, :, i, j]
+            made[:, tap[0], tap[1]] += pairs[a, b, i, j]
     return made.permute(0, 3, 1, 2)
 
 
@@ -152,14 +199,6 @@ def _weight_grad_by_sample(x: Tensor, g: Tensor, weight: Tensor, stride: Any, pa
     rest = (dilation, padding, stride, False, [0, 0], len(weight))
     made = [aten_convolution(x[n : n + 1], g[n, :, None], None, *rest) for n in range(len(x))]
     return torch.cat(made)[..., : weight.shape[2], : weight.shape[3]].sum(0)[:, None]
-
-
-def _by_channel(image: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    """Return the arguments of a convolution over few positions with channels first on a CPU, whose kernels for that
-    layout take half the time of those for channels last."""
-    if image.dim() == 4 and 1 < image.shape[2] * image.shape[3] <= 4 and image.device.type == "cpu":
-        return tuple(tensor.contiguous() for tensor in given)
-    return given
 
 
 @dataclass(frozen=True)
