@@ -141,6 +141,17 @@ def test_a_linear_layer_equals_pytorchs_in_every_order_of_its_rows_and_is_no_vie
         assert made.stride()[:2] == tuple(6 * stride // 5 for stride in of.stride()[:2])
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("side", [2, 6])
+def test_a_convolution_of_no_images_has_gradients_of_zero(groups, kernel, side):
+    x = torch.zeros(0, 4, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(4, 4 // groups, kernel, kernel)
+    layer = Convolution(([1, 1], [kernel // 2] * 2, [1, 1], False, [0, 0], groups))
+    assert layer.output(x, weight).shape == layer.input_grad(x, weight, x).shape == x.shape
+    assert torch.equal(layer.weight_grad(x, x, weight), torch.zeros_like(weight))
+
+
 def test_a_kernel_that_is_larger_than_the_map_is_refused_as_by_pytorch():
     for layer in (nn.Conv2d(2, 4, 2, dilation=2), nn.Conv2d(2, 4, 3)):
         with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):

@@ -166,7 +166,7 @@ def _pixels(values: Tensor) -> Tensor:
 
 def _as_map(pixels: Tensor, like: Tensor) -> Tensor:
     """Return (N·H·W, C) as (N, C, H, W), channels last."""
-    return pixels.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return pixels.view(len(like), *like.shape[2:], pixels.shape[1]).permute(0, 3, 1, 2)
 
 
 def _pairs(x: Tensor, g: Tensor) -> Tensor:
