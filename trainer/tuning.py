@@ -218,19 +218,21 @@ def _claim(folder: Path, options: StudentOptions) -> None:
 def _rungs(trials: _Trials, candidates: Sequence[Candidate], options: StudentOptions, settings: Settings) -> list[Rung]:
     """Measure the time of a trial, and plan the search by it."""
     assert options.tune is not None
-    steps = min(LEAST_STEPS, settings.steps)
-    probe = trials.make(candidates[0], steps, "how long a trial takes")
-    per_step = probe.seconds_of_steps / steps
+    given = Option("tune", options.tune)
+    if settings.steps < LEAST_STEPS:
+        raise TrainingError(
+            Message(
+                f"a training of {settings.steps} steps is too short for trials of {LEAST_STEPS}: leave ", given, " out"
+            )
+        )
+    probe = trials.make(candidates[0], LEAST_STEPS, "how long a trial takes")
+    per_step = probe.seconds_of_steps / LEAST_STEPS
     per_trial = max(0.0, probe.seconds - probe.seconds_of_steps)
     rungs = plan(len(candidates), options.tune - probe.seconds, per_step, per_trial, settings.steps)
     if not rungs:
-        least = probe.seconds + 2 * (LEAST_STEPS * per_step + per_trial)
+        least = 3 * probe.seconds
         raise TrainingError(
-            Message(
-                Option("tune", options.tune),
-                f" is too short: two trials of {LEAST_STEPS} steps take about {least:.0f} seconds here, and at least "
-                f"as many steps of a training of {settings.steps} are needed",
-            )
+            Message(given, f" is too short: three trials of {LEAST_STEPS} steps take about {least:.0f} seconds here")
         )
     return rungs
 
