@@ -70,9 +70,9 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     chosen = dataclasses.replace(given, arch=_architecture(given))
     student = _plan(chosen, dataset)
     if given.tune is not None:
-        found = dataclasses.asdict(tune(given, student.settings, train_student))
-        given, chosen = (dataclasses.replace(options, **found, tune=None) for options in (given, chosen))
-        student = dataclasses.replace(student, settings=dataclasses.replace(student.settings, **found))
+        lr = tune(given, student.settings, train_student)
+        given, chosen = (dataclasses.replace(options, lr=lr, tune=None) for options in (given, chosen))
+        student = dataclasses.replace(student, settings=dataclasses.replace(student.settings, lr=lr))
     weights = None if chosen.init is None else read_weights(chosen.init)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info

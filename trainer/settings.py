@@ -366,10 +366,7 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         Gt(0),
         Metavar("SECONDS"),
         Heading("Training"),
-        Doc(
-            "First choose the optimizer and the learning rate by short trainings, which take about this long. Default: "
-            "no such search."
-        ),
+        Doc("First choose the learning rate by short trainings, which take about this long. Default: no such search."),
     ] = None
     teacher_weights: Annotated[
         bool, Heading("Network"), Doc("Allow the student to start from the weights of its own teacher.")

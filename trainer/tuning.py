@@ -1,8 +1,9 @@
-"""Choose a student's optimizer and learning rate by short trainings, on the biased data and the store alone.
+"""Choose a student's learning rate by short trainings, on the biased data and the store alone.
 
-Successive halving (Jamieson and Talwalkar, AISTATS 2016): all candidates train for a few steps, the better half of them
-for twice as many, and so on until one is left. Each trial is a whole training with its own schedule, and all have the
-same seed, so that they see the same samples, draws and ε.
+Successive halving (Jamieson and Talwalkar, AISTATS 2016): all rates train for a few steps, the better half of them for
+twice as many, and so on until one is left. Each trial is a whole training with its own schedule, and all have the same
+seed, so that they see the same samples, draws and ε. The optimizer is not chosen: the one that is ahead after a hundred
+steps is not the one that is better in the end (docs/results/choosing.md).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from options import Message, Option
 from trainer.errors import TrainingError
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.loop.methods import of_store
-from trainer.loop.optim import FINE, RATES
 from trainer.run_dir import FAILURE_FILE, TUNING, Run, differences, read_lines, write_json
 from trainer.settings import Runtime, Settings, StudentOptions
 
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 
 Train = Callable[..., dict[str, Any]]
 
-OPTIMIZERS = ("muon", "adam")
-FACTORS = (1.0, 1 / 3, 3.0)  # of the usual rate
+FACTORS = (1.0, 1 / 3, 3.0, 0.1)  # of the usual rate
 LEAST_STEPS = 30  # of a trial
 READINGS, AVERAGED = 20, 5  # of the training loss in a trial, and the last of them
 CHOICE_FILE, OPTIONS_FILE, TRIALS_FILE = "choice.json", "options.json", "trials.jsonl"
@@ -41,157 +40,121 @@ NOT_OF_TRIALS = {"tune", "out", *(field.name for field in dataclasses.fields(Run
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An optimizer and its peak learning rate."""
-
-    optimizer: str
-    lr: float
-
-    def __str__(self) -> str:
-        return f"{self.optimizer} with the rate {self.lr:g}"
-
-
-@dataclass(frozen=True)
 class Trial:
-    """A short training of a candidate.
+    """A short training with a rate.
 
-    loss: None where it exploded. disagrees: the share of images before random backgrounds, in %, on which the student
-    does not say what its teacher says; None where this cannot be told. seconds: in all. seconds_of_steps: without the
-    start and the end.
+    loss: None where it exploded. seconds: in all. seconds_of_steps: without the start and the end.
     """
 
-    candidate: Candidate
+    lr: float
     steps: int
     loss: float | None
-    disagrees: float | None
     seconds: float
     seconds_of_steps: float
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Return the less, the better: first what ranks students by their accuracy without the bias best.
-
-        See docs/results/choosing.md: before backgrounds, the loss alone ranks nothing.
-        """
-        return self.loss is None, self.disagrees or 0.0, self.loss or 0.0
-
-    @property
-    def found(self) -> str:
-        """Return the numbers that count, for the log."""
-        if self.loss is None:
-            return "the loss exploded"
-        if self.disagrees is None:
-            return f"loss {self.loss:.3f}"
-        return f"loss {self.loss:.3f}, {self.disagrees:.1f} % other answers before random backgrounds"
+    def rank(self) -> float:
+        """The less, the better."""
+        return math.inf if self.loss is None else self.loss
 
 
 @dataclass(frozen=True)
 class Rung:
-    """How many candidates train for how many steps."""
+    """How many rates train for how many steps."""
 
-    candidates: int
+    rates: int
     steps: int
 
 
-def tune(options: StudentOptions, settings: Settings, train: Train) -> Candidate:
-    """Find the optimizer and the rate with which the student comes nearest to its teacher in short trainings.
+def tune(options: StudentOptions, settings: Settings, train: Train) -> float:
+    """Find the learning rate with which the student comes nearest to its teacher in short trainings.
 
-    Where the teacher sees nothing outside the dataset's masks, the share of the images before random backgrounds counts
-    on which a student does not say what its teacher says. Elsewhere it is the loss: that on the validation store, where
-    there is one, or the mean of the last losses of the trial.
-
-    An interrupted search is resumed by the same call, and one that has ended is not repeated.
+    The loss that counts is that on the validation store, where there is one, or the mean of the last losses of the
+    trial. An interrupted search is resumed by the same call, and one that has ended is not repeated.
 
     Args:
-        options: those of the student, with ``tune``, the seconds that the search may take. An optimizer or a rate
-            that they name stays as it is.
+        options: those of the student, with ``tune``, the seconds that the search may take.
         settings: what the options mean.
         train: `train_student`.
 
     Returns:
-        The best candidate. ``out`` has it in ``tuning/choice.json``, and all trials in ``tuning/trials.jsonl``.
+        The best rate. ``out`` has it in ``tuning/choice.json``, and all trials in ``tuning/trials.jsonl``.
 
     Raises:
-        TrainingError: there is nothing to choose, too little time, several processes, every trial has failed, or the
-            folder has a search with other options.
+        TrainingError: the rate is given, there is too little time, there are several processes, every trial has failed,
+            or the folder has a search with other options.
         TrainingInterrupted: SIGTERM or Ctrl-C stopped a trial.
     """
     assert options.tune is not None
-    candidates, folder = _candidates(options, settings), Path(options.out) / TUNING
+    rates, folder = _rates(options, settings), Path(options.out) / TUNING
     _claim(folder, options)
     choice = folder / CHOICE_FILE
     if choice.exists():
-        chosen = json.loads(choice.read_text())
-        return Candidate(**chosen["candidate"])
+        return float(json.loads(choice.read_text())["lr"])
     trials = _Trials(folder, options, settings, train)
-    rungs = _rungs(trials, candidates, options, settings)
-    ranked = _halve(trials, candidates, rungs, options.tune)
-    best = ranked[0]
+    best = _halve(trials, rates, _rungs(trials, rates, options, settings), options.tune)[0]
     if best.loss is None:
         raise TrainingError(
             Message("the loss of every trial became too large: give a smaller ", Option("lr"), f"; see {folder}")
         )
     write_json(choice, {**dataclasses.asdict(best), "seconds_of_search": trials.seconds})
     log.info(
-        f"{options.out}: chose {best.candidate} ({best.found}) after {trials.seconds:.0f} seconds of trials; the usual "
-        f"is {candidates[0]}; all trials are in {folder / TRIALS_FILE}"
+        f"{options.out}: the rate {best.lr:g} has the lowest loss, {best.loss:.3f}, after {trials.seconds:.0f} seconds "
+        f"of trials; the usual rate is {rates[0]:g}; all trials are in {folder / TRIALS_FILE}"
     )
-    return best.candidate
+    return best.lr
 
 
-def _candidates(options: StudentOptions, settings: Settings) -> list[Candidate]:
-    """List what is tried, the usual choice first; raise TrainingError where nothing can be."""
+def _rates(options: StudentOptions, settings: Settings) -> list[float]:
+    """List the rates that are tried, the usual one first; raise TrainingError where none can be."""
     given = Option("tune", options.tune)
     if not of_store(settings.loss):
         names = "+".join(settings.loss)
         raise TrainingError(
             Message(given, f" compares how well students match a store, and {names} uses none: leave it out")
         )
-    if options.optimizer is not None and options.lr is not None:
+    if options.lr is not None:
         raise TrainingError(
-            Message(given, " has nothing to choose: leave ", Option("optimizer"), " or ", Option("lr"), " out")
+            Message(given, " chooses the learning rate: leave it or ", Option("lr", options.lr), " out")
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainingError(
+            Message(given, " works in one process: tune there, and give the processes the ", Option("lr"), " it chose")
+        )
+    if settings.steps < LEAST_STEPS:
+        raise TrainingError(
             Message(
-                given, " works in one process: tune there, and give the processes the ", Option("optimizer"), " and ",
-                Option("lr"), " that it chose",
+                f"a training of {settings.steps} steps is too short for trials of {LEAST_STEPS}: leave ", given, " out"
             )
-        )  # fmt: skip
-    usual = settings.optimizer
-    others = [] if options.optimizer is not None else [name for name in OPTIMIZERS if name != usual]
-    if options.lr is not None:
-        return [Candidate(name, options.lr) for name in (usual, *others)]
-    fine = FINE if options.init is not None else 1
-    rates = {usual: settings.lr, **{name: RATES[name] / fine for name in others}}
-    return [Candidate(name, float(f"{rate * factor:.2g}")) for factor in FACTORS for name, rate in rates.items()]
+        )
+    return [float(f"{settings.lr * factor:.2g}") for factor in FACTORS]
 
 
-def rungs_of(candidates: int, steps: int) -> list[Rung]:
-    """List the rungs of a search that begins with so many steps: half the candidates, twice the steps."""
+def rungs_of(rates: int, steps: int) -> list[Rung]:
+    """List the rungs of a search that begins with so many steps: half the rates, twice the steps."""
     rungs = []
-    while candidates > 1:
-        rungs.append(Rung(candidates, steps))
-        candidates, steps = math.ceil(candidates / 2), 2 * steps
+    while rates > 1:
+        rungs.append(Rung(rates, steps))
+        rates, steps = math.ceil(rates / 2), 2 * steps
     return rungs
 
 
-def plan(candidates: int, seconds: float, per_step: float, per_trial: float, longest: int) -> list[Rung]:
-    """Return the rungs that fit into the time, with as many candidates and then as many steps as possible.
+def plan(rates: int, seconds: float, per_step: float, per_trial: float, longest: int) -> list[Rung]:
+    """Return the rungs that fit into the time, with as many rates and then as many steps as possible.
 
     Args:
-        candidates: those that there are.
+        rates: those that there are.
         seconds: the time that is left.
         per_step, per_trial: the seconds of a step, and of a trial beside its steps.
         longest: the steps of the training itself, which no trial exceeds.
 
     Returns:
-        The rungs; none where two candidates do not fit.
+        The rungs; none where two rates do not fit.
     """
-    for count in range(candidates, 1, -1):
+    for count in range(rates, 1, -1):
         units = rungs_of(count, 1)
-        trials = sum(rung.candidates for rung in units)
-        weight = sum(rung.candidates * rung.steps for rung in units)
+        trials = sum(rung.rates for rung in units)
+        weight = sum(rung.rates * rung.steps for rung in units)
         steps = min(int((seconds - trials * per_trial) / (weight * per_step)), longest // units[-1].steps)
         if steps >= LEAST_STEPS:
             return rungs_of(count, steps)
@@ -215,41 +178,37 @@ def _claim(folder: Path, options: StudentOptions) -> None:
     write_json(file, decides)
 
 
-def _rungs(trials: _Trials, candidates: Sequence[Candidate], options: StudentOptions, settings: Settings) -> list[Rung]:
+def _rungs(trials: _Trials, rates: Sequence[float], options: StudentOptions, settings: Settings) -> list[Rung]:
     """Measure the time of a trial, and plan the search by it."""
     assert options.tune is not None
-    given = Option("tune", options.tune)
-    if settings.steps < LEAST_STEPS:
-        raise TrainingError(
-            Message(
-                f"a training of {settings.steps} steps is too short for trials of {LEAST_STEPS}: leave ", given, " out"
-            )
-        )
-    probe = trials.make(candidates[0], LEAST_STEPS, "how long a trial takes")
+    probe = trials.make(rates[0], LEAST_STEPS, "how long a trial takes")
     per_step = probe.seconds_of_steps / LEAST_STEPS
     per_trial = max(0.0, probe.seconds - probe.seconds_of_steps)
-    rungs = plan(len(candidates), options.tune - probe.seconds, per_step, per_trial, settings.steps)
+    rungs = plan(len(rates), options.tune - probe.seconds, per_step, per_trial, settings.steps)
     if not rungs:
         least = 3 * probe.seconds
         raise TrainingError(
-            Message(given, f" is too short: three trials of {LEAST_STEPS} steps take about {least:.0f} seconds here")
+            Message(
+                Option("tune", options.tune),
+                f" is too short: three trials of {LEAST_STEPS} steps take about {least:.0f} seconds here",
+            )
         )
     return rungs
 
 
-def _halve(trials: _Trials, candidates: Sequence[Candidate], rungs: Sequence[Rung], seconds: float) -> list[Trial]:
+def _halve(trials: _Trials, rates: Sequence[float], rungs: Sequence[Rung], seconds: float) -> list[Trial]:
     """Make the trials of each rung; return those of the last one that ended in time, the best first."""
-    total, number = sum(rung.candidates for rung in rungs), 0
+    total, number = sum(rung.rates for rung in rungs), 0
     ranked: list[Trial] = []
     for rung in rungs:
         made: list[Trial] = []
-        left = [trial.candidate for trial in ranked] or candidates
-        for candidate in left[: rung.candidates]:
+        left = [trial.lr for trial in ranked] or rates
+        for lr in left[: rung.rates]:
             if ranked and trials.seconds > seconds:
-                log.info("the time for trials is over: the longest ones that all candidates had decide")
+                log.info("the time for trials is over: the longest ones that all rates had decide")
                 return ranked
             number += 1
-            made.append(trials.make(candidate, rung.steps, f"trial {number} of {total}"))
+            made.append(trials.make(lr, rung.steps, f"trial {number} of {total}"))
         ranked = sorted(made, key=lambda trial: trial.rank)
     return ranked
 
@@ -270,39 +229,35 @@ class _Trials:
         """The seconds of all trials, also of those before an interruption."""
         return sum(trial.seconds for trial in self._made())
 
-    def make(self, candidate: Candidate, steps: int, what: str) -> Trial:
-        """Train a candidate, unless it was trained for as many steps before; ``what`` names the trial in the log."""
+    def make(self, lr: float, steps: int, what: str) -> Trial:
+        """Train with a rate, unless that was done for as many steps before; ``what`` names the trial in the log."""
         for made in self._made():
-            if (made.candidate, made.steps) == (candidate, steps):
+            if (made.lr, made.steps) == (lr, steps):
                 return made
         began, folder = time.perf_counter(), self._folder / "trial"
         shutil.rmtree(folder, ignore_errors=True)
-        result = self._train_in(folder, candidate, steps)
+        result = self._train_in(folder, lr, steps)
         shutil.rmtree(folder)
         seconds = time.perf_counter() - began
-        before_others = result.get("same_answers")
-        trial = Trial(
-            candidate,
-            steps,
-            loss=result.get("loss"),
-            disagrees=None if before_others is None else 100 - before_others["other_backgrounds"],
-            seconds=seconds,
-            seconds_of_steps=result.get("seconds", seconds),
-        )
+        trial = Trial(lr, steps, result.get("loss"), seconds, result.get("seconds", seconds))
         with (self._folder / TRIALS_FILE).open("a") as file:
             file.write(json.dumps(dataclasses.asdict(trial)) + "\n")
-        log.info(f"{what}: {candidate}, {steps} steps: {trial.found}")
+        found = "the loss exploded" if trial.loss is None else f"loss {trial.loss:.3f}"
+        log.info(f"{what}: rate {lr:g}, {steps} steps, {found}")
         return trial
 
-    def _train_in(self, folder: Path, candidate: Candidate, steps: int) -> dict[str, Any]:
-        """Train a candidate; return the result with the ``loss`` that counts, or nothing if it exploded."""
+    def _train_in(self, folder: Path, lr: float, steps: int) -> dict[str, Any]:
+        """Train with a rate; return the result with the ``loss`` that counts, or nothing if it exploded."""
+        options = {field.name: getattr(self._options, field.name) for field in dataclasses.fields(self._options)}
+        warmup = options["warmup"] and options["warmup"] * steps // self._settings.steps
+        options |= {"out": folder, "lr": lr, "steps": steps, "epochs": None, "warmup": warmup, "tune": None}
+        options |= {"log_steps": max(1, steps // READINGS), "snapshots": 0, "profile": False}
         try:
             with _quiet():
-                result = self._train(**self._of_trial(candidate, steps, folder))
+                result = self._train(**options)
         except TrainingInterrupted as interrupted:
             raise TrainingInterrupted(
-                f"stopped in the search for an optimizer and a rate: the same command goes on with it in "
-                f"{self._options.out}",
+                f"stopped in the search for a learning rate: the same command goes on with it in {self._options.out}",
                 interrupted.signum,
             ) from None
         except TrainingError:
@@ -313,26 +268,8 @@ class _Trials:
         loss = result["validation_loss"]
         return {**result, "loss": sum(last) / len(last) if loss is None else loss}
 
-    def _of_trial(self, candidate: Candidate, steps: int, folder: Path) -> dict[str, Any]:
-        """Return the options of a trial."""
-        options = {field.name: getattr(self._options, field.name) for field in dataclasses.fields(self._options)}
-        warmup = options["warmup"] and options["warmup"] * steps // self._settings.steps
-        return {
-            **options,
-            **dataclasses.asdict(candidate),
-            "out": folder,
-            "steps": steps,
-            "epochs": None,
-            "warmup": warmup,
-            "tune": None,
-            "log_steps": max(1, steps // READINGS),
-            "snapshots": 0,
-            "profile": False,
-        }
-
     def _made(self) -> list[Trial]:
-        lines = read_lines(self._folder / TRIALS_FILE)
-        return [Trial(**{**line, "candidate": Candidate(**line["candidate"])}) for line in lines]
+        return [Trial(**line) for line in read_lines(self._folder / TRIALS_FILE)]
 
 
 @contextmanager
