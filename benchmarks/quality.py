@@ -11,10 +11,8 @@ worth. The tests are not those of the benchmarks (`worlds.py`). What `results.js
 
 from __future__ import annotations
 
-import json
 import math
 import platform
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,7 @@ import numpy as np
 import quantus
 import torch
 from quantus.functions.similarity_func import correlation_spearman
-from report import processor, read_results, table
+from report import once, processor, read_results, table
 from torch import Tensor, nn
 from worlds import HIGH, STEPS, WORLDS, Place
 
@@ -288,7 +286,7 @@ def facts(model: Classifier, dataset: Dataset) -> dict[str, float]:
 
 
 def measure(model: Classifier, dataset: Dataset, maps: Maps, images: int) -> dict[str, Any]:
-    """Score the maps of evenly spaced OOD images, of the class that the network says: a list for each metric."""
+    """Score the maps of evenly spaced OOD images, of the class that the network says: ``scores``, lists by metric."""
     images = min(images, len(dataset.split("ood")))
     every, behind_masks = len(dataset.split("ood")) // images, model.needs_masks
     scores: dict[str, list[np.ndarray]] = {name: [] for name in METRICS}
@@ -312,7 +310,7 @@ def measure(model: Classifier, dataset: Dataset, maps: Maps, images: int) -> dic
                 with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
                     warnings.simplefilter("ignore")
                     scores[name].append(np.asarray(metric.of(case), np.float64))
-    return {name: np.concatenate(parts).round(5).tolist() for name, parts in scores.items() if parts}
+    return {"scores": {name: np.concatenate(parts).round(5).tolist() for name, parts in scores.items() if parts}}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -387,16 +385,9 @@ def main(work: Path, only: str | None, images: int, threads: int) -> None:
             if done >= MAPS.keys():
                 continue
             model, dataset = load_classifier(train(place))[0].eval(), place.dataset()
-            key["facts"] = facts(model, dataset)
+            known = {**key, "facts": facts(model, dataset)}
             for name, maps in MAPS.items():
-                if name in done:
-                    continue
-                began = time.perf_counter()
-                result = {**key, "maps": name, "scores": measure(model, dataset, maps, images)}
-                result["seconds"] = round(time.perf_counter() - began, 1)
-                with file.open("a") as log:
-                    log.write(json.dumps(result, ensure_ascii=False) + "\n")
-                click.echo(f"{world}, {network}, {name}: {result['seconds']} s")
+                once(file, {**known, "maps": name}, partial(measure, model, dataset, maps, images))
     results = [row for row in read_results(file) if row["images"] == images]
     print(
         f"PyTorch {torch.__version__}, Quantus {version('quantus')}, NumPy {np.__version__}, "
