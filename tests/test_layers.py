@@ -14,7 +14,7 @@ from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
 
 from pipeline import ScaleNorm, Trace, explain
-from pipeline.rules.weighted import Convolution, Linear
+from pipeline.rules.kernels import Convolution, Linear
 from trainer import heatmap_loss
 
 

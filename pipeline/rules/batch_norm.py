@@ -17,8 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from pipeline.networks.processes import Processes
 from pipeline.private_torch import batch_norm_update_stats, native_batch_norm, native_batch_norm_backward
+from pipeline.rules.kernels import channels, sum_per_channel
 from pipeline.rules.table import PassState, require_constant, rule_for
-from pipeline.rules.weighted import channels, norm_behind, sum_per_channel
+from pipeline.rules.weighted import norm_behind
 
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
