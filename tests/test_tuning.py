@@ -1,11 +1,13 @@
 """The search for a learning rate before a training."""
 
+import dataclasses
 import json
 import math
 import signal
 
 import pytest
 
+from pipeline import ModelConfig
 from trainer import TrainingError, train_student
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.run_dir import read_lines
@@ -34,10 +36,19 @@ class Trainings:
         return {"validation_loss": self._losses(lr, steps), "seconds": 1e-4 * steps}
 
 
+def config(settings):
+    return ModelConfig(
+        arch="small-cnn", arch_options={}, preprocessing=None, hf_config=None, start=None, kind="student",
+        bias_free=True, debias="none", class_names=("a", "b"), image_shape=(1, 8, 8), dataset={},
+        training=settings.to_dict(), head=None,
+    )  # fmt: skip
+
+
 def searched(out, trainings, **options):
     options = {"tune": 10.0, "steps": 3000, "arch": "small-cnn", **options}
     given = StudentOptions(data="d", cache="c", out=out, **options)
-    return tune(given, Settings.of(given, LRP, options["steps"]), trainings)
+    settings = Settings.of(given, LRP, options["steps"])
+    return tune(given, settings, config(settings), trainings)
 
 
 def test_a_search_halves_the_rates_and_doubles_their_steps():
@@ -84,7 +95,7 @@ def test_the_rate_with_the_lowest_loss_of_the_longest_trials_is_chosen_and_noted
 
 
 def test_an_interrupted_search_is_resumed_without_the_trials_that_were_made(tmp_path):
-    with pytest.raises(TrainingInterrupted, match=f"goes on with it in {tmp_path}") as stopped:
+    with pytest.raises(TrainingInterrupted, match=f"the same command resumes it in {tmp_path}") as stopped:
         searched(tmp_path, Trainings(stop_at=3))
     assert stopped.value.signum == signal.SIGTERM
     trainings = Trainings()
@@ -139,18 +150,29 @@ def test_what_cannot_be_searched_is_said(tmp_path, options, error):
 
 def test_methods_without_a_store_and_several_processes_are_refused(tmp_path, monkeypatch):
     given = StudentOptions(data="d", out=tmp_path, tune=10.0, arch="small-cnn")
+    settings = Settings.of(given, {"erm": 1.0}, 100)
     with pytest.raises(TrainingError, match="erm uses none: leave it out"):
-        tune(given, Settings.of(given, {"erm": 1.0}, 100), Trainings())
+        tune(given, settings, config(settings), Trainings())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="works in one process: tune there, and give the processes the lr it chose"):
         searched(tmp_path, Trainings())
 
 
-def test_a_search_of_other_options_is_not_gone_on_with(tmp_path):
+def test_a_search_of_other_options_is_not_resumed(tmp_path):
     searched(tmp_path, Trainings(), batch_size=32)
     searched(tmp_path, Trainings(), batch_size=32, threads=1, tune=20.0)  # which change no loss
-    with pytest.raises(TrainingError, match=r"search with other options .batch_size: 32, 64; the recorded value first"):
+    differing = "training.batch_size: 32, 64; the recorded value first"
+    with pytest.raises(TrainingError, match=f"search with other options .{differing}"):
         searched(tmp_path, Trainings(), batch_size=64)
+
+
+def test_a_search_of_other_data_at_the_same_place_is_not_resumed(tmp_path):
+    given = StudentOptions(data="d", cache="c", out=tmp_path, tune=10.0, steps=3000, arch="small-cnn")
+    settings = Settings.of(given, LRP, 3000)
+    first, second = (dataclasses.replace(config(settings), dataset={"fingerprint": name}) for name in ("one", "two"))
+    tune(given, settings, first, Trainings())
+    with pytest.raises(TrainingError, match=r"dataset.fingerprint: 'one', 'two'"):
+        tune(given, settings, second, Trainings())
 
 
 def test_a_training_begins_with_its_search_and_records_what_it_found(dataset, cache, tmp_path, caplog):

@@ -69,20 +69,21 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     dataset.check_classes()
     chosen = dataclasses.replace(given, arch=_architecture(given))
     student = _plan(chosen, dataset)
-    if given.tune is not None:
-        lr = tune(given, student.settings, train_student)
-        given, chosen = (dataclasses.replace(options, lr=lr, tune=None) for options in (given, chosen))
-        student = dataclasses.replace(student, settings=dataclasses.replace(student.settings, lr=lr))
     weights = None if chosen.init is None else read_weights(chosen.init)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info
     map_shape = None if info is None or "heatmaps" not in student.needs else info.map_shape
     check_augmentations(student.settings.augment, map_shape, train_split.image_shape, moves(student.settings.loss))
+    config, settings = _config(chosen, student, dataset, weights), student.settings
+    if given.tune is not None:
+        lr = tune(given, settings, config, train_student)
+        given, settings = dataclasses.replace(given, lr=lr, tune=None), dataclasses.replace(settings, lr=lr)
+        config = dataclasses.replace(config, training={**config.training, "lr": lr})
     training = Training(
         out=out,
-        config=_config(chosen, student, dataset, weights),
+        config=config,
         material=_material(chosen, student, dataset),
-        settings=student.settings,
+        settings=settings,
         runtime=Runtime.of(chosen),
         record=given.record(),
         purpose=STUDENT,

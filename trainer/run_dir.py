@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,13 +133,7 @@ class RunDir:
         recorded, file = self.path / CONFIG_FILE, self.path / OPTIONS_FILE
         differing = differences(json.loads(recorded.read_text()), config.to_dict()) if recorded.exists() else []
         if differing and self.checkpoints():
-            raise TrainingError(
-                Message(
-                    f"{self.path} holds an unfinished training with other options ({'; '.join(differing)}; the "
-                    "recorded value first): give the same options to resume it, or choose another ",
-                    Option("out"),
-                )
-            )
+            raise with_other_options(f"{self.path} holds an unfinished training", differing)
         if differing or not recorded.exists():
             write_json(recorded, config.to_dict())
         if differing or not file.exists():
@@ -301,6 +295,17 @@ def differences(recorded: Any, current: Any, name: str = "") -> list[str]:
     for key in sorted({*recorded, *current} - ({"versions"} if not name else set())):
         lines += differences(recorded.get(key), current.get(key), f"{name}.{key}" if name else key)
     return lines
+
+
+def with_other_options(holder: str, differing: Sequence[str]) -> TrainingError:
+    """Return the error for a folder that holds something of other options, whose `differences` are given."""
+    return TrainingError(
+        Message(
+            f"{holder} with other options ({'; '.join(differing)}; the recorded value first): give the same options to "
+            "resume it, or choose another ",
+            Option("out"),
+        )
+    )
 
 
 def revision() -> str | None:

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from options import Message, Option
+from pipeline import ModelConfig
+from pipeline.networks.classifier import CONFIG_FILE
 from trainer.errors import TrainingError
 from trainer.loop.interruption import TrainingInterrupted
 from trainer.loop.methods import of_store
-from trainer.run_dir import FAILURE_FILE, TUNING, Run, differences, read_lines, write_json
-from trainer.settings import Runtime, Settings, StudentOptions
+from trainer.run_dir import FAILURE_FILE, TUNING, Run, differences, read_lines, with_other_options, write_json
+from trainer.settings import Settings, StudentOptions
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,7 @@ Train = Callable[..., dict[str, Any]]
 FACTORS = (1.0, 1 / 3, 3.0, 0.1)  # of the usual rate
 LEAST_STEPS = 30  # of a trial
 READINGS, AVERAGED = 20, 5  # of the training loss in a trial, and the last of them
-CHOICE_FILE, OPTIONS_FILE, TRIALS_FILE = "choice.json", "options.json", "trials.jsonl"
-NOT_OF_TRIALS = {"tune", "out", *(field.name for field in dataclasses.fields(Runtime))}  # options that change no loss
+CHOICE_FILE, TRIALS_FILE = "choice.json", "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Rung:
     steps: int
 
 
-def tune(options: StudentOptions, settings: Settings, train: Train) -> float:
+def tune(options: StudentOptions, settings: Settings, config: ModelConfig, train: Train) -> float:
     """Find the learning rate with which the student comes nearest to its teacher in short trainings.
 
     The loss that counts is that on the validation store, where there is one, or the mean of the last losses of the
@@ -75,6 +76,7 @@ def tune(options: StudentOptions, settings: Settings, train: Train) -> float:
     Args:
         options: those of the student, with ``tune``, the seconds that the search may take.
         settings: what the options mean.
+        config: describes the student and what it learns from; a search of another one is not resumed.
         train: `train_student`.
 
     Returns:
@@ -87,7 +89,7 @@ def tune(options: StudentOptions, settings: Settings, train: Train) -> float:
     """
     assert options.tune is not None
     rates, folder = _rates(options, settings), Path(options.out) / TUNING
-    _claim(folder, options)
+    _claim(folder, config)
     choice = folder / CHOICE_FILE
     if choice.exists():
         return float(json.loads(choice.read_text())["lr"])
@@ -161,21 +163,15 @@ def plan(rates: int, seconds: float, per_step: float, per_trial: float, longest:
     return []
 
 
-def _claim(folder: Path, options: StudentOptions) -> None:
+def _claim(folder: Path, config: ModelConfig) -> None:
     """Make the folder of the search, or raise TrainingError where it has one with other options."""
-    decides = {name: value for name, value in options.record().items() if name not in NOT_OF_TRIALS}
-    file = folder / OPTIONS_FILE
-    differing = differences(json.loads(file.read_text()), decides) if file.exists() else []
+    file, plain = folder / CONFIG_FILE, config.to_dict()
+    differing = differences(json.loads(file.read_text()), plain) if file.exists() else []
     if differing:
-        raise TrainingError(
-            Message(
-                f"{folder} holds a search with other options ({'; '.join(differing)}; the recorded value first): give "
-                "the same options to go on with it, or choose another ",
-                Option("out"),
-            )
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, decides)
+        raise with_other_options(f"{folder} holds a search", differing)
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, plain)
 
 
 def _rungs(trials: _Trials, rates: Sequence[float], options: StudentOptions, settings: Settings) -> list[Rung]:
@@ -257,7 +253,7 @@ class _Trials:
                 result = self._train(**options)
         except TrainingInterrupted as interrupted:
             raise TrainingInterrupted(
-                f"stopped in the search for a learning rate: the same command goes on with it in {self._options.out}",
+                f"stopped in the search for a learning rate: the same command resumes it in {self._options.out}",
                 interrupted.signum,
             ) from None
         except TrainingError:
