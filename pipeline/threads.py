@@ -1,4 +1,4 @@
-"""The CPU threads of PyTorch, and a word where they will wait for each other because the machine is busy."""
+"""The CPU threads of PyTorch: as many as there are cores, and a word where they will wait for each other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from dask.system import cpu_count
 
 from options import Message, Option
 
@@ -19,14 +20,19 @@ def cpu_threads(threads: int | None, device: torch.device) -> Iterator[None]:
     """Let PyTorch compute with so many threads until the end of the context.
 
     Args:
-        threads: the number; None for PyTorch's own choice. On a busy CPU the log then says that fewer may be faster.
+        threads: the number; None for PyTorch's own choice, but no more than the cores that the process may use. PyTorch
+            counts all cores of the machine in a container that may use a few. On a busy CPU the log then says that
+            fewer may be faster.
         device: where the work runs.
     """
     before = torch.get_num_threads()
+    if threads is None and device.type == "cpu":
+        if before > cpu_count() and "OMP_NUM_THREADS" not in os.environ:
+            threads = cpu_count()
+            log.info("%s CPU threads, one for each core that may be used; PyTorch would take %s", threads, before)
+        _tell_if_busy(threads or before)
     if threads is not None:
         torch.set_num_threads(threads)
-    elif device.type == "cpu":
-        _tell_if_busy(before)
     try:
         yield
     finally:
@@ -36,7 +42,7 @@ def cpu_threads(threads: int | None, device: torch.device) -> Iterator[None]:
 
 def _tell_if_busy(threads: int) -> None:
     """Log that the load of the machine is higher than the number of its cores, where several threads would suffer."""
-    load, cores = machine_load(), usable_cores()
+    load, cores = machine_load(), cpu_count()
     if threads > 1 and load > cores:
         log.warning(
             Message(
@@ -54,10 +60,3 @@ def machine_load() -> float:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
         return 0.0
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

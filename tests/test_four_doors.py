@@ -197,7 +197,7 @@ def test_files_are_decoded_in_several_processes_with_the_same_result(photos, lib
         make = functools.partial(data.make_webdataset, shards=photos.parent / "train-{0..2}.tar", size=SIZE)
     make(photos.parent / "here")
     monkeypatch.setattr(decoding, "PER_PROCESS", 4)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 2)
     make(photos.parent / "there")
     assert fingerprints(photos.parent / "here") == fingerprints(photos.parent / "there")
 
@@ -342,7 +342,7 @@ def test_masks_and_groups_of_arrays_are_those_of_the_dataset(tmp_path):
 
 def test_items_are_decoded_in_several_processes_with_the_same_result(photos, monkeypatch):
     monkeypatch.setattr(decoding, "PER_PROCESS", 4)
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 2)
     trains = {name: Photos(photos, "train") for name in ("here", "there", "chosen")}
     state = torch.random.get_rng_state()
     for name, workers in (("here", 0), ("there", None), ("chosen", 1)):

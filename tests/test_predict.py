@@ -125,9 +125,9 @@ def test_many_files_are_decoded_in_several_processes_with_the_same_rows(erm, pho
     def rows() -> list[tuple[Path, str | None, float | None]]:
         return [(row.path, row.class_name, row.probability) for row in predict(erm, photos)]
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 1)
     alone = rows()
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 2)
     assert rows() == alone
     assert len(alone) == 150
 
@@ -136,7 +136,7 @@ def test_files_are_decoded_while_rows_are_taken(erm, photos, monkeypatch):
     decoded: list[Path] = []
     real = sys.modules["data.builders.loose"].read_image
     monkeypatch.setattr("data.builders.loose.read_image", lambda path: decoded.append(path) or real(path))
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("dask.system.cpu_count", lambda: 1)
     rows = predict(erm, photos)
     assert decoded == []
     next(rows)

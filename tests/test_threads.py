@@ -14,7 +14,7 @@ import pipeline.threads
 from cli import main
 from pipeline import RelevanceError, cache_explanations
 from pipeline.caching.options import CachingOptions
-from pipeline.threads import cpu_threads, machine_load, usable_cores
+from pipeline.threads import cpu_threads, machine_load
 from trainer import train_student
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_a_machine_with_more_work_than_cores_is_told_once(
     monkeypatch, caplog, two_threads, load, threads, device, busy
 ):
     monkeypatch.setattr(pipeline.threads, "machine_load", lambda: load)
-    monkeypatch.setattr(pipeline.threads, "usable_cores", lambda: 2)
+    monkeypatch.setattr(pipeline.threads, "cpu_count", lambda: 2)
     with cpu_threads(threads, torch.device(device)):
         pass
     expected = "this machine is busy (load 5.2, 2 cores): the 2 threads of PyTorch wait for each other"
@@ -68,8 +68,17 @@ def test_the_number_of_threads_holds_until_the_end_of_the_work_and_no_longer(two
 def test_a_system_that_tells_no_load_is_not_busy(monkeypatch):
     monkeypatch.delattr(os, "getloadavg")
     assert machine_load() == 0.0
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert usable_cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(("asked", "of_openmp", "used"), [(None, None, 1), (2, None, 2), (None, "2", 2)])
+def test_a_container_that_may_use_fewer_cores_gets_fewer_threads(monkeypatch, two_threads, asked, of_openmp, used):
+    monkeypatch.setattr(pipeline.threads, "cpu_count", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if of_openmp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", of_openmp)
+    with cpu_threads(asked, CPU):
+        assert torch.get_num_threads() == used
+    assert torch.get_num_threads() == 2
 
 
 def test_a_training_and_a_store_take_the_number_of_threads(dataset, teacher, tmp_path):

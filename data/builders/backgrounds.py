@@ -5,7 +5,6 @@ Not here: where objects and backgrounds come from (`fashion_on_textures.py`, `co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -107,7 +106,9 @@ def write_on_backgrounds(out: Location, splits: Mapping[str, Scenes], size: int,
         FileExistsError: There is something at ``out``.
         DatasetError: As ``cut_out`` and ``background`` raise it.
     """
-    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    from dask.system import cpu_count
+
+    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(cpu_count()) as pool:
         for name, scenes in splits.items():
             samples = len(scenes.labels)
             writer.write_split(

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,10 +124,11 @@ def decode_all(decoder: Decoder[T], advance: Callable[[int], object], processes:
         What was learned of each item.
     """
     import torch
+    from dask.system import cpu_count
     from torch.utils.data import DataLoader
 
     if processes is None:
-        processes = min(os.cpu_count() or 1, len(decoder) // PER_PROCESS)
+        processes = min(cpu_count(), len(decoder) // PER_PROCESS)
         processes = processes if processes > 1 else 0
     loader: Any = DataLoader(
         decoder,  # type: ignore[arg-type]

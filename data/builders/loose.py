@@ -5,7 +5,6 @@ Not here: which files there are (`folders.py`), and how one is decoded (`picture
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +83,10 @@ def decode_files(files: Mapping[Path, bool], shape: Shape, fit: Fit, batch_size:
             f"the model takes images of {shape[0]} channels, and image files have 1 or 3: use a model of such images"
         )
     import torch
+    from dask.system import cpu_count
     from torch.utils.data import DataLoader
 
-    processes = min(os.cpu_count() or 1, len(files) // PER_PROCESS)
+    processes = min(cpu_count(), len(files) // PER_PROCESS)
     loader: Any = DataLoader(
         _Files(files, shape, fit),  # type: ignore[arg-type]
         batch_size=batch_size,

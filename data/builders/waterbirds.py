@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -81,7 +80,9 @@ def make_waterbirds(
     _check_files(
         [path for _, path in pairs if path is not None], "give ", Option("masks", Word("FOLDER")), f", {MASKS}"
     )
-    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    from dask.system import cpu_count
+
+    with data.DatasetWriter(out) as writer, ThreadPoolExecutor(cpu_count()) as pool:
         for split, rows in birds.items():
             names = [name for *_, name in rows]
             arrays: dict[str, Any] = {

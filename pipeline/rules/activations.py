@@ -119,7 +119,10 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
         if bound is not None:
             return BoundedReLURelevance.apply(g, x, epsilon, bound)
-        if torch.is_grad_enabled() and any(isinstance(option, Tensor) for option in options):
+        if not torch.is_grad_enabled():
+            d = stabilised(x, epsilon)
+            return torch.div(function(x, *options), d, out=d).mul_(g)
+        if any(isinstance(option, Tensor) for option in options):
             return g * stabilised_quotient(function(x, *options), x, epsilon)
         return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options))
 
