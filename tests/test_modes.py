@@ -79,6 +79,24 @@ def test_autocast_runs_the_layers_in_bfloat16_and_stays_close(name, alike):
     assert cosine(gradients(twin), gradients(model)) > alike - 0.2
 
 
+def test_autocast_leaves_grouped_convolutions_on_a_cpu_in_float32():
+    torch.manual_seed(0)
+    groups = (1, 8, 2)
+    layers = [nn.Conv2d(3 if number == 0 else 8, 8, 3, groups=of) for number, of in enumerate(groups)]
+    model = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.Flatten(), nn.Linear(32, 4))
+    images, target_class, epsilon = batch(side=8)
+    expected = explain(model, images, target_class % 4, epsilon)[1]
+    seen = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, found = explain(model, images, target_class % 4, epsilon, create_graph=True)
+    found.square().sum().backward()
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert cosine(found, expected) > 0.99
+    assert all(layer.weight.grad.dtype == torch.float32 for layer in layers)
+
+
 def test_autocast_leaves_double_precision_alone():
     images, target_class, epsilon = batch(side=8)
     model = _network()

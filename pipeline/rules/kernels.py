@@ -30,6 +30,7 @@ class Layer(Protocol):
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor: ...  # uses the shape of x alone
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor: ...  # uses the shape of weight
     def bias_grad(self, g: Tensor) -> Tensor: ...
+    def is_slow_in_half(self, x: Tensor) -> bool: ...  # on the device of x, beside float32
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Convolution:
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return sum_per_channel(g)
+
+    def is_slow_in_half(self, x: Tensor) -> bool:
+        return self.options[5] > 1 and x.device.type == "cpu"
 
 
 def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, padding: Any) -> Tensor:
@@ -210,6 +214,9 @@ class Linear:
 
     def bias_grad(self, g: Tensor) -> Tensor:
         return g.flatten(0, -2).sum(0)
+
+    def is_slow_in_half(self, x: Tensor) -> bool:
+        return False
 
 
 def _by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:

@@ -198,7 +198,7 @@ def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, 
         return weighted(trace, func, layer, x.unsqueeze(0), weight, bias).squeeze(0)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.float32 if layer.is_slow_in_half(x) else torch.get_autocast_dtype(x.device.type)
         given = (x, weight, bias)  # autocast leaves float64 alone
         x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in given)  # type: ignore
     out, _, _ = _Weighted.apply(call, x, weight, bias)
