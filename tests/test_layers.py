@@ -128,6 +128,16 @@ def test_what_replaces_a_kernel_of_convolution_equals_it(
     torch.testing.assert_close(layer.weight_grad(x, g, weight), expected[1])
 
 
+@pytest.mark.parametrize("channels", [3, 4, 8, 12])
+def test_strides_over_large_maps_of_few_channels_do_not_end_the_process(channels):
+    """oneDNN writes past the end of its memory for this weight gradient (PyTorch 2.14.1, channels last, one thread)."""
+    shapes = ((2, channels, 64, 64), (16, channels, 1, 1), (2, 16, 32, 32))
+    x, weight, g = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in shapes)
+    layer = Convolution(([2, 2], [0, 0], [1, 1], False, [0, 0], 1))
+    exact = layer.weight_grad(x.double(), g.double(), weight.double()).float()
+    torch.testing.assert_close(layer.weight_grad(x, g, weight), exact, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
 def test_a_linear_layer_equals_pytorchs_in_every_order_of_its_rows_and_is_no_view(order):
     of = torch.randn(3, 4, 5, dtype=torch.float64).permute(order)
