@@ -48,6 +48,13 @@ def round_to_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether this is a CPU with instructions for products of bfloat16 matrices (AMX); False if PyTorch is too
+    old to tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
+
+
 def place(model: nn.Module, device: torch.device) -> None:
     """Move a model to the device, with channels last in memory, the faster layout for convolutions."""
     model.to(device)

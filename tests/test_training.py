@@ -468,6 +468,25 @@ def test_clipping_bounds_the_update(dataset, cache, tmp_path):
     assert 0.0099 < moved < 0.010001
 
 
+@pytest.mark.parametrize(
+    ("amx", "precision", "method", "said"),
+    [
+        (True, "auto", "lrp", True),
+        (False, "auto", "lrp", False),
+        (True, "float32", "lrp", False),
+        (True, "auto", "erm", False),
+    ],
+)
+def test_a_student_of_maps_is_told_that_its_cpu_is_faster_in_bfloat16(
+    dataset, cache, tmp_path, monkeypatch, caplog, amx, precision, method, said
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    store = None if method == "erm" else cache
+    with caplog.at_level("INFO"):
+        train_student(dataset, store, tmp_path / "s", method=method, steps=1, precision=precision, device="cpu")
+    assert ("precision='bfloat16' takes down to half the time" in caplog.text) == said
+
+
 def test_augmentation_is_the_same_every_time_and_changes_what_is_learnt(dataset, cache, tmp_path):
     for name, augment in (("a", ("flip", "shift", "crop")), ("b", ("flip", "shift", "crop")), ("c", ())):
         train_student(dataset, cache, tmp_path / name, steps=2, batch_size=16, augment=augment)

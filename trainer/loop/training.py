@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from options import Message, Option, first_line
 from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
-from pipeline.device import as_input, pick_device, place, round_to_tf32
+from pipeline.device import as_input, multiplies_bfloat16, pick_device, place, round_to_tf32
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
@@ -303,8 +303,21 @@ def _note_start(state: State, run: RunDir) -> None:
         f"{how['device']}, {processes} process{'es' * (processes > 1)} of {how['threads']} threads, {state.precision}"
         + (f"; resumes after step {first} of {training.settings.steps}" if first else "")
     )
-    for note in () if first else training.notes:
-        log.warning(note)
+    if not first:
+        for note in training.notes:
+            log.warning(note)
+        if (
+            training.material.store is not None
+            and training.settings.precision == "auto"
+            and multiplies_bfloat16(state.device)
+        ):
+            log.info(
+                Message(
+                    "this CPU multiplies matrices in bfloat16: ",
+                    Option("precision", "bfloat16"),
+                    " takes down to half the time for a step, and changes single heatmaps a little",
+                )
+            )
 
 
 def start(state: State, cleanup: ExitStack) -> Loop:
