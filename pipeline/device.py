@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def round_to_tf32(allowed: bool) -> None:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Return whether this is a CPU with instructions for products of bfloat16 matrices (AMX); False if PyTorch is too
     old to tell."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)
     return device.type == "cpu" and bool(capabilities().get("amx_bf16"))
 
 

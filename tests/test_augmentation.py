@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
-from trainer.loop.repainting import repaint
+from trainer.loop.repainting import LEAVES, repaint
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 
@@ -242,6 +242,16 @@ def test_what_a_background_becomes_tells_nothing_of_its_colour_and_little_of_its
     assert (colours.std(0) > 0.15).all()
     contrast = (found[..., ::2].mean(3) - found[..., 1::2].mean(3)).mean(2).abs().amax(1)
     assert contrast.quantile(0.1) < 0.1 < 0.5 < contrast.quantile(0.9)  # from next to none to most of it
+
+
+def test_half_of_the_textures_are_leaves_of_one_colour_each_and_the_others_waves():
+    black = torch.zeros(200, 3, 24, 32)
+    found = repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
+    colours = torch.tensor([len(image.flatten(1).T.unique(dim=0)) for image in found])
+    leaves = colours <= LEAVES + 1
+    assert 72 < leaves.sum() < 128  # half, to four standard deviations
+    assert (colours[leaves] > 5).float().mean() > 0.9
+    assert colours[~leaves].float().mean() > 300
 
 
 def test_every_process_repaints_its_part_of_the_batch_as_one_does_by_seed_and_step_alone():
