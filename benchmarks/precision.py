@@ -2,7 +2,7 @@
 
     pip install -e ".[data,benchmarks]" && python benchmarks/precision.py --work FOLDER
 
-The same students, with other seeds, in float32 and in bfloat16, on datasets whose tests are not those of the published
+The same students, of several seeds, in float32 and in bfloat16, on datasets whose tests are not those of the published
 benchmarks (`worlds.py`). A spike is a step whose loss is more than twice that of the step before, after a tenth of the
 training. A training that `results.jsonl` has is not run again.
 """
@@ -35,16 +35,15 @@ def measure(place: Place, precision: str, seed: int) -> dict[str, Any]:
     """Train and test a student, and remove it."""
     folder = place.folder / "student"
     options = {**place.world.student, "steps": STEPS, "log_steps": 1, "threads": place.threads}
-    train_student(place.dataset().path, place.cache(HIGH), folder, precision=precision, seed=seed, **options)
+    result = train_student(place.dataset().path, place.cache(HIGH), folder, precision=precision, seed=seed, **options)
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = losses[STEPS // 10 :]
-    seconds = json.loads((folder / "result.json").read_text())["seconds"]
     student = load_classifier(folder)[0].eval()
     shutil.rmtree(folder)
     return {
         "spikes": sum(later > 2 * before for before, later in pairwise(losses)),
         "loss": float(np.mean(losses[-STEPS // 10 :])),
-        "training_seconds": seconds,
+        "training_seconds": result["seconds"],
         "student": accuracies(student, place.dataset()),
     }
 

@@ -19,7 +19,9 @@ CUSTOM_CODE = "Custom code"  # heading of the options that run code of the user
 DatasetPlace = Annotated[Any, Kind.LOCATION, Doc("Dataset: a folder or a URL.")]  # a `data.Location`, without Zarr
 RunFolder = Annotated[str | Path, Kind.FOLDER, Doc("Output folder: new, empty, or an unfinished run to resume.")]
 Device = Annotated[str, Doc("Device: auto, cpu, cuda or cuda:N.")]
-Threads = Annotated[int | None, Ge(1), Doc("Number of CPU threads. Default: one for each core that may be used.")]
+Threads = Annotated[
+    int | None, Ge(1), Doc("Number of CPU threads. Default: one for each core that the process may use.")
+]
 Seed = Annotated[int, Ge(0), Le(2**63 - 1), Doc("Random seed.")]
 StudentFactory = Annotated[
     str | None, Doc("Function that builds your own network, as MODULE:FUNCTION. Its code is run.")

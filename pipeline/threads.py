@@ -29,7 +29,9 @@ def cpu_threads(threads: int | None, device: torch.device) -> Iterator[None]:
     if threads is None and device.type == "cpu":
         if before > cpu_count() and "OMP_NUM_THREADS" not in os.environ:
             threads = cpu_count()
-            log.info("%s CPU threads, one for each core that may be used; PyTorch would take %s", threads, before)
+            log.info(
+                "%s CPU threads, one for each core that the process may use; PyTorch would take %s", threads, before
+            )
         _tell_if_busy(threads or before)
     if threads is not None:
         torch.set_num_threads(threads)
