@@ -28,7 +28,6 @@ from worlds import HIGH, LOW, STEPS, WIDE, WORLDS, Place
 from data import Dataset
 from pipeline import Classifier, explain, load_classifier
 from pipeline.device import as_input, as_mask
-from trainer import train_student
 from trainer.loop.losses import heatmap_loss
 from trainer.loop.repainting import repaint
 from trainer.results.evaluation import predict
@@ -207,9 +206,8 @@ def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
 
 def measure(place: Place, recipe: Recipe) -> dict[str, Any]:
     """Train, measure and test the student, and remove it."""
-    dataset, folder = place.dataset(), place.folder / "student"
-    options = {"steps": STEPS, "augment": (), **place.world.student, **recipe.options, "threads": place.threads}
-    train_student(dataset.path, place.cache(recipe.epsilon_range), folder, **options)
+    dataset = place.dataset()
+    folder = place.student(place.cache(recipe.epsilon_range), **{"augment": (), **recipe.options})
     teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     seen = look(teacher, student, dataset)
     shutil.rmtree(folder)
@@ -246,14 +244,15 @@ def correlations(results: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
 @click.option("--world", "only", type=click.Choice([*WORLDS]), help="Measure one dataset alone.")
+@click.option("--precision", default="float32", show_default=True, help="Arithmetic of the students.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(work: Path, only: str | None, threads: int) -> None:
+def main(work: Path, only: str | None, precision: str, threads: int) -> None:
     """Train each student, and print the two tables."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "results.jsonl"
     for world in [only] if only else WORLDS:
-        place = Place(work / world, WORLDS[world], threads)
+        place = Place(work / world, WORLDS[world], threads, precision=precision)
         has_masks = place.dataset().split("train").masks is not None
         for name, recipe in RECIPES.items():
             if has_masks or not recipe.masks:

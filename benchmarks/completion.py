@@ -21,12 +21,11 @@ import click
 import torch
 from choosing import TESTS, accuracies
 from report import once, processor, read_results, table
-from worlds import HIGH, LOW, STEPS, WORLDS, Place
+from worlds import HIGH, LOW, WORLDS, Place
 
 from pipeline import load_classifier
 from teacher_cache import open_cache
 from teacher_cache.inspection import inspect_cache
-from trainer import train_student
 
 METHODS: dict[str, dict[str, Any]] = {
     "as they are, student with biases": {"method": "lrp", "bias_free": False},
@@ -39,11 +38,9 @@ MUON = {"optimizer": "muon", "lr": 1e-2}
 
 def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[str, Any]) -> dict[str, Any]:
     """Train and test a student, and remove it."""
-    dataset, folder = place.dataset(), place.folder / "student"
-    cache = place.cache(epsilon_range)
+    dataset, cache = place.dataset(), place.cache(epsilon_range)
     sums = inspect_cache(open_cache(cache))["maps"]["sums"]
-    all_options = {"steps": STEPS, "augment": (), **MUON, **place.world.student, **options, "threads": place.threads}
-    train_student(dataset.path, cache, folder, **all_options)
+    folder = place.student(cache, augment=(), **MUON, **options)
     teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     shutil.rmtree(folder)
     return {
@@ -74,14 +71,15 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
+@click.option("--precision", default="float32", show_default=True, help="Arithmetic of the students.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(work: Path, threads: int) -> None:
+def main(work: Path, precision: str, threads: int) -> None:
     """Train each student, and print the table."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "results.jsonl"
     for world in WORLDS:
-        place = Place(work / world, WORLDS[world], threads, bias_free=False)
+        place = Place(work / world, WORLDS[world], threads, bias_free=False, precision=precision)
         for epsilon_range in reversed(RANGES):
             for method, options in METHODS.items():
                 key = {"world": world, "range": epsilon_range, "method": method}

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from worlds import HIGH, STEPS, WORLDS, Place
 
 from data import Dataset
 from pipeline import load_classifier
-from trainer import train_student
 from trainer.results.charts import COLOURS, INK, MARKERS
 from trainer.results.evaluation import predict
 
@@ -68,19 +68,11 @@ METHODS = {
 def student(place: Place, name: str, method: Method) -> Path:
     """Train a student, unless it is there, and return its folder."""
     assert method.options is not None
-    folder = place.folder / name.replace(" ", "-")
-    if (folder / "result.json").exists():
-        return folder
-    options = {"steps": STEPS, "augment": (), **place.world.student, **method.options, "threads": place.threads}
-    if options.get("method") == "erm":
-        cache = None
-        options["bias_free"] = True
-    else:
-        cache = place.cache(HIGH, method.draws)
+    supervised = method.options.get("method") == "erm"
+    options = {"augment": (), **method.options, **({"bias_free": True} if supervised else {})}
     if method.from_teacher:
         options |= {"init": place.teacher(), "teacher_weights": True}
-    train_student(place.dataset().path, cache, folder, **options)
-    return folder
+    return place.student(None if supervised else place.cache(HIGH, method.draws), name.replace(" ", "-"), **options)
 
 
 def measure(place: Place, name: str, method: Method) -> dict[str, float]:
@@ -129,21 +121,19 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
 @click.option("--picture", type=click.Path(path_type=Path), help="File of a picture of the curves, such as curves.png.")
+@click.option("--precision", default="float32", show_default=True, help="Arithmetic of the students.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(work: Path, picture: Path | None, threads: int) -> None:
+def main(work: Path, picture: Path | None, precision: str, threads: int) -> None:
     """Train each network, and print a table for each dataset."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "results.jsonl"
-    for world in ON:
-        whole = Place(work / world, WORLDS[world], threads, samples=max(SIZES))
-        for samples in SIZES:
-            place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
-            has_masks = place.dataset().split("train").masks is not None
-            for name, method in METHODS.items():
-                key = {"world": world, "samples": samples, "method": name}
-                if has_masks or not method.masks:
-                    once(file, key, partial(measure, place, name, method))
+    for (name, method), world, samples in product(METHODS.items(), ON, SIZES):
+        whole = Place(work / world, WORLDS[world], threads, samples=max(SIZES), precision=precision)
+        place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
+        if place.dataset().split("train").masks is not None or not method.masks:
+            key = {"world": world, "samples": samples, "method": name}
+            once(file, key, partial(measure, place, name, method))
     results = read_results(file)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     for world in ON:

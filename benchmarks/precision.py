@@ -13,6 +13,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,16 +27,15 @@ from report import once, processor, read_results, table
 from worlds import HIGH, STEPS, WORLDS, Place
 
 from pipeline import load_classifier
-from trainer import train_student
 
 PRECISIONS = ("float32", "bfloat16")
 
 
 def measure(place: Place, precision: str, seed: int) -> dict[str, Any]:
     """Train and test a student, and remove it."""
-    folder = place.folder / "student"
-    options = {**place.world.student, "steps": STEPS, "log_steps": 1, "threads": place.threads}
-    result = train_student(place.dataset().path, place.cache(HIGH), folder, precision=precision, seed=seed, **options)
+    place = replace(place, precision=precision)
+    folder = place.student(place.cache(HIGH), seed=seed, log_steps=1)
+    result = json.loads((folder / "result.json").read_text())
     losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = losses[STEPS // 10 :]
     student = load_classifier(folder)[0].eval()

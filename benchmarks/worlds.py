@@ -19,7 +19,7 @@ from data.builders import coloured_mnist, fashion_on_textures
 from data.builders.backgrounds import Scenes, tied_groups, write_on_backgrounds
 from data.builders.coloured_mnist import BIASING_COLOURS, read_mnist
 from pipeline import cache_explanations
-from trainer import train_teacher
+from trainer import train_student, train_teacher
 
 HELD_OUT = 5000  # of the training files, for the tests
 SAMPLES = 12_000  # in training, at most
@@ -117,6 +117,7 @@ class Place:
         threads: CPU threads.
         bias_free: whether the teacher is.
         samples: of the training split.
+        precision: of the students.
         whole: the place whose dataset has more training images, of which this one has the first; None to make it.
     """
 
@@ -125,6 +126,7 @@ class Place:
     threads: int
     bias_free: bool = True
     samples: int = SAMPLES
+    precision: str = "float32"
     whole: Place | None = None
 
     def dataset(self) -> Dataset:
@@ -152,4 +154,14 @@ class Place:
             self.dataset().path, self.teacher(), folder, epsilon_range=epsilon_range, draws=draws, features=True,
             threads=self.threads,
         )  # fmt: skip
+        return folder
+
+    def student(self, cache: Path | None, name: str = "student", **options: Any) -> Path:
+        """Train a student of 600 steps, unless it is there, and return its folder."""
+        folder = self.folder / name
+        given = {
+            "steps": STEPS, **self.world.student, "threads": self.threads, "precision": self.precision, **options,
+        }  # fmt: skip
+        if not (folder / "result.json").exists():
+            train_student(self.dataset().path, cache, folder, **given)
         return folder
