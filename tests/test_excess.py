@@ -18,7 +18,6 @@ from pipeline import Classifier, cache_explanations, load_classifier
 from teacher_cache import open_cache
 from trainer import train_student, train_teacher
 from trainer.loop.excess import excess, excess_warning
-from trainer.loop.immunity import background_warning, same_answers
 from trainer.settings import Settings
 from trainer.stream.stream import Source
 
@@ -116,46 +115,3 @@ def test_a_training_with_a_validation_store_records_it_and_warns(tmp_path, monke
     assert "90.0 % of the 64 validation images, and its teacher on 80.0 %" in caplog.text
     del stores["validation_cache"]
     assert train_student(data, out=tmp_path / "alone", **stores, **options)["beside_teacher"] is None
-
-
-class Ground(nn.Module):
-    """Says the class that the pixel in the corner is, or, for the object, the one in the middle."""
-
-    def __init__(self, place: tuple[int, int]):
-        super().__init__()
-        self.place = place
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        values = (255 * images).round().long()[:, 0, self.place[0], self.place[1]]
-        return nn.functional.one_hot(values.clamp(0, 2), 3).float()
-
-
-def test_a_student_that_uses_the_background_does_not_say_the_same_before_others():
-    classes = np.random.default_rng(0).integers(0, 3, 200)
-    images, masks = np.zeros((200, 1, 5, 5), np.uint8), np.zeros((200, 1, 5, 5), np.uint8)
-    images[:] = classes[:, None, None, None]
-    masks[:, :, 2, 2] = 255
-    fields = {"images": images, "masks": masks, "teacher_logits": np.eye(3, dtype=np.float32)[classes]}
-
-    def read(block: int, out: dict[str, np.ndarray]) -> None:
-        for name, values in fields.items():
-            out[name][...] = values[50 * block : 50 * block + 50]
-
-    source = Source(200, 50, {name: (values.shape[1:], values.dtype) for name, values in fields.items()}, read)
-    settings = Settings(loss={"output": 1.0}, steps=1, batch_size=32)
-    found = {}
-    for name, place in (("object", (2, 2)), ("background", (0, 0))):
-        student = Classifier(Ground(place))
-        found[name] = same_answers(student, source, settings, torch.device("cpu"), nullcontext)
-    assert found["object"] == {"samples": 200, "as_they_are": 100.0, "other_backgrounds": 100.0}
-    assert background_warning(found["object"], settings) is None
-    leak = found["background"]
-    assert (leak["samples"], leak["as_they_are"]) == (200, 100.0)
-    assert leak["other_backgrounds"] < 60
-    warning = background_warning(leak, settings)
-    assert f"{leak['other_backgrounds']:.1f} % of 200 training images, and on 100.0 % of them as they are" in str(
-        warning
-    )
-    assert "augment='background'" in str(warning)
-    repainted = Settings(loss={"output": 1.0}, steps=1, augment=("background",))
-    assert background_warning(leak, repainted) is None

@@ -17,13 +17,15 @@ from options import Message, Option
 from pipeline.device import as_input, as_mask
 from trainer.loop.augmentation import BACKGROUND
 from trainer.loop.collapse import some_samples
-from trainer.loop.repainting import repaint
+from trainer.loop.repainting import REPAINTED, repaint
 from trainer.loop.step import predictions
 from trainer.settings import Settings
 from trainer.stream.stream import Source
 
 CPU = torch.device("cpu")
 LOST = 3.0  # points of agreement, from which on a student is said to use the background
+TIMES = 3  # as many errors before other backgrounds as without, from which on more images are repainted
+REPAINTED_MORE = 1 / 2  # of the samples (docs/results/choosing.md)
 
 
 def same_answers(
@@ -59,6 +61,19 @@ def same_answers(
         samples += n
     as_they_are, other_backgrounds = (100 * count / samples for count in same.tolist())
     return {"samples": samples, "as_they_are": as_they_are, "other_backgrounds": other_backgrounds}
+
+
+def share_to_repaint(found: dict[str, Any]) -> float:
+    """Return the share of the images that get another background from now on.
+
+    A student that knows the images as they are, and not before other backgrounds, has little to learn from the former:
+    half of them are repainted. One that still learns both needs the images as they are, so a quarter is.
+
+    Args:
+        found: what `same_answers` returns.
+    """
+    plain, others = (100 - found[name] for name in ("as_they_are", "other_backgrounds"))
+    return REPAINTED_MORE if others - plain >= LOST and others >= TIMES * plain else REPAINTED
 
 
 def immunity_line(found: dict[str, Any]) -> str:

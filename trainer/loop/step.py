@@ -23,7 +23,7 @@ from trainer.loop.augmentation import BACKGROUND, augment, augment_masks
 from trainer.loop.distributed import Ranks
 from trainer.loop.losses import VALUES, heatmap_loss
 from trainer.loop.methods import METHODS
-from trainer.loop.repainting import repaint
+from trainer.loop.repainting import REPAINTED, repaint
 from trainer.settings import PRECISIONS, Settings
 from trainer.stream.stream import Batch, Source, read_block, stored_heatmaps
 
@@ -75,6 +75,7 @@ def on_device(
     settings: Settings,
     device: torch.device,
     position: Mapping[str, int] | None = None,
+    repainted: float = REPAINTED,
 ) -> Batch:
     """Move a batch to the device, decode it, and augment it where ``position`` is given.
 
@@ -84,6 +85,7 @@ def on_device(
         settings: the augmentations, the precision, and whether maps are multiplied by the masks.
         device: where the network is.
         position: the position of the batch in the training, the keywords of `augment`; None augments nothing.
+        repainted: the share of the images that get another background, if the augmentations have it.
 
     Returns:
         ``images`` (n, C, H, W) in [0, 1], ``masks`` (n, 1, H, W) in [0, 1], ``heatmaps`` (n, C, h, w), ``labels`` and
@@ -108,7 +110,7 @@ def on_device(
         assert store is not None
         fields["heatmaps"] = stored_heatmaps(batch["heatmaps"], batch["scale"], store.storage.precision, device)
     if settings.augment and position is not None:
-        _augment(fields, settings, position)
+        _augment(fields, settings, position, repainted)
     if settings.mask_target and "heatmaps" in fields:
         maps = fields["heatmaps"]
         masks = F.adaptive_avg_pool2d(fields["masks"], (maps.shape[2], maps.shape[3]))
@@ -117,7 +119,7 @@ def on_device(
     return {name: values.to(floating) if values.is_floating_point() else values for name, values in fields.items()}
 
 
-def _augment(fields: Batch, settings: Settings, position: Mapping[str, int]) -> None:
+def _augment(fields: Batch, settings: Settings, position: Mapping[str, int], repainted: float) -> None:
     """Replace images, heatmaps and masks by augmented ones."""
     fields["images"], maps = augment(fields["images"], fields.get("heatmaps"), settings.augment, **position)
     if maps is not None:
@@ -125,7 +127,7 @@ def _augment(fields: Batch, settings: Settings, position: Mapping[str, int]) -> 
     if "masks" in fields:
         fields["masks"] = augment_masks(fields["masks"], settings.augment, **position)
     if BACKGROUND in settings.augment:
-        fields["images"] = repaint(fields["images"], fields["masks"], **position)
+        fields["images"] = repaint(fields["images"], fields["masks"], share=repainted, **position)
 
 
 def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> dict[str, Tensor]:

@@ -33,9 +33,11 @@ from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
+from pipeline.networks.trials import evaluating
 from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
+from trainer.loop.augmentation import BACKGROUND
 from trainer.loop.clock import Clock, Timed
 from trainer.loop.collapse import Falling, class_counts, one_class_warning, shares
 from trainer.loop.cuda_graph import Passes, Recorded
@@ -43,10 +45,11 @@ from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
 from trainer.loop.excess import excess, excess_warning
 from trainer.loop.groups import GroupWeights
-from trainer.loop.immunity import background_warning, immunity_line, same_answers
+from trainer.loop.immunity import background_warning, immunity_line, same_answers, share_to_repaint
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.loop.phases import in_evaluation_from, raise_momentum, remaining
+from trainer.loop.repainting import REPAINTED
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
@@ -60,6 +63,8 @@ log = logging.getLogger(__name__)
 
 TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
 VALIDATIONS = 5  # in a training, at each of which its best weights may change
+IMMUNITY_TESTS = 10  # in a training, at each of which the share of repainted images may change
+START = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None, "repainted": REPAINTED}
 
 
 @dataclass(frozen=True)
@@ -147,9 +152,7 @@ class State:
     ema: AveragedModel | None
     group_weights: GroupWeights | None
     run: RunDir | None = None
-    progress: dict[str, Any] = field(
-        default_factory=lambda: {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None}
-    )
+    progress: dict[str, Any] = field(default_factory=lambda: {**START})
 
     @property
     def averaged(self) -> nn.Module:
@@ -175,7 +178,7 @@ class State:
         """Load a checkpoint; raise KeyError, RuntimeError or ValueError where it is of other parts."""
         for name, part in self._parts.items():
             part.load_state_dict(checkpoint[name])
-        self.progress = checkpoint["progress"]
+        self.progress.update(checkpoint["progress"])  # one of an earlier version has fewer entries
 
 
 @dataclass
@@ -352,7 +355,9 @@ def step(state: State, loop: Loop) -> float:
     batch, size = next(loop.batches), state.batch_samples
     seed_torch(settings.seed, STEP, number, ranks.rank)  # dropout and the like
     position = {"seed": settings.seed, "step": number, "first": ranks.rank * size, "of": ranks.ranks * size}
-    inputs = on_device(batch, state.training.material.store, settings, state.device, position)
+    inputs = on_device(
+        batch, state.training.material.store, settings, state.device, position, state.progress["repainted"]
+    )
     if state.group_weights is not None:
         inputs["group_weights"] = state.group_weights.of_samples(inputs["groups"])
     if state.training.fades and remaining(number - 1, settings.steps) > 0:
@@ -384,6 +389,8 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
     if number % training.runtime.log_steps == 0 or state.finished:
         numbers = loop.watch.check(state.run)
         loop.show(step=number, **numbers, lr=learning_rate, **loop.clock.lap(state.ranks.ranks * state.batch_samples))
+    if BACKGROUND in settings.augment and number % math.ceil(settings.steps / IMMUNITY_TESTS) == 0:
+        _choose_repainted(state, loop)
     interval = math.ceil(settings.steps / VALIDATIONS)
     if material.validation is None or not (number % interval == 0 or state.finished):
         return
@@ -451,7 +458,10 @@ def finish(state: State) -> dict[str, Any]:
             _save_plain(run, classifier)
         result["predictions"] = _predictions(state)
         result["beside_teacher"] = _beside_teacher(state)
-        result["same_answers"] = _same_answers(state)
+        result["same_answers"] = found = _same_answers(state)
+        if found is not None:
+            warning = background_warning(found, training.settings)
+            log.log(logging.WARNING if warning else logging.INFO, warning or immunity_line(found))
         run.finish(result)
     state.ranks.wait()
     return result
@@ -600,16 +610,23 @@ def _beside_teacher(state: State) -> dict[str, Any] | None:
 
 def _same_answers(state: State) -> dict[str, Any] | None:
     """Return how often the student says what its teacher says, also before other backgrounds, if that can be told."""
-    training, answers = state.training, state.training.material.answers
+    answers = state.training.material.answers
     if answers is None or "masks" not in answers.fields:
         return None
-    found = same_answers(state.averaged, answers, training.settings, state.device, state.autocast)
-    warning = background_warning(found, training.settings)
-    if warning is not None:
-        log.warning(warning)
-    else:
-        log.info(immunity_line(found))
-    return found
+    with evaluating(state.averaged):
+        return same_answers(state.averaged, answers, state.training.settings, state.device, state.autocast)
+
+
+def _choose_repainted(state: State, loop: Loop) -> None:
+    """Choose the share of the images that get other backgrounds by what the student has learnt, if that can be told."""
+    found = state.ranks.share(_same_answers(state) if state.ranks.main else None)
+    if found is None or state.finished:
+        return
+    number, share = state.progress["step"], share_to_repaint(found)
+    loop.show(step=number, **{name: found[name] for name in ("as_they_are", "other_backgrounds")}, repainted=share)
+    if share != state.progress["repainted"] and state.ranks.main:
+        log.info(f"{immunity_line(found)}: from step {number} on, {share:.0%} of the images get another background")
+    state.progress["repainted"] = share
 
 
 def bias_free_summary(model: Classifier, images: Tensor) -> dict[str, Any] | None:
