@@ -26,7 +26,6 @@ from trainer.loop.class_weights import class_weights
 from trainer.loop.groups import groups_of
 from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
-from trainer.loop.repainting import REPAINTED
 from trainer.loop.training import STUDENT, Material, Training, train
 from trainer.run_dir import check_free
 from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
@@ -141,8 +140,8 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         settings = dataclasses.replace(settings, augment=(BACKGROUND,))
         log.info(
             Message(
-                f"one image in {1 / REPAINTED:.0f} gets another background, because the teacher sees nothing outside "
-                "the masks (",
+                "a quarter to half of the images get another background, because the teacher sees nothing outside the "
+                "masks (",
                 Option("augment", NO_AUGMENTATION),
                 " keeps the images as they are)",
             )

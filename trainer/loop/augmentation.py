@@ -181,7 +181,7 @@ def _floating(dtype: torch.dtype) -> torch.dtype:
 
 @AUGMENTATIONS.add(BACKGROUND)
 def _background(values: Tensor, uniforms: np.ndarray, kind: Kind) -> Tensor:
-    """Move nothing; a quarter of the images get another background outside the dataset's masks.
+    """Move nothing; a quarter to half of the images get another background outside the dataset's masks.
 
     `trainer.loop.repainting` paints it.
     """
