@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import ref
@@ -59,6 +59,22 @@ class Mark(NamedTuple):
     values: dict[int, Value]
 
 
+def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Do as `torch.compiler.disable`, whose import takes a second or two, once the compiler is in use."""
+    disabled = None
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return method(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(method)
+        return disabled(*args, **kwargs)
+
+    return call
+
+
 class Tracer(TorchFunctionMode):
     """Replaces every torch function whose input depends on the image by its rule.
 
@@ -94,7 +110,7 @@ class Tracer(TorchFunctionMode):
             self._axes_of_views.clear()
         super().__exit__(*error)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # otherwise a compiled model includes the choice of rules
+    @_uncompiled  # otherwise a compiled model includes the choice of rules
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == _ASKS_FOR_ITS_NODE:

@@ -152,6 +152,17 @@ def test_help_and_wrong_options_do_not_wait_for_pytorch(line, tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_a_small_network_is_explained_without_torchvision_and_the_compiler():
+    code = (
+        "import sys, torch; from pipeline import explain; from pipeline.networks.models import build_network\n"
+        "network = build_network('small-cnn', 3, (3, 8, 8), free_of_biases=True)[0].eval()\n"
+        "explain(network, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), 0.1)\n"
+        "assert not {'torchvision', 'torch._dynamo'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
 @pytest.mark.parametrize("line", ["make-data --help", "make-data image-folder --sizee 3", "reproduce --help"])
 def test_the_commands_of_a_group_are_made_without_pytorch(line):
     code = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 import zarr
 from torch import Tensor, nn
 
@@ -230,7 +230,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": importlib.metadata.version("torchvision"),
         "numpy": np.__version__,
         "zarr": zarr.__version__,
     }

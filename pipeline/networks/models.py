@@ -5,7 +5,7 @@ Not here: the debiasing front of a network (`debias.py`), and its last layer (`l
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -18,9 +18,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock
 
 from options import Message, Option, did_you_mean
 from pipeline.errors import ModelError
@@ -97,6 +95,8 @@ def small_resnet(num_classes: int, channels: int = 3, width: int = 16, depth: in
         A network (N, channels, H, W) → (N, num_classes), with features of 4·width channels at 3×3 positions, the
         same shape as small-cnn's.
     """
+    from torchvision.models.resnet import BasicBlock  # takes a second to import
+
     layers: list[tuple[str, nn.Module]] = [
         ("conv", nn.Conv2d(channels, width, 3, padding=1, bias=False)),
         ("norm", nn.BatchNorm2d(width)),
@@ -531,7 +531,9 @@ def _not_taken(
 
 def summary_with_line(error: BaseException) -> str:
     """Return an error's summary and the line of the user's own code: the command line shows no traceback."""
-    not_theirs = (os.path.join(os.path.dirname(__file__), ""), *torch.__path__, *torchvision.__path__, "<")
+    torchvision = importlib.util.find_spec("torchvision")  # without its import
+    folders = [] if torchvision is None else torchvision.submodule_search_locations or []
+    not_theirs = (os.path.join(os.path.dirname(__file__), ""), *torch.__path__, *folders, "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     where = f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else ""
     return error_summary(error) + where

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
 from pipeline.networks.models import call_function, error_summary
-from pipeline.networks.sources import ImageShape
+from pipeline.networks.sources import ImageShape, torchvision_models
 from pipeline.networks.weight_files import file_fault, plain_reason
 
 TORCHVISION = "torchvision:"
@@ -108,17 +107,17 @@ def build_segmenter(spec: str, image_shape: ImageShape, *, weights: bool = True)
 
 
 def _names() -> list[str]:
-    return list(torchvision.models.list_models(module=torchvision.models.segmentation))
+    return list(torchvision_models().list_models(module=torchvision_models().segmentation))
 
 
 def _of_torchvision(name: str, weights: bool) -> nn.Module:
     if name not in _names():
         raise ModelError(f"torchvision has no segmentation network '{name}': choose one of {', '.join(_names())}")
     if not weights:
-        return torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=21)
-    trained = torchvision.models.get_model_weights(name).DEFAULT
+        return torchvision_models().get_model(name, weights=None, weights_backbone=None, num_classes=21)
+    trained = torchvision_models().get_model_weights(name).DEFAULT
     try:
-        return torchvision.models.get_model(name, weights=trained)
+        return torchvision_models().get_model(name, weights=trained)
     except (OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise ModelError(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torchvision
 from torch import nn
 
 from options import Message, Option, did_you_mean, first_line, import_problem
@@ -79,15 +78,22 @@ def class_names_of(arch: str) -> tuple[str, ...] | None:
 
 def imagenet_classes() -> tuple[str, ...]:
     """Return the 1,000 classes of ImageNet, as torchvision spells them."""
-    weights = torchvision.models.get_model_weights("resnet18")
+    weights = torchvision_models().get_model_weights("resnet18")
     return tuple(next(iter(weights)).meta["categories"])
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------------
 
 
+def torchvision_models() -> Any:
+    """Import ``torchvision.models``, which takes a second or two."""
+    from torchvision import models
+
+    return models
+
+
 def _torchvision_names() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)
+    return torchvision_models().list_models(module=torchvision_models())
 
 
 def _torchvision_builder(name: str, num_classes: int, input_shape: ImageShape) -> Builder:
@@ -99,13 +105,13 @@ def _torchvision_builder(name: str, num_classes: int, input_shape: ImageShape) -
         arguments["image_size"] = input_shape[1]
     if name.startswith("maxvit"):
         arguments["input_size"] = input_shape[1:]
-    return Builder(torchvision.models.get_model_builder(name), arguments)
+    return Builder(torchvision_models().get_model_builder(name), arguments)
 
 
 def _torchvision_preprocessing(name: str) -> PreprocessSpec | None:
     if name not in _torchvision_names():
         return None
-    transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    transforms = torchvision_models().get_model_weights(name).DEFAULT.transforms()
     size = transforms.crop_size[0]
     interpolation = transforms.interpolation.value
     return PreprocessSpec(tuple(transforms.mean), tuple(transforms.std), (size, size), interpolation)
@@ -114,7 +120,7 @@ def _torchvision_preprocessing(name: str) -> PreprocessSpec | None:
 def _torchvision_classes(name: str) -> tuple[str, ...] | None:
     if name not in _torchvision_names():
         return None
-    return tuple(torchvision.models.get_model_weights(name).DEFAULT.meta["categories"])
+    return tuple(torchvision_models().get_model_weights(name).DEFAULT.meta["categories"])
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
