@@ -622,7 +622,7 @@ def _choose_repainted(state: State, loop: Loop) -> None:
     found = state.ranks.share(_same_answers(state) if state.ranks.main else None)
     if found is None or state.finished:
         return
-    number, share = state.progress["step"], share_to_repaint(found)
+    number, share = state.progress["step"], max(state.progress["repainted"], share_to_repaint(found))
     loop.show(step=number, **{name: found[name] for name in ("as_they_are", "other_backgrounds")}, repainted=share)
     if share != state.progress["repainted"] and state.ranks.main:
         log.info(f"{immunity_line(found)}: from step {number} on, {share:.0%} of the images get another background")
