@@ -64,7 +64,7 @@ def same_answers(
 
 
 def share_to_repaint(found: dict[str, Any]) -> float:
-    """Return the share of the images that get another background from now on.
+    """Return the share of the images that should get another background.
 
     A student that knows the images as they are, and not before other backgrounds, has little to learn from the former:
     half of them are repainted. One that still learns both needs the images as they are, so a quarter is.
