@@ -96,9 +96,7 @@ def scenes(tmp_path) -> tuple[Path, Path]:
     return data, cache
 
 
-def test_the_share_rises_once_is_written_down_and_goes_on_after_an_interruption(
-    scenes, tmp_path, monkeypatch, caplog
-):
+def test_the_share_rises_once_is_written_down_and_goes_on_after_an_interruption(scenes, tmp_path, monkeypatch, caplog):
     run, shares = tmp_path / "student", {}
     found, broken = agreement(99, 80), [True]
 
