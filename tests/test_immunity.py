@@ -101,29 +101,29 @@ def test_the_share_rises_once_is_written_down_and_goes_on_after_an_interruption(
     found, broken = agreement(99, 80), [True]
 
     def painted(images: torch.Tensor, masks: torch.Tensor, *, step: int, share: float, **at: int) -> torch.Tensor:
-        if step == 9 and broken.pop():
+        if step == 90 and broken.pop():
             raise OSError("the power fails")
         shares[step] = share
         return repaint(images, masks, step=step, share=share, **at)
 
     monkeypatch.setattr(trainer.loop.step, "repaint", painted)
     monkeypatch.setattr(trainer.loop.training, "same_answers", lambda *_: found)
-    options = {"steps": 20, "batch_size": 8, "checkpoint_steps": 4, "log_steps": 20}
+    options = {"method": "output", "steps": 100, "batch_size": 8, "checkpoint_steps": 40, "log_steps": 20}
     with caplog.at_level("INFO", logger="trainer"), pytest.raises(OSError, match="power"):
         train_student(*scenes, run, **options)
-    assert "from step 2 on, 50% of the images get another background" in caplog.text
+    assert "from step 20 on, 50% of the images get another background" in caplog.text
     found, broken[:] = agreement(99, 98), [False]
     with caplog.at_level("INFO", logger="trainer"):
         train_student(*scenes, run, **options)
     assert caplog.text.count("% of the images get another background") == 1
-    assert [shares[step] for step in range(20)] == [REPAINTED] * 2 + [0.5] * 18
+    assert [shares[step] for step in range(100)] == [REPAINTED] * 20 + [0.5] * 80
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     chosen = {line["step"]: line["repainted"] for line in lines if "repainted" in line}
-    assert chosen == dict.fromkeys(range(2, 20, 2), 0.5)
+    assert chosen == dict.fromkeys(range(20, 100, 20), 0.5)
 
 
 def test_to_ask_the_student_in_the_course_of_its_training_changes_nothing_else(scenes, tmp_path, monkeypatch):
-    options = {"method": "output", "steps": 10, "batch_size": 8}
+    options = {"method": "output", "steps": 100, "batch_size": 8}
     options |= {"arch": "small-resnet", "arch_options": {"width": 8, "depth": 1}, "bias_free": False}
     weights = []
     for name in ("asked", "left alone"):

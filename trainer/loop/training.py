@@ -39,7 +39,7 @@ from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND
 from trainer.loop.clock import Clock, Timed
-from trainer.loop.collapse import Falling, class_counts, one_class_warning, shares
+from trainer.loop.collapse import SHORTEST, Falling, class_counts, one_class_warning, shares
 from trainer.loop.cuda_graph import Passes, Recorded
 from trainer.loop.display import display, profiler
 from trainer.loop.distributed import LostProcess, Ranks, connect
@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 
 TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
 VALIDATIONS = 5  # in a training, at each of which its best weights may change
-IMMUNITY_TESTS = 10  # in a training, at each of which the share of repainted images may change
+IMMUNITY_TESTS = 5  # in a training of `SHORTEST` steps or more, at each of which more images may be repainted
 START = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None, "repainted": REPAINTED}
 
 
@@ -389,7 +389,8 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
     if number % training.runtime.log_steps == 0 or state.finished:
         numbers = loop.watch.check(state.run)
         loop.show(step=number, **numbers, lr=learning_rate, **loop.clock.lap(state.ranks.ranks * state.batch_samples))
-    if BACKGROUND in settings.augment and number % math.ceil(settings.steps / IMMUNITY_TESTS) == 0:
+    asks = BACKGROUND in settings.augment and settings.steps >= SHORTEST and not state.finished
+    if asks and number % math.ceil(settings.steps / IMMUNITY_TESTS) == 0:
         _choose_repainted(state, loop)
     interval = math.ceil(settings.steps / VALIDATIONS)
     if material.validation is None or not (number % interval == 0 or state.finished):
@@ -620,7 +621,7 @@ def _same_answers(state: State) -> dict[str, Any] | None:
 def _choose_repainted(state: State, loop: Loop) -> None:
     """Choose the share of the images that get other backgrounds by what the student has learnt, if that can be told."""
     found = state.ranks.share(_same_answers(state) if state.ranks.main else None)
-    if found is None or state.finished:
+    if found is None:
         return
     number, share = state.progress["step"], max(state.progress["repainted"], share_to_repaint(found))
     loop.show(step=number, **{name: found[name] for name in ("as_they_are", "other_backgrounds")}, repainted=share)
