@@ -341,10 +341,10 @@ def main(
         f"PyTorch {torch.__version__}, SpuCo {version('spuco')}, Python {platform.python_version()}, {processor(CPU)}"
     )
     for world in WORLDS:
-        for share in SHARES:
+        for share in sorted({row["share"] for row in results if row["world"] == world}):
             if written := lines(results, world, share):
                 header = ["method", "needs", "seeds", *SCORES]
-                print(f"\n{world}, {share:.0%} of the training images unbiased\n\n{table(header, written)}")
+                print(f"\n{world}, {100 * share:g} % of the training images unbiased\n\n{table(header, written)}")
 
 
 if __name__ == "__main__":
