@@ -60,6 +60,12 @@ def has_gradient_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+def compiler_is_loaded() -> bool:
+    """Return whether PyTorch's compiler is imported, without which nothing is compiled. That import takes a second or
+    two, and `torch.compiler` has no function that tells without it."""
+    return "torch._dynamo" in sys.modules
+
+
 def is_view(tensor: Tensor) -> bool:
     """Return whether a tensor is a view for autograd, as the output of `F.linear` is in some releases."""
     return tensor._is_view()

@@ -19,7 +19,13 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from pipeline.errors import RelevanceError
-from pipeline.private_torch import NODES_THAT_RETURN_THEIR_INPUT, base_of, is_view, running_checkpoint
+from pipeline.private_torch import (
+    NODES_THAT_RETURN_THEIR_INPUT,
+    base_of,
+    compiler_is_loaded,
+    is_view,
+    running_checkpoint,
+)
 from pipeline.rules import LIKE_THE_SECOND, PassState, RuleSet, StopRelevance, batch_axis_after, stop_relevance, tensors
 from pipeline.rules.joined import EXTREMES, JOINS, Joined, joined_after, rule_of_extremes
 from pipeline.rules.steps import (
@@ -66,7 +72,7 @@ def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if "torch._dynamo" not in sys.modules:
+        if not compiler_is_loaded():
             return method(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(method)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from pipeline.private_torch import (
     base_of,
     batch_norm_update_stats,
     collate,
+    compiler_is_loaded,
     convolution_backward,
     current_backward_pass,
     default_collate_fn_map,
@@ -61,7 +64,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 18
+    assert len(parts) == 19
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -219,6 +222,13 @@ def test_has_gradient_hooks_tells_of_hooks_while_they_are_there():
     assert has_gradient_hooks(tensor)
     hook.remove()
     assert not has_gradient_hooks(tensor)
+
+
+def test_compiler_is_loaded_once_a_function_is_compiled():
+    code = "from pipeline import private_torch; assert not private_torch.compiler_is_loaded()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+    assert compiler_is_loaded()
 
 
 def test_base_of_is_the_tensor_at_the_root_whose_node_an_operation_in_place_on_a_view_replaces():
