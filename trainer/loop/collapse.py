@@ -102,7 +102,7 @@ def class_counts(
     """Count the predictions on up to 512 samples, spread over the source.
 
     Args:
-        model: a `Classifier` on the device; it is in evaluation mode afterwards.
+        model: a `Classifier` on the device; its modes are the same afterwards.
         source: samples with their ``labels`` or the ``teacher_logits``, and the masks that a front may need.
         settings: those of the training.
         device: where the model is.

@@ -32,7 +32,7 @@ def excess(
     """Compare the accuracies of a student and its teacher on a split with the bias of the training split.
 
     Args:
-        model: a `Classifier` on the device; it is in evaluation mode afterwards.
+        model: a `Classifier` on the device; its modes are the same afterwards.
         source: the samples, with their ``labels`` and ``teacher_logits``.
         settings: those of the training.
         device: where the model is.

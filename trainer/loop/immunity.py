@@ -38,7 +38,7 @@ def same_answers(
     """Compare a student's answers with its teacher's, for images as they are and before random backgrounds.
 
     Args:
-        model: a `Classifier` on the device; it is in evaluation mode afterwards.
+        model: a `Classifier` on the device; its modes are the same afterwards.
         source: samples with their ``masks`` and the ``teacher_logits`` of a teacher that sees nothing outside of them.
         settings: those of the training.
         device: where the model is.

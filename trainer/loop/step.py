@@ -212,20 +212,20 @@ def predictions(
     """Return the class that a model says for each sample of a batch, int64 (n,) on the CPU.
 
     Args:
-        model: a `Classifier` on the device; it is in evaluation mode afterwards.
+        model: a `Classifier` on the device; its modes are the same afterwards.
         batch: n samples as they are stored, with the masks that a front may need. It can be large.
         settings: those of the training.
         device: where the model is.
         autocast: makes the context of a forward pass.
     """
-    model.eval()
     at_once = -(-settings.batch_size // settings.accumulate)  # as in a step, whose memory sufficed
     said = []
-    for first in range(0, len(batch["images"]), at_once):
-        part = {name: values[first : first + at_once] for name, values in batch.items()}
-        inputs = on_device(part, None, settings, device)
-        with autocast():
-            said.append(model(inputs["images"], inputs.get("masks")).argmax(1).cpu())
+    with evaluating(model):
+        for first in range(0, len(batch["images"]), at_once):
+            part = {name: values[first : first + at_once] for name, values in batch.items()}
+            inputs = on_device(part, None, settings, device)
+            with autocast():
+                said.append(model(inputs["images"], inputs.get("masks")).argmax(1).cpu())
     return torch.cat(said)
 
 

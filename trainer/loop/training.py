@@ -33,7 +33,6 @@ from pipeline.networks.fronts import Front
 from pipeline.networks.heads import copy_head
 from pipeline.networks.own_teachers import BACKBONE
 from pipeline.networks.segmenters import Segmenter
-from pipeline.networks.trials import evaluating
 from pipeline.threads import cpu_threads
 from teacher_cache import CacheInfo
 from trainer.errors import TrainingError
@@ -390,7 +389,7 @@ def report(state: State, loop: Loop, learning_rate: float) -> None:
         numbers = loop.watch.check(state.run)
         loop.show(step=number, **numbers, lr=learning_rate, **loop.clock.lap(state.ranks.ranks * state.batch_samples))
     asks = BACKGROUND in settings.augment and settings.steps >= SHORTEST and not state.finished
-    if asks and number % math.ceil(settings.steps / IMMUNITY_TESTS) == 0:
+    if asks and is_moment(number, settings.steps, IMMUNITY_TESTS):
         _choose_repainted(state, loop)
     interval = math.ceil(settings.steps / VALIDATIONS)
     if material.validation is None or not (number % interval == 0 or state.finished):
@@ -614,8 +613,7 @@ def _same_answers(state: State) -> dict[str, Any] | None:
     answers = state.training.material.answers
     if answers is None or "masks" not in answers.fields:
         return None
-    with evaluating(state.averaged):
-        return same_answers(state.averaged, answers, state.training.settings, state.device, state.autocast)
+    return same_answers(state.averaged, answers, state.training.settings, state.device, state.autocast)
 
 
 def _choose_repainted(state: State, loop: Loop) -> None:
