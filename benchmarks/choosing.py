@@ -10,7 +10,6 @@ bias. These are not the tests of the benchmarks (`worlds.py`). A training that `
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -196,21 +195,20 @@ def look(teacher: Classifier, student: Classifier, dataset: Dataset) -> Seen:
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 
-def accuracies(model: Classifier, dataset: Dataset) -> dict[str, float]:
+def accuracies(model: Classifier, dataset: Dataset, tests: Sequence[str] = TESTS) -> dict[str, float]:
     """Return the accuracy on each test in %."""
     return {
         name: 100 * float((predict(model, split, CPU) == np.asarray(split.labels[:])).mean())
-        for name, split in ((name, dataset.split(name)) for name in TESTS)
+        for name, split in ((name, dataset.split(name)) for name in tests)
     }
 
 
 def measure(place: Place, recipe: Recipe) -> dict[str, Any]:
-    """Train, measure and test the student, and remove it."""
+    """Train, measure and test the student."""
     dataset = place.dataset()
-    folder = place.student(place.cache(recipe.epsilon_range), **{"augment": (), **recipe.options})
-    teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
+    with place.student(place.cache(recipe.epsilon_range), **{"augment": (), **recipe.options}) as folder:
+        teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     seen = look(teacher, student, dataset)
-    shutil.rmtree(folder)
     return {
         "numbers": {number: of(seen) for number, of in NUMBERS.items()},
         "validation": {"teacher": 100 * float(_right(seen.teacher, seen.labels).mean()),
@@ -256,8 +254,8 @@ def main(work: Path, only: str | None, precision: str, threads: int) -> None:
         has_masks = place.dataset().split("train").masks is not None
         for name, recipe in RECIPES.items():
             if has_masks or not recipe.masks:
-                once(file, {"world": world, "recipe": name}, partial(measure, place, recipe))
-    results = read_results(file)
+                once(file, {"world": world, "recipe": name, "precision": precision}, partial(measure, place, recipe))
+    results = read_results(file, precision=precision)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     header = [f"{test}, {world}" for test in TESTS for world in WORLDS]
     print(table(["ρ", *header, *(f"{test}, mean" for test in TESTS)], list(correlations(results))))

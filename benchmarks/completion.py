@@ -11,7 +11,6 @@ The tests are not those of the benchmarks (`worlds.py`). A training that `result
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,12 +36,11 @@ MUON = {"optimizer": "muon", "lr": 1e-2}
 
 
 def measure(place: Place, epsilon_range: tuple[float, float], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Train and test a student, and remove it."""
+    """Train and test a student."""
     dataset, cache = place.dataset(), place.cache(epsilon_range)
     sums = inspect_cache(open_cache(cache))["maps"]["sums"]
-    folder = place.student(cache, augment=(), **MUON, **options)
-    teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
-    shutil.rmtree(folder)
+    with place.student(cache, augment=(), **MUON, **options) as folder:
+        teacher, student = (load_classifier(run)[0].eval() for run in (place.teacher(), folder))
     return {
         "sums": sums,
         "teacher": accuracies(teacher, dataset),
@@ -82,11 +80,11 @@ def main(work: Path, precision: str, threads: int) -> None:
         place = Place(work / world, WORLDS[world], threads, bias_free=False, precision=precision)
         for epsilon_range in reversed(RANGES):
             for method, options in METHODS.items():
-                key = {"world": world, "range": epsilon_range, "method": method}
+                key = {"world": world, "range": epsilon_range, "method": method, "precision": precision}
                 once(file, key, partial(measure, place, epsilon_range, options))
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(torch.device('cpu'))}")
     header = ["dataset", "ε", "share of the logit", "correlation", "teacher", *METHODS]
-    print(table(header, lines(read_results(file))))
+    print(table(header, lines(read_results(file, precision=precision))))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
+from choosing import accuracies
 from report import once, processor, read_results, table
 from worlds import HIGH, STEPS, WORLDS, Place
 
-from data import Dataset
 from pipeline import load_classifier
 from trainer.results.charts import COLOURS, INK, MARKERS
-from trainer.results.evaluation import predict
 
 SIZES = (500, 1000, 2500, 5000, 20_000)
 TESTS = ("iid", "ood", "shift")
@@ -65,27 +63,17 @@ METHODS = {
 }
 
 
-def student(place: Place, name: str, method: Method) -> Path:
-    """Train a student, unless it is there, and return its folder."""
-    assert method.options is not None
+def measure(place: Place, method: Method) -> dict[str, float]:
+    """Train and test a network."""
+    dataset = place.dataset()
+    if method.options is None:
+        return accuracies(load_classifier(place.teacher())[0].eval(), dataset, TESTS)
     supervised = method.options.get("method") == "erm"
     options = {"augment": (), **method.options, **({"bias_free": True} if supervised else {})}
     if method.from_teacher:
         options |= {"init": place.teacher(), "teacher_weights": True}
-    return place.student(None if supervised else place.cache(HIGH, method.draws), name.replace(" ", "-"), **options)
-
-
-def measure(place: Place, name: str, method: Method) -> dict[str, float]:
-    """Train and test a network."""
-    dataset = place.dataset()
-    folder = place.teacher() if method.options is None else student(place, name, method)
-    model = load_classifier(folder)[0].eval()
-    return {test: 100 * _accuracy(model, dataset, test) for test in TESTS}
-
-
-def _accuracy(model: Any, dataset: Dataset, test: str) -> float:
-    split = dataset.split(test)
-    return float((predict(model, split, CPU) == np.asarray(split.labels[:])).mean())
+    with place.student(None if supervised else place.cache(HIGH, method.draws), **options) as folder:
+        return accuracies(load_classifier(folder)[0].eval(), dataset, TESTS)
 
 
 def lines(results: Sequence[Mapping[str, Any]], world: str) -> list[list[str]]:
@@ -132,9 +120,9 @@ def main(work: Path, picture: Path | None, precision: str, threads: int) -> None
         whole = Place(work / world, WORLDS[world], threads, samples=max(SIZES), precision=precision)
         place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
         if place.dataset().split("train").masks is not None or not method.masks:
-            key = {"world": world, "samples": samples, "method": name}
-            once(file, key, partial(measure, place, name, method))
-    results = read_results(file)
+            key = {"world": world, "samples": samples, "method": name, "precision": precision}
+            once(file, key, partial(measure, place, method))
+    results = read_results(file, precision=precision)
     print(f"PyTorch {torch.__version__}, Python {platform.python_version()}, {processor(CPU)}")
     for world in ON:
         print(f"\n{world}\n\n" + table(["IID / OOD / shift", *(f"{n:,}" for n in SIZES)], lines(results, world)))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,14 +31,13 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def measure(place: Place, precision: str, seed: int) -> dict[str, Any]:
-    """Train and test a student, and remove it."""
+    """Train and test a student."""
     place = replace(place, precision=precision)
-    folder = place.student(place.cache(HIGH), seed=seed, log_steps=1)
-    result = json.loads((folder / "result.json").read_text())
-    losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = losses[STEPS // 10 :]
-    student = load_classifier(folder)[0].eval()
-    shutil.rmtree(folder)
+    with place.student(place.cache(HIGH), seed=seed, log_steps=1) as folder:
+        result = json.loads((folder / "result.json").read_text())
+        lines_of_steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        student = load_classifier(folder)[0].eval()
+    losses = [line["loss"] for line in lines_of_steps if "loss" in line][STEPS // 10 :]
     return {
         "spikes": sum(later > 2 * before for before, later in pairwise(losses)),
         "loss": float(np.mean(losses[-STEPS // 10 :])),

@@ -381,14 +381,14 @@ def main(work: Path, only: str | None, images: int, threads: int) -> None:
         place = Place(work / world, WORLDS[world], threads)
         for network, train in NETWORKS.items():
             key = {"world": world, "network": network, "images": images}
-            done = {row["maps"] for row in read_results(file) if key.items() <= row.items()}
+            done = {row["maps"] for row in read_results(file, **key)}
             if done >= MAPS.keys():
                 continue
             model, dataset = load_classifier(train(place))[0].eval(), place.dataset()
             known = {**key, "facts": facts(model, dataset)}
             for name, maps in MAPS.items():
                 once(file, {**known, "maps": name}, partial(measure, model, dataset, maps, images))
-    results = [row for row in read_results(file) if row["images"] == images]
+    results = read_results(file, images=images)
     print(
         f"PyTorch {torch.__version__}, Quantus {version('quantus')}, NumPy {np.__version__}, "
         f"Python {platform.python_version()}, {processor(CPU)}"

@@ -62,6 +62,11 @@ def once(file: Path, key: Mapping[str, Any], measure: Callable[[], Mapping[str, 
     print(result, flush=True)
 
 
-def read_results(file: Path) -> list[dict[str, Any]]:
-    """Read the results that a benchmark has added to a file, one JSON object in each line; none without the file."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def read_results(file: Path, **key: Any) -> list[dict[str, Any]]:
+    """Read the results with this key that a benchmark has added to a file, one JSON object in each line.
+
+    Returns:
+        The results; none without the file.
+    """
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [row for row in rows if key.items() <= row.items()]

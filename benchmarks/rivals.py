@@ -43,7 +43,7 @@ from pipeline.device import as_input
 from pipeline.networks.models import build_network
 from trainer import train_student, train_teacher
 from trainer.reproduction.profiles import ON_TEXTURES, PROFILES, Profile
-from trainer.results.evaluation import predict
+from trainer.results.evaluation import group_scores, predict
 
 CPU, TESTS = torch.device("cpu"), ("iid", "ood", "shift")
 SCORES = (*TESTS, "worst group", "worst pair")
@@ -254,17 +254,16 @@ def scores(model: Classifier, dataset: Dataset) -> dict[str, float]:
 
     *Worst pair* is the worst of the pairs of a class and a group on OOD: the worst group of SpuCo's evaluation.
     """
-    found, worst, pairs = {}, [], []
+    found = {}
     for test in TESTS:
         split = dataset.split(test)
-        groups, labels = _groups(split), np.asarray(split.labels[:])
-        right = predict(model, split, CPU) == labels
-        found[test] = 100 * float(right.mean())
-        worst += [100 * float(right[groups == group].mean()) for group in np.unique(groups)]
-        if test == "ood":
-            of_pairs = np.stack([labels, groups], 1)
-            pairs = [100 * float(right[(of_pairs == pair).all(1)].mean()) for pair in np.unique(of_pairs, axis=0)]
-    return {**found, "worst group": min(worst), "worst pair": min(pairs)}
+        labels = np.asarray(split.labels[:]).astype(int)
+        found[test] = group_scores(predict(model, split, CPU) == labels, labels, split, dataset)
+    return {
+        **{test: of_test["accuracy"] for test, of_test in found.items()},
+        "worst group": min(of_test["worst_group"]["accuracy"] for of_test in found.values()),
+        "worst pair": found["ood"]["worst_class_in_group"]["accuracy"],
+    }
 
 
 def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:

@@ -5,7 +5,9 @@ The tests of the published benchmarks are not in them, so that anything may be c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,12 +158,15 @@ class Place:
         )  # fmt: skip
         return folder
 
-    def student(self, cache: Path | None, name: str = "student", **options: Any) -> Path:
-        """Train a student of 600 steps, unless it is there, and return its folder."""
-        folder = self.folder / name
+    @contextmanager
+    def student(self, cache: Path | None, **options: Any) -> Iterator[Path]:
+        """Train a student of 600 steps, which exists while the context lasts; an interrupted training is resumed."""
+        folder = self.folder / "student"
+        if (folder / "result.json").exists():  # of a process that ended before it was measured
+            shutil.rmtree(folder)
         given = {
             "steps": STEPS, **self.world.student, "threads": self.threads, "precision": self.precision, **options,
         }  # fmt: skip
-        if not (folder / "result.json").exists():
-            train_student(self.dataset().path, cache, folder, **given)
-        return folder
+        train_student(self.dataset().path, cache, folder, **given)
+        yield folder
+        shutil.rmtree(folder)

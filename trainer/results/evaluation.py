@@ -156,7 +156,7 @@ def score(
     on_object = None if split.masks is None else relevance_on_object(model, split, device)
     labels = np.asarray(split.labels[:]).astype(np.int64)
     return {
-        **_summary(predictions.classes == labels, labels, split, dataset),
+        **group_scores(predictions.classes == labels, labels, split, dataset),
         **class_scores(labels, predictions.classes, dataset.class_names),
         "on_object": on_object,
     }
@@ -327,7 +327,17 @@ def _batches(split: Split, every: int, size: int) -> Iterator[slice]:
         yield slice(start, start + size * every, every)
 
 
-def _summary(correct: np.ndarray, labels: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
+def group_scores(correct: np.ndarray, labels: np.ndarray, split: Split, dataset: Dataset) -> dict[str, Any]:
+    """Score the answers as a whole, in each group and in the worst pair of a class and a group.
+
+    Args:
+        correct: whether each answer is right, bool (N,).
+        labels: int64 (N,).
+        split, dataset: that of the samples.
+
+    Returns:
+        What `evaluate` has for a split, from ``accuracy`` to ``groups``.
+    """
     scores, worst_pair, mean = [], None, None
     if split.groups is not None:
         groups = np.asarray(split.groups[:]).astype(np.int64)
