@@ -20,6 +20,10 @@ from torch.utils.data._utils import collate as _collate
 aten_convolution: Any = torch.ops.aten.convolution
 convolution_backward: Any = torch.ops.aten.convolution_backward
 threshold_backward: Any = torch.ops.aten.threshold_backward
+silu_backward: Any = torch.ops.aten.silu_backward
+hardswish_backward: Any = torch.ops.aten.hardswish_backward
+hardtanh_backward: Any = torch.ops.aten.hardtanh_backward
+gelu_backward: Any = torch.ops.aten.gelu_backward
 native_batch_norm: Any = torch.native_batch_norm
 native_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
 batch_norm_update_stats: Any = torch.ops.aten.batch_norm_update_stats

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,11 +32,15 @@ from pipeline.private_torch import (
     convolution_backward,
     current_backward_pass,
     default_collate_fn_map,
+    gelu_backward,
+    hardswish_backward,
+    hardtanh_backward,
     has_gradient_hooks,
     is_view,
     native_batch_norm,
     native_batch_norm_backward,
     running_checkpoint,
+    silu_backward,
     threshold_backward,
     unsafe_view,
 )
@@ -64,7 +69,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 19
+    assert len(parts) == 23
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -86,6 +91,21 @@ def test_threshold_backward_is_the_gradient_of_a_relu():
     x, g = _values(5, 5), _values(5, 5, seed=1)
     x[0] = 0
     torch.testing.assert_close(threshold_backward(g, x.relu(), 0), g * (x > 0))
+
+
+@pytest.mark.parametrize(
+    ("function", "backward"),
+    [
+        (F.silu, silu_backward),
+        (F.hardswish, hardswish_backward),
+        (partial(F.hardtanh, min_val=0.0, max_val=0.7), partial(hardtanh_backward, min_val=0, max_val=0.7)),
+        (F.gelu, gelu_backward),
+        (partial(F.gelu, approximate="tanh"), partial(gelu_backward, approximate="tanh")),
+    ],
+)
+def test_backward_operators_of_activations(function, backward):
+    x, g = _values(4, 3, 2).requires_grad_(), _values(4, 3, 2, seed=1)
+    torch.testing.assert_close(backward(g, x.detach()), torch.autograd.grad(function(x), x, g)[0])
 
 
 @pytest.mark.parametrize("training", [True, False])

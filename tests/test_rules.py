@@ -81,6 +81,15 @@ def gated(x: Tensor) -> Tensor:
     return F.glu(x, dim=-1)
 
 
+def overwritten(function):
+    def changed(x):
+        y = x * 1
+        function(y)
+        return y
+
+    return changed
+
+
 def gated_in_place(x: Tensor) -> Tensor:
     x = x * 1
     x *= torch.sigmoid(x.mean(1, keepdim=True))
@@ -112,7 +121,9 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "softplus": (F.softplus, 0),
     "prelu": (lambda x, w: F.prelu(x.mT, w), 1),
     "clamp": (lambda x: x.clamp(-0.5, 0.7), 0),
-    "in-place": (lambda x: F.silu(x * 1, inplace=True), 0),
+    "in-place": (overwritten(partial(F.silu, inplace=True)), 0),
+    "in-place of two bounds": (overwritten(lambda x: x.clamp_(0, 0.7)), 0),
+    "in-place of a view": (lambda x: F.hardswish((x * 1).mT, inplace=True).mT, 0),
     "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), 0),
     "gate": (gated, 0),
     "gate in place": (gated_in_place, 0),
@@ -161,9 +172,9 @@ def check_second_order(model: nn.Module, images: Tensor, targets: Tensor, epsilo
 
 CONSERVING = [
     "relu6", "silu", "gelu", "hardswish", "tanh", "leaky relu", "elu", "softplus", "sigmoid", "clamp", "in-place",
-    "quick gelu", "gate", "gate in place", "product of a batch", "einsum", "quotient", "reciprocal square root",
-    "normalize", "global response norm", "power", "layer norm of two axes", "rms norm", "instance norm",
-    "local response norm", "largest of an axis",
+    "in-place of a view", "quick gelu", "gate", "gate in place", "product of a batch", "einsum", "quotient",
+    "reciprocal square root", "normalize", "global response norm", "power", "layer norm of two axes", "rms norm",
+    "instance norm", "local response norm", "largest of an axis",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.private_torch import gelu_backward, hardswish_backward, hardtanh_backward, is_view, silu_backward
 from pipeline.rules.elementwise import elementwise
-from pipeline.rules.node import input_gradient, node, stabilised, stabilised_quotient, written
+from pipeline.rules.node import input_gradient, node, node_in_place, stabilised, stabilised_quotient, written
 from pipeline.rules.relu import BoundedReLURelevance
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -40,6 +42,8 @@ BOUNDS: set[Any] = {
     *OF_TWO_BOUNDS, F.relu6, torch.clamp_min, torch.clamp_min_, T.clamp_min, T.clamp_min_, torch.clamp_max,
     torch.clamp_max_, T.clamp_max, T.clamp_max_,
 }  # fmt: skip
+
+GRADIENTS: dict[Any, Any] = {F.silu: silu_backward, F.hardswish: hardswish_backward, F.gelu: gelu_backward}
 
 
 @rule_for(*ACTIVATIONS)
@@ -72,6 +76,13 @@ def _bound_of_relu(func: Any, args: Any, kwargs: Any) -> float | None:
     return None
 
 
+def _gradient(function: Any, operator: Any, x: Tensor, g: Tensor) -> Tensor:
+    """Return `input_gradient`, by PyTorch's operator for it if one is given, which cannot be differentiated itself."""
+    if operator is None or torch.is_grad_enabled():
+        return input_gradient(function, x, g)
+    return operator(g, x)
+
+
 def activation_passes(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Pass g · f(x) / x: the identity rule of rule sets in which the layers hold the stabilisers."""
     return identity_rule(trace, func, input, args, kwargs, stabiliser=False)
@@ -81,14 +92,14 @@ class _IdentityRelevance(Function):
     """g · f(x) / d with d = x + ε·sign(x), as in `stabilised_quotient`, with less memory traffic."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any, operator: Any) -> Tensor:
         d = stabilised(x, epsilon)
         scaled = g / d
         flat = torch.finfo(x.dtype).eps
         if epsilon.is_cuda or bool((epsilon < flat).any()):
             scaled.masked_fill_(d.abs() < flat, 0)
         share = torch.div(function(x), d, out=d)
-        ctx.function = function
+        ctx.function, ctx.operator = function, operator
         ctx.save_for_backward(scaled, x, share)
         return g * share
 
@@ -97,9 +108,9 @@ class _IdentityRelevance(Function):
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         scaled, x, share = ctx.saved_tensors
         # d/dx f(x)/d = (f'(x) − f(x)/d) / d
-        dx = scaled.mul(v)
-        dx = input_gradient(ctx.function, x, dx).sub_(dx.mul_(share))
-        return v * share, dx, None, None
+        scaled = scaled * v
+        dx = _gradient(ctx.function, ctx.operator, x, scaled).addcmul_(scaled, share, value=-1)
+        return v * share, dx, None, None, None
 
 
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
@@ -110,6 +121,9 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
     state, axis, positional, names = trace.state, trace.batch_axis(input), len(args), tuple(kwargs)
     bound = _bound_of_relu(func, args, kwargs)
+    operator = partial(GRADIENTS[func], **kwargs) if func in GRADIENTS else None
+    if bound is not None:
+        operator = partial(hardtanh_backward, min_val=0, max_val=bound)
 
     def function(x: Tensor, *options: Any) -> Tensor:
         named = dict(zip(names, options[positional:], strict=True))
@@ -124,8 +138,12 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
             return torch.div(function(x, *options), d, out=d).mul_(g)
         if any(isinstance(option, Tensor) for option in options):
             return g * stabilised_quotient(function(x, *options), x, epsilon)
-        return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options))
+        return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options), operator)
 
+    if inplace and operator is not None and not is_view(input):
+        gradient = partial(_gradient, lambda x: function(x, *args, *kwargs.values()), operator)
+        options = kwargs if writes else {**kwargs, "inplace": True}
+        return node_in_place(state, lambda x: func(x, *args, **options), gradient, relevance, input)
     output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
     return written(input, output) if inplace else output
 

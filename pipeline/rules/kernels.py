@@ -46,6 +46,9 @@ class Convolution:
         if self._is_pointwise(x, weight):
             made = _as_map(F.linear(_pixels(x), weight.flatten(1), bias), x)
             return unsafe_view(made, made.shape)
+        if self._scales(x, weight):
+            made = x * weight.flatten().view(1, -1, 1, 1)
+            return made if bias is None else made.add_(bias.view(1, -1, 1, 1))
         return aten_convolution(*self._by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
@@ -54,6 +57,8 @@ class Convolution:
             return (g.flatten(1) @ _rows(weight)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
         if self._is_pointwise(x, weight):
             return _as_map(_pixels(g) @ weight.flatten(1), x)
+        if self._scales(x, weight):
+            return g * weight.flatten().view(1, -1, 1, 1)
         if self._plain(x) and x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1:
             return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
         g, x, weight = self._by_channel(x, g, x, weight)
@@ -67,6 +72,8 @@ class Convolution:
             return Convolution(([1, 1], padding, *rest)).weight_grad(x, g, weight)
         if self._is_pointwise(x, weight) and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
             return (_pixels(g).T @ _pixels(x)).view(weight.shape)
+        if self._scales(x, weight) and x.shape[2:].numel() <= LARGE_MAP:
+            return (x * g).sum((0, 2, 3)).view(weight.shape)
         depthwise = self._is_depthwise(x, weight)
         if x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP and (depthwise or self._plain(x)):
             pairs = _pairs_by_channel(x, g) if depthwise else _pairs(x, g)
@@ -99,6 +106,12 @@ class Convolution:
     def _is_depthwise(self, x: Tensor, weight: Tensor) -> bool:
         """Return whether this is a convolution of each channel alone, on a CPU."""
         return self._on_cpu(x) and x.shape[1] == weight.shape[0] == self.options[5]
+
+    def _scales(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether this scales each channel. For maps of one pixel, PyTorch's kernels take many times as long."""
+        stride, padding, _ = self.options[:3]
+        one_tap = weight.shape[2:].numel() == 1 and not any(padding)
+        return one_tap and self._is_depthwise(x, weight) and (max(stride) == 1 or x.shape[2:].numel() == 1)
 
     def _on_cpu(self, x: Tensor) -> bool:
         """Return whether this is a convolution of images on a CPU, and not a transposed one."""

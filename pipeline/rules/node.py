@@ -65,6 +65,44 @@ def written(target: Tensor, output: Tensor) -> Tensor:
     return target.copy_(output) if is_view(target) else _Written.apply(target, output)
 
 
+class _NodeInPlace(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        state: PassState,
+        function: Callable[[Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor], Tensor],
+        relevance: Callable[[Tensor, Tensor], Tensor],
+        x: Tensor,
+        target: Tensor,
+    ) -> Tensor:
+        ctx.state, ctx.gradient, ctx.relevance = state, gradient, relevance
+        ctx.save_for_backward(x)
+        ctx.mark_dirty(target)
+        return function(target)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        dx = ctx.gradient(x, g) if ctx.state.epsilon is None else ctx.relevance(g, x)
+        return None, None, None, None, dx, None
+
+
+def node_in_place(
+    state: PassState,
+    function: Callable[[Tensor], Tensor],
+    gradient: Callable[[Tensor, Tensor], Tensor],
+    relevance: Callable[[Tensor, Tensor], Tensor],
+    target: Tensor,
+) -> Tensor:
+    """Call a function that changes ``target`` in place, with two behaviours in the backward pass, see `node`.
+
+    ``gradient(x, g)`` and ``relevance(g, x)`` get the values from before it. The result is that of `written` with a
+    `node`, in fewer passes over memory.
+    """
+    return _NodeInPlace.apply(state, function, gradient, relevance, target.clone(), target)
+
+
 def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:
     """Return the gradient ``g · ∂function/∂x`` at x, differentiable if autograd needs that."""
     create_graph = torch.is_grad_enabled()
