@@ -20,7 +20,7 @@ from report import processor, spread, table
 from torch import Tensor, nn
 
 from pipeline import Trace
-from pipeline.device import pick_device, place
+from pipeline.device import pick_device, place, small_numbers_are_zero
 from pipeline.networks.zero_shot import zero_shot_network
 
 CLASSES = 10
@@ -81,6 +81,7 @@ def _now(device: torch.device) -> float:
 @click.option("--draws", default=4, show_default=True, type=click.IntRange(1))
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1))
 @click.option("--device", default="auto", show_default=True)
+@small_numbers_are_zero()
 def main(models: str, side: int, batch_size: int, draws: int, rounds: int, device: str) -> None:
     import open_clip
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -91,3 +93,18 @@ def keep_freed_memory() -> None:
         mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD in malloc.h
         mallopt(mmap_threshold, 2**30)
         mallopt(trim_threshold, 2**31 - 1)
+
+
+@contextmanager
+def small_numbers_are_zero() -> Iterator[None]:
+    """Let a CPU compute with 0 in place of numbers below 1e-38, in this thread and in those that it starts meanwhile.
+
+    In a deep network with a large ε, much of the relevance may be that small, and a CPU takes many times as long for
+    it (docs/results/clip.md). PyTorch's own threads start at its first large operation.
+    """
+    before = sys.float_info.min / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)

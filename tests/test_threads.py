@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import pipeline.threads
 from cli import main
 from pipeline import RelevanceError, cache_explanations
 from pipeline.caching.options import CachingOptions
+from pipeline.device import small_numbers_are_zero
 from pipeline.threads import cpu_threads, machine_load
 from trainer import train_student
 
@@ -118,3 +120,40 @@ def test_the_command_line_names_the_flag(dataset, tmp_path, monkeypatch, two_thr
     ]
     result = CliRunner().invoke(main, arguments)
     assert "give --threads 1\n" in result.output + capfd.readouterr().err
+
+
+def _are_zero() -> bool:
+    return (torch.full((4,), 1e-38) * 1e-5 == 0).all().item()
+
+
+FLUSHES = pytest.mark.skipif(not torch.set_flush_denormal(False), reason="PyTorch cannot set it on this processor")
+
+
+@FLUSHES
+def test_small_numbers_are_zero_in_the_context_and_its_threads_alone():
+    seen = []
+    with small_numbers_are_zero():
+        with small_numbers_are_zero():
+            pass
+        thread = threading.Thread(target=lambda: seen.append(_are_zero()))
+        thread.start()
+        thread.join()
+        assert _are_zero()
+        assert seen == [True]
+    assert not _are_zero()
+
+
+@FLUSHES
+def test_small_numbers_are_zero_in_both_stages(dataset, teacher, tmp_path):
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *call: seen.append(_are_zero()))
+    try:
+        train_student(dataset, None, tmp_path / "s", method="erm", steps=1)
+        assert seen
+        assert all(seen)
+        seen.clear()
+        cache_explanations(dataset, teacher, tmp_path / "c.zarr", draws=1)
+        assert seen[-1]
+    finally:
+        hook.remove()
+    assert not _are_zero()

@@ -34,7 +34,7 @@ from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
 from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
 from pipeline.caching.first_look import FirstLook, first_look
 from pipeline.caching.options import DRAWS, CachingOptions
-from pipeline.device import as_input, pick_device, place
+from pipeline.device import as_input, pick_device, place, small_numbers_are_zero
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
 from pipeline.log_level import log_level
@@ -215,6 +215,7 @@ def _tell_first_look(job: Job, client: Any) -> None:
                 log.warning(warning)
 
 
+@small_numbers_are_zero()
 def _look(job: Job, shard: int = 0) -> FirstLook | None:
     """Look at the maps of a job, in the process that computes its shards."""
     opened = _opened_for(job)
@@ -463,6 +464,7 @@ _opening, _computing = threading.Lock(), threading.Lock()
 _opened: dict[Job, _Opened] = {}  # at most one: the last model is gone before the next one takes its memory
 
 
+@small_numbers_are_zero()
 def compute_shard(job: Job, shard: int) -> int:
     """Compute one shard, write and commit it: the task of stage one. Returns the number of its samples.
 

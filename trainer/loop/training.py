@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from options import Message, Option, first_line
 from pipeline import Classifier, ModelConfig, ModelError, homogeneity_error, save_plain, synchronise_batch_norm
-from pipeline.device import as_input, multiplies_bfloat16, pick_device, place, round_to_tf32
+from pipeline.device import as_input, multiplies_bfloat16, pick_device, place, round_to_tf32, small_numbers_are_zero
 from pipeline.networks.checkpoints import Weights
 from pipeline.networks.classifier import build_classifier, save_weights
 from pipeline.networks.fading import bias_free_state, set_remaining
@@ -233,6 +233,7 @@ def prepare(training: Training, cleanup: ExitStack) -> State:
     ranks, device_name = cleanup.enter_context(connect(training.runtime.device))
     cleanup.enter_context(_explain_lost_processes(training.out))
     device = pick_device(device_name)
+    cleanup.enter_context(small_numbers_are_zero())
     cleanup.enter_context(cpu_threads(training.runtime.threads, device))
     batch_samples = _share_batch(training, ranks)
     autocast, precision = choose_precision(settings.precision, device)
