@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import trainer.loop.state
 import trainer.loop.training
 from pipeline import ModelError, build_network
 from pipeline.networks.classifier import build_classifier, load_classifier
@@ -294,7 +295,7 @@ def test_a_model_and_an_unfinished_training_from_before_the_trial_stay_usable(
         return build_classifier(config, student_factory, segmenter, to_train=False)
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.loop.training, "build_classifier", unchecked)
+        patched.setattr(trainer.loop.state, "build_classifier", unchecked)
         patched.setattr(trainer.loop.training, "finish", interrupted)
         with pytest.raises(TrainingInterrupted):
             train_student(dataset, cache, tmp_path / "s", **options)

@@ -26,7 +26,8 @@ from trainer.loop.class_weights import class_weights
 from trainer.loop.groups import groups_of
 from trainer.loop.masks import check_objects
 from trainer.loop.methods import METHODS, method_of, missing_from, moves, needs, of_store, parse_terms
-from trainer.loop.training import STUDENT, Material, Training, train
+from trainer.loop.state import STUDENT, Material, Training
+from trainer.loop.training import train
 from trainer.run_dir import check_free
 from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
 from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, own_bias_free

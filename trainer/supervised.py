@@ -19,7 +19,8 @@ from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.class_weights import class_weights, unbalanced_note
 from trainer.loop.masks import check_objects
 from trainer.loop.methods import moves
-from trainer.loop.training import TEACHER, Material, Training, train
+from trainer.loop.state import TEACHER, Material, Training
+from trainer.loop.training import train
 from trainer.run_dir import check_free
 from trainer.settings import TEACHER_STEPS, Runtime, Settings, TeacherOptions, total_steps
 from trainer.start import fade_biases, keeps_biases, network_of, own_bias_free

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,9 @@ from pipeline.networks.models import error_summary
 from pipeline.networks.trials import undisturbed
 from teacher_cache import CacheError
 from trainer.errors import TrainingError
+from trainer.loop.state import Training
 from trainer.loop.step import forward_backward, forward_of, on_device
 from trainer.stream.stream import read_block
-
-if TYPE_CHECKING:
-    from trainer.loop.training import Training
 
 log = logging.getLogger(__name__)
 
