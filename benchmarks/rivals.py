@@ -215,7 +215,8 @@ def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: in
     steps, arch = world.student["steps"], world.student["arch"]
 
     def build() -> nn.Module:
-        return build_network(arch, classes, split.image_shape, free_of_biases=False)[0]
+        network, _ = build_network(arch, classes, split.image_shape, free_of_biases=False)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     evaluator = Evaluator(validation, validation.group_partition, validation.group_weights, 512, nn.Identity())
     epochs = max(1, round(steps * BATCH / len(train)))
