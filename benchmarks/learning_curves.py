@@ -109,15 +109,23 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for all files.")
 @click.option("--method", "methods", multiple=True, type=click.Choice([*METHODS]), help="Method. Default: all.")
+@click.option("--samples", "sizes", multiple=True, type=click.Choice(SIZES), help="Training images. Default: all.")
 @click.option("--picture", type=click.Path(path_type=Path), help="File of a picture of the curves, such as curves.png.")
 @click.option("--precision", default="float32", show_default=True, help="Arithmetic of the students.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(work: Path, methods: Sequence[str], picture: Path | None, precision: str, threads: int) -> None:
+def main(
+    work: Path,
+    methods: Sequence[str],
+    sizes: Sequence[int],
+    picture: Path | None,
+    precision: str,
+    threads: int,
+) -> None:
     """Train each network, and print a table for each dataset."""
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
     file = work / "results.jsonl"
-    for name, world, samples in product(methods or METHODS, ON, SIZES):
+    for name, world, samples in product(methods or METHODS, ON, sizes or SIZES):
         method = METHODS[name]
         whole = Place(work / world, WORLDS[world], threads, samples=max(SIZES), precision=precision)
         place = replace(whole, folder=work / world / f"{samples}", samples=samples, whole=whole)
