@@ -30,6 +30,7 @@ from pipeline import (
     load_classifier,
 )
 from pipeline.caching import stage_one
+from pipeline.caching.draws import usual_draws
 from pipeline.device import as_input
 from teacher_cache import CacheError, check_complete, open_cache, repair
 from trainer import train_student, train_teacher
@@ -72,6 +73,11 @@ def test_the_store_holds_what_explain_says(dataset, teacher, cache):
     assert store.info.dataset.fingerprint == split.fingerprint
 
 
+@pytest.mark.parametrize(("samples", "draws"), [(0, 8), (1, 8), (2500, 8), (2501, 8), (4000, 5), (5000, 4), (10**6, 4)])
+def test_few_samples_have_more_draws(samples, draws):
+    assert usual_draws(samples) == draws
+
+
 SMALL_CNNS = [name for name in EXPLAINERS if name not in ("flex-stride16", "flex-stride32")]  # which it has maps for
 
 
@@ -80,7 +86,7 @@ def test_the_store_holds_what_every_explainer_says_and_the_teachers_features(exp
     cache_explanations(dataset, teacher, tmp_path / "c.zarr", explainer=explainer, features=True)
     store, (model, _) = open_cache(tmp_path / "c.zarr"), load_classifier(teacher)
     assert store.info.explainer.rule == explainer
-    assert store.info.explainer.draws == (1 if explainer == "attention" else 4)
+    assert store.info.explainer.draws == (1 if explainer == "attention" else 8)  # of 300 samples
     assert store.info.explainer.class_policy == ("none" if explainer == "attention" else "top-or-other")
     coarse = (1, 7, 7) if explainer == "flex-stride4" else (1, 3, 3)
     assert store.info.map_shape == (coarse if EXPLAINERS[explainer].coarse else (3, 28, 28))

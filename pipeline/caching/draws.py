@@ -6,9 +6,18 @@ with fewer.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 CLASS_POLICY = "top-or-other"
+DRAWS, MOST_DRAWS, MAPS = 4, 8, 20_000  # by default: draws of a sample, and maps of a store of few samples
+
+
+def usual_draws(samples: int) -> int:
+    """Return the draws of each sample by default: 4, and up to 8 for less than 5,000 samples, to which more draws help
+    (docs/results/learning-curves.md)."""
+    return min(MOST_DRAWS, max(DRAWS, math.ceil(MAPS / max(samples, 1))))
 
 
 def uniforms(seed: int, stream: int, start: int, stop: int) -> np.ndarray:

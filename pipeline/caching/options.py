@@ -14,7 +14,6 @@ from teacher_cache.errors import CacheError
 
 _COMPRESSORS = ", ".join(f"{name} ({compressor.note})" for name, compressor in COMPRESSORS.items())
 _AUTO = ", ".join(f"{precision.compressor} for {name}" for name, precision in PRECISIONS.items())
-DRAWS = 4  # of each sample, where the explainer knows classes and ε
 
 
 @dataclass(frozen=True, kw_only=True)

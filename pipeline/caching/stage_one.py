@@ -31,9 +31,9 @@ from options import Message, Option, renamed, takes
 from pipeline.batch import explain_batch
 from pipeline.caching.batches import Batches, BatchSize, fitting
 from pipeline.caching.cluster import connected, on_every_worker, run_on_cluster
-from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes
+from pipeline.caching.draws import CLASS_POLICY, epsilons, target_classes, usual_draws
 from pipeline.caching.first_look import FirstLook, first_look
-from pipeline.caching.options import DRAWS, CachingOptions
+from pipeline.caching.options import CachingOptions
 from pipeline.device import as_input, pick_device, place, small_numbers_are_zero
 from pipeline.errors import ModelError, RelevanceError
 from pipeline.explainers import EXPLAINERS
@@ -115,10 +115,11 @@ def cache_explanations(
 ) -> CacheSummary:
     """Write the teacher's heatmaps of a split to a store, or resume a store that is unfinished.
 
-    Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, and 1
-    for attention, whose maps know neither class nor ε. Dask runs one task for each shard; a shard is written whole,
-    then committed. The draws depend on the seed and the sample alone, the heatmaps on nothing else but float rounding
-    (bit for bit at equal batch size). Memory does not grow with the number of samples.
+    Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, or up
+    to 8 for less than 5,000 samples, and 1 for attention, whose maps know neither class nor ε. Dask runs one task for
+    each shard; a shard is written whole, then committed. The draws depend on the seed and the sample alone, the
+    heatmaps on nothing else but float rounding (bit for bit at equal batch size). Memory does not grow with the number
+    of samples.
 
     ``batch_size`` may be ``auto``: each process, or worker of a cluster, then finds the largest power of two that its
     memory holds, see `Batches`. One process writes a store at a time; with ``share`` several divide the shards, and
@@ -259,12 +260,12 @@ def _missing(cache: Cache, bar: Any) -> list[int]:
     return missing
 
 
-def _explainer_info(options: CachingOptions, map_shape: tuple[int, int, int]) -> ExplainerInfo:
+def _explainer_info(options: CachingOptions, samples: int, map_shape: tuple[int, int, int]) -> ExplainerInfo:
     """Describe how samples are explained. Raises RelevanceError for draws that would all be alike."""
     class_policy = "none" if EXPLAINERS[options.explainer].rules is None else CLASS_POLICY
     draws = options.draws
     if draws is None:
-        draws = 1 if class_policy == "none" else DRAWS
+        draws = 1 if class_policy == "none" else usual_draws(samples)
     if class_policy == "none" and draws > 1:
         raise RelevanceError(
             Message(
@@ -289,10 +290,10 @@ def _plan(options: CachingOptions, device_name: str) -> tuple[CacheInfo, dict[st
     The first samples are explained now: a network that cannot be explained is refused, the shape of its maps and the
     width of its features are seen, and the codec is chosen by them.
     """
-    explainer = _explainer_info(options, (0, 0, 0))  # the shape of a map is not known yet
     dataset = open_dataset(options.data)
     dataset.check_classes()
     split = dataset.split(options.split)
+    explainer = _explainer_info(options, len(split), (0, 0, 0))  # the shape of a map is not known yet
     split.verify()
     shape, device = split.image_shape, pick_device(device_name)
     teacher = _load(
