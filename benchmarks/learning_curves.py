@@ -90,7 +90,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the accuracy on OOD over the number of images, a panel for each dataset."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, world in zip(figure.subplots(1, len(ON)), ON, strict=True):
         for number, name in enumerate(METHODS):
             rows = sorted((r["samples"], r["ood"]) for r in results if (r["world"], r["method"]) == (world, name))
@@ -102,7 +102,7 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
         axes.minorticks_off()
     figure.axes[0].set_ylabel("accuracy on OOD in %")
-    figure.axes[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
 
 
