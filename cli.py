@@ -295,7 +295,7 @@ def _echo_bias_free(summary: dict[str, Any] | None) -> None:
             **METAVARS,
             "teacher": {"required": False},
             "resolution": {"type": Choice([1, 2, 4])},
-            "draws": {"show_default": "4, or up to 8 for less than 5,000 samples; 1 for attention"},
+            "draws": {"show_default": "4, or up to 8 for fewer than 5,000 samples; 1 for attention"},
             "scheduler": {"metavar": "ADDRESS"},
         },
         without=OF_SAVED,

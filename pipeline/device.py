@@ -1,4 +1,4 @@
-"""The device: its choice, the conversion of stored images and masks to tensors on it, and the allocator on a CPU."""
+"""The device: its choice, stored images and masks as tensors on it, and how a CPU keeps memory and computes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def small_numbers_are_zero() -> Iterator[None]:
-    """Let a CPU compute with 0 in place of numbers below 1e-38, in this thread and in those that it starts meanwhile.
+    """Let a CPU compute with 0 in place of float32 below 1e-38, in this thread and in those that it starts meanwhile.
 
     In a deep network with a large ε, much of the relevance may be that small, and a CPU takes many times as long for
     it (docs/results/clip.md). PyTorch's own threads start at its first large operation.

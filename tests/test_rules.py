@@ -123,6 +123,8 @@ OPERATIONS: dict[str, tuple[Callable[..., Tensor], int]] = {
     "clamp": (lambda x: x.clamp(-0.5, 0.7), 0),
     "in-place": (overwritten(partial(F.silu, inplace=True)), 0),
     "in-place of two bounds": (overwritten(lambda x: x.clamp_(0, 0.7)), 0),
+    "in-place hardtanh": (overwritten(lambda x: F.hardtanh(x, 0.0, 0.7, inplace=True)), 0),
+    "in-place hardtanh of both signs": (overwritten(partial(F.hardtanh_, max_val=0.7)), 0),
     "in-place of a view": (lambda x: F.hardswish((x * 1).mT, inplace=True).mT, 0),
     "quick gelu": (lambda x: x * torch.sigmoid(1.702 * x), 0),
     "gate": (gated, 0),
@@ -176,6 +178,17 @@ CONSERVING = [
     "reciprocal square root", "normalize", "global response norm", "power", "layer norm of two axes", "rms norm",
     "instance norm", "local response norm", "largest of an axis",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.clamp_(0, 0.5), lambda x: F.hardtanh_(x, 0, 0.5), lambda x: F.relu6(x, inplace=True)]
+)
+def test_the_true_gradient_at_a_bound_is_pytorchs(change):
+    at_bounds = torch.tensor([[-1.0, 0.0, 0.5, 6.0, 7.0]]).double().requires_grad_()
+    gradients = []
+    for logits in (Trace(overwritten(change), at_bounds).logits, overwritten(change)(at_bounds)):
+        gradients += torch.autograd.grad(logits.sum(), at_bounds)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("name", CONSERVING)

@@ -15,7 +15,7 @@ DRAWS, MOST_DRAWS, MAPS = 4, 8, 20_000  # by default: draws of a sample, and map
 
 
 def usual_draws(samples: int) -> int:
-    """Return the draws of each sample by default: 4, and up to 8 for less than 5,000 samples, to which more draws help
+    """Return the draws of each sample by default: 4, and up to 8 for fewer than 5,000 samples, to which more draws help
     (docs/results/learning-curves.md)."""
     return min(MOST_DRAWS, max(DRAWS, math.ceil(MAPS / max(samples, 1))))
 

@@ -116,7 +116,7 @@ def cache_explanations(
     """Write the teacher's heatmaps of a split to a store, or resume a store that is unfinished.
 
     Each draw of a sample is a class, an ε and a heatmap; all draws share one forward pass. ``draws`` None is 4, or up
-    to 8 for less than 5,000 samples, and 1 for attention, whose maps know neither class nor ε. Dask runs one task for
+    to 8 for fewer than 5,000 samples, and 1 for attention, whose maps know neither class nor ε. Dask runs one task for
     each shard; a shard is written whole, then committed. The draws depend on the seed and the sample alone, the
     heatmaps on nothing else but float rounding (bit for bit at equal batch size). Memory does not grow with the number
     of samples.

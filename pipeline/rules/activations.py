@@ -43,7 +43,20 @@ BOUNDS: set[Any] = {
     torch.clamp_max_, T.clamp_max, T.clamp_max_,
 }  # fmt: skip
 
-GRADIENTS: dict[Any, Any] = {F.silu: silu_backward, F.hardswish: hardswish_backward, F.gelu: gelu_backward}
+
+def _hardtanh_backward(g: Tensor, x: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Tensor:
+    return hardtanh_backward(g, x, min_val, max_val)
+
+
+# g · f'(x); torch.clamp has no operator for it
+GRADIENTS: dict[Any, Any] = {
+    F.relu6: partial(_hardtanh_backward, min_val=0.0, max_val=6.0),
+    F.hardtanh: _hardtanh_backward,
+    F.hardtanh_: _hardtanh_backward,
+    F.silu: silu_backward,
+    F.hardswish: hardswish_backward,
+    F.gelu: gelu_backward,
+}
 
 
 @rule_for(*ACTIVATIONS)
@@ -121,9 +134,7 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
     kwargs = {name: value for name, value in kwargs.items() if name != "inplace"}
     state, axis, positional, names = trace.state, trace.batch_axis(input), len(args), tuple(kwargs)
     bound = _bound_of_relu(func, args, kwargs)
-    operator = partial(GRADIENTS[func], **kwargs) if func in GRADIENTS else None
-    if bound is not None:
-        operator = partial(hardtanh_backward, min_val=0, max_val=bound)
+    operator = (lambda g, x: GRADIENTS[func](g, x, *args, **kwargs)) if func in GRADIENTS else None
 
     def function(x: Tensor, *options: Any) -> Tensor:
         named = dict(zip(names, options[positional:], strict=True))
@@ -140,11 +151,14 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
             return g * stabilised_quotient(function(x, *options), x, epsilon)
         return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options), operator)
 
+    options = [*args, *kwargs.values()]
     if inplace and operator is not None and not is_view(input):
-        gradient = partial(_gradient, lambda x: function(x, *args, *kwargs.values()), operator)
-        options = kwargs if writes else {**kwargs, "inplace": True}
-        return node_in_place(state, lambda x: func(x, *args, **options), gradient, relevance, input)
-    output = node(state, function, relevance, input.clone() if inplace else input, *args, *kwargs.values())
+        gradient = partial(_gradient, lambda x: function(x, *options), operator)
+        flag = {} if writes else {"inplace": True}
+        return node_in_place(
+            state, lambda x: func(x, *args, **kwargs, **flag), gradient, lambda g, x: relevance(g, x, *options), input
+        )
+    output = node(state, function, relevance, input.clone() if inplace else input, *options)
     return written(input, output) if inplace else output
 
 

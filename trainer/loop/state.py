@@ -36,7 +36,7 @@ from trainer.run_dir import RunDir
 from trainer.settings import Runtime, Settings
 from trainer.stream.stream import Source
 
-TEACHER, STUDENT = 0, 1  # purposes of a seed
+TEACHER, STUDENT, STEP = 0, 1, 2  # purposes of a seed
 START = {"step": 0, "seconds": 0.0, "seconds_waiting": 0.0, "first": None, "best": None, "repainted": REPAINTED}
 
 

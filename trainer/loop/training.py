@@ -40,7 +40,7 @@ from trainer.loop.immunity import background_warning, immunity_line, same_answer
 from trainer.loop.interruption import Interruption, TrainingInterrupted
 from trainer.loop.optim import is_moment, make_ema, make_optimizer, make_schedule
 from trainer.loop.phases import in_evaluation_from, raise_momentum, remaining
-from trainer.loop.state import Loop, State, Training
+from trainer.loop.state import STEP, Loop, State, Training
 from trainer.loop.step import FLOAT, forward_backward, on_device, validate
 from trainer.loop.trial import try_out
 from trainer.loop.watch import Watch
@@ -51,7 +51,6 @@ from trainer.stream.stream import read_block, stream
 
 log = logging.getLogger(__name__)
 
-STEP = 2  # a purpose of the seed, beside `TEACHER` and `STUDENT`
 VALIDATIONS = 5  # in a training, at each of which its best weights may change
 IMMUNITY_TESTS = 5  # in a training of `SHORTEST` steps or more, at each of which more images may be repainted
 
