@@ -119,6 +119,18 @@ class Images(BaseSpuCoCompatibleDataset):
         return self.data[row], self._labels[row]
 
 
+class HalfPrecision(nn.Module):
+    """A network that computes in bfloat16, with weights and logits in float32, as our students do."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(CPU.type, torch.bfloat16):
+            return self.network(images).float()
+
+
 # --- rivals -----------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +217,7 @@ RIVALS = {
 }
 
 
-def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: int) -> dict[str, Any]:
+def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: int, precision: str) -> dict[str, Any]:
     """Train a rival, and test its last network and the one that is best for the worst group of unbiased validation."""
     set_seed(seed)
     random.seed(seed)
@@ -216,7 +228,8 @@ def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: in
 
     def build() -> nn.Module:
         network, _ = build_network(arch, classes, split.image_shape, free_of_biases=False)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return HalfPrecision(network) if precision == "bfloat16" else network
 
     evaluator = Evaluator(validation, validation.group_partition, validation.group_weights, 512, nn.Identity())
     epochs = max(1, round(steps * BATCH / len(train)))
@@ -232,13 +245,14 @@ def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: in
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, world: World, dataset: Dataset, seed: int, threads: int) -> dict[str, Any]:
+def ours(folder: Path, world: World, dataset: Dataset, seed: int, precision: str, threads: int) -> dict[str, Any]:
     """Train our teacher, its store and our student."""
-    teacher, cache, student = folder / "teacher", folder / "cache.zarr", folder / f"student-{seed}"
+    teacher, cache, student = folder / "teacher", folder / "cache.zarr", folder / f"student-{seed}-{precision}"
     if not (teacher / "result.json").exists():
         train_teacher(dataset.path, teacher, debias=world.debias, threads=threads, **world.teacher)
     cache_explanations(dataset.path, teacher, cache, threads=threads, **world.store)
-    train_student(dataset.path, cache, student, seed=seed, threads=threads, **world.student)
+    how = {**world.student, "seed": seed, "precision": precision, "threads": threads}
+    train_student(dataset.path, cache, student, **how)
     return {"last": scores(load_classifier(student)[0].eval(), dataset)}
 
 
@@ -276,12 +290,11 @@ def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:
     return cells
 
 
-def lines(results: Sequence[Mapping[str, Any]], world: str, share: float) -> list[list[str]]:
+def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Write a line for each method, and one more for a rival that unbiased validation chooses the weights of."""
     written = []
     for name in (OURS, *RIVALS):
-        rows = [r for r in results if (r["world"], r["share"], r["method"]) == (world, share, name)]
-        rows = [row for row in rows if "last" in row]
+        rows = [row for row in results if row["method"] == name and "last" in row]
         if not rows:
             continue
         needs = "a teacher" if name == OURS else RIVALS[name].needs
@@ -297,6 +310,7 @@ def lines(results: Sequence[Mapping[str, Any]], world: str, share: float) -> lis
 @click.option("--world", "worlds", multiple=True, type=click.Choice([*WORLDS]), help="Benchmark. Default: all.")
 @click.option("--share", "shares", multiple=True, type=float, help="Unbiased share of the training images. Repeatable.")
 @click.option("--method", "methods", multiple=True, type=click.Choice([OURS, *RIVALS]), help="Method. Default: all.")
+@click.option("--precision", default="float32", show_default=True, help="Arithmetic of all networks but the teachers.")
 @click.option("--seeds", default=1, show_default=True, help="Trainings of each method.")
 @click.option("--limit", type=int, help="Maximum number of images in each split. Default: all.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
@@ -305,6 +319,7 @@ def main(
     worlds: Sequence[str],
     shares: Sequence[float],
     methods: Sequence[str],
+    precision: str,
     seeds: int,
     limit: int | None,
     threads: int,
@@ -325,26 +340,28 @@ def main(
         def result(name: str, share: float, seed: int, world: str = world) -> dict[str, Any]:
             given = dataset(share)
             if name == OURS:
-                return ours(Path(given.path).parent, WORLDS[world], given, seed, threads)
+                return ours(Path(given.path).parent, WORLDS[world], given, seed, precision, threads)
             try:
-                return rival(name, WORLDS[world], given, dataset(1.0), seed)
+                return rival(name, WORLDS[world], given, dataset(1.0), seed, precision)
             except (AssertionError, IndexError, ValueError) as error:  # SpuCo's, where it finds no groups
                 return {"error": str(error)}
 
         for seed in range(seeds):
             for share in shares or SHARES:
                 for name in methods or (OURS, *RIVALS):
-                    key = {"world": world, "share": share, "method": name, "seed": seed}
+                    key = {"world": world, "share": share, "method": name, "precision": precision, "seed": seed}
                     once(file, key, partial(result, name, share, seed))
     results = read_results(file)
     print(
         f"PyTorch {torch.__version__}, SpuCo {version('spuco')}, Python {platform.python_version()}, {processor(CPU)}"
     )
+    header = ["method", "needs", "seeds", "IID", "OOD", "shift", "worst group", "worst pair"]
     for world in WORLDS:
-        for share in sorted({row["share"] for row in results if row["world"] == world}):
-            if written := lines(results, world, share):
-                header = ["method", "needs", "seeds", *SCORES]
-                print(f"\n{world}, {100 * share:g} % of the training images unbiased\n\n{table(header, written)}")
+        for share, how in sorted({(row["share"], row["precision"]) for row in results if row["world"] == world}):
+            if written := lines(read_results(file, world=world, share=share, precision=how)):
+                print(
+                    f"\n{world}, {100 * share:g} % of the training images unbiased, {how}\n\n{table(header, written)}"
+                )
 
 
 if __name__ == "__main__":
