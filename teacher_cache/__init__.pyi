@@ -1,7 +1,7 @@
 from .claims import Claims, claim_writing
 from .codec import COMPRESSORS, PRECISIONS, Compressor, Precision, average_pool, choose_compression
 from .errors import CacheError
-from .inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair
+from .inspection import committed_shards, continuing, damaged_shards, describe, inspect_cache, repair, share_of_logits
 from .layout import (
     CacheInfo,
     DatasetInfo,
@@ -40,4 +40,5 @@ __all__ = [
     "open_cache",
     "plan_storage",
     "repair",
+    "share_of_logits",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 from options import Call, Message
 from teacher_cache.claims import claim_writing
 from teacher_cache.errors import CacheError
-from teacher_cache.store import Cache
+from teacher_cache.store import Cache, Shard
 
 SAMPLED_SHARDS = 8  # for the maps' statistics
 NO_SHARES = ("input-gradient", "grad-cam", "attention")  # explainers whose maps are no shares of the logit
@@ -66,10 +66,7 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
             continue
         maps, top = content.heatmaps, content.teacher_logits.argmax(1)
         absolute = np.abs(maps).sum((-3, -2, -1))
-        logits = np.take_along_axis(content.teacher_logits, content.target_class, 1)
-        pixels = cache.info.storage.resolution**2  # of which a stored value is the mean
-        of_maps = (content.epsilon, pixels * maps.sum((-3, -2, -1), dtype=np.float64), logits)
-        sums.append(np.stack([values.ravel() for values in of_maps]).astype(np.float64))
+        sums.append(_of_maps(cache, content))
         statistics.append({
             "zeros": float((maps == 0).mean()),
             "empty": float((absolute == 0).mean()),
@@ -86,6 +83,31 @@ def _statistics(cache: Cache, shards: list[int]) -> dict[str, Any] | None:
     values = {key: [part[key] for part in statistics] for key in statistics[0]}
     combined = {key: float(combine.get(key, np.mean)(each)) for key, each in values.items()}
     return {"shards": len(statistics), **combined, "sums": _sums(cache, np.concatenate(sums, 1))}
+
+
+def _of_maps(cache: Cache, content: Shard) -> np.ndarray:
+    """Compute ε, sum and logit of each map of a shard, float64 (3, n · D)."""
+    pixels = cache.info.storage.resolution**2  # of which a stored value is the mean
+    sums = pixels * content.heatmaps.sum((-3, -2, -1), dtype=np.float64)
+    logits = np.take_along_axis(content.teacher_logits, content.target_class, 1)
+    return np.stack([values.ravel() for values in (content.epsilon, sums, logits)]).astype(np.float64)
+
+
+def share_of_logits(cache: Cache) -> float | None:
+    """Return the median share of the sum of a map in its logit, over one shard in the middle of a store.
+
+    Returns:
+        The share; None for maps that are no shares of a logit, and where no shard is committed.
+
+    Raises:
+        CacheError, OSError: the shard is damaged, or cannot be read.
+    """
+    committed = committed_shards(cache)
+    if cache.info.explainer.rule in NO_SHARES or not committed:
+        return None
+    _, total, logits = _of_maps(cache, cache.read_shard(committed[len(committed) // 2]))
+    told = logits != 0
+    return _median(total[told] / logits[told]) if told.any() else None
 
 
 def _sums(cache: Cache, of_maps: np.ndarray) -> list[dict[str, float | None]]:

@@ -17,7 +17,7 @@ import dask
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
 from test_stage_one import assert_equal_bit_for_bit
 
 import pipeline.caching.cluster

@@ -18,7 +18,7 @@ from pipeline.networks.checkpoints import Weights, read_weights
 from pipeline.networks.debias import hides_background, uses_segmenter
 from pipeline.networks.heads import HeadSpec
 from pipeline.networks.models import OWN
-from teacher_cache import Cache, CacheError, open_cache
+from teacher_cache import Cache, CacheError, open_cache, share_of_logits
 from teacher_cache.pairing import check_explains, check_same_teacher, open_paired
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
@@ -30,7 +30,15 @@ from trainer.loop.state import STUDENT, Material, Training
 from trainer.loop.training import train
 from trainer.run_dir import check_free
 from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, StudentOptions, total_steps
-from trainer.start import fade_biases, keeps_biases, loads_weights, network_of, own_bias_free
+from trainer.start import (
+    LITTLE,
+    bias_free_by_default,
+    fade_biases,
+    keeps_biases,
+    loads_weights,
+    network_of,
+    own_bias_free,
+)
 from trainer.stream.stream import explained_source, labelled_source
 from trainer.tuning import tune
 
@@ -48,7 +56,8 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     Each step shows one stored draw of each sample. The student explains the same class with the same ε.
 
     The last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ. ``bias_free`` None
-    means: as the teacher. A training takes 3,000 steps unless ``steps`` or ``epochs`` is given.
+    means: as the teacher; `small-cnn` and `small-resnet` have no biases either where the maps of a teacher with biases
+    sum to less than half of its logits. A training takes 3,000 steps unless ``steps`` or ``epochs`` is given.
 
     Args:
         data: a dataset.
@@ -137,6 +146,8 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
         _check_masks(dataset, ("masks",), Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
+    if "complete-lrp" in terms:
+        _check_completion(explained)
     if options.augment is None and _can_repaint(train_split, explained):
         settings = dataclasses.replace(settings, augment=(BACKGROUND,))
         log.info(
@@ -160,6 +171,18 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
     if "masks" in needed and validation is not None:
         check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
+
+
+def _check_completion(explained: Cache | None) -> None:
+    """Warn of maps that carry little of the logits: what completes them is most of them."""
+    share = None if explained is None else share_of_logits(explained)
+    if share is not None and share < LITTLE:
+        log.warning(
+            Message(
+                f"the teacher's heatmaps sum to {share:.0%} of its logits (median), so completed maps mostly match its "
+                "outputs, which the shortcut explains as well: use ", Option("method", "lrp"),
+            )
+        )  # fmt: skip
 
 
 def _can_repaint(split: Split, explained: Cache | None) -> bool:
@@ -242,7 +265,11 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: 
         network["start"]["teacher_weights"] = True
     bias_free = options.bias_free
     if bias_free is None:
-        bias_free = info.teacher.bias_free if info else own_bias_free(network["arch"], weights)
+        if student.explained is None:
+            bias_free = own_bias_free(network["arch"], weights)
+        else:
+            of_maps = "heatmaps" in student.needs
+            bias_free = bias_free_by_default(student.explained, network["arch"], weights, of_maps=of_maps)
         if bias_free and (keeps_biases(weights) or loads_weights(network, len(dataset.class_names), split.image_shape)):
             bias_free = False
             log.info(

@@ -25,6 +25,7 @@ from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import method_of, missing_from, moves, needs, of_store, parse_terms
 from trainer.loop.step import VANISHED, losses_of, on_device, weighted
 from trainer.settings import Settings
+from trainer.start import bias_free_by_default
 
 OF_A_DRAW = ("heatmaps", "scale", "target_class", "epsilon")  # fields of a batch that only have a meaning together
 OF_ONE_NUMBER = {  # fields with one number for each sample, and their types; float64 and other integers work too
@@ -45,7 +46,8 @@ def build_student(
     Args:
         cache: the store.
         network: the name of an architecture, or a network of your own that returns logits (N, K). It is copied.
-        bias_free_form: remove every additive term. None means as the teacher for an architecture, and False for a
+        bias_free_form: remove every additive term. None means as the teacher for an architecture (and for small-cnn and
+            small-resnet also where the maps of a teacher with biases sum to little of its logits), and False for a
             network of your own.
         options: options of the architecture, such as ``width=64``.
 
@@ -59,7 +61,7 @@ def build_student(
     store = open_cache(cache)
     classes, image_shape = len(store.info.teacher.class_names), store.info.dataset.image_shape
     if isinstance(network, str):
-        free = store.info.teacher.bias_free if bias_free_form is None else bias_free_form
+        free = bias_free_by_default(store, network, None, of_maps=True) if bias_free_form is None else bias_free_form
         network, _ = build_network(network, classes, image_shape, free_of_biases=free, options=options)
     else:
         free = bool(bias_free_form)

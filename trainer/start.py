@@ -18,11 +18,14 @@ from pipeline.networks.models import OWN, build_network, is_factory, looks_train
 from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
+from teacher_cache import Cache, share_of_logits
 from trainer.errors import TrainingError
 from trainer.loop.phases import FADING
 from trainer.settings import StudentOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
+
+LITTLE = 0.5  # of the logits: maps that sum to less say little of what their teacher does (docs/results/choosing.md)
 
 
 def network_of(
@@ -102,6 +105,36 @@ def keeps_biases(weights: Weights | None) -> bool:
 def own_bias_free(arch: str, weights: Weights | None) -> bool:
     """Return whether a network is bias-free by default, where no teacher tells: our own networks are."""
     return arch in OWN and not keeps_biases(weights)
+
+
+def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, *, of_maps: bool) -> bool:
+    """Return whether a student is bias-free by default: as its teacher is.
+
+    Where the maps of a teacher with biases carry little of its logits, a student of maps that has biases learns the
+    rest from the shortcut, so our own networks are bias-free there (docs/results/choosing.md).
+
+    Args:
+        store: of the teacher.
+        arch: of the student.
+        weights: that the student starts from; None for random ones.
+        of_maps: whether the student learns from the store's maps.
+
+    Raises:
+        CacheError, OSError: the store cannot be read.
+    """
+    if store.info.teacher.bias_free or not of_maps or not own_bias_free(arch, weights):
+        return store.info.teacher.bias_free
+    share = share_of_logits(store)
+    if share is None or share >= LITTLE:
+        return False
+    log.info(
+        Message(
+            f"the student has no biases, although its teacher has: the teacher's heatmaps sum to {share:.0%} of its "
+            "logits (median), and a student with biases learns the rest from the shortcut (",
+            Option("bias_free", False), " gives it biases)",
+        )
+    )  # fmt: skip
+    return True
 
 
 def loads_weights(network: Mapping[str, Any], classes: int, image_shape: ImageShape) -> bool:
