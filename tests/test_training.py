@@ -18,8 +18,9 @@ import torch
 import trainer.loop.training
 from data import make_coloured_mnist, open_dataset
 from pipeline import ModelError, cache_explanations, load_classifier
+from pipeline.networks.classifier import save_weights
 from teacher_cache import CacheError, open_cache
-from trainer import TrainingError, evaluate, raise_momentum, train_student, train_teacher
+from trainer import TrainingError, build_student, evaluate, raise_momentum, train_student, train_teacher
 from trainer.loop import display
 from trainer.loop.distributed import Ranks
 from trainer.results.evaluation import predict, wilson_interval
@@ -88,6 +89,56 @@ def test_a_student_of_another_width_gets_an_adapter_before_the_frozen_layer(data
     assert config.bias_free
     assert torch.equal(frozen.weight, load_classifier(teacher)[0].network.head.weight)
     assert student(torch.rand(2, 3, 28, 28)).shape == (2, 10)
+
+
+@pytest.fixture(scope="module")
+def stores_of_biases(dataset, tmp_path_factory) -> dict[str, Path]:
+    """Stores of a teacher with biases whose maps are nearly its logits, and of one whose logits are mostly a bias."""
+    folder = tmp_path_factory.mktemp("biases")
+    stores = {}
+    for name, added in (("much", 0.0), ("little", 50.0)):
+        teacher, stores[name] = folder / f"{name}-teacher", folder / name
+        train_teacher(dataset, teacher, arch="small-cnn", bias_free=False, steps=8, batch_size=64)
+        model = load_classifier(teacher)[0]
+        for of_model, values in model.state_dict().items():
+            if of_model.endswith(("bias", "running_mean")):
+                values.fill_(added if of_model == "network.head.bias" else 0)
+        save_weights(teacher, model)
+        cache_explanations(dataset, teacher, stores[name], draws=1, epsilon_range=(1e-3, 1e-3))
+    return stores
+
+
+@pytest.mark.parametrize(
+    ("store", "options", "bias_free"),
+    [
+        ("much", {}, False),
+        ("little", {}, True),
+        ("little", {"bias_free": False}, False),
+        ("little", {"method": "output"}, False),
+        ("little", {"arch": "resnet18", "batch_size": 4}, False),
+    ],
+)
+def test_a_student_has_biases_as_its_teacher_unless_the_maps_carry_little_of_the_logits(
+    dataset, stores_of_biases, tmp_path, caplog, store, options, bias_free
+):
+    caplog.set_level("INFO")
+    train_student(dataset, stores_of_biases[store], tmp_path / "s", **{"steps": 1, "batch_size": 32, **options})
+    assert load_classifier(tmp_path / "s")[1].bias_free == bias_free
+    assert ("the student has no biases, although its teacher has" in caplog.text) == bias_free
+
+
+@pytest.mark.parametrize("store", ["much", "little"])
+def test_build_student_has_the_same_default(stores_of_biases, store):
+    biases = [name for name, _ in build_student(stores_of_biases[store]).named_parameters() if "bias" in name]
+    assert any(not name.startswith("head.") for name in biases) == (store == "much")
+
+
+@pytest.mark.parametrize(("store", "warned"), [("much", False), ("little", True)])
+def test_completed_maps_that_are_mostly_completion_are_warned_of(
+    dataset, stores_of_biases, tmp_path, caplog, store, warned
+):
+    train_student(dataset, stores_of_biases[store], tmp_path / "s", steps=1, batch_size=32, method="complete-lrp")
+    assert ("completed maps mostly match its outputs" in caplog.text) == warned
 
 
 def test_a_convolution_at_the_end_gives_its_values_to_a_linear_layer_and_takes_those_of_one(dataset, cache, tmp_path):
