@@ -109,22 +109,31 @@ def stores_of_biases(dataset, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("store", "options", "bias_free"),
+    ("store", "options", "method", "bias_free"),
     [
-        ("much", {}, False),
-        ("little", {}, True),
-        ("little", {"bias_free": False}, False),
-        ("little", {"method": "output"}, False),
-        ("little", {"arch": "resnet18", "batch_size": 4}, False),
+        ("much", {}, "complete-lrp", True),
+        ("much", {"bias_free": False}, "lrp", False),
+        ("much", {"method": "lrp"}, "lrp", False),
+        ("much", {"augment": ("flip",)}, "lrp", False),
+        ("much", {"arch": "resnet18", "batch_size": 4}, "lrp", False),
+        ("much", {"arch": "resnet18", "batch_size": 4, "bias_free": True}, "complete-lrp", True),
+        ("much", {"method": "complete-lrp"}, "complete-lrp", True),
+        ("little", {}, "lrp", True),
+        ("little", {"bias_free": False}, "lrp", False),
+        ("little", {"method": "output"}, "output", False),
+        ("little", {"arch": "resnet18", "batch_size": 4}, "lrp", False),
     ],
 )
-def test_a_student_has_biases_as_its_teacher_unless_the_maps_carry_little_of_the_logits(
-    dataset, stores_of_biases, tmp_path, caplog, store, options, bias_free
+def test_what_a_student_of_a_teacher_with_biases_matches_and_whether_it_has_biases(
+    dataset, stores_of_biases, tmp_path, caplog, store, options, method, bias_free
 ):
     caplog.set_level("INFO")
     train_student(dataset, stores_of_biases[store], tmp_path / "s", **{"steps": 1, "batch_size": 32, **options})
-    assert load_classifier(tmp_path / "s")[1].bias_free == bias_free
-    assert ("the student has no biases, although its teacher has" in caplog.text) == bias_free
+    config = load_classifier(tmp_path / "s")[1]
+    assert (config.training["loss"], config.bias_free) == ({method: 1.0}, bias_free)
+    chosen = "method" not in options
+    assert ("matches completed maps" in caplog.text) == (chosen and method == "complete-lrp")
+    assert ("the student has no biases, although its teacher has" in caplog.text) == (store == "little" and bias_free)
 
 
 @pytest.mark.parametrize("store", ["much", "little"])

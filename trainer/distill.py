@@ -33,6 +33,7 @@ from trainer.settings import NO_AUGMENTATION, STUDENT_STEPS, Runtime, Settings, 
 from trainer.start import (
     LITTLE,
     bias_free_by_default,
+    completes_by_default,
     fade_biases,
     keeps_biases,
     loads_weights,
@@ -52,12 +53,14 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     """Train a student to match what the teacher's store holds, and save it in ``out``; or resume such a training.
 
     This is the method of Bassi et al., arXiv 2407.09788, unless another method is named or the store has other maps:
-    the loss compares heatmaps alone, and uses neither labels nor outputs.
+    the loss compares heatmaps alone, and uses neither labels nor outputs. Where the teacher has biases and the student
+    has none, it compares completed maps (`complete-lrp`), if those of the teacher sum to half of its logits and more.
     Each step shows one stored draw of each sample. The student explains the same class with the same ε.
 
     The last layer is the teacher's, copied and frozen, behind a learnt adapter where widths differ. ``bias_free`` None
-    means: as the teacher; `small-cnn` and `small-resnet` have no biases either where the maps of a teacher with biases
-    sum to less than half of its logits. A training takes 3,000 steps unless ``steps`` or ``epochs`` is given.
+    means: as the teacher; behind a teacher with biases, `small-cnn` and `small-resnet` have none where they match
+    completed maps, or maps that sum to less than half of its logits. A training takes 3,000 steps unless ``steps`` or
+    ``epochs`` is given.
 
     Args:
         data: a dataset.
@@ -77,8 +80,8 @@ def train_student(data: Location, cache: Location | None, out: str | Path, **opt
     dataset = open_dataset(data)
     dataset.check_classes()
     chosen = dataclasses.replace(given, arch=_architecture(given))
-    student = _plan(chosen, dataset)
     weights = None if chosen.init is None else read_weights(chosen.init)
+    student = _plan(chosen, dataset, weights)
     train_split = dataset.split("train")
     info = None if student.explained is None else student.explained.info
     map_shape = None if info is None or "heatmaps" not in student.needs else info.map_shape
@@ -127,10 +130,14 @@ class _Plan:
     group_count: int
 
 
-def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
+def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) -> _Plan:
     method = options.method
     if method is None and options.loss is None and options.cache is not None:
-        method = method_of(open_cache(options.cache).info.explainer.rule)
+        store = open_cache(options.cache)
+        method = method_of(store.info.explainer.rule)
+        arch = options.student_factory or _architecture(options)
+        if method == "lrp" and completes_by_default(store, arch, weights, options):
+            method = "complete-lrp"
     terms = parse_terms(method, options.loss)
     train_split = dataset.split("train")
     settings = Settings.of(options, terms, total_steps(len(train_split), options, STUDENT_STEPS))
@@ -161,8 +168,8 @@ def _plan(options: StudentOptions, dataset: Dataset) -> _Plan:
     batch_fields = (*dict.fromkeys((*needed, *(("masks",) if BACKGROUND in settings.augment else ()))),)
     once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
     if class_weights(options.class_weights, once, dataset.class_names) is not None:
-        weights = class_weights(options.class_weights, _answers(train_split, explained), dataset.class_names)
-        settings = dataclasses.replace(settings, class_weights=weights)
+        given = class_weights(options.class_weights, _answers(train_split, explained), dataset.class_names)
+        settings = dataclasses.replace(settings, class_weights=given)
         by = "labels" if explained is None else "teacher_logits"
         needed, batch_fields = ((*dict.fromkeys((*names, by)),) for names in (needed, batch_fields))
     if "masks" in batch_fields:
@@ -268,8 +275,7 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: 
         if student.explained is None:
             bias_free = own_bias_free(network["arch"], weights)
         else:
-            of_maps = "heatmaps" in student.needs
-            bias_free = bias_free_by_default(student.explained, network["arch"], weights, of_maps=of_maps)
+            bias_free = bias_free_by_default(student.explained, network["arch"], weights, student.settings.loss)
         if bias_free and (keeps_biases(weights) or loads_weights(network, len(dataset.class_names), split.image_shape)):
             bias_free = False
             log.info(

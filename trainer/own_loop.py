@@ -46,9 +46,9 @@ def build_student(
     Args:
         cache: the store.
         network: the name of an architecture, or a network of your own that returns logits (N, K). It is copied.
-        bias_free_form: remove every additive term. None means as the teacher for an architecture (and for small-cnn and
-            small-resnet also where the maps of a teacher with biases sum to little of its logits), and False for a
-            network of your own.
+        bias_free_form: remove every additive term. None means False for a network of your own, and for an architecture
+            as the teacher; behind a teacher with biases, small-cnn and small-resnet have none where its maps sum to
+            less than half of its logits.
         options: options of the architecture, such as ``width=64``.
 
     Returns:
@@ -61,7 +61,7 @@ def build_student(
     store = open_cache(cache)
     classes, image_shape = len(store.info.teacher.class_names), store.info.dataset.image_shape
     if isinstance(network, str):
-        free = bias_free_by_default(store, network, None, of_maps=True) if bias_free_form is None else bias_free_form
+        free = bias_free_by_default(store, network, None, {"lrp": 1}) if bias_free_form is None else bias_free_form
         network, _ = build_network(network, classes, image_shape, free_of_biases=free, options=options)
     else:
         free = bool(bias_free_form)

@@ -315,7 +315,10 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         str | None,
         Among(METHODS),
         Heading("Loss"),
-        Doc("Training method. Default: match the heatmaps of the store."),
+        Doc(
+            "Training method. Default: match the heatmaps of the store, which are completed where the teacher has biases, "
+            "the student has none, and the heatmaps sum to at least half of the logits."
+        ),
     ] = None
     loss: Annotated[
         str | None,

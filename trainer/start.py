@@ -20,8 +20,9 @@ from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
 from teacher_cache import Cache, share_of_logits
 from trainer.errors import TrainingError
+from trainer.loop.methods import moves, needs
 from trainer.loop.phases import FADING
-from trainer.settings import StudentOptions, TeacherOptions
+from trainer.settings import NO_AUGMENTATION, StudentOptions, TeacherOptions
 
 log = logging.getLogger(__name__)
 
@@ -107,24 +108,24 @@ def own_bias_free(arch: str, weights: Weights | None) -> bool:
     return arch in OWN and not keeps_biases(weights)
 
 
-def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, *, of_maps: bool) -> bool:
+def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, terms: Mapping[str, float]) -> bool:
     """Return whether a student is bias-free by default: as its teacher is.
 
-    Where the maps of a teacher with biases carry little of its logits, a student of maps that has biases learns the
-    rest from the shortcut, so our own networks are bias-free there (docs/results/choosing.md).
+    If the teacher has biases, a student that is one of our own networks is bias-free nevertheless where it learns from
+    completed maps, and from maps that carry little of the logits: it learned the rest from the shortcut otherwise
+    (docs/results/choosing.md).
 
     Args:
         store: of the teacher.
         arch: of the student.
         weights: that the student starts from; None for random ones.
-        of_maps: whether the student learns from the store's maps.
-
-    Raises:
-        CacheError, OSError: the store cannot be read.
+        terms: the weight of each method that it learns by.
     """
-    if store.info.teacher.bias_free or not of_maps or not own_bias_free(arch, weights):
+    if store.info.teacher.bias_free or not own_bias_free(arch, weights):
         return store.info.teacher.bias_free
-    share = share_of_logits(store)
+    if "complete-lrp" in terms:
+        return True
+    share = share_of_logits(store) if "heatmaps" in needs(terms) else None
     if share is None or share >= LITTLE:
         return False
     log.info(
@@ -132,6 +133,31 @@ def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, *, of
             f"the student has no biases, although its teacher has: the teacher's heatmaps sum to {share:.0%} of its "
             "logits (median), and a student with biases learns the rest from the shortcut (",
             Option("bias_free", False), " gives it biases)",
+        )
+    )  # fmt: skip
+    return True
+
+
+def completes_by_default(store: Cache, arch: str, weights: Weights | None, options: StudentOptions) -> bool:
+    """Return whether a student of LRP maps matches them completed by default.
+
+    It does if its teacher has biases and most of the logits is in the maps nevertheless, and if the student has no
+    biases of its own, and learns from maps that are neither masked nor moved (docs/results/choosing.md).
+
+    Raises:
+        CacheError, OSError: the store cannot be read.
+    """
+    bias_free = own_bias_free(arch, weights) if options.bias_free is None else options.bias_free
+    moved = set(options.augment or ()) - {NO_AUGMENTATION, *moves({"complete-lrp": 1})}
+    if store.info.teacher.bias_free or not bias_free or options.mask_target or moved:
+        return False
+    share = share_of_logits(store)
+    if share is None or share < LITTLE:
+        return False
+    log.info(
+        Message(
+            f"the teacher has biases, and its heatmaps sum to {share:.0%} of its logits (median): the student, which "
+            "has no biases, matches completed maps (", Option("method", "lrp"), " takes them as they are)",
         )
     )  # fmt: skip
     return True
