@@ -164,6 +164,8 @@ class Place:
         folder = self.folder / "student"
         if (folder / "result.json").exists():  # of a process that ended before it was measured
             shutil.rmtree(folder)
+        if cache is not None and not options.keys() & {"method", "loss"}:
+            options["method"] = "lrp"  # and nothing besides
         given = {
             "steps": STEPS, **self.world.student, "threads": self.threads, "precision": self.precision, **options,
         }  # fmt: skip

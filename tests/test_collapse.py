@@ -61,7 +61,7 @@ class Brightness(nn.Module):
 
 
 def student(noise, out, **options):
-    settings = {"steps": 100, "batch_size": 8, "head": "free", "arch_options": {"width": 4}, "device": "cpu"}
+    settings = {"steps": 100, "batch_size": 8, "head": "free", "arch_options": {"width": 4}, "method": "lrp"}
     return train_student(noise / "d.zarr", noise / "c.zarr", out, **{**settings, **options})
 
 

@@ -24,7 +24,7 @@ from data import DatasetWriter, open_dataset
 from pipeline import EXPLAINERS, Classifier, Forward, cache_explanations, explain, load_classifier
 from pipeline.device import as_input, as_mask
 from teacher_cache import CacheError, open_cache
-from trainer import TrainingError, heatmap_loss, train_student, train_teacher
+from trainer import DistillationLoss, TrainingError, heatmap_loss, train_student, train_teacher
 from trainer.loop.methods import METHODS, _completed, method_of, missing_from, moves, needs, parse_terms
 from trainer.loop.repainting import repaint
 from trainer.loop.step import losses_of, on_device, weighted
@@ -32,7 +32,7 @@ from trainer.settings import Settings
 from trainer.stream.stream import explained_source, read_block
 
 WITHOUT_STORE = ["erm", "group-dro", "rrr", "isnet"]
-WITH_STORE = [name for name in METHODS if name not in WITHOUT_STORE]
+WITH_STORE = [name for name in METHODS if name not in (*WITHOUT_STORE, "repainted-output")]
 WITH_MAPS = [name for name, method in METHODS.items() if method.explainers]
 STORED = ("teacher_logits", "features")  # what a store can have besides maps
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -176,12 +176,13 @@ def by_hand(name, model, images, target):
             chosen = target["chosen"][i : i + 1]
             maps = explain(model, images[i : i + 1], chosen, 0.01)[1][0].abs()
             losses.append(isnet_loss(maps.tolist(), target["masks"][i, 0].tolist()))
-        elif name == "output":
+        elif name in ("output", "repainted-output"):
             ours, theirs = (
                 [math.exp(value / 3) for value in row.tolist()] for row in (logits, target["teacher_logits"][i])
             )
             q, p = ([value / sum(row) for value in row] for row in (ours, theirs))
             losses.append(9 * sum(b * math.log(b / a) for a, b in zip(q, p, strict=True)))
+            losses[-1] *= target["repainted"][i].item() if name == "repainted-output" else 1
         elif name == "features":
             pairs = zip(features.tolist(), target["features"][i].tolist(), strict=True)
             losses.append(sum((a - b) ** 2 for a, b in pairs) / len(features))
@@ -267,8 +268,10 @@ def test_the_loss_of_each_method_is_its_formula_written_as_loops(name):
         "heatmaps": torch.randn(6, *shape, dtype=torch.float64),
         "masks": masks,
         "group_weights": torch.rand(6, dtype=torch.float64),
+        "repainted": torch.tensor([1.0, 0, 0, 1, 1, 0], dtype=torch.float64),
     }
-    needed = {key: target[key] for key in ("target_class", "epsilon", *METHODS[name].needs)}  # and nothing else
+    given = ("target_class", "epsilon", *(("repainted",) if name == "repainted-output" else ()))
+    needed = {key: target[key] for key in (*given, *METHODS[name].needs)}  # and nothing else
     torch.manual_seed(1)
     found = METHODS[name].loss(Forward(model, images, explainer), needed, heatmap_loss)
     torch.manual_seed(1)
@@ -474,7 +477,10 @@ def test_another_background_is_shown_to_every_method_and_what_it_matches_stays(m
     given, shown = (on_device(block, opened.info, settings, torch.device("cpu"), moved) for moved in (None, where))
     images = shown.pop("images")
     assert torch.equal(images, repaint(given["images"], given["masks"], **where))
-    assert not torch.equal(images, given.pop("images"))
+    another = (images != given.pop("images")).flatten(1).any(1)
+    assert torch.equal(shown.pop("repainted"), another.to(images.dtype))
+    assert another.any()
+    assert not another.all()
     assert shown.keys() == given.keys() >= set(needed)
     assert all(torch.equal(shown[name], given[name]) for name in shown)
     teacher, _ = load_classifier(tmp_path / "t")
@@ -522,10 +528,13 @@ def test_other_backgrounds_are_shown_unless_they_could_change_what_the_teacher_s
     cache_explanations(masked_dataset, tmp_path / "t", tmp_path / "of-mask", draws=1, features=True)
     cache_explanations(masked_dataset, teacher, tmp_path / "of-grayscale", draws=1)
 
-    def augmented(data, cache, **options):
+    def trained(data, cache, **options):
         out = tmp_path / f"s{len([*tmp_path.iterdir()])}"
         train_student(data, cache, out, steps=1, batch_size=32, **options)
-        return json.loads((out / "config.json").read_text())["training"]["augment"]
+        return json.loads((out / "config.json").read_text())["training"]
+
+    def augmented(*args, **options):
+        return trained(*args, **options)["augment"]
 
     with caplog.at_level(logging.INFO, logger="trainer"):
         assert augmented(masked_dataset, tmp_path / "of-mask") == ["background"]
@@ -538,6 +547,24 @@ def test_other_backgrounds_are_shown_unless_they_could_change_what_the_teacher_s
     assert augmented(masked_dataset, tmp_path / "of-mask", augment=("flip",)) == ["flip"]
     assert augmented(masked_dataset, tmp_path / "of-grayscale") == []
     assert augmented(masked_dataset, None, method="rrr") == []
+
+    with pytest.raises(TrainingError, match="images with other backgrounds: give augment='background'"):
+        trained(masked_dataset, tmp_path / "of-mask", loss="lrp=1,repainted-output=1", augment=("none",))
+    for how in ({"augment": ("background",), "mask_target": True}, {}):
+        with pytest.raises(TrainingError, match=r"(does not see the background|other backgrounds: give)"):
+            trained(masked_dataset, tmp_path / "of-grayscale", loss="lrp=1,repainted-output=1", **how)
+    with pytest.raises(TrainingError, match="other backgrounds: give augment='background'"):
+        DistillationLoss(tmp_path / "of-mask", loss="lrp=1,repainted-output=1")
+    DistillationLoss(tmp_path / "of-mask", loss="lrp=1,repainted-output=1", augment=("background",))
+
+    def loss(**options):
+        return trained(masked_dataset, tmp_path / "of-mask", **options)["loss"]
+
+    assert loss() == {"lrp": 1, "repainted-output": 0.4}
+    assert loss(augment=("background",)) == {"lrp": 1, "repainted-output": 0.4}
+    assert loss(augment=("none",)) == loss(method="lrp") == loss(augment=("background",), loss="lrp=1") == {"lrp": 1}
+    assert loss(loss="lrp=1,output=0.1") == {"lrp": 1, "output": 0.1}
+    assert trained(masked_dataset, tmp_path / "of-grayscale")["loss"] == {"lrp": 1}
     assert augmented(dataset, stores["flex"]) == []
     with pytest.raises(TrainingError, match="augment='none,flip' has 'none' beside others"):
         augmented(masked_dataset, tmp_path / "of-mask", augment=("none", "flip"))
@@ -634,7 +661,12 @@ def test_what_learns_from_the_dataset_alone_needs_no_store_and_refuses_one(
 
 @pytest.mark.parametrize(
     ("name", "move"),
-    [(name, move) for name in METHODS for move in METHODS["erm"].moves if move not in METHODS[name].moves],
+    [
+        (name, move)
+        for name in (*WITH_STORE, *WITHOUT_STORE)
+        for move in METHODS["erm"].moves
+        if move not in METHODS[name].moves
+    ],
 )
 def test_an_augmentation_that_a_method_does_not_allow_is_refused_by_name(dataset, stores, tmp_path, name, move):
     store = stores[METHODS[name].explainers[0] if METHODS[name].explainers else "flex"]

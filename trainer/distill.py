@@ -45,6 +45,7 @@ from trainer.tuning import tune
 
 log = logging.getLogger(__name__)
 
+REPAINTED, WEIGHT = "repainted-output", 0.4  # by default, beside 1 of the heatmaps (docs/results/choosing.md)
 USUAL = "small-cnn"  # the architecture of a student whose teacher is not one of our own networks
 
 
@@ -155,16 +156,10 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
     explained, validation = _open_stores(options, settings, dataset, needed)
     if "complete-lrp" in terms:
         _check_completion(explained)
-    if options.augment is None and _can_repaint(train_split, explained):
-        settings = dataclasses.replace(settings, augment=(BACKGROUND,))
-        log.info(
-            Message(
-                "a quarter to half of the images get another background, because the teacher sees nothing outside the "
-                "masks (",
-                Option("augment", NO_AUGMENTATION),
-                " keeps the images as they are)",
-            )
-        )
+    if _can_repaint(train_split, explained) and options.augment in (None, (BACKGROUND,)):
+        settings = _with_other_backgrounds(options, settings)
+        needed = (*dict.fromkeys((*needed, *needs(settings.loss))),)
+    check_repainted(settings, None if explained is None else explained.info.teacher.debias)
     batch_fields = (*dict.fromkeys((*needed, *(("masks",) if BACKGROUND in settings.augment else ()))),)
     once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
     if class_weights(options.class_weights, once, dataset.class_names) is not None:
@@ -178,6 +173,30 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
     if "masks" in needed and validation is not None:
         check_objects(dataset.split("validation"), dataset.path, reason)
     return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
+
+
+def _with_other_backgrounds(options: StudentOptions, settings: Settings) -> Settings:
+    """Add what a student learns by default where other backgrounds change nothing that the teacher says."""
+    if options.augment is None:
+        settings = dataclasses.replace(settings, augment=(BACKGROUND,))
+        log.info(
+            Message(
+                "a quarter to half of the images get another background, because the teacher sees nothing outside the "
+                "masks (",
+                Option("augment", NO_AUGMENTATION),
+                " keeps the images as they are)",
+            )
+        )
+    method = ", ".join(settings.loss)
+    if options.method is not None or options.loss is not None or method not in ("lrp", "complete-lrp"):
+        return settings
+    log.info(
+        Message(
+            "before these backgrounds, the student matches the teacher's outputs besides its heatmaps (",
+            Option("method", method), " matches heatmaps alone)",
+        )
+    )  # fmt: skip
+    return dataclasses.replace(settings, loss={**settings.loss, REPAINTED: WEIGHT})
 
 
 def _check_completion(explained: Cache | None) -> None:
@@ -256,6 +275,27 @@ def check_background(settings: Settings, debias: str) -> None:
                 Option("augment", BACKGROUND), " needs a teacher that does not see the background, and this one does (",
                 Option("debias", debias), "): train one with ", Option("debias", "mask"), " or segmenter, or give ",
                 Option("mask_target", True),
+            )
+        )  # fmt: skip
+
+
+def check_repainted(settings: Settings, debias: str | None) -> None:
+    """Raise TrainingError where outputs before other backgrounds are matched, and are not known or not shown."""
+    if REPAINTED not in settings.loss:
+        return
+    if BACKGROUND not in settings.augment:
+        raise TrainingError(
+            Message(
+                Option("method", REPAINTED),
+                " learns from images with other backgrounds: give ",
+                Option("augment", BACKGROUND),
+            )
+        )
+    if debias is not None and not hides_background(debias):
+        raise TrainingError(
+            Message(
+                Option("method", REPAINTED), " needs a teacher that does not see the background, and this one does (",
+                Option("debias", debias), "): leave the method out",
             )
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from options import Call, Message, Option
 from pipeline import Classifier, bias_free, build_network
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head
 from teacher_cache import CacheInfo, check_complete, open_cache
-from trainer.distill import check_background, check_holds, making_a_store
+from trainer.distill import check_background, check_holds, check_repainted, making_a_store
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import method_of, missing_from, moves, needs, of_store, parse_terms
@@ -123,6 +123,7 @@ class DistillationLoss(nn.Module):
             check_complete(store)
             check_holds(store, "DATA.zarr", terms)
             check_background(self.settings, store.info.teacher.debias)
+            check_repainted(self.settings, store.info.teacher.debias)
             shape = store.info.map_shape if "heatmaps" in self._needed else None
             check_augmentations(self.settings.augment, shape, store.info.dataset.image_shape, moves(terms))
             self.store = store.info

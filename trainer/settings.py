@@ -316,8 +316,9 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         Among(METHODS),
         Heading("Loss"),
         Doc(
-            "Training method. Default: match the heatmaps of the store, which are completed where the teacher has biases, "
-            "the student has none, and the heatmaps sum to at least half of the logits."
+            "Training method. Default: match the heatmaps of the store. Where the teacher has biases and the student "
+            "has none, they are completed if they sum to at least half of the logits. Where images get other "
+            "backgrounds, these also match the teacher's outputs."
         ),
     ] = None
     loss: Annotated[

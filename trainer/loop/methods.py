@@ -38,8 +38,9 @@ class Method:
     """``loss(forward, target, compare)`` is (N,), one number for each sample, of one forward pass of the student.
 
     ``needs``: entries of `target`, from the store (heatmaps, teacher_logits, features), the dataset (labels, masks) or
-    the training (group_weights). ``explainers``: of which of them the stored heatmaps may be; none where it needs no
-    heatmaps. ``explains``: the explainer that the student is traced with where that is not said by a store.
+    the training (group_weights). Where images get other backgrounds, it also has ``repainted``, 1 for those that did.
+    ``explainers``: of which of them the stored heatmaps may be; none where it needs no heatmaps. ``explains``: the
+    explainer that the student is traced with where that is not said by a store.
     ``moves``: the augmentations under which what it needs stays right, as it is moved along or does not change.
     """
 
@@ -144,6 +145,17 @@ def output(forward: Forward, target: Target, compare: Compare) -> Tensor:
     """Return the KL divergence from the teacher's outputs at temperature 3, times 9 (Hinton et al., 2015)."""
     ours, theirs = (F.log_softmax(logits / TEMPERATURE, 1) for logits in (forward.logits, target["teacher_logits"]))
     return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+
+
+@method("repainted-output", needs=("teacher_logits", "masks"))
+def repainted_output(forward: Forward, target: Target, compare: Compare) -> Tensor:
+    """Return the loss of `output` for images that got another background in this step, and 0 for others.
+
+    A random background tells nothing of what the teacher says, so its outputs cannot be learnt from there. Not from the
+    paper; measured in docs/results/choosing.md.
+    """
+    repainted = target.get("repainted")
+    return output(forward, target, compare) * (0 if repainted is None else repainted)
 
 
 @method("erm", needs=("labels",), moves=("flip", "shift", "crop"))

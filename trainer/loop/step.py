@@ -90,6 +90,7 @@ def on_device(
     Returns:
         ``images`` (n, C, H, W) in [0, 1], ``masks`` (n, 1, H, W) in [0, 1], ``heatmaps`` (n, C, h, w), ``labels`` and
         ``groups`` int64 (n,), ``group_weights`` (n,) of ones, and the fields of `UNCHANGED`; those that the batch has.
+        ``repainted`` (n,), 1 for images that got another background and 0 for others, if the augmentations have it.
         ``class_weights`` (n,), if the settings have weights: that of the teacher's answer, and of the label where the
         batch has no logits of a teacher. Floating tensors have the type of the parameters.
     """
@@ -127,7 +128,9 @@ def _augment(fields: Batch, settings: Settings, position: Mapping[str, int], rep
     if "masks" in fields:
         fields["masks"] = augment_masks(fields["masks"], settings.augment, **position)
     if BACKGROUND in settings.augment:
-        fields["images"] = repaint(fields["images"], fields["masks"], share=repainted, **position)
+        before = fields["images"]
+        fields["images"] = repaint(before, fields["masks"], share=repainted, **position)
+        fields["repainted"] = (fields["images"] != before).flatten(1).any(1).to(before.dtype)
 
 
 def losses_of(model: Classifier, batch: Batch, store: CacheInfo | None, settings: Settings) -> dict[str, Tensor]:
