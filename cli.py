@@ -387,9 +387,9 @@ def train_student_command(**options: Any) -> None:
     """Train a student on stored heatmaps.
 
     This is stage two: the student learns to make its own heatmaps match the teacher's. The training takes 3,000 steps,
-    unless you give --steps or --epochs. By default, the student is bias-free if the teacher is; small-cnn and
-    small-resnet also learn without biases from most teachers that have some. Run the same command again to resume an
-    interrupted training. For several GPUs, start it as torchrun --nproc-per-node=N cli.py train-student …
+    unless you give --steps or --epochs. By default, the student is bias-free if the teacher is. A small-cnn or
+    small-resnet is bias-free behind most other teachers too. Run the same command again to resume an interrupted
+    training. For several GPUs, start it as torchrun --nproc-per-node=N cli.py train-student …
     """
     from trainer import train_student
 

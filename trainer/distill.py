@@ -45,7 +45,7 @@ from trainer.tuning import tune
 
 log = logging.getLogger(__name__)
 
-REPAINTED, WEIGHT = "repainted-output", 0.4  # by default, beside 1 of the heatmaps (docs/results/choosing.md)
+REPAINTED_OUTPUT, WEIGHT = "repainted-output", 0.4  # by default, beside 1 of the heatmaps (docs/results/choosing.md)
 USUAL = "small-cnn"  # the architecture of a student whose teacher is not one of our own networks
 
 
@@ -119,7 +119,8 @@ class _Plan:
     """What the options mean, checked.
 
     needs: the names of what the methods need of a batch. batch_fields: these, and what the augmentations need.
-    explained, validation: the stores. groups, group_count: for group-dro, the group of each sample.
+    explained, validation: the stores. groups, group_count: for group-dro, the group of each sample. share: of the
+    logits, to which the maps of a teacher with biases sum, if maps are matched.
     """
 
     settings: Settings
@@ -129,15 +130,16 @@ class _Plan:
     validation: Cache | None
     groups: np.ndarray | None
     group_count: int
+    share: float | None
 
 
 def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) -> _Plan:
-    method = options.method
+    method, share = options.method, None
     if method is None and options.loss is None and options.cache is not None:
         store = open_cache(options.cache)
-        method = method_of(store.info.explainer.rule)
+        method, share = method_of(store.info.explainer.rule), _share(store)
         arch = options.student_factory or _architecture(options)
-        if method == "lrp" and completes_by_default(store, arch, weights, options):
+        if method == "lrp" and completes_by_default(store.info.teacher, arch, weights, options, share):
             method = "complete-lrp"
     terms = parse_terms(method, options.loss)
     train_split = dataset.split("train")
@@ -154,12 +156,15 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
         _check_masks(dataset, ("masks",), Option("augment", BACKGROUND), "train")
     groups, group_count = groups_of(train_split) if "group_weights" in needed else (None, 0)
     explained, validation = _open_stores(options, settings, dataset, needed)
-    if "complete-lrp" in terms:
-        _check_completion(explained)
-    if _can_repaint(train_split, explained) and options.augment in (None, (BACKGROUND,)):
-        settings = _with_other_backgrounds(options, settings)
-        needed = (*dict.fromkeys((*needed, *needs(settings.loss))),)
-    check_repainted(settings, None if explained is None else explained.info.teacher.debias)
+    if explained is not None:
+        if share is None and "heatmaps" in needed:
+            share = _share(explained, completed="complete-lrp" in terms)
+        if "complete-lrp" in terms:
+            _check_completion(share)
+        if _can_repaint(train_split, explained) and options.augment in (None, (BACKGROUND,)):
+            settings = _with_other_backgrounds(options, settings)
+            needed = (*dict.fromkeys((*needed, *needs(settings.loss))),)
+        check_background(settings, explained.info.teacher.debias)
     batch_fields = (*dict.fromkeys((*needed, *(("masks",) if BACKGROUND in settings.augment else ()))),)
     once = np.arange(len(dataset.class_names))  # a wrong option is refused before all answers are read
     if class_weights(options.class_weights, once, dataset.class_names) is not None:
@@ -172,7 +177,7 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
         check_objects(train_split, dataset.path, reason if "masks" in needed else background)
     if "masks" in needed and validation is not None:
         check_objects(dataset.split("validation"), dataset.path, reason)
-    return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count)
+    return _Plan(settings, needed, batch_fields, explained, validation, groups, group_count, share)
 
 
 def _with_other_backgrounds(options: StudentOptions, settings: Settings) -> Settings:
@@ -187,7 +192,7 @@ def _with_other_backgrounds(options: StudentOptions, settings: Settings) -> Sett
                 " keeps the images as they are)",
             )
         )
-    method = ", ".join(settings.loss)
+    method = next(iter(settings.loss))
     if options.method is not None or options.loss is not None or method not in ("lrp", "complete-lrp"):
         return settings
     log.info(
@@ -196,12 +201,16 @@ def _with_other_backgrounds(options: StudentOptions, settings: Settings) -> Sett
             Option("method", method), " matches heatmaps alone)",
         )
     )  # fmt: skip
-    return dataclasses.replace(settings, loss={**settings.loss, REPAINTED: WEIGHT})
+    return dataclasses.replace(settings, loss={**settings.loss, REPAINTED_OUTPUT: WEIGHT})
 
 
-def _check_completion(explained: Cache | None) -> None:
+def _share(store: Cache, completed: bool = False) -> float | None:
+    """Return the share of the logits to which the maps sum; None where no default and no completion depends on it."""
+    return share_of_logits(store) if completed or not store.info.teacher.bias_free else None
+
+
+def _check_completion(share: float | None) -> None:
     """Warn of maps that carry little of the logits: what completes them is most of them."""
-    share = None if explained is None else share_of_logits(explained)
     if share is not None and share < LITTLE:
         log.warning(
             Message(
@@ -255,7 +264,6 @@ def _open_stores(
     check_holds(explained, dataset.path, terms)
     if "heatmaps" in needed:
         check_explains(explained)
-    check_background(settings, explained.info.teacher.debias)
     if options.validation_cache is None:
         return explained, None
     validation = open_paired(options.validation_cache, dataset, "validation")
@@ -268,36 +276,26 @@ def _open_stores(
 
 
 def check_background(settings: Settings, debias: str) -> None:
-    """Raise TrainingError where backgrounds are repainted behind a teacher that sees them."""
+    """Raise TrainingError where a teacher sees what is repainted, and where nothing is that a method needs."""
+    sees = Message(
+        " needs a teacher that does not see the background, and this one does (", Option("debias", debias), "): "
+    )  # fmt: skip
     if BACKGROUND in settings.augment and not hides_background(debias) and not settings.mask_target:
         raise TrainingError(
             Message(
-                Option("augment", BACKGROUND), " needs a teacher that does not see the background, and this one does (",
-                Option("debias", debias), "): train one with ", Option("debias", "mask"), " or segmenter, or give ",
-                Option("mask_target", True),
+                Option("augment", BACKGROUND), sees, "train one with ", Option("debias", "mask"),
+                " or segmenter, or give ", Option("mask_target", True),
             )
         )  # fmt: skip
-
-
-def check_repainted(settings: Settings, debias: str | None) -> None:
-    """Raise TrainingError where outputs before other backgrounds are matched, and are not known or not shown."""
-    if REPAINTED not in settings.loss:
-        return
-    if BACKGROUND not in settings.augment:
+    if REPAINTED_OUTPUT in settings.loss and BACKGROUND not in settings.augment:
         raise TrainingError(
             Message(
-                Option("method", REPAINTED),
-                " learns from images with other backgrounds: give ",
+                Option("method", REPAINTED_OUTPUT), " learns from images with other backgrounds: give ",
                 Option("augment", BACKGROUND),
             )
-        )
-    if debias is not None and not hides_background(debias):
-        raise TrainingError(
-            Message(
-                Option("method", REPAINTED), " needs a teacher that does not see the background, and this one does (",
-                Option("debias", debias), "): leave the method out",
-            )
         )  # fmt: skip
+    if REPAINTED_OUTPUT in settings.loss and not hides_background(debias):
+        raise TrainingError(Message(Option("method", REPAINTED_OUTPUT), sees, "leave the method out"))
 
 
 def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: Weights | None) -> ModelConfig:
@@ -315,7 +313,8 @@ def _config(options: StudentOptions, student: _Plan, dataset: Dataset, weights: 
         if student.explained is None:
             bias_free = own_bias_free(network["arch"], weights)
         else:
-            bias_free = bias_free_by_default(student.explained, network["arch"], weights, student.settings.loss)
+            of_teacher, loss = student.explained.info.teacher, student.settings.loss
+            bias_free = bias_free_by_default(of_teacher, network["arch"], weights, loss, student.share)
         if bias_free and (keeps_biases(weights) or loads_weights(network, len(dataset.class_names), split.image_shape)):
             bias_free = False
             log.info(

@@ -18,8 +18,8 @@ from data import Location
 from options import Call, Message, Option
 from pipeline import Classifier, bias_free, build_network
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head
-from teacher_cache import CacheInfo, check_complete, open_cache
-from trainer.distill import check_background, check_holds, check_repainted, making_a_store
+from teacher_cache import CacheInfo, check_complete, open_cache, share_of_logits
+from trainer.distill import check_background, check_holds, making_a_store
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import method_of, missing_from, moves, needs, of_store, parse_terms
@@ -61,7 +61,10 @@ def build_student(
     store = open_cache(cache)
     classes, image_shape = len(store.info.teacher.class_names), store.info.dataset.image_shape
     if isinstance(network, str):
-        free = bias_free_by_default(store, network, None, {"lrp": 1}) if bias_free_form is None else bias_free_form
+        free = bias_free_form
+        if free is None:
+            share = None if store.info.teacher.bias_free else share_of_logits(store)
+            free = bias_free_by_default(store.info.teacher, network, None, {"lrp": 1}, share)
         network, _ = build_network(network, classes, image_shape, free_of_biases=free, options=options)
     else:
         free = bool(bias_free_form)
@@ -123,7 +126,6 @@ class DistillationLoss(nn.Module):
             check_complete(store)
             check_holds(store, "DATA.zarr", terms)
             check_background(self.settings, store.info.teacher.debias)
-            check_repainted(self.settings, store.info.teacher.debias)
             shape = store.info.map_shape if "heatmaps" in self._needed else None
             check_augmentations(self.settings.augment, shape, store.info.dataset.image_shape, moves(terms))
             self.store = store.info

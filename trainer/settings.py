@@ -317,8 +317,8 @@ class StudentOptions(_Trained, Comparison, PreprocessingOptions, Network, Length
         Heading("Loss"),
         Doc(
             "Training method. Default: match the heatmaps of the store. Where the teacher has biases and the student "
-            "has none, they are completed if they sum to at least half of the logits. Where images get other "
-            "backgrounds, these also match the teacher's outputs."
+            "has none, they are completed if they sum to at least half of the logits. For images that get other "
+            "backgrounds, the student also matches the teacher's outputs."
         ),
     ] = None
     loss: Annotated[

@@ -18,9 +18,9 @@ from pipeline.networks.models import OWN, build_network, is_factory, looks_train
 from pipeline.networks.own_teachers import HF, tensor_hashes
 from pipeline.networks.preprocessing import PreprocessSpec, choose_preprocessing
 from pipeline.networks.sources import ImageShape, preprocessing_of, read_hf_config
-from teacher_cache import Cache, share_of_logits
+from teacher_cache import TeacherInfo
 from trainer.errors import TrainingError
-from trainer.loop.methods import moves, needs
+from trainer.loop.methods import moves
 from trainer.loop.phases import FADING
 from trainer.settings import NO_AUGMENTATION, StudentOptions, TeacherOptions
 
@@ -108,7 +108,9 @@ def own_bias_free(arch: str, weights: Weights | None) -> bool:
     return arch in OWN and not keeps_biases(weights)
 
 
-def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, terms: Mapping[str, float]) -> bool:
+def bias_free_by_default(
+    teacher: TeacherInfo, arch: str, weights: Weights | None, terms: Mapping[str, float], share: float | None
+) -> bool:
     """Return whether a student is bias-free by default: as its teacher is.
 
     If the teacher has biases, a student that is one of our own networks is bias-free nevertheless where it learns from
@@ -116,16 +118,16 @@ def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, terms
     (docs/results/choosing.md).
 
     Args:
-        store: of the teacher.
+        teacher: of the store.
         arch: of the student.
         weights: that the student starts from; None for random ones.
         terms: the weight of each method that it learns by.
+        share: of the logits, to which the maps that it learns from sum; None where there are none.
     """
-    if store.info.teacher.bias_free or not own_bias_free(arch, weights):
-        return store.info.teacher.bias_free
+    if teacher.bias_free or not own_bias_free(arch, weights):
+        return teacher.bias_free
     if "complete-lrp" in terms:
         return True
-    share = share_of_logits(store) if "heatmaps" in needs(terms) else None
     if share is None or share >= LITTLE:
         return False
     log.info(
@@ -138,21 +140,18 @@ def bias_free_by_default(store: Cache, arch: str, weights: Weights | None, terms
     return True
 
 
-def completes_by_default(store: Cache, arch: str, weights: Weights | None, options: StudentOptions) -> bool:
+def completes_by_default(
+    teacher: TeacherInfo, arch: str, weights: Weights | None, options: StudentOptions, share: float | None
+) -> bool:
     """Return whether a student of LRP maps matches them completed by default.
 
     It does if its teacher has biases and most of the logits is in the maps nevertheless, and if the student has no
-    biases of its own, and learns from maps that are neither masked nor moved (docs/results/choosing.md).
-
-    Raises:
-        CacheError, OSError: the store cannot be read.
+    biases of its own, and learns from maps that are neither masked nor moved (docs/results/choosing.md). The arguments
+    are those of `bias_free_by_default`.
     """
     bias_free = own_bias_free(arch, weights) if options.bias_free is None else options.bias_free
     moved = set(options.augment or ()) - {NO_AUGMENTATION, *moves({"complete-lrp": 1})}
-    if store.info.teacher.bias_free or not bias_free or options.mask_target or moved:
-        return False
-    share = share_of_logits(store)
-    if share is None or share < LITTLE:
+    if teacher.bias_free or not bias_free or options.mask_target or moved or share is None or share < LITTLE:
         return False
     log.info(
         Message(

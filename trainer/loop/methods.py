@@ -147,7 +147,7 @@ def output(forward: Forward, target: Target, compare: Compare) -> Tensor:
     return TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
 
-@method("repainted-output", needs=("teacher_logits", "masks"))
+@method("repainted-output", needs=("teacher_logits",))
 def repainted_output(forward: Forward, target: Target, compare: Compare) -> Tensor:
     """Return the loss of `output` for images that got another background in this step, and 0 for others.
 
