@@ -17,7 +17,7 @@ from torch.utils.data._utils import collate as _collate
 
 # ATen's operators, which our own autograd functions call. The backward operators have no public functions, and the
 # public forward functions dispatch a second time, or do not return the statistics of the batch.
-aten_convolution: Any = torch.ops.aten.convolution
+aten_convolution: Any = torch.convolution
 convolution_backward: Any = torch.ops.aten.convolution_backward
 threshold_backward: Any = torch.ops.aten.threshold_backward
 silu_backward: Any = torch.ops.aten.silu_backward

@@ -169,7 +169,7 @@ class Trace:
                     materialize_grads=at is None,  # zeros for a model that ignores its images
                 )
             finally:
-                self.state.epsilon = None
+                self.state.end()
         if gradient is None:
             raise RelevanceError(
                 "the logits do not depend on the activation whose gradient is needed: it lies on no path from the "

@@ -31,6 +31,7 @@ from pipeline.rules.joined import EXTREMES, JOINS, Joined, joined_after, rule_of
 from pipeline.rules.steps import (
     FOLLOWED,
     MOVES,
+    NOTHING_KNOWN,
     OF_RELATIVES,
     SHAPES,
     Constant,
@@ -50,7 +51,10 @@ _REMEDY = (
     "products, or enter a rule of your own with pipeline.rule_for"
 )
 _SETS_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
-_ASKS_FOR_ITS_NODE = Tensor.grad_fn.__get__  # type: ignore[attr-defined,union-attr]  # checkpointing does, up to 2.13
+# they tell nothing of the values; checkpointing asks for the node, up to 2.13
+_OF_NO_VALUES: set[Any] = {getattr(Tensor, name).__get__ for name in ("grad_fn", "shape", "ndim", "dtype", "device")}
+_OF_NO_VALUES |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point}
+_STOP = f"{StopRelevance.__name__}Backward"
 
 
 class Mark(NamedTuple):
@@ -119,14 +123,17 @@ class Tracer(TorchFunctionMode):
     @_uncompiled  # otherwise a compiled model includes the choice of rules
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func == _ASKS_FOR_ITS_NODE:
-            return func(*args)
-        inputs = tensors([args, kwargs])
+        if func in _OF_NO_VALUES:
+            return func(*args, **kwargs)
+        inputs = tensors(args)
+        if kwargs:
+            inputs += tensors(kwargs)
         used = inputs[:1] if func in LIKE_THE_SECOND else inputs
         carrying = [tensor for tensor in used if self.carries(tensor)]
         constants = [tensor for tensor in used if tensor in self.constants] if self.constants else []
-        if carrying or constants:
-            self._check_hidden_writing(func, args, carrying)
+        if not carrying and not constants:
+            return func(*args, **kwargs)
+        self._check_hidden_writing(func, args, carrying)
         if not carrying:
             output = func(*args, **kwargs)
             if constants and func is stop_relevance:
@@ -180,21 +187,23 @@ class Tracer(TorchFunctionMode):
         inputs: list[Tensor],
     ) -> Any:
         """Call a rule, and mark what it returns."""
-        axes = {id(tensor): self.batch_axis(tensor) for tensor in carrying}
-        outer = any(map(self.outer_gradient_wanted, carrying))
+        sources = [*carrying, *constants]
+        marks = [self._mark_of(tensor) for tensor in carrying]
+        axes = {id(t): None if mark is None else mark.batch_axis for t, mark in zip(carrying, marks, strict=True)}
+        outer = any(mark is None or mark.outer for mark in marks)
         outer = outer or any(tensor.requires_grad and id(tensor) not in axes for tensor in inputs)
-        values = self._values(func, args, kwargs, [*carrying, *constants])
-        bases = [(view, base, view._version, self._mark_of(base)) for view, base in self._bases(carrying)]
+        values = self._values(func, args, kwargs, sources)
+        bases = [(view, base, view._version, self._mark_of(base)) for view, base in _with_base(carrying)]
         output = rule(self, func, *args, **kwargs)
         outputs = tensors(output)
         for position, tensor in enumerate(outputs):
             axis = batch_axis_after(axes, self.samples, func, args, kwargs, tensor)
-            self.mark(tensor, axis, outer, values(tensor, position))
+            self.mark(tensor, axis, outer, None if values is None else values(tensor, position))
         for view, base, version, mark in bases:
             if view._version != version and mark is not None:
                 self.mark(base, mark.batch_axis, outer=True)
         if func is not stop_relevance:
-            self._follow_constants(func, args, kwargs, [*carrying, *constants], outputs)
+            self._follow_constants(func, args, kwargs, sources, outputs)
         return output
 
     def carries(self, tensor: Tensor) -> bool:
@@ -255,7 +264,7 @@ class Tracer(TorchFunctionMode):
         node: Any = tensor.grad_fn
         if node is not None and not _stops_relevance(node):
             mark = node.metadata.setdefault(self.state, Mark(batch_axis, outer, {}))
-            mark.values.setdefault(tensor.output_nr, value or Value())
+            mark.values.setdefault(tensor.output_nr, value or NOTHING_KNOWN)
             if is_view(tensor):
                 self._axes_of_views[id(tensor)] = (ref(tensor), mark.batch_axis)
             if self.constants and tensor in self.constants:  # an operation in place has written what carries into it
@@ -272,7 +281,7 @@ class Tracer(TorchFunctionMode):
 
     def _value_of(self, carrying: Tensor) -> Value:
         mark = self._mark_of(carrying)
-        return Value() if mark is None else mark.values.get(carrying.output_nr, Value())
+        return NOTHING_KNOWN if mark is None else mark.values.get(carrying.output_nr, NOTHING_KNOWN)
 
     def _mark_of_remade_view(self, tensor: Tensor) -> Mark | None:
         """Return the mark of a view that got another node when operations with rules changed its base in place."""
@@ -282,14 +291,13 @@ class Tracer(TorchFunctionMode):
         node: Any = tensor.grad_fn
         return Mark(axis, True, {}) if node.next_functions[0][0] is base.grad_fn else None
 
-    def _bases(self, carrying: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return the views among tensors, each with its base."""
-        return [(tensor, base) for tensor in carrying if (base := base_of(tensor)) is not None]
-
-    def _values(self, func: Any, args: Any, kwargs: Any, sources: list[Tensor]) -> Callable[[Tensor, int], Value]:
-        """Return a function that tells what is known of an output of a call, whose arguments it may have changed."""
+    def _values(
+        self, func: Any, args: Any, kwargs: Any, sources: list[Tensor]
+    ) -> Callable[[Tensor, int], Value] | None:
+        """Return a function that tells what is known of an output of a call, whose arguments it may have changed; None
+        if nothing is."""
         if self.rules.otherwise is not None or func not in FOLLOWED:
-            return lambda output, position: Value()
+            return None
         carrying = [tensor for tensor in sources if self._mark_of(tensor) is not None]
         if func in JOINS:
             return lambda output, position: Value(joined=joined_after(func, args, kwargs, carrying, output))
@@ -323,7 +331,8 @@ class Tracer(TorchFunctionMode):
             kind = "step" if is_step else kind_after(func, kinds, tensor)
             if kind is not None:
                 its_sources = (*carrying, *(source for constant in known for source in constant.sources))
-                self.constants[tensor] = Constant(kind, values(tensor, position), its_sources[:4])
+                value = NOTHING_KNOWN if values is None else values(tensor, position)
+                self.constants[tensor] = Constant(kind, value, its_sources[:4])
 
     def _marked_parent(self, node: Any) -> Any:
         return next((p.metadata[self.state] for p, _ in node.next_functions if p and self.state in p.metadata), None)
@@ -372,8 +381,13 @@ class Tracer(TorchFunctionMode):
             self.state.recomputing = False
 
 
+def _with_base(tensors: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the views among tensors, each with its base."""
+    return [(tensor, base) for tensor in tensors if (base := base_of(tensor)) is not None]
+
+
 def _stops_relevance(node: Any) -> bool:
-    return node.name() == f"{StopRelevance.__name__}Backward"
+    return node.name() == _STOP
 
 
 def _module_on_the_stack() -> str:

@@ -59,6 +59,9 @@ GRADIENTS: dict[Any, Any] = {
 }
 
 
+_KEEP_ZERO = {F.silu, F.hardswish, F.gelu}
+
+
 @rule_for(*ACTIVATIONS)
 def activation(trace: Tracer, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Pass g · f(x) / (x + ε·sign(x)): x gets all relevance of f(x) (Achtibat et al., AttnLRP, ICML 2024, eq. 9).
@@ -145,7 +148,7 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
         if bound is not None:
             return BoundedReLURelevance.apply(g, x, epsilon, bound)
         if not torch.is_grad_enabled():
-            d = stabilised(x, epsilon)
+            d = stabilised(x, epsilon, signed_zero=stabiliser and func in _KEEP_ZERO)
             return torch.div(function(x, *options), d, out=d).mul_(g)
         if any(isinstance(option, Tensor) for option in options):
             return g * stabilised_quotient(function(x, *options), x, epsilon)

@@ -8,7 +8,6 @@ image i // r: the windows of an image, or its heads, may be folded into the batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
 from operator import mul
@@ -49,9 +48,9 @@ class _Call:
     def __init__(self, axes: Axes, samples: int, args: Any, kwargs: Any, output: Tensor):
         self.axes, self.samples, self.args, self.kwargs, self.output = axes, samples, args, kwargs, output
 
-    @cached_property
+    @property
     def carrying(self) -> list[Tensor]:
-        return [tensor for tensor in tensors([self.args, self.kwargs]) if id(tensor) in self.axes]
+        return [tensor for tensor in (*tensors(self.args), *tensors(self.kwargs)) if id(tensor) in self.axes]
 
     def get(self, position: int, *names: str) -> Any:
         """Return an argument by its position or one of its names; None for a missing one."""
@@ -61,7 +60,7 @@ class _Call:
 
     @property
     def input(self) -> Tensor:
-        value = self.get(0, "input", "self", "x")
+        value = self.args[0] if self.args else self.get(0, "input", "self", "x")
         if not isinstance(value, Tensor):
             raise TypeError("not a tensor")
         return value
@@ -102,8 +101,9 @@ def _agreed(values: list[int]) -> int | None:
 
 def _same_shape(call: _Call) -> int | None:
     """Follow an unknown operation: it keeps the axis if it keeps the shape."""
-    alone = len(call.carrying) == 1 and call.carrying[0] is call.input
-    return call.axis if alone and call.output.shape == call.input.shape else None
+    carrying, input = call.carrying, call.input
+    alone = len(carrying) == 1 and carrying[0] is input
+    return call.axis if alone and call.output.shape == input.shape else None
 
 
 def _broadcast(call: _Call) -> int | None:

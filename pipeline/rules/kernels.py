@@ -40,26 +40,28 @@ class Convolution:
     options: tuple[Any, ...]  # stride, padding, dilation, transposed, output padding, groups
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._covers(x, weight):
+        form = self._form(x, weight)
+        if form == "covers":
             made = F.linear(_rows(x), _rows(weight), bias)
             return unsafe_view(made, [*made.shape, 1, 1])  # no view for autograd, so it may be changed in place
-        if self._is_pointwise(x, weight):
+        if form == "pointwise":
             made = _as_map(F.linear(_pixels(x), weight.flatten(1), bias), x)
             return unsafe_view(made, made.shape)
-        if self._scales(x, weight):
+        if form == "scales":
             made = x * weight.flatten().view(1, -1, 1, 1)
             return made if bias is None else made.add_(bias.view(1, -1, 1, 1))
         return aten_convolution(*self._by_channel(x, x, weight), bias, *self.options)
 
     def input_grad(self, g: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         stride, padding, dilation = self.options[:3]
-        if self._covers(x, weight):
+        form = self._form(x, weight)
+        if form == "covers":
             return (g.flatten(1) @ _rows(weight)).unflatten(1, (*x.shape[2:], -1)).permute(0, 3, 1, 2)
-        if self._is_pointwise(x, weight):
+        if form == "pointwise":
             return _as_map(_pixels(g) @ weight.flatten(1), x)
-        if self._scales(x, weight):
+        if form == "scales":
             return g * weight.flatten().view(1, -1, 1, 1)
-        if self._plain(x) and x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1:
+        if x.shape[1] <= 4 and max(stride) > 1 and max(dilation) == 1 and self._plain(x):
             return _input_grad_by_phases(g, weight, x.shape[2:], stride, padding)
         g, x, weight = self._by_channel(x, g, x, weight)
         return convolution_backward(g, x, weight, None, *self.options, [True, False, False])[0]
@@ -70,9 +72,10 @@ class Convolution:
             # the positions that it reads; for fewer than 16 channels, oneDNN writes past the end of its memory
             x = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
             return Convolution(([1, 1], padding, *rest)).weight_grad(x, g, weight)
-        if self._is_pointwise(x, weight) and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
+        form = self._form(x, weight)
+        if form == "pointwise" and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
             return (_pixels(g).T @ _pixels(x)).view(weight.shape)
-        if self._scales(x, weight) and x.shape[2:].numel() <= LARGE_MAP:
+        if form == "scales" and x.shape[2:].numel() <= LARGE_MAP:
             return (x * g).sum((0, 2, 3)).view(weight.shape)
         depthwise = self._is_depthwise(x, weight)
         if x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP and (depthwise or self._plain(x)):
@@ -87,17 +90,25 @@ class Convolution:
                 return torch.stack(each).sum(0)
         return convolution_backward(g, x, weight, None, *self.options, [False, True, False])[1]
 
-    def _covers(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether the kernel is as large as the map, so that this is a linear layer."""
-        _, padding, dilation = self.options[:3]
-        return self._plain(x) and not any(padding) and max(dilation) == 1 and x.shape[2:] == weight.shape[2:]
+    def _form(self, x: Tensor, weight: Tensor) -> str | None:
+        """Tell what this is beside a convolution, on a CPU.
 
-    def _is_pointwise(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether this is one matrix for all pixels. As a product of matrices, its passes take a tenth to all of
-        the time of PyTorch's kernels, a half for most maps below 16×16."""
-        stride, padding, _ = self.options[:3]
-        one_pixel = weight.shape[2:].numel() == max(stride) == 1 and not any(padding)
-        return self._plain(x) and one_pixel and x.is_contiguous(memory_format=torch.channels_last)
+        - "covers": the kernel is as large as the map, so that this is a linear layer.
+        - "pointwise": one matrix for all pixels. As a product of matrices, its passes take a tenth to all of the time
+          of PyTorch's kernels, a half for most maps below 16×16.
+        - "scales": one number for each channel. For maps of one pixel, PyTorch's kernels take many times as long.
+        """
+        stride, padding, dilation, _, _, groups = self.options
+        if any(padding) or not self._on_cpu(x):
+            return None
+        (height, width), taps = x.shape[2:], (weight.shape[2], weight.shape[3])
+        if groups == 1:
+            if taps == (height, width) and max(dilation) == 1:
+                return "covers"
+            pointwise = taps == (1, 1) and max(stride) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+            return "pointwise" if pointwise else None
+        scales = taps == (1, 1) and self._is_depthwise(x, weight) and (max(stride) == 1 or height == width == 1)
+        return "scales" if scales else None
 
     def _plain(self, x: Tensor) -> bool:
         """Return whether the functions below may be faster than PyTorch's kernels: on a CPU, for plain convolutions."""
@@ -107,20 +118,14 @@ class Convolution:
         """Return whether this is a convolution of each channel alone, on a CPU."""
         return self._on_cpu(x) and x.shape[1] == weight.shape[0] == self.options[5]
 
-    def _scales(self, x: Tensor, weight: Tensor) -> bool:
-        """Return whether this scales each channel. For maps of one pixel, PyTorch's kernels take many times as long."""
-        stride, padding, _ = self.options[:3]
-        one_tap = weight.shape[2:].numel() == 1 and not any(padding)
-        return one_tap and self._is_depthwise(x, weight) and (max(stride) == 1 or x.shape[2:].numel() == 1)
-
     def _on_cpu(self, x: Tensor) -> bool:
         """Return whether this is a convolution of images on a CPU, and not a transposed one."""
-        return x.dim() == 4 and x.device.type == "cpu" and not self.options[3]
+        return x.dim() == 4 and x.is_cpu and not self.options[3]
 
     def _by_channel(self, image: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         """Return the arguments of a plain convolution over few positions with channels first on a CPU, whose kernels
         for that layout take half the time of those for channels last."""
-        if self._plain(image) and 1 < image.shape[2:].numel() <= 4:
+        if 1 < image.shape[2:].numel() <= 4 and self._plain(image):
             return tuple(tensor.contiguous() for tensor in given)
         return given
 
@@ -128,7 +133,7 @@ class Convolution:
         return sum_per_channel(g)
 
     def is_slow_in_half(self, x: Tensor) -> bool:
-        return self.options[5] > 1 and x.device.type == "cpu"
+        return self.options[5] > 1 and x.is_cpu
 
 
 def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, padding: Any) -> Tensor:

@@ -129,12 +129,16 @@ def share(state: PassState, x: Tensor, fraction: float) -> Tensor:
     return _Share.apply(state, x, fraction)
 
 
-def stabilised(x: Tensor, epsilon: Tensor) -> Tensor:
-    """Return ``x + ε·sign(x)`` with sign(0) = +1, for both signs of 0."""
+def stabilised(x: Tensor, epsilon: Tensor, signed_zero: bool = False) -> Tensor:
+    """Return ``x + ε·sign(x)`` with sign(0) = +1, for both signs of 0; or, with ``signed_zero``, -1 for -0, in one pass
+    over memory less, where the quotient is 0 anyway."""
+    epsilon = epsilon.clamp_min(torch.finfo(x.dtype).tiny)
+    if signed_zero:
+        return torch.copysign(epsilon, x).add_(x)
     sign = x + 0  # -0 + 0 = 0
     if x.requires_grad and torch.is_grad_enabled():
-        return x + torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), sign)
-    return torch.copysign(epsilon.clamp_min(torch.finfo(x.dtype).tiny), sign, out=sign).add_(x)
+        return x + torch.copysign(epsilon, sign)
+    return torch.copysign(epsilon, sign, out=sign).add_(x)
 
 
 def stabilised_quotient(numerator: Tensor, x: Tensor, epsilon: Tensor) -> Tensor:

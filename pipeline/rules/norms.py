@@ -26,10 +26,22 @@ class _ThroughNorm(Function):
     """g · w / σ with σ² = E[(x − E[x])²] + eps, centred; or, not ``centred``, with σ² = E[x²] + eps."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, weight: Tensor | None, dims: Any, eps: float, centred: bool) -> Tensor:
-        mean = x.mean(dims, keepdim=True) if centred else x.new_zeros(())
-        # `Tensor.var` takes eight times as long on a CPU
-        inverse = torch.rsqrt((x - mean if centred else x).square().mean(dims, keepdim=True) + eps)
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        dims: Any,
+        eps: float,
+        centred: bool,
+        statistics: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        if statistics is None:
+            mean = x.mean(dims, keepdim=True) if centred else x.new_zeros(())
+            # `Tensor.var` takes eight times as long on a CPU
+            inverse = torch.rsqrt((x - mean if centred else x).square().mean(dims, keepdim=True) + eps)
+        else:
+            mean, inverse = statistics
         ctx.dims, ctx.centred = dims, centred
         ctx.save_for_backward(g, x, weight, mean, inverse)
         scaled = (g if weight is None else g * weight) * inverse
@@ -47,14 +59,25 @@ class _ThroughNorm(Function):
             along, products = along.mul_(weight), products.mul_(weight)
         # dσ⁻¹/dx = −(x − E[x]) / (n σ³)
         dx = (mean - x).mul_(products.mean(ctx.dims, keepdim=True) * inverse.square())
-        return along, dx, dweight, None, None, None
+        return along, dx, dweight, *[None] * 4
 
 
-def _through(g: Tensor, x: Tensor, weight: Tensor | None, dims: Any, eps: float, centred: bool = True) -> Tensor:
-    """Pass g back through w · (x − E[x]) / σ: first the scale, then the centring."""
+def _through(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    dims: Any,
+    eps: float,
+    centred: bool = True,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Pass g back through w · (x − E[x]) / σ: first the scale, then the centring. ``statistics``: E[x] and 1/σ, if they
+    are known."""
     single = torch.promote_types(x.dtype, torch.float32)  # squares overflow half precision
     weight = None if weight is None else weight.to(single)
-    return _ThroughNorm.apply(g.to(single), x.to(single), weight, dims, eps, centred).to(x.dtype)
+    if statistics is not None and statistics[1].dtype != single:
+        statistics = None
+    return _ThroughNorm.apply(g.to(single), x.to(single), weight, dims, eps, centred, statistics).to(x.dtype)
 
 
 @rule_for(F.layer_norm, torch.layer_norm)
@@ -72,13 +95,13 @@ def layer_norm(
     shape = list(normalized_shape)
     dims = list(range(-len(shape), 0))
 
-    def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, shape, weight, bias, eps)
+    output, mean, inverse = torch.native_layer_norm(input, shape, weight, bias, eps)
+    statistics = mean.detach(), inverse.detach()
 
     def relevance(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return _through(g, x, weight, dims, eps)
+        return _through(g, x, weight, dims, eps, statistics=statistics)
 
-    return node(trace.state, function, relevance, input, weight, bias)
+    return node(trace.state, lambda *_: output, relevance, input, weight, bias)
 
 
 @rule_for(F.rms_norm, torch.rms_norm)

@@ -54,7 +54,7 @@ class BoundedReLURelevance(Function):
         scaled = _shared_out(g, a, epsilon)
         ctx.bound = bound
         ctx.save_for_backward(scaled, x, epsilon)
-        return (a.clamp_max_(bound) * scaled).to(a.dtype)
+        return a.clamp_max_(bound).mul_(scaled)
 
     @staticmethod
     @last_derivative
@@ -62,7 +62,7 @@ class BoundedReLURelevance(Function):
         scaled, x, epsilon = ctx.saved_tensors
         a = x.clamp_min(0)
         share = _shared_out(v, a, epsilon)
-        dg = (a.clamp_max_(ctx.bound) * share).to(a.dtype)
+        dg = a.clamp_max_(ctx.bound).mul_(share)
         # d/dx f(x)/(x+ε) = ε/(x+ε)², −bound/(x+ε)² above the bound, and 0 below 0
         slope = _where_above(epsilon, x, 0).sub_(_where_above(epsilon + ctx.bound, x, ctx.bound))
         return dg, share.mul_(slope).mul_(scaled).to(a.dtype), None, None  # another order could be infinity times 0

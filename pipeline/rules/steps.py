@@ -54,6 +54,9 @@ class Value:
     bounded: bool = False
 
 
+NOTHING_KNOWN = Value()
+
+
 class Constant(NamedTuple):
     """A tensor that depends on the image, and no relevance passes through it.
 
@@ -121,7 +124,7 @@ def step(trace: Tracer, func: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Return a constant, which only an operation on the same activation may use, see `rule_with_steps`."""
     plain = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
     output = func(*plain, **{n: v.detach() if isinstance(v, Tensor) else v for n, v in kwargs.items()})
-    trace.constants[output] = Constant("step", Value(), ())  # the tracer adds the rest
+    trace.constants[output] = Constant("step", NOTHING_KNOWN, ())  # the tracer adds the rest
     return output
 
 
@@ -152,9 +155,9 @@ def value_after(
     """
     fills = func is T.__setitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool
     if fills or (func in ELEMENTWISE and func not in MOVES):
-        sources = {id(tensor): tensor for tensor in tensors([args, kwargs]) if id(tensor) in origins}
+        sources = {id(tensor): tensor for tensor in (*tensors(args), *tensors(kwargs)) if id(tensor) in origins}
         if any(tensor.shape != output.shape for tensor in sources.values()):
-            return Value()
+            return NOTHING_KNOWN
         first, *others = (origins[key] for key in sources)
         common = [name for name in first if all(name in other for other in others)][:MOST_ORIGINS]
         its_origins = {n: Origin(first[n].tensor, _composed(func, args, kwargs, origins, n)) for n in common}
@@ -165,7 +168,7 @@ def value_after(
             same = tuple(map(moved, names))
             its_origins = {moved(name): Origin(None, origin.curve) for name, origin in origins[id(args[0])].items()}
             return Value(same, {name: origin for name, origin in its_origins.items() if name not in same})
-    return Value()
+    return NOTHING_KNOWN
 
 
 class _Reshaped(NamedTuple):
@@ -193,12 +196,16 @@ def _moved(func: Any, args: Any, kwargs: Any, output: Tensor, position: int) -> 
 
 def _how(args: Any, kwargs: Any) -> str | None:
     """Return arguments as text; None if the text does not tell them from others."""
-    plain = (int, float, str, bool, type(None), slice, type(Ellipsis), torch.dtype)
+    return repr((args, kwargs)) if _is_plain(args) and _is_plain(list(kwargs.values())) else None
 
-    def is_plain(value: Any) -> bool:
-        return all(map(is_plain, value)) if isinstance(value, tuple | list) else isinstance(value, plain)
 
-    return repr((args, kwargs)) if is_plain(args) and is_plain(list(kwargs.values())) else None
+_PLAIN = (int, float, str, bool, type(None), slice, type(Ellipsis), torch.dtype)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    return isinstance(value, (tuple, list)) and all(map(_is_plain, value))
 
 
 class _NotUniformError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,12 @@ class PassState:
     epsilon: Tensor | None = None
     uniform: float | None = None
     recomputing: bool = False
+    _shaped: dict[Any, Tensor] = field(default_factory=dict)  # ε as activations have needed it in this pass
+
+    def end(self) -> None:
+        """End a relevance pass."""
+        self.epsilon = None
+        self._shaped.clear()
 
     def momentum(self, momentum: float) -> float:
         """Return with which weight a norm in this pass takes the batch into its running statistics."""
@@ -43,6 +49,13 @@ class PassState:
         Raises:
             RelevanceError: ε differs between samples, and the activation has no batch axis.
         """
+        shape = () if self.uniform is not None or batch_axis is None else (activation.shape, batch_axis)
+        key = activation.dtype, activation.device, shape
+        if key not in self._shaped:
+            self._shaped[key] = self._epsilon_like(activation, batch_axis)
+        return self._shaped[key]
+
+    def _epsilon_like(self, activation: Tensor, batch_axis: int | None) -> Tensor:
         assert self.epsilon is not None
         if self.uniform is not None:
             return activation.new_full((), self.uniform)
@@ -111,18 +124,21 @@ def require_constant(trace: Tracer, func: Any, *weights: Any) -> None:
         raise trace.unknown(func, "with weights that depend on the image")
 
 
+_CONTAINERS = (tuple, list, dict)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """Return all tensors in nested tuples, lists and dictionaries, in order."""
     if isinstance(value, Tensor):
         return [value]
-    flat: list[Tensor] = []
     if isinstance(value, dict):
         value = value.values()
-    elif not isinstance(value, tuple | list):
-        return flat
+    elif not isinstance(value, _CONTAINERS):
+        return []
+    flat: list[Tensor] = []
     for item in value:
         if isinstance(item, Tensor):
             flat.append(item)
-        elif isinstance(item, tuple | list | dict):
+        elif isinstance(item, _CONTAINERS) and item:
             flat += tensors(item)
     return flat

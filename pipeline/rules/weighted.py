@@ -220,7 +220,7 @@ def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta
 
 
 def _n_tuple(value: Any, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, Integral) else list(value)
+    return [int(value)] * dims if isinstance(value, (int, Integral)) else list(value)
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -255,6 +255,8 @@ def _without_dead_taps(
     sizes: Any, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[Tensor, list[int]]:
     """Return the weight without rows and columns that meet padding alone, as on images smaller than the kernel."""
+    if weight.shape[2:].numel() == 1:
+        return weight, padding
     if all(size > d * (taps - 1) for size, taps, d in zip(sizes, weight.shape[2:], dilation, strict=True)):
         return weight, padding
     keep = []
