@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data._utils import collate as _collate
 
 # ATen's operators, which our own autograd functions call. The backward operators have no public functions, and the
-# public forward functions dispatch a second time, or do not return the statistics of the batch.
+# public forward functions dispatch a second time, or do not return the statistics. Those of `torch` itself are not
+# documented; their calls take half the time of the same operators in `torch.ops`.
 aten_convolution: Any = torch.convolution
 convolution_backward: Any = torch.ops.aten.convolution_backward
 threshold_backward: Any = torch.ops.aten.threshold_backward
@@ -25,6 +26,7 @@ hardswish_backward: Any = torch.ops.aten.hardswish_backward
 hardtanh_backward: Any = torch.ops.aten.hardtanh_backward
 gelu_backward: Any = torch.ops.aten.gelu_backward
 native_batch_norm: Any = torch.native_batch_norm
+native_layer_norm: Any = torch.native_layer_norm
 native_batch_norm_backward: Any = torch.ops.aten.native_batch_norm_backward
 batch_norm_update_stats: Any = torch.ops.aten.batch_norm_update_stats
 
@@ -97,6 +99,13 @@ def running_checkpoint() -> Any:
     hooks = top_hooks(True)
     cells = getattr(hooks[0], "__closure__", None) if hooks else None
     return next((cell.cell_contents for cell in cells or () if hasattr(cell.cell_contents, "recompute_fn")), None)
+
+
+def saved_tensors_go_elsewhere() -> bool:
+    """Return whether hooks take the tensors that autograd saves in this thread, such as those of a checkpointed block
+    or of `torch.autograd.graph.save_on_cpu`; in PyTorch up to 2.7, whether it is a checkpointed block."""
+    top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return running_checkpoint() is not None if top_hooks is None else bool(top_hooks(True))
 
 
 def _checkpoint_on_the_stack() -> Any:

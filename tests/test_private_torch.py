@@ -39,7 +39,9 @@ from pipeline.private_torch import (
     is_view,
     native_batch_norm,
     native_batch_norm_backward,
+    native_layer_norm,
     running_checkpoint,
+    saved_tensors_go_elsewhere,
     silu_backward,
     threshold_backward,
     unsafe_view,
@@ -69,7 +71,7 @@ def test_every_part_has_a_test():
         for name, part in vars(private_torch).items()
         if name[0] != "_" and not inspect.ismodule(part) and name not in ("annotations", "Any", "FrameType", "Tensor")
     ]
-    assert len(parts) == 23
+    assert len(parts) == 25
     assert [name for name in parts if len(re.findall(rf"\b{name}\b", source)) < 2] == []
 
 
@@ -266,6 +268,29 @@ def test_is_view_tells_views_from_other_tensors():
     assert not is_view(tensor)
     assert is_view(tensor.view(2, 2))
     assert not is_view(unsafe_view(tensor, [2, 2]))
+
+
+def test_native_layer_norm_returns_the_statistics_too():
+    x, gamma, beta = _values(2, 3, 4, 5), _values(4, 5, seed=1), _values(4, 5, seed=2)
+    output, mean, inverse = native_layer_norm(x, [4, 5], gamma, beta, 1e-5)
+    torch.testing.assert_close(output, F.layer_norm(x, [4, 5], gamma, beta, 1e-5))
+    torch.testing.assert_close(mean, x.mean((2, 3), keepdim=True))
+    variance = x.var((2, 3), correction=0, keepdim=True)
+    torch.testing.assert_close(inverse, torch.rsqrt(variance + 1e-5))
+
+
+def test_it_is_known_whether_saved_tensors_go_elsewhere():
+    seen = []
+
+    def function(x):
+        seen.append(saved_tensors_go_elsewhere())
+        return x * 2
+
+    x = torch.ones(1, requires_grad=True)
+    function(x)
+    checkpoint(function, x, use_reentrant=False)
+    function(x)
+    assert seen == [False, True, False]
 
 
 class TestRunningCheckpoint:

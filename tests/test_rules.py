@@ -23,6 +23,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.models.maxvit import MaxVit
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
@@ -255,6 +256,45 @@ def test_before_an_activation_in_place_gradients_are_channels_last_as_the_activa
     _, heatmaps = explain(model, images, torch.tensor([0, 1]), 0.1, create_graph=True)
     heatmaps.square().sum().backward()
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("operation", [F.silu, F.gelu, F.hardswish])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_activation_whose_output_is_changed_in_place_is_explained_as_before(operation, inplace):
+    if inplace and operation is F.gelu:
+        pytest.skip("it has no such form")
+    images, targets, epsilon = tokens()
+    given = {"inplace": True} if inplace else {}
+
+    def changed(x: Tensor) -> Tensor:
+        y = operation(x * 1, **given)
+        y += 1
+        return y
+
+    gradients = []
+    for function in (lambda x: operation(x) + 1, changed):
+        torch.manual_seed(1)
+        model = Between(function).double()
+        heatmaps = explain(model, images, targets, epsilon, create_graph=True)[1]
+        gradients.append((heatmaps, *torch.autograd.grad(heatmaps.square().sum(), model.first.weight)))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("operation", [F.silu, F.gelu])
+def test_no_output_of_an_activation_outlives_the_backward_pass(operation):
+    outputs = []
+
+    def noted(x: Tensor) -> Tensor:
+        y = operation(x)
+        outputs.append(StorageWeakRef(y.untyped_storage()))
+        return y.mul(2)  # so that nothing but the activation keeps it
+
+    images, targets, epsilon = tokens()
+    logits, heatmaps = explain(Between(noted).double(), images, targets, epsilon, create_graph=True)
+    output = outputs[-1]
+    assert not output.expired()
+    (heatmaps.square().sum() + logits.sum()).backward()
+    assert output.expired()  # although the logits and the heatmaps are still there
 
 
 @pytest.mark.parametrize("name", ["gelu", "hardtanh from 0", "clamp from 0"])

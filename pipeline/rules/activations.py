@@ -12,7 +12,15 @@ from torch.autograd import Function
 
 from pipeline.private_torch import gelu_backward, hardswish_backward, hardtanh_backward, is_view, silu_backward
 from pipeline.rules.elementwise import elementwise
-from pipeline.rules.node import input_gradient, node, node_in_place, stabilised, stabilised_quotient, written
+from pipeline.rules.node import (
+    Kept,
+    input_gradient,
+    node,
+    node_with_gradient,
+    stabilised,
+    stabilised_quotient,
+    written,
+)
 from pipeline.rules.relu import BoundedReLURelevance
 from pipeline.rules.table import last_derivative, require_constant, rule_for
 
@@ -108,13 +116,15 @@ class _IdentityRelevance(Function):
     """g · f(x) / d with d = x + ε·sign(x), as in `stabilised_quotient`, with less memory traffic."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, epsilon: Tensor, function: Any, operator: Any) -> Tensor:
+    def forward(
+        ctx: Any, g: Tensor, x: Tensor, y: Tensor | None, epsilon: Tensor, function: Any, operator: Any
+    ) -> Tensor:
         d = stabilised(x, epsilon)
         scaled = g / d
         flat = torch.finfo(x.dtype).eps
         if epsilon.is_cuda or bool((epsilon < flat).any()):
             scaled.masked_fill_(d.abs() < flat, 0)
-        share = torch.div(function(x), d, out=d)
+        share = torch.div(function(x) if y is None else y, d, out=d)
         ctx.function, ctx.operator = function, operator
         ctx.save_for_backward(scaled, x, share)
         return g * share
@@ -126,7 +136,7 @@ class _IdentityRelevance(Function):
         # d/dx f(x)/d = (f'(x) − f(x)/d) / d
         scaled = scaled * v
         dx = _gradient(ctx.function, ctx.operator, x, scaled).addcmul_(scaled, share, value=-1)
-        return v * share, dx, None, None, None
+        return v * share, dx, *[None] * 4
 
 
 def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: Any, stabiliser: bool) -> Tensor:
@@ -139,6 +149,8 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
     bound = _bound_of_relu(func, args, kwargs)
     operator = (lambda g, x: GRADIENTS[func](g, x, *args, **kwargs)) if func in GRADIENTS else None
 
+    kept = Kept()
+
     def function(x: Tensor, *options: Any) -> Tensor:
         named = dict(zip(names, options[positional:], strict=True))
         return func(x.clone() if writes else x, *options[:positional], **named)
@@ -147,20 +159,33 @@ def identity_rule(trace: Tracer, func: Any, input: Tensor, args: Any, kwargs: An
         epsilon = state.epsilon_like(x, axis) if stabiliser else x.new_zeros(())
         if bound is not None:
             return BoundedReLURelevance.apply(g, x, epsilon, bound)
+        y = kept.output
         if not torch.is_grad_enabled():
             d = stabilised(x, epsilon, signed_zero=stabiliser and func in _KEEP_ZERO)
-            return torch.div(function(x, *options), d, out=d).mul_(g)
+            return torch.div(function(x, *options) if y is None else y, d, out=d).mul_(g)
         if any(isinstance(option, Tensor) for option in options):
             return g * stabilised_quotient(function(x, *options), x, epsilon)
-        return _IdentityRelevance.apply(g, x, epsilon, lambda x: function(x, *options), operator)
+        return _IdentityRelevance.apply(g, x, y, epsilon, lambda x: function(x, *options), operator)
 
     options = [*args, *kwargs.values()]
-    if inplace and operator is not None and not is_view(input):
-        gradient = partial(_gradient, lambda x: function(x, *options), operator)
-        flag = {} if writes else {"inplace": True}
-        return node_in_place(
-            state, lambda x: func(x, *args, **kwargs, **flag), gradient, lambda g, x: relevance(g, x, *options), input
+    if operator is not None and not (inplace and is_view(input)):
+
+        def gradient(x: Tensor, g: Tensor) -> Tensor:
+            kept.drop()
+            return _gradient(lambda x: function(x, *options), operator, x, g)
+
+        flag = {} if writes or not inplace else {"inplace": True}
+        output = node_with_gradient(
+            state,
+            lambda x: func(x, *args, **kwargs, **flag),
+            gradient,
+            lambda g, x: relevance(g, x, *options),
+            input,
+            inplace,
         )
+        if bound is None:
+            kept.keep(output)
+        return output
     output = node(state, function, relevance, input.clone() if inplace else input, *options)
     return written(input, output) if inplace else output
 

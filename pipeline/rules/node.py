@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from pipeline.private_torch import is_view
+from pipeline.private_torch import is_view, saved_tensors_go_elsewhere
 from pipeline.rules.table import PassState
 
 
@@ -65,7 +65,7 @@ def written(target: Tensor, output: Tensor) -> Tensor:
     return target.copy_(output) if is_view(target) else _Written.apply(target, output)
 
 
-class _NodeInPlace(Function):
+class _NodeWithGradient(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -74,10 +74,12 @@ class _NodeInPlace(Function):
         gradient: Callable[[Tensor, Tensor], Tensor],
         relevance: Callable[[Tensor, Tensor], Tensor],
         x: Tensor,
-        target: Tensor,
+        target: Tensor | None,
     ) -> Tensor:
         ctx.state, ctx.gradient, ctx.relevance = state, gradient, relevance
         ctx.save_for_backward(x)
+        if target is None:
+            return function(x)
         ctx.mark_dirty(target)
         return function(target)
 
@@ -88,19 +90,41 @@ class _NodeInPlace(Function):
         return None, None, None, None, dx, None
 
 
-def node_in_place(
+def node_with_gradient(
     state: PassState,
     function: Callable[[Tensor], Tensor],
     gradient: Callable[[Tensor, Tensor], Tensor],
     relevance: Callable[[Tensor, Tensor], Tensor],
-    target: Tensor,
+    x: Tensor,
+    inplace: bool = False,
 ) -> Tensor:
-    """Call a function that changes ``target`` in place, with two behaviours in the backward pass, see `node`.
+    """Return ``function(x)`` as `node` does, where its gradient ``gradient(x, g)`` is known too.
 
-    ``gradient(x, g)`` and ``relevance(g, x)`` get the values from before it. The result is that of `written` with a
-    `node`, in fewer passes over memory.
+    A function may change ``x`` in place. Both behaviours then get the values from before it. The result is that of
+    `written` with a `node`, in fewer passes over memory.
     """
-    return _NodeInPlace.apply(state, function, gradient, relevance, target.clone(), target)
+    given = (x.clone(), x) if inplace else (x, None)
+    return _NodeWithGradient.apply(state, function, gradient, relevance, *given)
+
+
+class Kept:
+    """The output of a node, for its relevance pass to read again. It is no saved tensor of the node, as the model may
+    change it in place. Then, or where saved tensors go elsewhere, as in a checkpointed block, nothing is kept."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int] | None = None
+
+    def keep(self, output: Tensor) -> None:
+        if not saved_tensors_go_elsewhere():
+            self._kept = output.detach(), output._version
+
+    def drop(self) -> None:
+        """Let go of it, when autograd lets go of the saved tensors."""
+        self._kept = None
+
+    @property
+    def output(self) -> Tensor | None:
+        return self._kept[0] if self._kept is not None and self._kept[0]._version == self._kept[1] else None
 
 
 def input_gradient(function: Callable[[Tensor], Tensor], x: Tensor, g: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from pipeline.private_torch import native_layer_norm
 from pipeline.rules.linear import stop_relevance
 from pipeline.rules.node import node
 from pipeline.rules.table import last_derivative, require_constant, rule_for
@@ -95,7 +96,7 @@ def layer_norm(
     shape = list(normalized_shape)
     dims = list(range(-len(shape), 0))
 
-    output, mean, inverse = torch.native_layer_norm(input, shape, weight, bias, eps)
+    output, mean, inverse = native_layer_norm(input, shape, weight, bias, eps)
     statistics = mean.detach(), inverse.detach()
 
     def relevance(g: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
