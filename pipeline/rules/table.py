@@ -104,10 +104,12 @@ def last_derivative(backward: Callable[..., tuple[Tensor | None, ...]]) -> Calla
     """
 
     def wrapper(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, v)
         with torch.no_grad():
             gradients = backward(ctx, v)
         inputs = [tensor for tensor in (v, *ctx.saved_tensors) if tensor is not None and tensor.requires_grad]
-        if torch.is_grad_enabled() and inputs:
+        if inputs:
             return tuple(None if gradient is None else _Refuse.apply(gradient, *inputs) for gradient in gradients)
         return gradients
 
