@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from pipeline.rules.linear import StopRelevance
 from pipeline.rules.node import node, share, stabilised_quotient, written
-from pipeline.rules.table import require_constant, rule_for, tensors
+from pipeline.rules.table import PassState, require_constant, rule_for, tensors
 
 if TYPE_CHECKING:
     from pipeline.tracer import Tracer
@@ -30,8 +31,36 @@ def shared(trace: Tracer, *factors: Any) -> list[Any]:
     ]
 
 
+class _Product(Function):
+    """a · b, elementwise, of which each gets half of the relevance. One may be smaller, such as the gates of channels:
+    then the half is a factor of the smaller one."""
+
+    @staticmethod
+    def forward(ctx: Any, state: PassState, a: Tensor, b: Tensor) -> Tensor:
+        ctx.state = state
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        if ctx.state.epsilon is None:
+            gradients = g * b, g * a
+        elif b.numel() < g.numel():
+            gradients = g * (b / 2), (g * a).sum_to_size(b.shape) / 2
+        elif a.numel() < g.numel():
+            gradients = (g * b).sum_to_size(a.shape) / 2, g * (a / 2)
+        else:
+            half = g / 2
+            gradients = half * b, half * a
+        return None, *(d.sum_to_size(x.shape).to(x.dtype) for d, x in zip(gradients, (a, b), strict=True))
+
+
+_ELEMENTWISE: set[Any] = {torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply}
+
+
 @rule_for(
-    torch.mul, T.mul, T.__mul__, T.__rmul__, torch.multiply, T.multiply, torch.matmul, T.matmul, T.__matmul__,
+    *_ELEMENTWISE, torch.matmul, T.matmul, T.__matmul__,
     T.__rmatmul__, torch.mm, T.mm, torch.bmm, T.bmm, torch.mv, T.mv,
     torch.outer, T.outer, torch.ger, T.ger, torch.inner, T.inner, torch.dot, T.dot, torch.kron, T.kron, torch.tensordot,
 )  # fmt: skip
@@ -42,6 +71,8 @@ def product(trace: Tracer, func: Any, input: Any, other: Any = None, *args: Any,
     """
     for name in [name for name in kwargs if name in ("mat2", "vec", "vec2", "tensor", "tensor2", "b")]:
         other = kwargs.pop(name)
+    if func in _ELEMENTWISE and all(isinstance(factor, Tensor) and trace.carries(factor) for factor in (input, other)):
+        return _Product.apply(trace.state, input, other)
     return func(*shared(trace, input, other), *args, **kwargs)
 
 
