@@ -21,6 +21,7 @@ LARGEST = 0.6  # half a leaf's length, of the longer side of the image
 SMALLEST = 1 / 8  # at most, and at least a pixel
 NARROWEST = 0.2  # half a leaf's width, of half its length
 LEAST_CONTRAST = 0.3
+TWO_COLOURS = 0.25  # of the samples
 
 _STREAM = 17  # a random stream of the seed, beside those of trainer.loop.augmentation
 
@@ -34,7 +35,9 @@ def repaint(
     of the samples. Then it is mixed, in any proportion, with dead leaves: 40 ellipses, rectangles and bars of any
     colour, place and direction, which hide each other. Those on top tend to be small. So they have the edges, corners
     and scales of photographs (Lee, Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, train networks on them).
-    Partial masks mix the image and its new background.
+    In a quarter of the samples, the leaves have two colours alone, up to black and white, and hide more of the old
+    background: print, tiles and signs have more contrast than photographs. Partial masks mix the image and its new
+    background.
 
     Args:
         images: floating (N, C, H, W) in [0, 1].
@@ -46,15 +49,15 @@ def repaint(
         A new tensor of the same shape, dtype and memory layout as ``images``.
     """
     painted, channels = images.clone(), images.shape[1]
-    sizes = (6, channels, channels, channels, LEAVES * 6, LEAVES * channels)
+    sizes = (8, channels, channels, channels, LEAVES * 6, LEAVES * channels, 2 * channels)
     drawn = np.random.default_rng([seed, _STREAM, step]).random((of, sum(sizes)))[first : first + len(images)]
     chosen = np.flatnonzero(drawn[:, 0] < share)
     if not len(chosen):
         return painted
     rows = to_device(torch.from_numpy(chosen), images.device)
     numbers = to_device(torch.from_numpy(drawn[chosen]).to(images.dtype), images.device)
-    alone, order, gain, base, leaves, colours = numbers.split(sizes, dim=1)
-    _, mixed, inverted, grey, contrast, scale = (each.view(-1, 1, 1) for each in alone.unbind(1))
+    alone, order, gain, base, leaves, colours, pair = numbers.split(sizes, dim=1)
+    _, mixed, inverted, grey, contrast, scale, two, sharp = (each.view(-1, 1, 1) for each in alone.unbind(1))
 
     mask, image = masks[rows], images[rows]
     old = image.gather(1, order.argsort(1)[:, :, None, None].expand_as(image))
@@ -62,8 +65,13 @@ def repaint(
     old = old * (GAIN[0] + (GAIN[1] - GAIN[0]) * gain)[:, :, None, None]
 
     colours = torch.cat([base, colours], dim=1).view(-1, LEAVES + 1, channels)
+    pair = pair.view(-1, 2, channels)
+    pair = torch.lerp(pair, pair.round(), sharp)
+    of_pair = pair.gather(1, (colours[..., :1] > 0.5).long().expand_as(colours))
     colours = torch.lerp(colours, colours.mean(2, keepdim=True), grey)
     colours = 0.5 + (colours - 0.5) * (LEAST_CONTRAST + (1 - LEAST_CONTRAST) * contrast)
+    colours = torch.where(two < TWO_COLOURS, of_pair, colours)
+    mixed = torch.where(two < TWO_COLOURS, mixed.square(), mixed)
     height, width = images.shape[2:]
     top = _top_leaves(leaves.view(-1, LEAVES, 6), scale, height, width)
     texture = colours.gather(1, top.flatten(1)[:, :, None].expand(-1, -1, channels))
