@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trainer import TrainingError
 from trainer.loop.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
-from trainer.loop.repainting import LEAVES, repaint
+from trainer.loop.repainting import LEAVES, TWO_COLOURS, repaint
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 
@@ -249,9 +249,19 @@ def test_a_texture_is_of_leaves_of_one_colour_each_from_a_pixel_to_a_quarter_of_
     found = repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
     colours = [image.flatten(1).T.unique(dim=0, return_counts=True)[1] for image in found]
     assert max(map(len, colours)) <= LEAVES + 1
-    assert sorted(map(len, colours))[20] > 8
+    more = [len(counts) for counts in colours if len(counts) > 2]
+    assert abs(len(more) / 200 - (1 - TWO_COLOURS)) < 0.14  # four standard deviations
+    assert sorted(more)[20] > 8
     assert min(int(pixels.min()) for pixels in colours) == 1
     assert sum(int(pixels.max()) > 24 * 32 / 4 for pixels in colours) > 20
+
+
+def test_two_colours_alone_have_any_contrast():
+    black = torch.zeros(200, 3, 24, 32)
+    found = repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
+    pairs = [image.flatten(1).T.unique(dim=0) for image in found]
+    contrast = torch.stack([(pair[0] - pair[1]).abs().mean() for pair in pairs if len(pair) == 2])
+    assert contrast.quantile(0.1) < 0.1 < 0.4 < contrast.quantile(0.9)
 
 
 def test_every_process_repaints_its_part_of_the_batch_as_one_does_by_seed_and_step_alone():
