@@ -21,7 +21,7 @@ LARGEST = 0.6  # half a leaf's length, of the longer side of the image
 SMALLEST = 1 / 8  # at most, and at least a pixel
 NARROWEST = 0.2  # half a leaf's width, of half its length
 LEAST_CONTRAST = 0.3
-TWO_COLOURS = 0.25  # of the samples
+TWO_COLOURS = 0.5  # of the samples
 
 _STREAM = 17  # a random stream of the seed, beside those of trainer.loop.augmentation
 
@@ -35,7 +35,7 @@ def repaint(
     of the samples. Then it is mixed, in any proportion, with dead leaves: 40 ellipses, rectangles and bars of any
     colour, place and direction, which hide each other. Those on top tend to be small. So they have the edges, corners
     and scales of photographs (Lee, Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, train networks on them).
-    In a quarter of the samples, the leaves have two colours alone, up to black and white, and hide more of the old
+    In half of the samples, the leaves have two colours alone, up to black and white, and hide more of the old
     background: print, tiles and signs have more contrast than photographs. Partial masks mix the image and its new
     background.
 
