@@ -137,7 +137,7 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
     method, share = options.method, None
     if method is None and options.loss is None and options.cache is not None:
         store = open_cache(options.cache)
-        method, share = method_of(store.info.explainer.rule), _share(store)
+        method, share = method_of(store.info.explainer.rule), share_if_needed(store)
         arch = options.student_factory or _architecture(options)
         if method == "lrp" and completes_by_default(store.info.teacher, arch, weights, options, share):
             method = "complete-lrp"
@@ -158,7 +158,7 @@ def _plan(options: StudentOptions, dataset: Dataset, weights: Weights | None) ->
     explained, validation = _open_stores(options, settings, dataset, needed)
     if explained is not None:
         if share is None and "heatmaps" in needed:
-            share = _share(explained, completed="complete-lrp" in terms)
+            share = share_if_needed(explained, completed="complete-lrp" in terms)
         if "complete-lrp" in terms:
             _check_completion(share)
         if _can_repaint(train_split, explained) and options.augment in (None, (BACKGROUND,)):
@@ -204,7 +204,7 @@ def _with_other_backgrounds(options: StudentOptions, settings: Settings) -> Sett
     return dataclasses.replace(settings, loss={**settings.loss, REPAINTED_OUTPUT: WEIGHT})
 
 
-def _share(store: Cache, completed: bool = False) -> float | None:
+def share_if_needed(store: Cache, completed: bool = False) -> float | None:
     """Return the share of the logits to which the maps sum; None where no default and no completion depends on it."""
     return share_of_logits(store) if completed or not store.info.teacher.bias_free else None
 

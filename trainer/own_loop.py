@@ -18,8 +18,8 @@ from data import Location
 from options import Call, Message, Option
 from pipeline import Classifier, bias_free, build_network
 from pipeline.networks.heads import HeadSpec, attach_head, copy_head
-from teacher_cache import CacheInfo, check_complete, open_cache, share_of_logits
-from trainer.distill import check_background, check_holds, making_a_store
+from teacher_cache import CacheInfo, check_complete, open_cache
+from trainer.distill import check_background, check_holds, making_a_store, share_if_needed
 from trainer.errors import TrainingError
 from trainer.loop.augmentation import BACKGROUND, check_augmentations
 from trainer.loop.methods import method_of, missing_from, moves, needs, of_store, parse_terms
@@ -63,8 +63,7 @@ def build_student(
     if isinstance(network, str):
         free = bias_free_form
         if free is None:
-            share = None if store.info.teacher.bias_free else share_of_logits(store)
-            free = bias_free_by_default(store.info.teacher, network, None, {"lrp": 1}, share)
+            free = bias_free_by_default(store.info.teacher, network, None, {"lrp": 1}, share_if_needed(store))
         network, _ = build_network(network, classes, image_shape, free_of_biases=free, options=options)
     else:
         free = bool(bias_free_form)

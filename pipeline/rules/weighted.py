@@ -220,7 +220,7 @@ def norm_behind(trace: Tracer, norm: Norm, z: Tensor, gamma: Tensor | None, beta
 
 
 def _n_tuple(value: Any, dims: int) -> list[int]:
-    return [int(value)] * dims if isinstance(value, (int, Integral)) else list(value)
+    return [int(value)] * dims if isinstance(value, (int, Integral)) else list(value)  # Integral alone is slow
 
 
 @rule_for(torch.conv1d, torch.conv2d, torch.conv3d)
