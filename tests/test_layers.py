@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import accumulate
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_gradients_are_finite_differences
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline import ScaleNorm, Trace, explain
 from pipeline.rules.kernels import Convolution, Linear
@@ -394,6 +396,22 @@ def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def most_bytes(step: Callable[[], object]) -> int:
+    """Return the most bytes of tensors that a step holds at once, beside those from before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_a_step_on_small_layers_holds_three_times_what_a_supervised_step_does():
+    layers = [layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    model, images = nn.Sequential(nn.Flatten(), *layers, nn.Linear(64, 3)), torch.rand(500, 1, 8, 8)
+    supervised = most_bytes(lambda: model(images).sum().backward())
+    assert most_bytes(lambda: by_the_engine(model, images).square().sum().backward()) < 3 * supervised
+
+
 @pytest.mark.parametrize("epsilon", [(0.0, 0.1), (0.1, 0.0)])
 def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large(epsilon):
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))

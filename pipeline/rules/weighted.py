@@ -100,8 +100,15 @@ class _WeightedRelevance(Function):
                 dk = sum_per_channel(g * dg)
                 dg *= channels(k, g)
             if pending is not None:
-                pending.add((v, g if k is None else g * channels(k, g)))
+                scaled = g if k is None else g * channels(k, g)
+                is_small = _is_small(weight, v, scaled)
+                pending.add((v, scaled) if is_small else layer.weight_grad(v, scaled, weight))
         return dg, None, dk, torch.zeros_like(link), *[None] * 3
+
+
+def _is_small(weight: Tensor, x: Tensor, g: Tensor) -> bool:
+    """Return whether a part of the weight's gradient takes less memory as a pair, and one kernel may do for two."""
+    return x.numel() + g.numel() < weight.numel()
 
 
 def _scaled_rows(weight: Tensor, k: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def _weight_grad(layer: Layer, parts: list[Any], weight: Tensor) -> Tensor | Non
     """Add up weight gradients, which are (input, output gradient) pairs or tensors."""
     made = [part for part in parts if isinstance(part, Tensor)]
     pairs = [part for part in parts if not isinstance(part, Tensor)]
-    if len(pairs) > 1 and sum(x.numel() + g.numel() for x, g in pairs) < 2 * weight.numel():
+    if len(pairs) > 1 and all(_is_small(weight, *pair) for pair in pairs):
         pairs = [tuple(map(torch.cat, zip(*pairs, strict=True)))]
     made += [layer.weight_grad(x, g, weight) for x, g in pairs]
     return sum(made[1:], start=made[0]) if made else None
