@@ -44,7 +44,7 @@ def test_the_last_steps_numbers_are_the_weighted_sum_and_each_of_its_terms():
         3, {"output": torch.tensor([4.0, 8.0]), "lrp": torch.tensor([1.0, 2.0])}, torch.arange(2), torch.tensor(7.0)
     )
     assert observer.check(None) == {"loss": 6.0, "gradient_norm": 7.0, "loss_lrp": 1.5, "loss_output": 6.0}
-    assert progress == {"first": 2 * 6.0 + 0.5 * 5.0, "loss": 6.0}
+    assert progress == {"first": 2 * 6.0 + 0.5 * 5.0, "living": 1.0, "loss": 6.0}
     assert observer.check(None) == {}
 
 
@@ -157,8 +157,26 @@ def test_a_student_whose_maps_have_all_vanished_ends_the_training():
     observer, _ = watch()
     add(observer, 1, [1.0, 1.0])
     observer.add(2, {"lrp": torch.full((2,), 6e6), VANISHED: torch.ones(2)}, torch.arange(2), torch.tensor(1.0))
-    with pytest.raises(TrainingError, match="at step 2"):
+    with pytest.raises(TrainingError, match=r"heatmaps of 100% of the samples became zero .* at step 2"):
         observer.check(None)
+
+
+def test_a_student_that_begins_with_half_of_its_maps_goes_on_until_half_of_those_have_vanished(caplog):
+    observer, progress = watch()
+
+    def of(step: int, living: int) -> None:
+        dead = (torch.arange(100) >= living).float()
+        observer.add(step, {"lrp": dead * 6e6 + 1, VANISHED: dead}, torch.arange(100), torch.tensor(1.0))
+        observer.check(None)
+
+    of(1, 52)
+    of(2, 48)
+    of(3, 27)
+    assert progress["first"] == pytest.approx(1)
+    assert "heatmaps of 48 samples are zero" in caplog.text
+    assert "of so many, the network may be made for larger images" in caplog.text
+    with pytest.raises(TrainingError, match=r"heatmaps of 74% of the samples became zero .* at step 4"):
+        of(4, 26)
 
 
 def test_the_first_loss_is_that_of_the_living_samples():

@@ -24,6 +24,8 @@ from trainer.run_dir import RunDir
 log = logging.getLogger(__name__)
 
 EXPLODED = 1000.0  # times the first loss
+DEAD = 0.5  # of the share of living samples in the first step: a step with no more of them has no loss to trust
+MANY = 0.1  # of the samples of a step
 NAMED = 8  # samples that an error names
 
 
@@ -57,7 +59,7 @@ class Step:
 
 
 class Watch:
-    """Keep the ``first`` loss, and the last ``loss`` that was read, in the progress of a training.
+    """Keep the ``first`` loss, the share of ``living`` samples then, and the last ``loss``, in a training's progress.
 
     Args:
         ranks: the processes of the training, which read the same numbers.
@@ -102,8 +104,9 @@ class Watch:
         Raises:
             TrainingError: the loss or the gradient of a step is not finite, or the loss has exploded. The first such
                 step is described in ``failure.json``. A sample whose map has vanished, whose loss is a number without
-                meaning, does not count for the explosion unless half of the step's samples are like it. Neither does a
-                sample whose target is a map of zeros, whose loss says nothing about others, while there are others.
+                meaning, does not count for the explosion unless half of those that lived in the first step are like it.
+                Neither does a sample whose target is a map of zeros, whose loss says nothing about others, while there
+                are others.
         """
         recent, self._recent = self._recent, []
         if not recent:
@@ -113,16 +116,17 @@ class Watch:
         for step, (*losses, norm, living, taught, of_living, of_taught) in zip(recent, numbers.tolist(), strict=True):
             loss = sum(weight * loss for weight, loss in zip(self._weights.values(), losses, strict=True))
             counted = loss
-            if living > 0.5:
+            is_dead = living <= DEAD * self._progress.setdefault("living", living or 1.0)
+            if not is_dead:
                 counted = of_taught / taught if taught else of_living / living
             self._progress["loss"] = loss
-            if self._progress["first"] is None and (taught or living <= 0.5):
+            if self._progress["first"] is None and (taught or is_dead):
                 self._progress["first"] = counted
             first = self._progress["first"]
             if not math.isfinite(loss + norm) or (first is not None and counted > EXPLODED * max(first, 1e-3)):
-                self._fail(step, loss, norm, run)
+                self._fail(step, loss, norm, run, vanished=1 - living if is_dead else 0)
             if living < 1 and not self._told:
-                self._tell(step)
+                self._tell(step, 1 - living)
             by_method = dict(zip(self._weights, losses, strict=True))
             if len(by_method) == 1:  # of the samples that are taught and whose map has not vanished
                 by_method = {name: counted / weight for name, weight in self._weights.items()}
@@ -134,19 +138,20 @@ class Watch:
             last_step |= {f"loss_{name}": loss for name, loss in zip(self._weights, losses, strict=True)}
         return last_step
 
-    def _tell(self, step: Step) -> None:
-        """Log once which samples' maps have vanished."""
+    def _tell(self, step: Step, share: float) -> None:
+        """Log once which samples' maps have vanished, and what it means for this share of them."""
         self._told = True
         parts = self._ranks.gather(step.samples[step.vanished.cpu() > 0].tolist())
         samples = [str(sample) for part in parts for sample in part]
+        many = "; of so many, the network may be made for larger images, and learns from the others alone"
         if self._ranks.main:
             log.warning(
                 f"step {step.number}: the student's heatmaps of {len(samples)} samples are zero (among them "
                 f"{', '.join(samples[:NAMED])}), so that their losses are very large and say nothing: this is harmless "
-                "for a few samples, such as black images"
+                f"for a few samples, such as black images{many if share > MANY else ''}"
             )
 
-    def _fail(self, step: Step, loss: float, norm: float, run: RunDir | None) -> None:
+    def _fail(self, step: Step, loss: float, norm: float, run: RunDir | None, vanished: float) -> None:
         parts = self._ranks.gather((step.samples.tolist(), step.sample_losses.float().cpu().tolist()))
         samples = [pair for part in parts for pair in zip(*part, strict=True)]
         first = self._progress["first"]
@@ -159,6 +164,8 @@ class Watch:
         problem = f"the loss became {loss:.4g}," + ("" if first is None else f" from {first:.4g} at first,")
         if math.isfinite(loss) and not math.isfinite(norm):
             problem = f"the norm of the gradient became {norm}"
+        elif vanished:
+            problem = f"the student's heatmaps of {vanished:.0%} of the samples became zero (the loss is {loss:.4g})"
         worst = ", ".join(str(sample) for sample, _ in samples[:NAMED])
         more = f" and {len(samples) - NAMED} more, all in failure.json" if len(samples) > NAMED else ""
         raise TrainingError(
