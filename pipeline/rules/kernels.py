@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.private_torch import aten_convolution, convolution_backward, is_view, unsafe_view
+
+Sizes = tuple[int, ...]
 
 SMALL_MAP = 16  # pairs of an input and an output position
 MOST_PIXELS = 4096  # of pointwise convolutions for whose weight gradient a product of matrices is faster
@@ -31,6 +34,7 @@ class Layer(Protocol):
     def weight_grad(self, x: Tensor, g: Tensor, weight: Tensor) -> Tensor: ...  # uses the shape of weight
     def bias_grad(self, g: Tensor) -> Tensor: ...
     def is_slow_in_half(self, x: Tensor) -> bool: ...  # on the device of x, beside float32
+    def in_order(self, x: Tensor) -> Tensor: ...  # in the order in memory that all of these read
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,10 @@ class Convolution:
     def is_slow_in_half(self, x: Tensor) -> bool:
         return self.options[5] > 1 and x.is_cpu
 
+    def in_order(self, x: Tensor) -> Tensor:
+        """Copy a map that has some of the channels of another, which each pass on a CPU would else copy anew."""
+        return x.contiguous(memory_format=torch.channels_last) if self._on_cpu(x) and x.stride(1) == 1 else x
+
 
 def _input_grad_by_phases(g: Tensor, weight: Tensor, sizes: Any, stride: Any, padding: Any) -> Tensor:
     """Return the input gradient (N, C, H, W) of a convolution with strides, as one ordinary convolution of g.
@@ -190,8 +198,9 @@ def _as_map(pixels: Tensor, like: Tensor) -> Tensor:
 def _pairs(x: Tensor, g: Tensor) -> Tensor:
     """Return the products of all channels of an output and an input position, summed over the samples: (rows, columns,
     height, width, O, C)."""
-    pairs = _rows(g).T @ _rows(x)
-    return pairs.view(*g.shape[2:], g.shape[1], *x.shape[2:], x.shape[1]).permute(0, 1, 3, 4, 2, 5)
+    outputs, inputs = g.flatten(2).permute(2, 1, 0), x.flatten(2).permute(2, 0, 1)  # (positions, O, N), (…, N, C)
+    pairs = outputs[:, None] @ inputs
+    return pairs.view(*g.shape[2:], *x.shape[2:], *pairs.shape[2:])
 
 
 def _pairs_by_channel(x: Tensor, g: Tensor) -> Tensor:
@@ -205,15 +214,26 @@ def _weight_grad_by_positions(pairs: Tensor, weight: Tensor, stride: Any, paddin
     """Return the weight's gradient (O, C, kh, kw) of a convolution over small maps from all pairs of an output and an
     input position, each of which belongs to one tap or none. The kernel takes three to twelve times as long, mostly for
     padding."""
-    rows, columns, height, width = pairs.shape[:4]
-    made = weight.new_zeros((weight.shape[0], *weight.shape[2:], weight.shape[1]))
-    for a, b, i, j in product(range(rows), range(columns), range(height), range(width)):
-        down, along = i + padding[0] - a * stride[0], j + padding[1] - b * stride[1]
-        tap = down // dilation[0], along // dilation[1]
-        on_taps = down % dilation[0] == 0 and along % dilation[1] == 0
-        if on_taps and 0 <= tap[0] < weight.shape[2] and 0 <= tap[1] < weight.shape[3]:
-            made[:, tap[0], tap[1]] += pairs[a, b, i, j]
-    return made.permute(0, 3, 1, 2)
+    taps = _taps_of_pairs(tuple(pairs.shape[:4]), tuple(weight.shape[2:]), *map(tuple, (stride, padding, dilation)))
+    made = taps.to(pairs) @ pairs.flatten(0, 3).flatten(1)
+    return made.view(*weight.shape[2:], *pairs.shape[4:]).permute(2, 0, 1, 3).contiguous().permute(0, 3, 1, 2)
+
+
+@lru_cache(256)
+def _taps_of_pairs(sizes: Sizes, kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
+    """Return 1 where a tap connects a pair of an output and an input position, else 0: (taps, pairs).
+
+    Args:
+        sizes: rows and columns of the output, and of the input.
+        kernel, stride, padding, dilation: of the convolution, down and along.
+    """
+    made = torch.zeros(*kernel, *sizes)
+    for output in product(range(sizes[0]), range(sizes[1])):
+        for tap in product(range(kernel[0]), range(kernel[1])):
+            at = [o * s + t * d - p for o, s, t, d, p in zip(output, stride, tap, dilation, padding, strict=True)]
+            if 0 <= at[0] < sizes[2] and 0 <= at[1] < sizes[3]:
+                made[(*tap, *output, *at)] = 1
+    return made.flatten(0, 1).flatten(1)
 
 
 def _weight_grad_of_samples(x: Tensor, g: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
@@ -246,6 +266,9 @@ class Linear:
 
     def is_slow_in_half(self, x: Tensor) -> bool:
         return False
+
+    def in_order(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _by_rows(x: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:

@@ -204,6 +204,7 @@ def weighted(trace: Tracer, func: Any, layer: Layer, x: Tensor, weight: Tensor, 
     if x.dim() < weight.dim():  # a single sample: the kernels need a batch
         return weighted(trace, func, layer, x.unsqueeze(0), weight, bias).squeeze(0)
     call = _Call(trace.state, layer, trace.outer_gradient_wanted(x))
+    x = layer.in_order(x)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.float32 if layer.is_slow_in_half(x) else torch.get_autocast_dtype(x.device.type)
         given = (x, weight, bias)  # autocast leaves float64 alone
