@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.device import to_device
@@ -22,6 +23,8 @@ SMALLEST = 1 / 8  # at most, and at least a pixel
 NARROWEST = 0.2  # half a leaf's width, of half its length
 LEAST_CONTRAST = 0.3
 TWO_COLOURS = 0.5  # of the samples
+HIDING = 6  # of the old background by leaves of two colours: the power of its share
+SOFT = 0.5  # of the samples
 
 _STREAM = 17  # a random stream of the seed, beside those of trainer.loop.augmentation
 
@@ -35,8 +38,9 @@ def repaint(
     of the samples. Then it is mixed, in any proportion, with dead leaves: 40 ellipses, rectangles and bars of any
     colour, place and direction, which hide each other. Those on top tend to be small. So they have the edges, corners
     and scales of photographs (Lee, Mumford and Huang, IJCV 2001; Baradad et al., NeurIPS 2021, train networks on them).
-    In half of the samples, the leaves have two colours alone, up to black and white, and hide more of the old
-    background: print, tiles and signs have more contrast than photographs. Partial masks mix the image and its new
+    In half of the samples, the leaves have two colours alone, up to opposite ones such as black and white, and hide
+    nearly all of the old background: print, tiles and signs have more contrast than photographs. In half of the
+    samples, the edges of leaves are soft, as those of photographs are. Partial masks mix the image and its new
     background.
 
     Args:
@@ -49,7 +53,7 @@ def repaint(
         A new tensor of the same shape, dtype and memory layout as ``images``.
     """
     painted, channels = images.clone(), images.shape[1]
-    sizes = (8, channels, channels, channels, LEAVES * 6, LEAVES * channels, 2 * channels)
+    sizes = (10, channels, channels, channels, LEAVES * 6, LEAVES * channels, 2 * channels)
     drawn = np.random.default_rng([seed, _STREAM, step]).random((of, sum(sizes)))[first : first + len(images)]
     chosen = np.flatnonzero(drawn[:, 0] < share)
     if not len(chosen):
@@ -57,7 +61,9 @@ def repaint(
     rows = to_device(torch.from_numpy(chosen), images.device)
     numbers = to_device(torch.from_numpy(drawn[chosen]).to(images.dtype), images.device)
     alone, order, gain, base, leaves, colours, pair = numbers.split(sizes, dim=1)
-    _, mixed, inverted, grey, contrast, scale, two, sharp = (each.view(-1, 1, 1) for each in alone.unbind(1))
+    _, mixed, inverted, grey, contrast, scale, two, sharp, away, soft = (
+        each.view(-1, 1, 1) for each in alone.unbind(1)
+    )
 
     mask, image = masks[rows], images[rows]
     old = image.gather(1, order.argsort(1)[:, :, None, None].expand_as(image))
@@ -65,21 +71,31 @@ def repaint(
     old = old * (GAIN[0] + (GAIN[1] - GAIN[0]) * gain)[:, :, None, None]
 
     colours = torch.cat([base, colours], dim=1).view(-1, LEAVES + 1, channels)
-    pair = pair.view(-1, 2, channels)
-    pair = torch.lerp(pair, pair.round(), sharp)
-    of_pair = pair.gather(1, (colours[..., :1] > 0.5).long().expand_as(colours))
+    of_pair = _two_colours(pair.view(-1, 2, channels), grey, away, sharp)
+    of_pair = of_pair.gather(1, (colours[..., :1] > 0.5).long().expand_as(colours))
     colours = torch.lerp(colours, colours.mean(2, keepdim=True), grey)
     colours = 0.5 + (colours - 0.5) * (LEAST_CONTRAST + (1 - LEAST_CONTRAST) * contrast)
     colours = torch.where(two < TWO_COLOURS, of_pair, colours)
-    mixed = torch.where(two < TWO_COLOURS, mixed.square(), mixed)
+    mixed = torch.where(two < TWO_COLOURS, mixed.pow(HIDING), mixed)
     height, width = images.shape[2:]
     top = _top_leaves(leaves.view(-1, LEAVES, 6), scale, height, width)
     texture = colours.gather(1, top.flatten(1)[:, :, None].expand(-1, -1, channels))
     texture = texture.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    blurred = F.avg_pool2d(texture, 3, 1, 1, count_include_pad=False)
+    texture = torch.lerp(texture, blurred, (1 - soft / SOFT).clamp_min(0)[..., None])
 
     background = torch.lerp(texture, old.clamp(0, 1), mixed[..., None])
     painted[rows] = mask * image + (1 - mask) * background
     return painted
+
+
+def _two_colours(pair: Tensor, grey: Tensor, away: Tensor, sharp: Tensor) -> Tensor:
+    """Draw the colours of pairs, (n, 2, C), towards grey, then the second towards the opposite of the first, then both
+    towards 0 or 1 in each channel, each by a share, (n, 1, 1)."""
+    pair = torch.lerp(pair, pair.mean(2, keepdim=True), grey)
+    first, second = pair[:, :1], pair[:, 1:]
+    pair = torch.cat([first, torch.lerp(second, 1 - first, away)], dim=1)
+    return torch.lerp(pair, pair.round(), sharp)
 
 
 def _top_leaves(leaves: Tensor, scale: Tensor, height: int, width: int) -> Tensor:
