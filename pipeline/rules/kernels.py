@@ -198,7 +198,8 @@ def _as_map(pixels: Tensor, like: Tensor) -> Tensor:
 def _pairs(x: Tensor, g: Tensor) -> Tensor:
     """Return the products of all channels of an output and an input position, summed over the samples: (rows, columns,
     height, width, O, C)."""
-    outputs, inputs = g.flatten(2).permute(2, 1, 0), x.flatten(2).permute(2, 0, 1)  # (positions, O, N), (…, N, C)
+    outputs = g.flatten(2).permute(2, 1, 0).contiguous()  # (positions, O, N)
+    inputs = x.flatten(2).permute(2, 0, 1)  # (positions, N, C)
     pairs = outputs[:, None] @ inputs
     return pairs.view(*g.shape[2:], *x.shape[2:], *pairs.shape[2:])
 
