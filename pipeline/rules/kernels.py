@@ -82,13 +82,15 @@ class Convolution:
             # the positions that it reads; for fewer than 16 channels, oneDNN writes past the end of its memory
             x = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
             return Convolution(([1, 1], padding, *rest)).weight_grad(x, g, weight)
-        form = self._form(x, weight)
+        form, is_small = self._form(x, weight), x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP
+        if is_small and weight.shape[2:].numel() == max(stride) == 1 and not any(padding) and self._plain(x):
+            form = "pointwise"  # with channels first too: its rows are copied in no time
         if form == "pointwise" and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
             return (_pixels(g).T @ _pixels(x)).view(weight.shape)
         if form == "scales" and x.shape[2:].numel() <= LARGE_MAP:
             return (x * g).sum((0, 2, 3)).view(weight.shape)
         depthwise = self._is_depthwise(x, weight)
-        if x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP and (depthwise or self._plain(x)):
+        if is_small and (depthwise or self._plain(x)):
             pairs = _pairs_by_channel(x, g) if depthwise else _pairs(x, g)
             return _weight_grad_by_positions(pairs, weight, *self.options[:3])
         if depthwise and weight[0].numel() > LARGEST_TAPS and len(x):
