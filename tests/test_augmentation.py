@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from trainer import TrainingError
+from trainer.loop import repainting
 from trainer.loop.augmentation import AUGMENTATIONS, augment, augment_masks, check_augmentations
-from trainer.loop.repainting import LEAVES, TWO_COLOURS, repaint
+from trainer.loop.repainting import LEAVES, SOFT, TWO_COLOURS, repaint
 
 SUBSETS = [names for size in range(4) for names in combinations(AUGMENTATIONS, size)]
 
@@ -244,9 +246,19 @@ def test_what_a_background_becomes_tells_nothing_of_its_colour_and_little_of_its
     assert contrast.quantile(0.1) < 0.1 < 0.5 < contrast.quantile(0.9)  # from next to none to most of it
 
 
-def test_a_texture_is_of_leaves_of_one_colour_each_from_a_pixel_to_a_quarter_of_the_image():
+def textures() -> Tensor:
     black = torch.zeros(200, 3, 24, 32)
-    found = repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
+    return repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
+
+
+def hard_textures(monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(repainting, "SOFT", 1e-9)
+        return textures()
+
+
+def test_a_texture_is_of_leaves_of_one_colour_each_from_a_pixel_to_a_quarter_of_the_image(monkeypatch):
+    found = hard_textures(monkeypatch)
     colours = [image.flatten(1).T.unique(dim=0, return_counts=True)[1] for image in found]
     assert max(map(len, colours)) <= LEAVES + 1
     more = [len(counts) for counts in colours if len(counts) > 2]
@@ -256,12 +268,21 @@ def test_a_texture_is_of_leaves_of_one_colour_each_from_a_pixel_to_a_quarter_of_
     assert sum(int(pixels.max()) > 24 * 32 / 4 for pixels in colours) > 20
 
 
-def test_two_colours_alone_have_any_contrast():
-    black = torch.zeros(200, 3, 24, 32)
-    found = repaint(black, black[:, :1], seed=0, step=0, first=0, of=200, share=1)
-    pairs = [image.flatten(1).T.unique(dim=0) for image in found]
+def test_half_of_the_textures_have_soft_edges(monkeypatch):
+    found, hard = textures(), hard_textures(monkeypatch)
+    soft = (found != hard).flatten(1).any(1)
+    assert abs(soft.double().mean() - SOFT) < 0.14  # four standard deviations
+    steepest = [images[soft].diff(dim=3).abs().flatten(1).amax(1) for images in (found, hard)]
+    assert (steepest[0] < steepest[1]).double().mean() > 0.95
+    share = steepest[0] / steepest[1]
+    assert share.quantile(0.1) < 0.6 < 0.8 < share.quantile(0.9)  # by any amount
+    assert (found.mean((2, 3)) - hard.mean((2, 3))).abs().max() < 0.02
+
+
+def test_two_colours_alone_have_any_contrast_up_to_that_of_opposite_ones(monkeypatch):
+    pairs = [image.flatten(1).T.unique(dim=0) for image in hard_textures(monkeypatch)]
     contrast = torch.stack([(pair[0] - pair[1]).abs().mean() for pair in pairs if len(pair) == 2])
-    assert contrast.quantile(0.1) < 0.1 < 0.4 < contrast.quantile(0.9)
+    assert contrast.quantile(0.1) < 0.15 < 0.75 < contrast.quantile(0.9)
 
 
 def test_every_process_repaints_its_part_of_the_batch_as_one_does_by_seed_and_step_alone():
