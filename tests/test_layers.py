@@ -395,7 +395,6 @@ def test_a_backward_pass_for_some_parameters_leaves_nothing_to_the_next_one():
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), weight)[0], expected)
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def most_bytes(step: Callable[[], object]) -> int:
     """Return the most bytes of tensors that a step holds at once, beside those from before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -412,6 +411,7 @@ def test_a_step_on_small_layers_holds_three_times_what_a_supervised_step_does():
     assert most_bytes(lambda: by_the_engine(model, images).square().sum().backward()) < 3 * supervised
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("epsilon", [(0.0, 0.1), (0.1, 0.0)])
 def test_a_mixed_batch_with_an_epsilon_of_zero_is_finite_where_gradients_are_large(epsilon):
     model = nn.Sequential(nn.Linear(2, 4, bias=False), nn.ReLU(), nn.Linear(4, 3, bias=False))
