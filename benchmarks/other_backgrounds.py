@@ -23,6 +23,7 @@ from sklearn.datasets import load_sample_image
 
 from data import open_dataset
 from data.builders import fashion_on_textures
+from data.builders.backgrounds import Scenes, _image
 from data.layout import read_builder
 from pipeline import Classifier, load_classifier
 from pipeline.device import as_input
@@ -126,12 +127,8 @@ class Garments:
 
     def before(self, background: Backgrounds) -> torch.Tensor:
         """Return the garments before these backgrounds, float32 (N, 3, size, size) in [0, 1]."""
-        images = []
-        for sample in range(len(self.labels)):
-            picture, opacity = self.cut_out(sample)
-            share = opacity.astype(np.float32) / 255
-            images.append((share * picture + (1 - share) * background(sample)).round().astype(np.uint8))
-        return as_input(torch.from_numpy(np.stack(images)), CPU)
+        image = _image(Scenes(self.labels, self.labels, self.cut_out, background))
+        return as_input(torch.from_numpy(np.stack([image(sample) for sample in range(len(self.labels))])), CPU)
 
     def as_they_are(self) -> torch.Tensor:
         return as_input(torch.from_numpy(np.asarray(self.split.images[: len(self.labels)])), CPU)
