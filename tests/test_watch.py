@@ -174,7 +174,7 @@ def test_a_student_that_begins_with_half_of_its_maps_goes_on_until_half_of_those
     of(3, 27)
     assert progress["first"] == pytest.approx(1)
     assert "heatmaps of 48 samples are zero" in caplog.text
-    assert "of so many, the network may be made for larger images" in caplog.text
+    assert "with so many, the network may be made for larger images" in caplog.text
     with pytest.raises(TrainingError, match=r"heatmaps of 74% of the samples became zero .* at step 4"):
         of(4, 26)
 

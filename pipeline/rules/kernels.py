@@ -84,7 +84,7 @@ class Convolution:
             return Convolution(([1, 1], padding, *rest)).weight_grad(x, g, weight)
         form, is_small = self._form(x, weight), x.shape[2:].numel() * g.shape[2:].numel() <= SMALL_MAP
         if is_small and weight.shape[2:].numel() == max(stride) == 1 and not any(padding) and self._plain(x):
-            form = "pointwise"  # with channels first too: its rows are copied in no time
+            form = "pointwise"  # with channels first too, as a copy of so few pixels takes little time
         if form == "pointwise" and x.shape[0] * x.shape[2:].numel() <= MOST_PIXELS:
             return (_pixels(g).T @ _pixels(x)).view(weight.shape)
         if form == "scales" and x.shape[2:].numel() <= LARGE_MAP:

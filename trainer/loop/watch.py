@@ -143,7 +143,7 @@ class Watch:
         self._told = True
         parts = self._ranks.gather(step.samples[step.vanished.cpu() > 0].tolist())
         samples = [str(sample) for part in parts for sample in part]
-        many = "; of so many, the network may be made for larger images, and learns from the others alone"
+        many = "; with so many, the network may be made for larger images, and it learns from the others alone"
         if self._ranks.main:
             log.warning(
                 f"step {step.number}: the student's heatmaps of {len(samples)} samples are zero (among them "
