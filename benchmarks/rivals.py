@@ -1,11 +1,13 @@
 """Do methods that need unbiased images or group labels do better than explanation distillation, which needs neither?
 
-    pip install -e ".[data,rivals]" && python benchmarks/rivals.py --work FOLDER
+    pip install -e ".[data,rivals]"
+    git clone https://github.com/facebookresearch/DomainBed
+    PYTHONPATH=DomainBed python benchmarks/rivals.py --work FOLDER
 
-The rivals are SpuCo's implementations, by its authors. They get the same images as our student, the same architecture,
-the same number of epochs, and some get the groups. A share of the training images is unbiased, which some rivals need
-to work at all. All networks are tested on the tests of the benchmark, after their training. A training that
-`results.jsonl` has is not run again.
+The rivals are implemented by the authors of SpuCo, and IRM and VREx, which are left out without it, by those of
+DomainBed. They get the same images as our student, the same architecture, the same number of epochs, and some get the
+groups. A share of the training images is unbiased, which some rivals need to work at all. All networks are tested on
+the tests of the benchmark, after their training. A training that `results.jsonl` has is not run again.
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ from __future__ import annotations
 import os
 import platform
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,13 +34,15 @@ import click
 import numpy as np
 import torch
 from report import once, processor, read_results, table
+from sklearn.linear_model import LogisticRegression
 from spuco.datasets import BaseSpuCoCompatibleDataset, GroupLabeledDatasetWrapper
 from spuco.evaluate import Evaluator
 from spuco.group_inference import EIIL, JTTInference, SpareInference
-from spuco.robust_train import ERM, PGI, CustomSampleERM, GroupBalanceBatchERM, GroupDRO, SpareTrain
+from spuco.last_layer_retrain import DFR
+from spuco.robust_train import ERM, PGI, BaseRobustTrain, CustomSampleERM, GroupBalanceBatchERM, GroupDRO, SpareTrain
 from spuco.utils import Trainer, set_seed
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler, Subset
 
 from data import Dataset, Split, make_coloured_mnist, make_fashion_on_textures, make_spuco_mnist, open_dataset
 from data.builders.spuco_mnist import DIFFICULTIES
@@ -53,7 +61,10 @@ BATCH, RATE, DECAY, MOMENTUM = 128, 4e-3, 1e-2, 0.9  # SpuCo has 1e-3 for batche
 EIIL_STEPS, EIIL_RATE = 20_000, 0.01
 INFERRING = 1  # epochs before groups are inferred
 UPSAMPLED = 100  # times that JTT shows an image that it got wrong
+DOMAINBED = "https://github.com/facebookresearch/DomainBed"
+OF_DOMAINBED = ("IRM", "VREx")
 Groups = Mapping[tuple[int, int], list[int]]  # rows by class and group
+Networks = Mapping[str, nn.Module]  # "last", and "chosen" by unbiased validation
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -119,16 +130,26 @@ class Images(BaseSpuCoCompatibleDataset):
         return self.data[row], self._labels[row]
 
 
-class HalfPrecision(nn.Module):
-    """A network that computes in bfloat16, with weights and logits in float32, as our students do."""
+class Network(nn.Module):
+    """A network that may compute in bfloat16, with weights and logits in float32, as our students do.
 
-    def __init__(self, network: nn.Module):
+    SpuCo takes the layers before the last one by the name ``backbone``.
+    """
+
+    def __init__(self, layers: nn.Sequential, precision: str):
         super().__init__()
-        self.network = network
+        self.layers = layers
+        self.half = precision == "bfloat16"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(CPU.type, torch.bfloat16):
-            return self.network(images).float()
+        return self._through(self.layers, images)
+
+    def backbone(self, images: torch.Tensor) -> torch.Tensor:
+        return self._through(self.layers[:-1], images)
+
+    def _through(self, layers: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(CPU.type, torch.bfloat16, enabled=self.half):
+            return layers(images).float()
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -136,17 +157,24 @@ class HalfPrecision(nn.Module):
 
 @dataclass(frozen=True)
 class Material:
-    """What a rival is trained with; ``build`` makes its network, and ``shared`` is for all of SpuCo's trainings."""
+    """What a rival is trained with; all ``unbiased`` images are without the bias, and ``build`` makes a network."""
 
     train: Images
-    build: Callable[[], nn.Module]
-    shared: Mapping[str, Any]
+    unbiased: Images
+    build: Callable[[], Network]
+    epochs: int
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
 
     def options(self, model: nn.Module) -> dict[str, Any]:
-        return {"model": model, "optimizer": self.optimizer(model), "batch_size": BATCH, "device": CPU, **self.shared}
+        return {
+            "model": model,
+            "optimizer": self.optimizer(model),
+            "batch_size": BATCH,
+            "num_epochs": self.epochs,
+            "device": CPU,
+        }
 
     def first_logits(self) -> torch.Tensor:
         """Return the logits of a network that was trained for a short time, by which groups are inferred."""
@@ -159,50 +187,145 @@ class Material:
         """Infer two environments by EIIL."""
         return EIIL(self.first_logits(), self.train.labels, EIIL_STEPS, EIIL_RATE, device=CPU).infer_groups()
 
+    def trained(self, method: BaseRobustTrain) -> Networks:
+        """Train; the network of the epoch that is best for the worst group of unbiased images is ``chosen``."""
+        images = self.unbiased
+        model = method.trainer.model
+        method.val_evaluator = Evaluator(images, images.group_partition, images.group_weights, 512, model)
+        method.train()
+        return {"last": model, "chosen": method.best_model}
 
-def _erm(of: Material) -> Any:
-    return ERM(trainset=of.train, **of.options(of.build()))
+
+class Invariant(BaseRobustTrain):
+    """An algorithm of DomainBed, with its own optimizer, trained in epochs as SpuCo's methods are.
+
+    Of its two environments, one has the images with the group that is usual for their class, and one has the others.
+
+    Raises:
+        ValueError: all images have the usual group.
+    """
+
+    def __init__(self, name: str, of: Material):
+        from domainbed import algorithms, hparams_registry
+
+        super().__init__()
+        options = hparams_registry.default_hparams(name, "ColoredMNIST")
+        shape = tuple(of.train.data.shape[1:])
+        self.algorithm = algorithms.get_algorithm_class(name)(shape, of.train.num_classes, 2, options)
+        # in place of DomainBed's network
+        self.algorithm.network = of.build()
+        rates = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
+        self.algorithm.optimizer = torch.optim.Adam(self.algorithm.network.parameters(), **rates)
+        self.trainer = SimpleNamespace(model=self.algorithm.network, name=name)
+        self.num_epochs = of.epochs
+        steps = ceil(len(of.train) / BATCH)
+        self.environments = [self._batches(of.train, rows, steps) for rows in _environments(of.train.group_partition)]
+
+    @staticmethod
+    def _batches(images: Images, rows: list[int], steps: int) -> DataLoader[Any]:
+        subset, size = Subset(images, rows), BATCH // 2
+        sampler = RandomSampler(subset, replacement=True, num_samples=steps * size)
+        return DataLoader(subset, size, sampler=sampler)
+
+    def train_epoch(self, epoch: int) -> tuple[float, float]:
+        """Train for as many steps as the other methods; accuracy and loss, which SpuCo logs, are not known."""
+        self.trainer.model.train()
+        for batches in zip(*self.environments, strict=True):
+            self.algorithm.update(batches)
+        return float("nan"), float("nan")
 
 
-def _group_dro(of: Material, groups: Groups | None = None) -> Any:
+def _environments(groups: Groups) -> tuple[list[int], list[int]]:
+    usual = {
+        label: max((group for group in groups if group[0] == label), key=lambda of: len(groups[of]))
+        for label, _ in groups
+    }
+    biased = [row for group in groups for row in groups[group] if group == usual[group[0]]]
+    others = [row for group in groups for row in groups[group] if group != usual[group[0]]]
+    if not others:
+        raise ValueError("all training images have the bias, so there is no second environment")
+    return biased, others
+
+
+class OneVersusRest:
+    """Logistic regression by class, as DFR takes scikit-learn's, which refuses more than two classes since 1.8."""
+
+    def __init__(self, class_weight: Any = None, **options: Any):
+        self.options = options
+
+    def fit(self, features: np.ndarray, labels: np.ndarray) -> OneVersusRest:
+        of_class = [LogisticRegression(**self.options).fit(features, labels == label) for label in np.unique(labels)]
+        self.coef_ = np.concatenate([one.coef_ for one in of_class])
+        self.intercept_ = np.concatenate([one.intercept_ for one in of_class])
+        return self
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return (features @ self.coef_.T + self.intercept_).argmax(1)
+
+
+def _erm(of: Material) -> Networks:
+    return of.trained(ERM(trainset=of.train, **of.options(of.build())))
+
+
+def _group_dro(of: Material, groups: Groups | None = None) -> Networks:
     trainset = GroupLabeledDatasetWrapper(of.train, of.train.group_partition if groups is None else groups)
-    return GroupDRO(trainset=trainset, **of.options(of.build()))
+    return of.trained(GroupDRO(trainset=trainset, **of.options(of.build())))
 
 
-def _balanced(of: Material) -> Any:
+def _balanced(of: Material) -> Networks:
     partition = of.train.group_partition
-    return GroupBalanceBatchERM(trainset=of.train, group_partition=partition, **of.options(of.build()))
+    return of.trained(GroupBalanceBatchERM(trainset=of.train, group_partition=partition, **of.options(of.build())))
 
 
-def _eiil(of: Material) -> Any:
+def _dfr(of: Material) -> Networks:
+    """Train by ERM, and then the last layer by half of the unbiased images; the other half chooses its penalty."""
+    model = _erm(of)["last"]
+    rows = torch.randperm(len(of.unbiased)).tolist()
+    halves = [GroupLabeledDatasetWrapper(of.unbiased, of.unbiased.group_partition, rows[half::2]) for half in range(2)]
+    dfr = DFR(halves[0], model, validation_set=halves[1], data_for_scaler=of.train, device=CPU)
+    with mock.patch("spuco.last_layer_retrain.dfr.LogisticRegression", OneVersusRest):
+        dfr.train()
+    _, weight, bias, scaler = dfr.linear_model
+    head = model.layers[-1]
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight / scaler.scale_))
+        head.bias.copy_(torch.from_numpy(bias - weight @ (scaler.mean_ / scaler.scale_)))
+    return {"chosen": model}
+
+
+def _eiil(of: Material) -> Networks:
     return _group_dro(of, of.inferred())
 
 
-def _pgi(of: Material) -> Any:
+def _pgi(of: Material) -> Networks:
     trainset = GroupLabeledDatasetWrapper(of.train, of.inferred())
-    return PGI(trainset=trainset, **of.options(of.build()))
+    return of.trained(PGI(trainset=trainset, **of.options(of.build())))
 
 
-def _jtt(of: Material) -> Any:
+def _invariant(name: str, of: Material) -> Networks:
+    return of.trained(Invariant(name, of))
+
+
+def _jtt(of: Material) -> Networks:
     groups = JTTInference(of.first_logits().argmax(1).tolist(), of.train.labels).infer_groups()
     rows = groups[0, 0] + groups[0, 1] * UPSAMPLED
     # an epoch of many more images would be an unequal comparison
     rows = random.sample(rows, len(of.train))
-    return CustomSampleERM(trainset=of.train, indices=rows, **of.options(of.build()))
+    return of.trained(CustomSampleERM(trainset=of.train, indices=rows, **of.options(of.build())))
 
 
-def _spare(of: Material) -> Any:
+def _spare(of: Material) -> Networks:
     inference = SpareInference(of.first_logits().softmax(1), of.train.labels, max_clusters=5, device=CPU)
     groups = inference.infer_groups()
     options = {"group_partition": groups, "sampling_powers": inference.sampling_powers, **of.options(of.build())}
-    return SpareTrain(trainset=of.train, **options)
+    return of.trained(SpareTrain(trainset=of.train, **options))
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A method, and what it needs beside images and labels; ``make`` returns SpuCo's trainer."""
+    """A method, and what it needs beside images and labels."""
 
-    make: Callable[[Material], Any]
+    train: Callable[[Material], Networks]
     needs: str
 
 
@@ -210,6 +333,8 @@ RIVALS = {
     "ERM": Rival(_erm, "nothing"),
     "group-balanced ERM": Rival(_balanced, "groups"),
     "GroupDRO": Rival(_group_dro, "groups"),
+    "DFR": Rival(_dfr, "groups"),
+    **{name: Rival(partial(_invariant, name), "groups") for name in OF_DOMAINBED},
     "EIIL and GroupDRO": Rival(_eiil, "nothing"),
     "EIIL and PGI": Rival(_pgi, "nothing"),
     "JTT": Rival(_jtt, "nothing"),
@@ -226,20 +351,13 @@ def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: in
     train, validation = Images(split, classes), Images(unbiased.split("validation"), classes)
     steps, arch = world.student["steps"], world.student["arch"]
 
-    def build() -> nn.Module:
-        network, _ = build_network(arch, classes, split.image_shape, free_of_biases=False)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return HalfPrecision(network) if precision == "bfloat16" else network
+    def build() -> Network:
+        layers, _ = build_network(arch, classes, split.image_shape, free_of_biases=False)
+        return Network(layers.to(memory_format=torch.channels_last), precision)  # type: ignore[call-overload]
 
-    evaluator = Evaluator(validation, validation.group_partition, validation.group_weights, 512, nn.Identity())
-    epochs = max(1, round(steps * BATCH / len(train)))
-    material = Material(train, build, {"num_epochs": epochs})
-    trained = RIVALS[name].make(material)
-    evaluator.model = trained.trainer.model
-    trained.val_evaluator = evaluator
-    trained.train()
-    of = {"last": trained.trainer.model, "chosen": trained.best_model}
-    return {which: scores(Classifier(model).eval(), dataset) for which, model in of.items()}
+    material = Material(train, validation, build, epochs=max(1, round(steps * BATCH / len(train))))
+    networks = RIVALS[name].train(material)
+    return {which: scores(Classifier(network).eval(), dataset) for which, network in networks.items()}
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -291,17 +409,18 @@ def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:
 
 
 def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Write a line for each method, and one more for a rival that unbiased validation chooses the weights of."""
+    """Write a line for each method, and one more for a rival whose weights unbiased validation chooses."""
     written = []
     for name in (OURS, *RIVALS):
-        rows = [row for row in results if row["method"] == name and "last" in row]
-        if not rows:
-            continue
-        needs = "a teacher" if name == OURS else RIVALS[name].needs
-        written.append([name, needs, f"{len(rows)}", *_cells(rows, "last")])
-        if name != OURS:
-            needs = f"{needs}, unbiased validation".removeprefix("nothing, ")
-            written.append([name, needs, f"{len(rows)}", *_cells(rows, "chosen")])
+        of_method = [row for row in results if row["method"] == name]
+        for which, more in (("last", ""), ("chosen", "unbiased validation")):
+            needs = "a teacher" if name == OURS else RIVALS[name].needs
+            if more:
+                needs = f"{needs}, {more}".removeprefix("nothing, ")
+            if rows := [row for row in of_method if which in row]:
+                written.append([name, needs, f"{len(rows)}", *_cells(rows, which)])
+            elif of_method and "error" in of_method[0] and not more:
+                written.append([name, needs, "0", *["–"] * len(SCORES)])
     return written
 
 
@@ -326,6 +445,12 @@ def main(
 ) -> None:
     """Train each method, and print a table for each benchmark and share."""
     torch.set_num_threads(threads)
+    known = [OURS, *RIVALS]
+    if find_spec("domainbed") is None:
+        if missing := sorted({*methods} & {*OF_DOMAINBED}):
+            names = " and ".join(missing)
+            raise click.UsageError(f"{names}: no package domainbed. Put a clone of {DOMAINBED} on PYTHONPATH.")
+        known = [name for name in known if name not in OF_DOMAINBED]
     work.mkdir(parents=True, exist_ok=True)
     file = work / "results.jsonl"
     for world in worlds or WORLDS:
@@ -348,7 +473,7 @@ def main(
 
         for seed in range(seeds):
             for share in shares or SHARES:
-                for name in methods or (OURS, *RIVALS):
+                for name in methods or known:
                     key = {"world": world, "share": share, "method": name, "precision": precision, "seed": seed}
                     once(file, key, partial(result, name, share, seed))
     results = read_results(file)
@@ -369,7 +494,8 @@ if __name__ == "__main__":
     def loader(*arguments: Any, **options: Any) -> DataLoader[Any]:
         return DataLoader(*arguments, **{**options, "num_workers": 0, "pin_memory": False})
 
+    warnings.simplefilter("ignore", FutureWarning)  # of scikit-learn, as DFR calls it
     with ExitStack() as stack:
-        for module in ("spuco.utils.trainer", "spuco.utils.misc", "spuco.evaluate.evaluator"):
-            stack.enter_context(mock.patch(f"{module}.DataLoader", loader))
+        for module in ("utils.trainer", "utils.misc", "evaluate.evaluator", "last_layer_retrain.dfr"):
+            stack.enter_context(mock.patch(f"spuco.{module}.DataLoader", loader))
         main()
