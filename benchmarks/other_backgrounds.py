@@ -110,15 +110,23 @@ class Garments:
     Args:
         path: a dataset of Fashion-on-Textures.
         samples: their number.
+        fashion_mnist: the folder of the benchmark's garments; that of the Debian package if None.
+
+    Raises:
+        click.UsageError: the dataset is another one.
     """
 
-    def __init__(self, path: Path, samples: int):
+    def __init__(self, path: Path, samples: int, fashion_mnist: Path | None):
         self.split = open_dataset(path).split("validation")
         self.size = int(self.split.image_shape[-1])
         labels = np.asarray(self.split.labels[:]).astype(int)
         self.labels = labels[:samples]
-        self.seed = int((read_builder(path, self.split.fingerprint) or {})["seed"])
-        garments, _ = fashion_on_textures._read(fashion_on_textures._fashion_mnist(None, False), "train")
+        builder = read_builder(path, self.split.fingerprint) or {}
+        if builder.get("command") != "make-data fashion-on-textures":
+            raise click.UsageError(f"{path} was not made by make-data fashion-on-textures.")
+        self.seed = int(builder["seed"])
+        files = fashion_on_textures._fashion_mnist(fashion_mnist, False)
+        garments, _ = fashion_on_textures._read(files, "train")
         order = np.random.default_rng([self.seed, 0]).permutation(len(garments))[: len(labels)]
         self.cut_out = partial(
             fashion_on_textures._cut_out, garments[order], self.size,
@@ -156,13 +164,14 @@ def accuracies(students: Mapping[str, Classifier], images: torch.Tensor, labels:
 @click.command()
 @click.option("--data", "path", required=True, type=click.Path(path_type=Path), help="Fashion-on-Textures.")
 @click.option("--student", "folders", required=True, multiple=True, type=click.Path(path_type=Path), help="Repeatable.")
+@click.option("--fashion-mnist", type=click.Path(path_type=Path), help="Its folder. Default: the Debian package's.")
 @click.option("--samples", default=2000, show_default=True, help="Garments.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(path: Path, folders: tuple[Path, ...], samples: int, threads: int) -> None:
+def main(path: Path, folders: tuple[Path, ...], fashion_mnist: Path | None, samples: int, threads: int) -> None:
     """Print the accuracy of each student before each background, and how far the pictures are from the first row."""
     torch.set_num_threads(threads)
     students = {folder.name: load_classifier(folder)[0].eval() for folder in folders}
-    garments = Garments(path, samples)
+    garments = Garments(path, samples, fashion_mnist)
     measured = {"as they are": accuracies(students, garments.as_they_are(), garments.labels)}
     of = garments.pictures()
     for name, background in {**of, **patterns(garments.size)}.items():

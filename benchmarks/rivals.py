@@ -431,6 +431,7 @@ def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 @click.option("--method", "methods", multiple=True, type=click.Choice([OURS, *RIVALS]), help="Method. Default: all.")
 @click.option("--precision", default="float32", show_default=True, help="Arithmetic of all networks but the teachers.")
 @click.option("--seeds", default=1, show_default=True, help="Trainings of each method.")
+@click.option("--fashion-mnist", type=click.Path(path_type=Path), help="Its folder. Default: the Debian package's.")
 @click.option("--limit", type=int, help="Maximum number of images in each split. Default: all.")
 @click.option("--threads", default=1, show_default=True, help="CPU threads.")
 def main(
@@ -440,6 +441,7 @@ def main(
     methods: Sequence[str],
     precision: str,
     seeds: int,
+    fashion_mnist: Path | None,
     limit: int | None,
     threads: int,
 ) -> None:
@@ -459,7 +461,8 @@ def main(
             path = work / world.replace(" ", "-").replace(",", "") / f"{share:g}" / "data.zarr"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                WORLDS[world].make(path, unbiased_share=share, limit=limit)
+                files = {"fashion_mnist": fashion_mnist} if world == "Fashion-on-Textures" else {}
+                WORLDS[world].make(path, unbiased_share=share, limit=limit, **files)
             return open_dataset(path)
 
         def result(name: str, share: float, seed: int, world: str = world) -> dict[str, Any]:
