@@ -18,11 +18,13 @@ import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import ceil
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -155,14 +157,27 @@ class Network(nn.Module):
 # --- rivals -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Material:
-    """What a rival is trained with; all ``unbiased`` images are without the bias, and ``build`` makes a network."""
+    """What all rivals of one benchmark, one share and one seed are trained with.
 
-    train: Images
-    unbiased: Images
-    build: Callable[[], Network]
-    epochs: int
+    Attributes:
+        train: the training images.
+        unbiased: validation images without the bias.
+        epochs: as many as come to the steps of our student.
+    """
+
+    def __init__(self, world: World, dataset: Dataset, unbiased: Dataset, seed: int, precision: str):
+        self.arch, self.shape = world.student["arch"], dataset.split("train").image_shape
+        self.seed, self.precision, classes = seed, precision, len(dataset.class_names)
+        self.train = Images(dataset.split("train"), classes)
+        self.unbiased = Images(unbiased.split("validation"), classes)
+        self.epochs = max(1, round(world.student["steps"] * BATCH / len(self.train)))
+
+    def build(self) -> Network:
+        """Return a network, whose weights depend on the seed alone."""
+        torch.manual_seed(self.seed)
+        layers, _ = build_network(self.arch, self.train.num_classes, self.shape, free_of_biases=False)
+        return Network(layers.to(memory_format=torch.channels_last), self.precision)  # type: ignore[call-overload]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), RATE, momentum=MOMENTUM, weight_decay=DECAY)
@@ -183,8 +198,14 @@ class Material:
         trainer.train(INFERRING)
         return trainer.get_trainset_outputs().cpu()
 
+    @cached_property
+    def erm(self) -> Networks:
+        """Networks that were trained by ERM."""
+        return self.trained(ERM(trainset=self.train, **self.options(self.build())))
+
+    @cached_property
     def inferred(self) -> Groups:
-        """Infer two environments by EIIL."""
+        """Two environments, inferred by EIIL."""
         return EIIL(self.first_logits(), self.train.labels, EIIL_STEPS, EIIL_RATE, device=CPU).infer_groups()
 
     def trained(self, method: BaseRobustTrain) -> Networks:
@@ -263,10 +284,6 @@ class OneVersusRest:
         return (features @ self.coef_.T + self.intercept_).argmax(1)
 
 
-def _erm(of: Material) -> Networks:
-    return of.trained(ERM(trainset=of.train, **of.options(of.build())))
-
-
 def _group_dro(of: Material, groups: Groups | None = None) -> Networks:
     trainset = GroupLabeledDatasetWrapper(of.train, of.train.group_partition if groups is None else groups)
     return of.trained(GroupDRO(trainset=trainset, **of.options(of.build())))
@@ -279,8 +296,8 @@ def _balanced(of: Material) -> Networks:
 
 def _dfr(of: Material) -> Networks:
     """Train by ERM, and then the last layer by half of the unbiased images; the other half chooses its penalty."""
-    model = _erm(of)["last"]
-    rows = torch.randperm(len(of.unbiased)).tolist()
+    model = deepcopy(of.erm["last"])
+    rows = np.random.default_rng(of.seed).permutation(len(of.unbiased)).tolist()
     halves = [GroupLabeledDatasetWrapper(of.unbiased, of.unbiased.group_partition, rows[half::2]) for half in range(2)]
     dfr = DFR(halves[0], model, validation_set=halves[1], data_for_scaler=of.train, device=CPU)
     with mock.patch("spuco.last_layer_retrain.dfr.LogisticRegression", OneVersusRest):
@@ -294,11 +311,11 @@ def _dfr(of: Material) -> Networks:
 
 
 def _eiil(of: Material) -> Networks:
-    return _group_dro(of, of.inferred())
+    return _group_dro(of, of.inferred)
 
 
 def _pgi(of: Material) -> Networks:
-    trainset = GroupLabeledDatasetWrapper(of.train, of.inferred())
+    trainset = GroupLabeledDatasetWrapper(of.train, of.inferred)
     return of.trained(PGI(trainset=trainset, **of.options(of.build())))
 
 
@@ -330,7 +347,7 @@ class Rival:
 
 
 RIVALS = {
-    "ERM": Rival(_erm, "nothing"),
+    "ERM": Rival(attrgetter("erm"), "nothing"),
     "group-balanced ERM": Rival(_balanced, "groups"),
     "GroupDRO": Rival(_group_dro, "groups"),
     "DFR": Rival(_dfr, "groups"),
@@ -342,22 +359,12 @@ RIVALS = {
 }
 
 
-def rival(name: str, world: World, dataset: Dataset, unbiased: Dataset, seed: int, precision: str) -> dict[str, Any]:
+def rival(name: str, of: Material, dataset: Dataset) -> dict[str, Any]:
     """Train a rival, and test its last network and the one that is best for the worst group of unbiased validation."""
-    set_seed(seed)
-    random.seed(seed)
-    torch.manual_seed(seed)
-    classes, split = len(dataset.class_names), dataset.split("train")
-    train, validation = Images(split, classes), Images(unbiased.split("validation"), classes)
-    steps, arch = world.student["steps"], world.student["arch"]
-
-    def build() -> Network:
-        layers, _ = build_network(arch, classes, split.image_shape, free_of_biases=False)
-        return Network(layers.to(memory_format=torch.channels_last), precision)  # type: ignore[call-overload]
-
-    material = Material(train, validation, build, epochs=max(1, round(steps * BATCH / len(train))))
-    networks = RIVALS[name].train(material)
-    return {which: scores(Classifier(network).eval(), dataset) for which, network in networks.items()}
+    set_seed(of.seed)
+    random.seed(of.seed)
+    torch.manual_seed(of.seed)
+    return {which: scores(Classifier(network).eval(), dataset) for which, network in RIVALS[name].train(of).items()}
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -465,12 +472,16 @@ def main(
                 WORLDS[world].make(path, unbiased_share=share, limit=limit, **files)
             return open_dataset(path)
 
+        @lru_cache(maxsize=1)  # the images of several shares take gigabytes
+        def material(share: float, seed: int, world: str = world) -> Material:
+            return Material(WORLDS[world], dataset(share), dataset(1.0), seed, precision)
+
         def result(name: str, share: float, seed: int, world: str = world) -> dict[str, Any]:
             given = dataset(share)
             if name == OURS:
                 return ours(Path(given.path).parent, WORLDS[world], given, seed, precision, threads)
             try:
-                return rival(name, WORLDS[world], given, dataset(1.0), seed, precision)
+                return rival(name, material(share, seed), given)
             except (AssertionError, IndexError, ValueError) as error:  # SpuCo's, where it finds no groups
                 return {"error": str(error)}
 
