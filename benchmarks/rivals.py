@@ -415,13 +415,14 @@ def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:
     return cells
 
 
-def lines(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def lines(results: Sequence[Mapping[str, Any]], world: World) -> list[list[str]]:
     """Write a line for each method, and one more for a rival whose weights unbiased validation chooses."""
+    ours = "a teacher, masks" if world.debias == "mask" else "a teacher"
     written = []
     for name in (OURS, *RIVALS):
         of_method = [row for row in results if row["method"] == name]
         for which, more in (("last", ""), ("chosen", "unbiased validation")):
-            needs = "a teacher" if name == OURS else RIVALS[name].needs
+            needs = ours if name == OURS else RIVALS[name].needs
             if more:
                 needs = f"{needs}, {more}".removeprefix("nothing, ")
             if rows := [row for row in of_method if which in row]:
@@ -497,7 +498,7 @@ def main(
     header = ["method", "needs", "seeds", "IID", "OOD", "shift", "worst group", "worst pair"]
     for world in WORLDS:
         for share, how in sorted({(row["share"], row["precision"]) for row in results if row["world"] == world}):
-            if written := lines(read_results(file, world=world, share=share, precision=how)):
+            if written := lines(read_results(file, world=world, share=share, precision=how), WORLDS[world]):
                 print(
                     f"\n{world}, {100 * share:g} % of the training images unbiased, {how}\n\n{table(header, written)}"
                 )
