@@ -191,8 +191,9 @@ class Material:
             "device": CPU,
         }
 
+    @cached_property
     def first_logits(self) -> torch.Tensor:
-        """Return the logits of a network that was trained for a short time, by which groups are inferred."""
+        """The logits of a network that was trained for a short time, by which groups are inferred."""
         model = self.build()
         trainer = Trainer(self.train, model, BATCH, self.optimizer(model), device=CPU)
         trainer.train(INFERRING)
@@ -206,7 +207,7 @@ class Material:
     @cached_property
     def inferred(self) -> Groups:
         """Two environments, inferred by EIIL."""
-        return EIIL(self.first_logits(), self.train.labels, EIIL_STEPS, EIIL_RATE, device=CPU).infer_groups()
+        return EIIL(self.first_logits, self.train.labels, EIIL_STEPS, EIIL_RATE, device=CPU).infer_groups()
 
     def trained(self, method: BaseRobustTrain) -> Networks:
         """Train; the network of the epoch that is best for the worst group of unbiased images is ``chosen``."""
@@ -257,12 +258,10 @@ class Invariant(BaseRobustTrain):
 
 
 def _environments(groups: Groups) -> tuple[list[int], list[int]]:
-    usual = {
-        label: max((group for group in groups if group[0] == label), key=lambda of: len(groups[of]))
-        for label, _ in groups
-    }
-    biased = [row for group in groups for row in groups[group] if group == usual[group[0]]]
-    others = [row for group in groups for row in groups[group] if group != usual[group[0]]]
+    labels = {label for label, _ in groups}
+    usual = {max((of for of in groups if of[0] == label), key=lambda of: len(groups[of])) for label in labels}
+    biased = [row for of, rows in groups.items() if of in usual for row in rows]
+    others = [row for of, rows in groups.items() if of not in usual for row in rows]
     if not others:
         raise ValueError("all training images have the bias, so there is no second environment")
     return biased, others
@@ -324,7 +323,7 @@ def _invariant(name: str, of: Material) -> Networks:
 
 
 def _jtt(of: Material) -> Networks:
-    groups = JTTInference(of.first_logits().argmax(1).tolist(), of.train.labels).infer_groups()
+    groups = JTTInference(of.first_logits.argmax(1).tolist(), of.train.labels).infer_groups()
     rows = groups[0, 0] + groups[0, 1] * UPSAMPLED
     # an epoch of many more images would be an unequal comparison
     rows = random.sample(rows, len(of.train))
@@ -332,7 +331,7 @@ def _jtt(of: Material) -> Networks:
 
 
 def _spare(of: Material) -> Networks:
-    inference = SpareInference(of.first_logits().softmax(1), of.train.labels, max_clusters=5, device=CPU)
+    inference = SpareInference(of.first_logits.softmax(1), of.train.labels, max_clusters=5, device=CPU)
     groups = inference.infer_groups()
     options = {"group_partition": groups, "sampling_powers": inference.sampling_powers, **of.options(of.build())}
     return of.trained(SpareTrain(trainset=of.train, **options))
@@ -417,18 +416,17 @@ def _cells(rows: Sequence[Mapping[str, Any]], which: str) -> list[str]:
 
 def lines(results: Sequence[Mapping[str, Any]], world: World) -> list[list[str]]:
     """Write a line for each method, and one more for a rival whose weights unbiased validation chooses."""
-    ours = "a teacher, masks" if world.debias == "mask" else "a teacher"
+    of_ours = "a teacher, masks" if world.debias == "mask" else "a teacher"
     written = []
     for name in (OURS, *RIVALS):
+        needs = of_ours if name == OURS else RIVALS[name].needs
         of_method = [row for row in results if row["method"] == name]
-        for which, more in (("last", ""), ("chosen", "unbiased validation")):
-            needs = ours if name == OURS else RIVALS[name].needs
-            if more:
-                needs = f"{needs}, {more}".removeprefix("nothing, ")
+        more = {"last": needs, "chosen": f"{needs}, unbiased validation".removeprefix("nothing, ")}
+        for which, of_row in more.items():
             if rows := [row for row in of_method if which in row]:
-                written.append([name, needs, f"{len(rows)}", *_cells(rows, which)])
-            elif of_method and "error" in of_method[0] and not more:
-                written.append([name, needs, "0", *["–"] * len(SCORES)])
+                written.append([name, of_row, f"{len(rows)}", *_cells(rows, which)])
+        if of_method and all("error" in row for row in of_method):
+            written.append([name, needs, "0", *["–"] * len(SCORES)])
     return written
 
 
